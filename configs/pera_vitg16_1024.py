@@ -1,0 +1,24 @@
+"""PerA ViT-G/16-1024, the paper's large model (Shen et al., arXiv:2505.19447): width 1024, 40 blocks.
+
+Command:  python -m pera_jax.train --config configs/pera_vitg16_1024.py --config.data.path=SHARDS --workdir runs/vitg16
+Cost:     505 M parameters in the backbone; parameters and optimiser are cut over the devices (`mesh.fsdp`).
+Reached:  not run here at full length.
+
+Differs from ViT-B/16 in the sizes, the teacher's momentum and its temperature.
+"""
+
+from pera_jax import config as configs
+
+
+def get_config(argument=None):
+    config = configs.default()
+    config.name = "pera_vitg16_1024"
+    config.total = "200 epochs"
+    config.batch_size = 1024
+    config.model.update(dict(width=1024, depth=40, heads=16, patch=16, remat=True))
+    config.loss.koleo_group = 16
+    config.stochastic_depth.update(dict(rate=0.3, group=16))
+    config.schedules.momentum.start = 0.998
+    config.schedules.teacher_temperature.update(dict(start=0.02, end=0.03, warmup="30 epochs"))
+    config.mesh.update(dict(data=1, fsdp=-1))
+    return configs.finish(config, argument)

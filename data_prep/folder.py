@@ -1,0 +1,269 @@
+"""One split of a data set folder: plan, shards, metadata, in an order that a crash cannot spoil.
+
+While a split is being written, everything lies in FOLDER/.SPLIT.partial: the plan (which images, which options), the
+finished shards and their part files. When all shards are there they move to their place, the metadata is written, and
+info.json last of all: a split is in it whole, or not at all.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator
+
+from data_prep import summary
+from data_prep.pixels import Stored
+from data_prep.shards import Item, Job, Part, run_jobs, sync, write_file
+from pera_jax.data import records
+from pera_jax.errors import UserError
+from pera_jax.metrics import Progress
+
+_PLAN_FILE = "plan.json"
+# What a folder may hold beside info.json, or without one after a crash.
+_OWN_FILES = ("*.array_record-*-of-*", "*.report.json", "dataset_info.json", "features.json", "label.labels.txt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A split to be written.
+
+    Attributes:
+      folder: the data set folder.
+      dataset, name: names of the data set and of the split.
+      class_names: names of the classes, which the items' labels index; None without classes.
+      items: the images in the order of the records.
+      shards: number of shards.
+      source: a hash of what the records depend on: items, classes, shards and options of the conversion.
+    """
+
+    folder: pathlib.Path
+    dataset: str
+    name: str
+    class_names: list[str] | None
+    items: list[Item]
+    shards: int
+    source: str
+
+    @property
+    def partial(self) -> pathlib.Path:
+        return self.folder / f".{self.name}.partial"
+
+    def shard_name(self, shard: int) -> str:
+        return f"{self.dataset}-{self.name}.array_record-{shard:05d}-of-{self.shards:05d}"
+
+    def jobs(self) -> list[Job]:
+        """The same division of the items whoever asks: shard k holds items n k / K to n (k + 1) / K."""
+        count = len(self.items)
+        bounds = [count * k // self.shards for k in range(self.shards + 1)]
+        return [
+            Job(self.partial, self.shard_name(k), self.items[bounds[k] : bounds[k + 1]]) for k in range(self.shards)
+        ]
+
+
+def existing_info(folder: pathlib.Path) -> records.DatasetInfo | None:
+    """The metadata of a folder that has some. Raises UserError where the folder holds anything else."""
+    if (folder / records.INFO_FILE).exists():
+        return records.load_info(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder} is a file; name a folder")
+    for entry in sorted(folder.glob("[!.]*")):
+        if not any(entry.match(pattern) for pattern in _OWN_FILES):
+            raise UserError(f"--output {folder} is no data set folder: it holds {entry.name}; name another folder")
+    return None
+
+
+def already_complete(split: Split, info: records.DatasetInfo | None) -> bool:
+    """Whether the folder already holds this very split. Raises UserError if it holds another of the same name, or one
+    with other classes, or if shards of the split that is there are damaged."""
+    if info is None:
+        return False
+    if split.name in info.splits:
+        if info.splits[split.name].source != split.source:
+            raise UserError(
+                f"{split.folder} already holds a split {split.name!r} of other images or options; "
+                f"name another --output or --split, or remove {split.folder}"
+            )
+        records.open_split(split.folder, split.name)
+        shutil.rmtree(split.partial, ignore_errors=True)  # left where a crash came between the last two steps
+        return True
+    if info.class_names != split.class_names:
+        ours, theirs = (set(names or ()) for names in (split.class_names, info.class_names))
+        odd = sorted(ours ^ theirs)[0]
+        has, lacks = ("the input", split.folder) if odd in ours else (split.folder, "the input")
+        raise UserError(
+            f"the classes of split {split.name!r} differ from those of the splits in {split.folder}: "
+            f"{has} has class {odd!r}, {lacks} does not; give all splits the same class folders"
+        )
+    return False
+
+
+def write_split(
+    split: Split,
+    convert: Callable[[Item], Stored],
+    *,
+    workers: int,
+    max_corrupt_share: float,
+    ignored: dict[str, int],
+) -> tuple[records.DatasetInfo, dict]:
+    """Writes a split, or what is missing of it, and returns (metadata, report).
+
+    Args:
+      split: what to write.
+      convert: makes the stored image of an item, or raises ImageDecodeError; picklable.
+      workers: number of processes.
+      max_corrupt_share: a larger share of undecodable images ends the conversion.
+      ignored: number of files that were no candidates, by ending; goes into the report.
+
+    Raises:
+      UserError: too many corrupt images, a disk that refuses, an unfinished conversion of something else. Finished
+        shards are kept for the next try; where there are none, nothing is left behind.
+    """
+    made = _missing_folders(split.folder)
+    try:
+        with lock(split.folder):
+            _check_unfinished(split)
+            try:
+                _write_plan(split)
+                parts = _write_shards(split, convert, workers, max_corrupt_share)
+                info, report = _finish(split, parts, ignored)
+                shutil.rmtree(split.partial)
+                return info, report
+            finally:
+                _tidy(split)
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or split.folder}: {error.strerror or error}") from error
+    except KeyboardInterrupt as error:
+        raise UserError("interrupted; the same command goes on after the shards that are finished") from error
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):  # those that hold something stay
+                path.rmdir()
+
+
+def _missing_folders(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The folders that will have to be made, innermost first."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+@contextlib.contextmanager
+def lock(folder: pathlib.Path) -> Iterator[None]:
+    """Holds the folder, which is made if need be, against a second conversion; the lock dies with the process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another conversion is writing to {folder}; wait for it to end") from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_half_written(split: Split) -> None:
+    for file in split.partial.glob("*.tmp"):
+        file.unlink(missing_ok=True)
+
+
+def _tidy(split: Split) -> None:
+    """After a failure: removes what is half written, and the whole plan where no shard is finished."""
+    _remove_half_written(split)
+    if split.partial.exists() and not any(split.partial.glob("*.array_record-*.json")):
+        shutil.rmtree(split.partial)
+
+
+def _check_unfinished(split: Split) -> None:
+    """Raises UserError if the folder holds an unfinished conversion of something else, or shards of none."""
+    plan = split.partial / _PLAN_FILE
+    if plan.is_file():
+        if json.loads(plan.read_text(encoding="ascii"))["source"] != split.source:
+            raise UserError(
+                f"{split.partial} is an unfinished conversion of other images or with other options; "
+                f"give that command again, or remove {split.partial}"
+            )
+        return
+    strays = sorted(split.folder.glob(f"{split.dataset}-{split.name}.array_record-*"))
+    if strays:
+        raise UserError(f"{strays[0]} belongs to no finished split; remove it, or name another --output")
+
+
+def _write_plan(split: Split) -> None:
+    split.partial.mkdir(exist_ok=True)
+    _remove_half_written(split)
+    write_file(split.partial / _PLAN_FILE, json.dumps({"source": split.source}).encode("ascii"))
+
+
+def _write_shards(
+    split: Split, convert: Callable[[Item], Stored], workers: int, max_corrupt_share: float
+) -> list[Part]:
+    """Returns the parts of all shards, in order; those that an earlier try finished are not written again."""
+    jobs = split.jobs()
+    parts = {job.shard: part for job in jobs if (part := _finished(split, job.shard)) is not None}
+    missing = [job for job in jobs if job.shard not in parts]
+    corrupt = [entry for part in parts.values() for entry in part.corrupt]
+
+    def check_corrupt(total: int) -> None:
+        if len(corrupt) > max_corrupt_share * total or len(corrupt) == total:
+            key, reason = corrupt[0]
+            mend = f"mend them, or allow a larger --max-corrupt-share than {max_corrupt_share:g}"
+            raise UserError(
+                f"{len(corrupt)} of {total} images cannot be decoded (the first is {key}: {reason}); "
+                f"{mend if len(corrupt) < total else 'name a folder of images'}"
+            )
+
+    def on_images(done: int, new_corrupt: list[tuple[str, str]]) -> None:
+        corrupt.extend(new_corrupt)
+        progress.update(done)
+        check_corrupt(len(split.items))
+
+    if parts and missing:
+        print(f"{split.name}: going on after {len(parts)} of {len(jobs)} shards", flush=True)
+    check_corrupt(len(split.items))
+    with (
+        Progress(sum(len(job.items) for job in missing), "images", f"convert {split.name}") as progress,
+        contextlib.closing(run_jobs(missing, convert, workers, on_images)) as finished,
+    ):
+        for part in finished:
+            parts[part.shard] = part
+    return [parts[job.shard] for job in jobs]
+
+
+def _finished(split: Split, shard: str) -> Part | None:
+    part = Part.load(split.partial, shard)
+    if part is None:
+        return None
+    places = [folder / shard for folder in (split.partial, split.folder)]  # a crash may have come while shards moved
+    return part if any(file.is_file() and file.stat().st_size == part.bytes for file in places) else None
+
+
+def _finish(split: Split, parts: list[Part], ignored: dict[str, int]) -> tuple[records.DatasetInfo, dict]:
+    """Moves the shards to their place and writes the metadata, info.json last."""
+    from data_prep import tfds_metadata  # its import takes half a second, which worker processes need not spend
+
+    for part in parts:
+        if (split.partial / part.shard).exists():
+            os.replace(split.partial / part.shard, split.folder / part.shard)
+    sync(split.folder)
+    split_info = summary.split_info(parts, split.source)
+    info = existing_info(split.folder)
+    splits = {**(info.splits if info else {}), split.name: split_info}
+    shown = splits.get("train", next(iter(splits.values())))
+    info = records.DatasetInfo(
+        name=split.dataset, bands=list(records.BANDS), dtype="uint8", class_names=split.class_names, mean=shown.mean,
+        std=shown.std, format_version=records.FORMAT_VERSION, splits=splits,
+    )  # fmt: skip
+    report = summary.report(split.name, parts, ignored)
+    write_file(split.folder / f"{split.name}.report.json", _json(report), split.partial)
+    staging = split.partial / "tfds"
+    tfds_metadata.write(staging, split.folder, info)
+    for file in sorted(staging.iterdir()):
+        write_file(split.folder / file.name, file.read_bytes(), split.partial)
+    write_file(split.folder / records.INFO_FILE, _json(dataclasses.asdict(info)), split.partial)
+    return info, report
+
+
+def _json(value: dict) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode("ascii")

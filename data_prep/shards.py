@@ -1,0 +1,224 @@
+"""Worker processes that write the shards of one split, so that a killed conversion can go on.
+
+A shard is written to a temporary name, closed, counted, synced and renamed; then a part file beside it says what it
+holds. A shard counts as finished when its part file is there. Which images go into which shard is settled before any
+worker starts, so neither the number nor the content of the shards depends on the number of workers.
+"""
+
+import base64
+import collections
+import dataclasses
+import errno
+import hashlib
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import pathlib
+import signal
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+from array_record.python import array_record_module
+
+from data_prep.pixels import Stored
+from pera_jax.data import records
+from pera_jax.errors import UserError
+
+WRITER_OPTIONS = "group_size:1,uncompressed"  # one record per chunk: random access reads no other; JPEG does not shrink
+_REPORT_EVERY = 16  # images between two messages of a worker
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Item:
+    """One image to convert: where it is, its key, its label (None without classes) and its size in bytes."""
+
+    path: str
+    key: str
+    label: int | None
+    size: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Job:
+    """One shard to write into `folder`, under the name `shard`."""
+
+    folder: pathlib.Path
+    shard: str
+    items: list[Item]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What one shard holds.
+
+    Attributes:
+      shard: its file name.
+      bytes: its size.
+      digests: SHA-256 of each record, in order.
+      histogram: int64 [3, 256], pixels of each value in each band.
+      corrupt: (key, reason) of the images that could not be decoded.
+      changes: number of images by what was done to them.
+    """
+
+    shard: str
+    bytes: int
+    digests: list[bytes]
+    histogram: np.ndarray
+    corrupt: list[tuple[str, str]]
+    changes: dict[str, int]
+
+    def save(self, folder: pathlib.Path) -> None:
+        fields = dataclasses.asdict(self)
+        fields["digests"] = base64.b64encode(b"".join(self.digests)).decode("ascii")
+        fields["histogram"] = self.histogram.tolist()
+        write_file(_part_file(folder, self.shard), json.dumps(fields).encode("ascii"))
+
+    @classmethod
+    def load(cls, folder: pathlib.Path, shard: str) -> "Part | None":
+        """The part file of a finished shard, or None."""
+        file = _part_file(folder, shard)
+        if not file.is_file():
+            return None
+        fields = json.loads(file.read_text(encoding="ascii"))
+        joined = base64.b64decode(fields.pop("digests"))
+        digests = [joined[i : i + 32] for i in range(0, len(joined), 32)]
+        return cls(**{**fields, "digests": digests, "histogram": np.array(fields["histogram"], np.int64)})
+
+
+def _part_file(folder: pathlib.Path, shard: str) -> pathlib.Path:
+    return folder / (shard + ".json")
+
+
+def _temporary(path: pathlib.Path) -> pathlib.Path:
+    """A name of this process's own: workers of a killed conversion may live on for a moment beside their successors."""
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+
+def write_file(path: pathlib.Path, content: bytes, staging: pathlib.Path | None = None) -> None:
+    """Writes a whole file or none: a temporary name (in `staging`, else beside it), sync, rename. Raises OSError."""
+    temporary = _temporary((staging or path.parent) / path.name)
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def sync(path: pathlib.Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_shard(
+    job: Job, convert: Callable[[Item], Stored], report: Callable[[int, list[tuple[str, str]]], None]
+) -> Part:
+    """Converts the items of one shard and writes it with its part file.
+
+    `report(done, corrupt)` is called every few images with what came since the last call.
+    Raises RuntimeError or OSError when the disk refuses.
+    """
+    temporary = _temporary(job.folder / job.shard)
+    writer = array_record_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
+    histogram = np.zeros((3, 256), np.int64)
+    digests, corrupt, changes = [], [], collections.Counter()
+    reported = 0
+    for i, item in enumerate(job.items, 1):
+        try:
+            stored = convert(item)
+        except records.ImageDecodeError as error:
+            corrupt.append((item.key, str(error)))
+        else:
+            record = records.encode_record(stored.data, item.key, item.label)
+            writer.write(record)
+            digests.append(hashlib.sha256(record).digest())
+            histogram += stored.histogram
+            changes.update(stored.changes)
+        if i % _REPORT_EVERY == 0 or i == len(job.items):
+            report(i - (i - 1) // _REPORT_EVERY * _REPORT_EVERY, corrupt[reported:])
+            reported = len(corrupt)
+    writer.close()  # errors of all writes so far surface here, as RuntimeError
+    try:
+        records.check_shard(temporary, len(digests))
+    except UserError as error:
+        raise RuntimeError(str(error)) from error
+    sync(temporary)
+    os.replace(temporary, job.folder / job.shard)
+    sync(job.folder)
+    size = (job.folder / job.shard).stat().st_size
+    part = Part(job.shard, size, digests, histogram, corrupt, dict(sorted(changes.items())))
+    part.save(job.folder)
+    return part
+
+
+def _work(connection: multiprocessing.connection.Connection, convert: Callable[[Item], Stored]) -> None:
+    """A worker process: takes jobs until the main process ends it or is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the main process decides what ends
+    try:
+        while True:
+            job = connection.recv()
+            try:
+                part = write_shard(job, convert, lambda done, corrupt: connection.send(("images", done, corrupt)))
+            except (ConnectionError, EOFError):
+                raise
+            except (OSError, RuntimeError) as error:
+                connection.send(("failed", str(error)))
+            else:
+                connection.send(("shard", part))
+    except (ConnectionError, EOFError):
+        return  # the main process was killed; the next one removes what is left under temporary names
+
+
+def _write_failure(reason: str) -> str:
+    full = os.strerror(errno.ENOSPC)
+    if full in reason:
+        return f"{full.lower()} for the shards; make room and give the same command again, it goes on"
+    return f"a shard cannot be written: {reason}"
+
+
+def run_jobs(
+    jobs: Iterable[Job], convert: Callable[[Item], Stored], workers: int, report: Callable[[int, list], None]
+) -> Iterator[Part]:
+    """Runs the jobs on worker processes; yields parts as they finish. `convert` and the jobs must be picklable.
+
+    Raises UserError when a worker cannot write, or dies. Workers end when the iterator is closed or exhausted.
+    """
+    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of the writer's threads
+    pending = collections.deque(jobs)
+    missing = len(pending)
+    processes = {}  # connection -> process
+    try:
+        for _ in range(min(workers, len(pending))):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, convert), daemon=True)
+            process.start()
+            theirs.close()  # so that the death of the worker closes the pipe
+            processes[ours] = process
+            ours.send(pending.popleft())
+        while missing:
+            for connection in multiprocessing.connection.wait(list(processes)):
+                try:
+                    kind, *content = connection.recv()
+                    if kind == "shard" and pending:
+                        connection.send(pending.popleft())
+                except (EOFError, ConnectionError) as error:
+                    raise UserError(
+                        "a conversion worker died, perhaps for want of memory; give the command again with --workers 1"
+                    ) from error
+                if kind == "failed":
+                    raise UserError(_write_failure(content[0]))
+                if kind == "images":
+                    report(*content)
+                else:
+                    missing -= 1
+                    yield content[0]
+    finally:
+        for connection, process in processes.items():
+            process.terminate()
+            process.join()
+            connection.close()

@@ -1,0 +1,1 @@
+"""PerA pre-training in JAX: perfectly aligned sample pairs for remote sensing (Shen et al., arXiv:2505.19447)."""

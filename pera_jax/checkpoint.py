@@ -1,0 +1,245 @@
+"""Checkpoints of a run, by Orbax: the state, the data position, and everything that is needed to use the weights.
+
+RUN/checkpoints/STEP holds four checkpointables: `state` (parameters, optimiser, centre, step), `teacher` (its weights,
+apart, so that evaluation reads only them), `data` (the position in the stream of batches) and `meta` (model shape,
+bands, mean, std, data fingerprint, git revision, resolved config). A step's folder appears whole or not at all.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+from orbax.checkpoint import v1 as ocp
+
+from pera_jax import run_meta, sharding
+from pera_jax import step as steps
+from pera_jax.errors import UserError
+from pera_jax.objectives import pera
+
+_FOLDER = "checkpoints"
+# What a full disk, a lost mount or a denied write look like: Orbax and TensorStore wrap the system's error in several.
+_WRITE_ERRORS = (OSError, ValueError, RuntimeError)
+
+
+class Store:
+    """The checkpoints of one run that trains."""
+
+    def __init__(self, workdir: str, keep_last: int, keep_every: int):
+        """Opens `workdir`/checkpoints; keeps the last `keep_last` steps and every multiple of `keep_every`."""
+        policies = ocp.training.preservation_policies
+        self.folder = pathlib.Path(workdir).absolute() / _FOLDER
+        self._response, self._step = None, None  # of the save under way
+        try:
+            self._checkpointer = ocp.training.Checkpointer(
+                self.folder,
+                # Every save that is asked for; the default policy skips one while another is under way.
+                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [policies.LatestN(keep_last), policies.EveryNSteps(keep_every)]
+                ),
+                cleanup_tmp_directories=True,
+            )
+        except OSError as error:
+            raise UserError(f"cannot open the checkpoints in {self.folder}: {error.strerror}") from error
+
+    def last_good(self) -> str:
+        """Which checkpoint to go on from, in words."""
+        finished = saved_steps(self.folder.parent)
+        return f"the last good checkpoint is step {finished[-1]}" if finished else "there is no checkpoint yet"
+
+    def save(self, state: steps.TrainState, meta: dict[str, Any], data: dict[str, Any]) -> None:
+        """Starts writing `state` in the background under its own step; waits for the write before it, if any.
+
+        Raises:
+          UserError: this or the previous checkpoint could not be written; names the last good one.
+        """
+        self.wait()
+        step = int(state.step)
+        items = _split(state) | {"data": data, "meta": meta | {"step": step}}
+        try:
+            self._check_space(items)
+            response = self._checkpointer.save_checkpointables_async(step, items)
+        except _WRITE_ERRORS as error:
+            raise self._failed(step, error) from error
+        if response is None:
+            raise RuntimeError(f"Orbax skipped the checkpoint of step {step} although its policy is to save every one")
+        self._response, self._step = response, step
+
+    def _check_space(self, items: dict[str, Any]) -> None:
+        """Raises OSError where the device has no room, before Orbax's threads run into it in several places at once."""
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(items) if isinstance(leaf, jax.Array))
+        if shutil.disk_usage(self.folder).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def wait(self) -> None:
+        """Waits until the last save is whole. Raises UserError as `save`."""
+        if self._response is None:
+            return
+        response, self._response = self._response, None
+        try:
+            response.result()
+            self._checkpointer.wait()
+        except _WRITE_ERRORS as error:
+            raise self._failed(self._step, error) from error
+
+    def _failed(self, step: int, error: BaseException) -> UserError:
+        full = os.strerror(errno.ENOSPC)
+        reason = full if full in str(error) else (str(error).splitlines() or [type(error).__name__])[0][:200]
+        return UserError(f"the checkpoint of step {step} could not be written to {self.folder} ({reason}); {self.last_good()}: "
+                         "free space or choose another workdir, then start again")  # fmt: skip
+
+    def close(self) -> None:
+        """Ends as `wait` does, and leaves nothing half written."""
+        try:
+            self.wait()
+        finally:
+            with contextlib.suppress(*_WRITE_ERRORS):  # `wait` has told them
+                self._checkpointer.close()
+            for half in self.folder.glob("*.orbax-checkpoint-tmp"):
+                shutil.rmtree(half, ignore_errors=True)
+
+
+def _split(state: steps.TrainState) -> dict[str, Any]:
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    teacher = fields.pop("teacher")
+    return {"state": fields, "teacher": teacher}
+
+
+def restore(folder: pathlib.Path, abstract: steps.TrainState) -> tuple[steps.TrainState, dict[str, Any]]:
+    """The whole state in a checkpoint's folder, laid out as `abstract` says, and the data position.
+
+    Raises:
+      UserError: leaves that are missing, too many or of another shape; an unreadable checkpoint.
+    """
+    wanted = _split(abstract)
+    try:
+        stored = ocp.checkpointables_metadata(folder).metadata
+        differences = _differences({name: stored[name] for name in wanted}, wanted)
+        if differences:
+            raise UserError(f"the checkpoint {folder} does not fit this config: {'; '.join(differences)}")
+        items = ocp.load_checkpointables(folder, wanted | {"data": None})
+    except _WRITE_ERRORS + (KeyError,) as error:
+        raise UserError(f"the checkpoint {folder} cannot be read: {str(error).splitlines()[0][:200]}") from error
+    return steps.TrainState(teacher=items["teacher"], **items["state"]), items["data"]
+
+
+def saved_steps(run: str | pathlib.Path) -> list[int]:
+    """The finished steps of a run, ascending; none where there is no run."""
+    folder = pathlib.Path(run).absolute() / _FOLDER
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+def folder_of(run: str | pathlib.Path, step: int | None) -> tuple[pathlib.Path, int]:
+    """The folder of a run's checkpoint `step` (None: the latest), and the step.
+
+    Raises:
+      UserError: no such run or step.
+    """
+    finished = saved_steps(run)
+    if not (pathlib.Path(run) / _FOLDER).is_dir():
+        raise UserError(f"{run} is not the folder of a run: it holds no {_FOLDER}/")
+    if not finished:
+        raise UserError(f"{run} holds no finished checkpoint yet")
+    if step is not None and step not in finished:
+        raise UserError(f"{run} has no checkpoint of step {step}; there are {', '.join(map(str, finished))}")
+    chosen = finished[-1] if step is None else step
+    return pathlib.Path(run).absolute() / _FOLDER / str(chosen), chosen
+
+
+def load_meta(folder: pathlib.Path) -> dict[str, Any]:
+    """The `meta` of a checkpoint's folder.
+
+    Raises:
+      UserError: a checkpoint of another format version, or one that cannot be read.
+    """
+    try:
+        meta = ocp.load_checkpointables(folder, {"meta": None})["meta"]
+    except _WRITE_ERRORS + (KeyError,) as error:
+        raise UserError(f"the checkpoint {folder} cannot be read: {str(error).splitlines()[0][:200]}") from error
+    if meta["format_version"] != run_meta.FORMAT_VERSION:
+        raise UserError(
+            f"the checkpoint {folder} has format version {meta['format_version']}, this program reads "
+            f"{run_meta.FORMAT_VERSION}; use the program's version that wrote it"
+        )
+    return meta
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """One network of a checkpoint and what is needed to use it."""
+
+    params: dict[str, Any]  # with `backbone` and the heads the network has
+    meta: dict[str, Any]
+    step: int
+
+    @property
+    def backbone(self) -> dict[str, Any]:
+        return self.params["backbone"]
+
+
+def objective_of(meta: dict[str, Any]) -> pera.PerA:
+    """The objective that a checkpoint was trained with."""
+    return pera.from_config(ConfigDict(meta["config"]), meta["mean"], meta["std"], len(meta["bands"]))
+
+
+def load_weights(
+    run: str | pathlib.Path, step: int | None = None, which: str = "teacher", untrained: bool = False
+) -> Weights:
+    """The weights of a run, on the first device, without its config's file.
+
+    Args:
+      which: "teacher" or "student".
+      untrained: the network as it was before the first step, made again from the stored seed.
+
+    Raises:
+      UserError: no such run or step, another format version.
+    """
+    folder, chosen = folder_of(run, step)
+    meta = load_meta(folder)
+    objective = objective_of(meta)
+    optimiser = steps.make_optimiser(ConfigDict(meta["config"]).optimiser)
+    if untrained:
+        state = jax.jit(lambda: steps.new_state(objective, optimiser, meta["config"]["seed"]))()
+        return Weights(state.teacher if which == "teacher" else state.params, meta, 0)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.eval_shape(lambda: steps.new_state(objective, optimiser, 0))
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)
+    wanted = "teacher" if which == "teacher" else "state"
+    loaded = ocp.load_checkpointables(folder, {wanted: _split(abstract)[wanted]})[wanted]
+    return Weights(loaded if which == "teacher" else loaded["params"], meta, chosen)
+
+
+def with_weights(state: steps.TrainState, run: str) -> steps.TrainState:
+    """`state` with the student and the teacher of another run's latest checkpoint; optimiser, centre and step stay new.
+
+    Raises:
+      UserError: no such run, or parameters of other names or shapes; all of them are named.
+    """
+    weights = {which: load_weights(run, which=which).params for which in ("student", "teacher")}
+    differences = _differences(weights["student"], state.params)
+    if differences:
+        raise UserError(f"init_from={run} does not fit this config: {'; '.join(differences)}")
+    where = jax.tree.map(lambda leaf: leaf.sharding, (state.params, state.teacher))
+    params, teacher = jax.device_put((weights["student"], weights["teacher"]), where)
+    return state.replace(params=params, teacher=teacher)
+
+
+def _differences(found: Any, wanted: Any) -> list[str]:
+    def shapes(tree):
+        leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+        return {sharding.path_of(path): tuple(leaf.shape) for path, leaf in leaves}
+
+    there, here = shapes(found), shapes(wanted)
+    return [
+        f"{path} is {there.get(path, 'absent')} there and {here.get(path, 'absent')} here"
+        for path in sorted(there.keys() | here.keys())
+        if there.get(path) != here.get(path)
+    ]

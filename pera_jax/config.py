@@ -1,0 +1,178 @@
+"""The config: every field with its default, the checks on what a user sets, and `:smoke`.
+
+The defaults are the published ViT-B/16. A file of `configs/` starts from `default()` and says what differs; a name that
+is not here is refused. Durations are strings with their unit: "20 epochs", "1500 steps", "96000 examples", "10 percent".
+"""
+
+from ml_collections import ConfigDict
+
+from pera_jax.errors import UserError
+
+
+def default() -> ConfigDict:
+    """The published ViT-B/16 (Shen et al., arXiv:2505.19447, section IV-A and its released configuration)."""
+    config = ConfigDict(
+        dict(
+            name="pera_vitb16",
+            objective="pera",
+            seed=0,
+            total="200 epochs",
+            batch_size=1024,  # global: all devices of all hosts
+            precision="bfloat16",  # of matrix products: bfloat16 or float32
+            parameter_precision="float32",  # of everything else; float64 only with jax_enable_x64
+            # Weights to start from when the workdir holds no checkpoint: a run to go on with (its state, optimiser and
+            # step), or one whose weights only are taken. A folder of a run, "" for none.
+            resume_from="",
+            init_from="",
+        )
+    )
+    config.data = dict(
+        path="",  # folder of shards
+        split="train",
+        workers=2,  # processes that read, decode and crop
+        normalise="imagenet",  # "imagenet", or "dataset": the mean and std stored with the shards
+        allow_changed_data=False,  # go on from a checkpoint although the data set's fingerprint is another
+    )
+    config.crops = dict(
+        global_size=448,
+        global_number=2,
+        global_area=(0.4, 1.0),
+        local_size=96,
+        local_number=8,
+        local_area=(0.05, 0.4),
+        aspect=(0.75, 1.33),
+        flip=0.5,  # probability of each of the two flips
+    )
+    config.views = dict(
+        brightness=0.4,
+        contrast=0.4,
+        saturation=0.2,
+        hue=0.1,
+        student_change=0.8,  # probability that the student's view is changed at all
+        student_grey=0.1,  # share of the changed ones that turn grey; the others are jittered
+        teacher_jitter=0.1,  # probability that the teacher's view is jittered
+    )
+    config.masks = dict(student=0.2, teacher=0.6)  # shares of the patches; the rest is learnable
+    config.model = dict(width=768, depth=12, heads=12, patch=16, mlp_ratio=4.0, scan=True, remat=True)
+    config.heads = dict(hidden=2048, bottleneck=384, prototypes=131072)
+    config.stochastic_depth = dict(rate=0.3, group=16)  # group in images; 0 for the whole batch
+    config.loss = dict(
+        koleo_weight=0.1,
+        koleo_group=16,  # images among which nearest neighbours are looked for; 0 for the whole batch
+        pixel_weight=0.01,
+        center_momentum=0.9,
+    )
+    config.optimiser = dict(
+        beta1=0.9,
+        beta2=0.999,
+        eps=2e-5,
+        clip_norm=3.0,
+        decay="all",  # "all" parameters, or "matrices": no biases, norms, tokens and gains
+    )
+    config.schedules = dict(
+        learning_rate=dict(start=0.0, peak=1e-3, end=1e-6, warmup="20 epochs"),
+        weight_decay=dict(start=0.04, end=0.2),
+        momentum=dict(start=0.992, end=1.0),
+        teacher_temperature=dict(start=0.03, end=0.05, warmup="30 epochs"),
+        student_temperature=0.1,
+    )
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)  # one of them may be -1: the devices that are left
+    config.log_every = "50 steps"
+    config.checkpoint = dict(
+        every="1 epochs",
+        keep_last=3,
+        keep_every="50 epochs",  # kept for good besides the last ones
+    )
+    return config
+
+
+def smoke(config: ConfigDict) -> ConfigDict:
+    """The same config shrunk to run in seconds on a laptop: same code paths, tiny sizes."""
+    config.name += "_smoke"
+    config.total = "4 steps"
+    config.batch_size = 16
+    config.data.workers = 0
+    config.crops.update(dict(global_size=48, local_size=32))
+    config.crops.local_number = min(config.crops.local_number, 2)
+    config.model.update(dict(width=32, depth=4, heads=2, patch=8))
+    config.heads.update(dict(hidden=32, bottleneck=16, prototypes=64))
+    config.stochastic_depth.group = min(config.stochastic_depth.group, 2)
+    config.loss.koleo_group = min(config.loss.koleo_group, 2)
+    config.schedules.learning_rate.warmup = "1 steps"
+    config.schedules.teacher_temperature.warmup = "2 steps"
+    config.log_every = "1 steps"
+    config.checkpoint.update(dict(every="2 steps", keep_every="100 percent"))
+    return config
+
+
+def finish(config: ConfigDict, argument: str | None) -> ConfigDict:
+    """Applies the argument after the colon of `--config FILE.py:ARGUMENT`: nothing, or `smoke`.
+
+    Raises:
+      UserError: another argument.
+    """
+    if argument not in (None, "", "smoke"):
+        raise UserError(f"the config takes no argument {argument!r}; only `:smoke` is known")
+    return smoke(config) if argument == "smoke" else config
+
+
+def check(config: ConfigDict, batch_shards: int, hosts: int) -> None:
+    """Everything about a config that can be known before data and model are built.
+
+    Args:
+      batch_shards: parts that a batch is cut into (data x fsdp); hosts: processes that read data.
+
+    Raises:
+      UserError: the first thing that is wrong.
+    """
+    _same_fields(config, default(), "")
+    batch, group, koleo = config.batch_size, config.stochastic_depth.group, config.loss.koleo_group
+    if batch < 1 or batch % batch_shards or batch % hosts:
+        raise UserError(
+            f"batch_size={batch} does not divide by the {batch_shards} part(s) of the mesh (data x fsdp) on {hosts} "
+            "host(s); choose a multiple"
+        )
+    for name, size in (("stochastic_depth.group", group), ("loss.koleo_group", koleo)):
+        if size < 0 or (size and batch % size):
+            raise UserError(f"{name}={size} does not divide batch_size={batch}; use a divisor, or 0 for the whole batch")
+    if group and config.stochastic_depth.rate and (batch // batch_shards) % group:
+        raise UserError(
+            f"stochastic_depth.group={group} does not divide the {batch // batch_shards} images of one part of the mesh; "
+            "each device must hold whole groups: use a smaller group"
+        )
+    if not 0 <= config.stochastic_depth.rate < 1:
+        raise UserError(f"stochastic_depth.rate={config.stochastic_depth.rate} must lie in [0, 1)")
+    crops = config.crops
+    for kind, number in (("global", crops.global_number), ("local", crops.local_number)):
+        size = crops[f"{kind}_size"]
+        if number and size % config.model.patch:
+            raise UserError(
+                f"crops.{kind}_size={size} is not a multiple of model.patch={config.model.patch}; "
+                "choose a crop size that the patch divides"
+            )
+    if crops.global_number < 1 or crops.local_number < 0:
+        raise UserError("crops.global_number must be at least 1 and crops.local_number at least 0")
+    _one_of(config, "objective", ("pera",))
+    _one_of(config, "precision", ("bfloat16", "float32", "float64"))
+    _one_of(config, "parameter_precision", ("float32", "float64"))
+    _one_of(config.data, "normalise", ("imagenet", "dataset"), "data.")
+    _one_of(config.optimiser, "decay", ("all", "matrices"), "optimiser.")
+
+
+def _one_of(config: ConfigDict, field: str, allowed: tuple[str, ...], prefix: str = "") -> None:
+    if config[field] not in allowed:
+        raise UserError(f"{prefix}{field}={config[field]!r} is not one of {', '.join(allowed)}")
+
+
+def _same_fields(config: ConfigDict, reference: ConfigDict, prefix: str) -> None:
+    unknown = sorted(set(config) - set(reference))
+    if unknown:
+        raise UserError(f"the config has no field {prefix}{unknown[0]}; known here: {', '.join(sorted(reference))}")
+    missing = sorted(set(reference) - set(config))
+    if missing:
+        raise UserError(f"the config lacks the field {prefix}{missing[0]}; start from pera_jax.config.default()")
+    for name, value in reference.items():
+        if isinstance(value, ConfigDict):
+            if not isinstance(config[name], ConfigDict):
+                raise UserError(f"the config's field {prefix}{name} must hold fields of its own, not {config[name]!r}")
+            _same_fields(config[name], value, f"{prefix}{name}.")

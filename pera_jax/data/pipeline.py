@@ -1,0 +1,239 @@
+"""From records to batches of crops: which record comes when, read, decoded and cropped by worker processes (Grain).
+
+The stream of global batches is a pure function of (records, crops, seed, batch size). Each epoch is its own shuffle of
+all records, cut to the `floor(records / batch)` batches that fill up: within an epoch no record comes twice, and the
+rest of the shuffle, other records each time, is left out. Where a record's crops lie is drawn from (seed, epoch, place
+in the epoch). So batch k is the same for any number of workers and of hosts and wherever the reading starts, and its
+number is all the position that a checkpoint needs to hold.
+"""
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from multiprocessing import connection
+
+import grain
+import numpy as np
+from absl import flags
+
+from pera_jax.data import crops as geometry
+from pera_jax.data import records
+from pera_jax.errors import UserError
+
+_REPLACEMENTS = 100
+_SHARED_MEMORY = "/dev/shm"
+_BATCHES_PER_WORKER = 4  # that lie in shared memory at once: two wait in Grain's buffers, two to be let in
+
+
+@dataclasses.dataclass(frozen=True)
+class Crops:
+    """How many crops of which size and geometry; the fields of `config.crops`."""
+
+    global_size: int
+    global_number: int
+    global_area: tuple[float, float]
+    local_size: int
+    local_number: int
+    local_area: tuple[float, float]
+    aspect: tuple[float, float]
+    flip: float
+
+    @classmethod
+    def of(cls, config) -> "Crops":
+        """Takes the fields from any object that has them."""
+        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
+
+    def kinds(self) -> list[tuple[str, int, int, tuple[float, float]]]:
+        """(name, crops per image, size in pixels, area range) of each kind that there is."""
+        kinds = [
+            ("global", self.global_number, self.global_size, self.global_area),
+            ("local", self.local_number, self.local_size, self.local_area),
+        ]
+        return [kind for kind in kinds if kind[1]]
+
+
+def make_pipeline(
+    source: records.RecordSource,
+    crops,
+    *,
+    batch_size: int,
+    seed: int,
+    start_batch: int = 0,
+    workers: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> "Batches":
+    """The endless stream of this process's part of each global batch, from batch `start_batch` on.
+
+    Args:
+      source: the records of one split.
+      crops: `config.crops`.
+      batch_size: images in a global batch; each process gets `batch_size / process_count` of them, in order: the parts
+        of processes 0, 1, ... one after the other are the global batch.
+      seed: 0 <= seed < 2**32.
+      start_batch: batches that were delivered before, the position to go on from.
+      workers: processes that read, decode and crop; with 0 a thread of this process does.
+
+    Returns:
+      An iterator over dicts of arrays, b = batch_size / process_count:
+        "global" uint8 [b, global_number, global_size, global_size, C],
+        "local" uint8 [b, local_number, local_size, local_size, C], absent where local_number is 0,
+        "label" int32 [b], -1 without classes; "index" int64 [b], the record whose turn it was;
+        "replaced" bool [b], whether that record could not be read or decoded, so that image and label are those of the
+        next record that could.
+      `close()` ends its workers. With workers the arrays lie in shared memory, which is given back as they are dropped:
+      drop them before the program ends.
+
+    Raises:
+      UserError: fewer records than one batch; a batch that does not divide by the processes; too little shared memory.
+      While iterating: 100 records in a row that cannot be decoded.
+    """
+    batches_per_epoch = len(source) // batch_size
+    if batches_per_epoch < 1:
+        raise UserError(
+            f"one batch takes batch_size={batch_size} images and the split holds {len(source)}; make the batch smaller"
+        )
+    if batch_size % process_count:
+        raise UserError(
+            f"batch_size={batch_size} does not divide by the {process_count} processes that read data; "
+            "choose a multiple"
+        )
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed={seed} is out of range; choose one from 0 to {2**32 - 1}")
+    crops = Crops.of(crops)
+    local_batch = batch_size // process_count
+    if workers:
+        _check_shared_memory(crops, len(source.info.bands), local_batch, workers)
+
+    draws = grain.MapDataset.range(len(source)).seed(seed).shuffle()[: batches_per_epoch * batch_size]
+    draws = draws.random_map(_draw).repeat()
+    batches = draws.batch(local_batch)[process_index::process_count][start_batch:].map(ReadBatch(source, crops))
+    if not workers:
+        keep_memory()
+        return Batches(iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))))
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain hands its flags on to the workers; a program without absl has none.
+    stream = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)).mp_prefetch(
+        grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1), worker_init_fn=_start_worker
+    )
+    return Batches(iter(stream))
+
+
+class Batches(Iterator[dict[str, np.ndarray]]):
+    """An endless iterator over batches that ends its worker processes when it is closed."""
+
+    def __init__(self, iterator: grain.DatasetIterator):
+        self._iterator = iterator
+        iterator.get_state()  # Makes the iterators of the workers, which Grain else puts off until the first batch is
+        iterator.start_prefetch()  # asked for; they can start while the model compiles.
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        return {name: np.asarray(value) for name, value in next(self._iterator).items()}
+
+    def close(self) -> None:
+        """Ends the workers and gives back their memory. Calling it again does nothing."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+
+class ReadBatch(grain.transforms.Map):
+    """Reads, decodes and crops the records of one batch, straight into the batch's arrays."""
+
+    def __init__(self, source: records.RecordSource, crops: Crops):
+        self._source = source
+        self._crops = crops
+
+    def map(self, draws: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Takes "index" int64 [b] and "seed" int64 [b]; returns a batch as `make_pipeline` says."""
+        size, channels = len(draws["index"]), len(self._source.info.bands)
+        batch = {
+            name: np.empty((size, number, pixels, pixels, channels), np.uint8)
+            for name, number, pixels, _ in self._crops.kinds()
+        }
+        label, replaced = np.empty(size, np.int32), np.empty(size, bool)
+        for i, (index, seed) in enumerate(zip(draws["index"], draws["seed"], strict=True)):
+            pixels, label[i], replaced[i] = self._read(int(index))
+            image = geometry.Image(pixels)
+            for name, drawn in draw_crops(np.random.default_rng(seed), image.height, image.width, self._crops).items():
+                for place, crop in zip(batch[name][i], drawn, strict=True):
+                    geometry.crop_resize(image, *crop, place)
+        return batch | {"label": label, "index": draws["index"], "replaced": replaced}
+
+    def _read(self, index: int) -> tuple[np.ndarray, int, bool]:
+        """The image at `index`, or the next one that can be decoded; its label; whether it is another one."""
+        for skipped in range(_REPLACEMENTS):
+            try:
+                record = records.decode_record(self._source.read((index + skipped) % len(self._source)))
+                return records.decode_image(record.image), record.label, skipped > 0
+            except (RuntimeError, ValueError):  # A damaged shard, record or image.
+                continue
+        raise UserError(
+            f"{_REPLACEMENTS} records in a row from number {index} on cannot be decoded; the data set is damaged: "
+            "convert it again"
+        )
+
+
+def draw_crops(rng: np.random.Generator, height: int, width: int, crops: Crops) -> dict[str, list[tuple]]:
+    """Draws the geometry of all crops of one image: by kind, (box, size, flip horizontally, flip vertically)."""
+    return {
+        name: [
+            (
+                geometry.sample_box(rng, height, width, area, crops.aspect),
+                size,
+                rng.random() < crops.flip,
+                rng.random() < crops.flip,
+            )
+            for _ in range(number)
+        ]
+        for name, number, size, area in crops.kinds()
+    }
+
+
+def _draw(index: int, rng: np.random.Generator) -> dict[str, np.int64]:
+    """A record's turn: its number, and the seed of its crops, from the generator that Grain keys by (seed, turn)."""
+    return {"index": np.int64(index), "seed": rng.integers(2**63)}
+
+
+def keep_memory() -> None:
+    """Teaches the C library, which raises its limits when a large block is freed, to keep memory for the next image.
+
+    Else it may give the pages of every image back to the system, and to be handed them again takes as long as decoding.
+    """
+    np.empty(16 << 20, np.uint8)
+
+
+def _start_worker(worker: int, workers: int) -> None:
+    """Runs first in each worker process."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # Sent to all processes of a job; the parent says when to end.
+        signal.signal(number, signal.SIG_IGN)
+    keep_memory()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when the process that started it is gone, even if that was killed and could not say so."""
+    connection.wait([multiprocessing.parent_process().sentinel])
+    time.sleep(2)  # Nobody empties the queue: the batch in hand finds it full, instead of being cut off half shared.
+    os._exit(1)
+
+
+def _check_shared_memory(crops: Crops, channels: int, local_batch: int, workers: int) -> None:
+    """Workers hand batches over in shared memory, and a full one would end them without a word."""
+    if not os.path.isdir(_SHARED_MEMORY):
+        return
+    images = sum(number * size**2 * channels for _, number, size, _ in crops.kinds())
+    needed = (_BATCHES_PER_WORKER * workers + 1) * local_batch * images
+    system = os.statvfs(_SHARED_MEMORY)
+    free = system.f_bavail * system.f_frsize
+    if needed > free:
+        raise UserError(
+            f"{workers} data workers need {needed >> 20} MiB of shared memory for batches of {local_batch}, and "
+            f"{_SHARED_MEMORY} has {free >> 20} MiB free; make it larger (docker: --shm-size), or set fewer data "
+            "workers (config.data.workers=0 needs none)"
+        )

@@ -1,0 +1,264 @@
+"""The data set folder: its metadata, its ArrayRecord shards, and the record that holds one image.
+
+    FOLDER/info.json                                  what `load_info` reads; written last: without it, unfinished
+    FOLDER/NAME-SPLIT.array_record-00000-of-0000K     the records of one split, `group_size:1,uncompressed`
+    FOLDER/SPLIT.report.json                          what the conversion found: corrupt and changed images
+    FOLDER/dataset_info.json, features.json           the same facts for `tfds.builder_from_directory`
+
+A record is a serialised `tf.train.Example` with the features `image` (an encoded JPEG or PNG, always 8-bit RGB),
+`key` (the path of the source relative to the folder that was converted) and, where the data set has classes, `label`.
+The message is small and fixed, so it is written and parsed here, with no import of protobuf or TensorFlow Datasets:
+data workers start in a fraction of a second.
+"""
+
+import bisect
+import dataclasses
+import io
+import itertools
+import json
+import pathlib
+import struct
+import warnings
+import zlib
+
+import numpy as np
+from array_record.python import array_record_module
+from PIL import Image
+
+from pera_jax.errors import UserError
+
+FORMAT_VERSION = 1
+INFO_FILE = "info.json"
+BANDS = ("red", "green", "blue")
+# What Pillow's decoders raise on damaged input: `UnidentifiedImageError` is an OSError, PNG raises SyntaxError.
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError,
+                 struct.error, zlib.error, Image.DecompressionBombError)
+
+
+class ImageDecodeError(ValueError):
+    """The bytes are no image, or an image that is damaged."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Record:
+    """One image as stored: encoded bytes, path of its source, index of its class (-1 without classes)."""
+
+    image: bytes
+    key: str
+    label: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitInfo:
+    """One split: its shards and a hash of its content.
+
+    Attributes:
+      records: number of records in all shards.
+      shards: file names in the order of the records.
+      shard_records: number of records of each shard.
+      shard_bytes: size of each shard in bytes.
+      mean, std: per band, over all pixels of the split, in [0, 1].
+      fingerprint: SHA-256 over the ordered records: the same images, keys and labels in the same order give the same
+        value, however many shards or workers wrote them.
+      source: SHA-256 over the list of source files and the options of the conversion.
+    """
+
+    records: int
+    shards: list[str]
+    shard_records: list[int]
+    shard_bytes: list[int]
+    mean: list[float]
+    std: list[float]
+    fingerprint: str
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetInfo:
+    """A data set folder; `mean` and `std` (per band, in [0, 1]) are those of the split `train`, else of the first."""
+
+    name: str
+    bands: list[str]
+    dtype: str
+    class_names: list[str] | None
+    mean: list[float]
+    std: list[float]
+    format_version: int
+    splits: dict[str, SplitInfo]
+
+
+# ---------------------------------------------------------------- the record (protobuf wire format)
+
+
+def _varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value > 127:
+        encoded.append(value & 127 | 128)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
+
+
+def _field(number: int, payload: bytes) -> bytes:
+    """A length-delimited field (wire type 2)."""
+    return bytes([number << 3 | 2]) + _varint(len(payload)) + payload
+
+
+def encode_record(image: bytes, key: str, label: int | None) -> bytes:
+    """Serialises one `tf.train.Example`; `label` None leaves the feature out. Bytes depend on the arguments only."""
+    bytes_list, int64_list = 1, 3  # the members of tf.train.Feature
+    features = [("image", bytes_list, image), ("key", bytes_list, key.encode("utf-8"))]
+    if label is not None:
+        if label < 0:
+            raise ValueError(f"a label is an index of a class, not {label}")
+        features.append(("label", int64_list, _varint(label)))
+    entries = (
+        _field(1, _field(1, name.encode("ascii")) + _field(2, _field(kind, _field(1, value))))
+        for name, kind, value in features
+    )
+    return _field(1, b"".join(entries))
+
+
+def _parse_varint(raw: bytes, position: int) -> tuple[int, int]:
+    """Returns (value, position behind it)."""
+    value = shift = 0
+    while True:
+        byte = raw[position]
+        position += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, position
+        shift += 7
+
+
+def _parse_field(raw: bytes, position: int, end: int, number: int) -> tuple[int, int]:
+    """Returns (start, end) of the payload of the length-delimited field `number` that begins at `position`."""
+    if raw[position] != number << 3 | 2:
+        raise ValueError("not a record of a data set folder: unexpected field")
+    length, start = _parse_varint(raw, position + 1)
+    if start + length > end:
+        raise ValueError("not a record of a data set folder: a field is longer than the record")
+    return start, start + length
+
+
+def decode_record(raw: bytes) -> Record:
+    """Parses what `encode_record` wrote (features in any order). Raises ValueError on other bytes."""
+    values = {}
+    try:
+        position, end = _parse_field(raw, 0, len(raw), 1)  # Example.features
+        while position < end:
+            entry, position = _parse_field(raw, position, end, 1)  # one entry of the map Features.feature
+            name, name_end = _parse_field(raw, entry, position, 1)
+            feature, feature_end = _parse_field(raw, name_end, position, 2)
+            kind, list_end = _parse_field(raw, feature, feature_end, raw[feature] >> 3)  # bytes_list or int64_list
+            value, value_end = _parse_field(raw, kind, list_end, 1)
+            values[raw[name:name_end]] = (value, value_end)
+        image, key = (raw[slice(*values[name])] for name in (b"image", b"key"))
+        label = _parse_varint(raw, values[b"label"][0])[0] if b"label" in values else -1
+    except (IndexError, KeyError) as error:
+        raise ValueError("not a record of a data set folder: it is cut off or a feature is missing") from error
+    return Record(image=image, key=key.decode("utf-8"), label=label)
+
+
+def decode_image(encoded: bytes) -> np.ndarray:
+    """Decodes a stored image to uint8 [H, W, 3] (red, green, blue). Raises ImageDecodeError on anything undecodable."""
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(encoded)) as image:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return np.array(image if image.mode == "RGB" else image.convert("RGB"))  # a writable copy
+    except DECODE_ERRORS as error:
+        raise ImageDecodeError(f"undecodable image: {error}") from error
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def load_info(path: str | pathlib.Path) -> DatasetInfo:
+    """Reads FOLDER/info.json. Raises UserError where there is none, or one of another format version."""
+    folder = pathlib.Path(path)
+    file = folder / INFO_FILE
+    if not folder.is_dir():
+        raise UserError(f"data set folder {folder} does not exist; make one with python -m data_prep.images")
+    if not file.is_file():
+        raise UserError(f"{folder} has no {INFO_FILE}: it is no data set folder, or its conversion has not finished")
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        version = fields["format_version"]
+        if version != FORMAT_VERSION:
+            raise UserError(f"{folder} has format version {version}, not {FORMAT_VERSION}; convert the data set anew")
+        splits = {name: SplitInfo(**split) for name, split in fields.pop("splits").items()}
+        return DatasetInfo(splits=splits, **fields)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} cannot be read ({error}); convert the data set anew") from error
+
+
+class RecordSource:
+    """Random access to the records of one split. Picklable: a copy opens the shards itself, each at its first read."""
+
+    def __init__(self, path: str | pathlib.Path, info: DatasetInfo, split_info: SplitInfo):
+        self.path = pathlib.Path(path)
+        self.info = info
+        self.split_info = split_info
+        self._ends = list(itertools.accumulate(split_info.shard_records))
+        self._readers = {}
+
+    def __len__(self) -> int:
+        return self.split_info.records
+
+    def read(self, i: int) -> bytes:
+        """The serialised record `i`, for `decode_record`. A damaged one raises RuntimeError, a bad index IndexError."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"record {i} of {len(self)}")
+        shard = bisect.bisect_right(self._ends, i)
+        if shard not in self._readers:
+            self._readers[shard] = open_shard(self.path / self.split_info.shards[shard])
+        first = self._ends[shard] - self.split_info.shard_records[shard]
+        return self._readers[shard].read([int(i) - first])[0]
+
+    def close(self) -> None:
+        """Closes the shards that are open; a later read opens them again."""
+        for reader in self._readers.values():
+            reader.close()
+        self._readers = {}
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_readers": {}}
+
+
+def open_shard(file: pathlib.Path) -> array_record_module.ArrayRecordReader:
+    """A reader for random access; on a damaged file `.ok()` is False, and `.close()` raises RuntimeError."""
+    # Read-ahead and threads serve sequential reading, and each open shard would hold 16 MB of buffer for it.
+    return array_record_module.ArrayRecordReader(str(file), "readahead_buffer_size:0,max_parallelism:0")
+
+
+def check_shard(file: pathlib.Path, records: int, size: int | None = None) -> None:
+    """Raises UserError if the shard is missing, truncated, or holds another number of records or bytes."""
+    if not file.is_file():
+        raise UserError(f"shard {file} is missing; copy the data set folder whole, or convert it anew")
+    found = file.stat().st_size
+    if size is not None and found != size:
+        raise UserError(f"shard {file} is damaged: it has {found} bytes instead of {size}; copy or convert it anew")
+    reader = open_shard(file)
+    if not reader.ok():
+        raise UserError(f"shard {file} is truncated or damaged; copy or convert it anew")
+    held = reader.num_records()
+    reader.close()
+    if held != records:
+        raise UserError(f"shard {file} holds {held} records instead of {records}; copy or convert it anew")
+
+
+def open_split(path: str | pathlib.Path, split: str) -> RecordSource:
+    """Opens one split of a data set folder and checks every shard.
+
+    Raises UserError: the folder or the split is missing, the images are not 8-bit RGB, or a shard is missing, truncated
+    or holds another number of records than info.json says.
+    """
+    info = load_info(path)
+    if split not in info.splits:
+        raise UserError(f"{path} has no split {split!r}; it has {', '.join(sorted(info.splits))}")
+    if len(info.bands) != len(BANDS) or info.dtype != "uint8":
+        raise UserError(f"{path} has {len(info.bands)} bands of {info.dtype}; this program reads 3 bands of uint8")
+    split_info = info.splits[split]
+    for name, records, size in zip(split_info.shards, split_info.shard_records, split_info.shard_bytes, strict=True):
+        check_shard(pathlib.Path(path) / name, records, size)
+    return RecordSource(path, info, split_info)

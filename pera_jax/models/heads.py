@@ -1,0 +1,51 @@
+"""The projection heads: an MLP to a unit vector, then a weight-normalised linear map.
+
+The map itself is not applied here: losses work on the unit vector `u` and the map's matrix `W`, because most of what is
+needed of `z = W u` costs less without `z`.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from pera_jax.models.vit import fan_in_uniform
+from pera_jax.precision import Precision
+
+
+def normalise(x: jax.Array, floor: float) -> jax.Array:
+    """`x / max(||x||, floor)` over the last axis, with a finite gradient at zero."""
+    square = jnp.sum(x * x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(square, floor**2))
+
+
+class Head(nn.Module):
+    """Linear, GELU, linear, GELU, linear, L2 normalisation; holds the last layer's `direction` v and `gain` g."""
+
+    hidden: int
+    bottleneck: int
+    outputs: int
+    precision: Precision = Precision()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`x` [..., D] -> unit vectors `u` [..., bottleneck] and the last layer's matrix `W` [outputs, bottleneck].
+
+        Row k of `W` is `g_k v_k / ||v_k||`. Both are in `wide` precision.
+        """
+        wide = self.precision.wide
+        for name, width in (("hidden_1", self.hidden), ("hidden_2", self.hidden), ("bottleneck", self.bottleneck)):
+            x = nn.Dense(
+                width,
+                dtype=self.precision.compute,
+                param_dtype=wide,
+                kernel_init=nn.initializers.normal(0.02),
+                precision=self.precision.matmul,
+                name=name,
+            )(x)
+            if name != "bottleneck":
+                x = nn.gelu(x, approximate=False)
+        shape = (self.outputs, self.bottleneck)
+        direction = self.param("direction", fan_in_uniform(self.bottleneck), shape, wide)
+        gain = self.param("gain", nn.initializers.ones, (self.outputs,), wide)
+        unit = normalise(x.astype(wide), self.precision.norm_floor)
+        return unit, gain[:, None] * normalise(direction, 0.0)

@@ -1,0 +1,42 @@
+"""The position embedding at another resolution: a fixed separable linear map."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_A = -0.75  # the bicubic kernel's parameter
+_OFFSET = 0.1  # DINO adds it to the new size, against a rounding error of the resize function it used
+
+
+def _kernel(distance: float) -> float:
+    d = abs(distance)
+    if d <= 1:
+        return ((_A + 2) * d - (_A + 3)) * d * d + 1
+    if d < 2:
+        return ((_A * d - 5 * _A) * d + 8 * _A) * d - 4 * _A
+    return 0.0
+
+
+@functools.cache
+def axis_map(old: int, new: int) -> np.ndarray:
+    """The [new, old] float64 matrix of one axis: bicubic, half-pixel centres, sampling scale `old / (new + 0.1)`,
+    no antialiasing, taps beyond the border clamped to the edge."""
+    matrix = np.zeros((new, old))
+    for row in range(new):
+        centre = (row + 0.5) * old / (new + _OFFSET) - 0.5
+        first = math.floor(centre) - 1
+        for tap in range(first, first + 4):
+            matrix[row, min(max(tap, 0), old - 1)] += _kernel(centre - tap)
+    return matrix
+
+
+def resample(grid: jax.Array, height: int, width: int) -> jax.Array:
+    """`grid` [h, w, D] -> [height, width, D]; the grid itself where the size is the same."""
+    if grid.shape[:2] == (height, width):
+        return grid
+    rows = jnp.asarray(axis_map(grid.shape[0], height), grid.dtype)
+    columns = jnp.asarray(axis_map(grid.shape[1], width), grid.dtype)
+    return jnp.einsum("ih,jw,hwd->ijd", rows, columns, grid, precision=jax.lax.Precision.HIGHEST)

@@ -1,0 +1,65 @@
+"""Stochastic depth that saves the work it skips: a residual branch runs on a random subset of the crops.
+
+Each group of `g` crops keeps exactly `max(floor((1 - rate) g), 1)` of them. The group is a number of the config and lies
+whole on one device, so the result depends on no mesh and the gathers move nothing between devices.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+
+def kept_of(group: int, rate: float) -> int:
+    """The number of crops of a group on which the branch runs."""
+    # 0.7 * 10 is 7.000000000000001 or 6.999999999999999 by the way it is written; the product of decimals is meant.
+    return max(math.floor(round((1.0 - rate) * group, 9)), 1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _take(x: jax.Array, order: jax.Array, inverse: jax.Array, kept: int) -> jax.Array:
+    return jnp.take_along_axis(x, order[:, :kept, None, None], axis=1)  # [G, g, N, D] -> [G, k, N, D]
+
+
+@jax.custom_vjp
+def _put(y: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
+    padding = [(0, 0), (0, order.shape[1] - y.shape[1]), (0, 0), (0, 0)]
+    return jnp.take_along_axis(jnp.pad(y, padding), inverse[:, :, None, None], axis=1)  # [G, k, N, D] -> [G, g, N, D]
+
+
+# The transpose of a gather is a scatter, which is slow and, sharded, not deterministic. Here the indices come from a
+# permutation, so each is the other's transpose and both directions are gathers.
+_take.defvjp(
+    lambda x, order, inverse, kept: (_take(x, order, inverse, kept), (order, inverse)),
+    lambda kept, indices, g: (_put(g, *indices), None, None),
+)
+_put.defvjp(
+    lambda y, order, inverse: (_put(y, order, inverse), (order, inverse, y.shape[1])),
+    lambda saved, g: (_take(g, *saved), None, None),
+)
+
+
+def residual(
+    branch: Callable[[jax.Array], jax.Array], x: jax.Array, key: jax.Array | None, rate: float, group: int
+) -> jax.Array:
+    """`x + branch(x)`, the branch on a random subset of each group of crops and scaled by `group / kept`.
+
+    Args:
+      branch: maps [n, N, D] to [n, N, D].
+      x: [b, N, D], `b` a multiple of `group`.
+      key: a PRNG key, or None: the branch runs on every crop.
+      rate: the share of the crops that is skipped.
+      group: crops per group.
+    """
+    if key is None or rate == 0.0:
+        return x + branch(x).astype(x.dtype)
+    groups, kept = x.shape[0] // group, kept_of(group, rate)
+    order = jnp.argsort(jax.random.bits(key, (groups, group)), axis=1).astype(jnp.int32)  # [G, g]
+    inverse = jnp.argsort(order, axis=1).astype(jnp.int32)  # [G, g]
+    grouped = x.reshape(groups, group, *x.shape[1:])  # [G, g, N, D]
+    subset = _take(grouped, order, inverse, kept)  # [G, k, N, D]
+    result = branch(subset.reshape(groups * kept, *x.shape[1:]))  # [G k, N, D]
+    result = (result.astype(x.dtype) * (group / kept)).reshape(subset.shape)
+    return x + _put(result, order, inverse).reshape(x.shape)

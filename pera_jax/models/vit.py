@@ -1,0 +1,227 @@
+"""The vision transformer: pre-norm, class token, learned absolute positions, two stacks of scanned blocks.
+
+Only the patches that a network may see are embedded; the learnable tokens join by concatenation between the `lower` and
+the `upper` stack (Shen et al., arXiv:2505.19447, section III-C). The stacks are stored as arrays with a leading axis of
+depth, whether they are scanned or unrolled. The only collection is `params`.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from pera_jax.errors import UserError
+from pera_jax.models import positions, stochastic_depth
+from pera_jax.precision import Precision
+from pera_jax.sharding import constrain_batch
+
+_NORMAL = nn.initializers.normal(0.02)
+
+
+def fan_in_uniform(fan_in: int):
+    """Uniform in +-1/sqrt(fan_in), PyTorch's rule for layers that set no other."""
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def patchify(images: jax.Array, patch: int) -> jax.Array:
+    """[B, H, W, C] -> [B, L, patch * patch * C]; patches in raster order, their values by row, column, channel."""
+    return rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=patch, q=patch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Depth:
+    """Stochastic depth of one pass: skip `rate` of each `group` crops."""
+
+    rate: float
+    group: int
+
+
+class Attention(nn.Module):
+    heads: int
+    precision: Precision
+
+    @nn.compact
+    def __call__(self, x):
+        policy = dict(
+            dtype=self.precision.compute,
+            param_dtype=self.precision.wide,
+            kernel_init=_NORMAL,
+            precision=self.precision.matmul,
+        )
+        width = x.shape[-1]
+        # Three, heads and head dimension are axes of the kernel, so that heads can be cut over devices.
+        qkv = nn.DenseGeneral((3, self.heads, width // self.heads), name="qkv", **policy)(x)  # [B, N, 3, H, D/H]
+        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, N, H, D/H]
+        # Not jax.nn.dot_product_attention: it would round float32 operands to TF32, and its softmax is never float64.
+        scores = self.precision.product("bqhe,bkhe->bhqk", query, key) * query.shape[-1] ** -0.5  # [B, H, N, N], wide
+        mixed = self.precision.product("bhqk,bkhe->bqhe", jax.nn.softmax(scores), value)  # [B, N, H, D/H]
+        return nn.DenseGeneral(width, axis=(-2, -1), name="projection", **policy)(mixed)  # [B, N, D]
+
+
+class Mlp(nn.Module):
+    ratio: float
+    precision: Precision
+
+    @nn.compact
+    def __call__(self, x):
+        policy = dict(
+            dtype=self.precision.compute,
+            param_dtype=self.precision.wide,
+            kernel_init=_NORMAL,
+            precision=self.precision.matmul,
+        )
+        hidden = nn.Dense(int(x.shape[-1] * self.ratio), name="in", **policy)(x)  # [B, N, 4 D]
+        return nn.Dense(x.shape[-1], name="out", **policy)(nn.gelu(hidden, approximate=False))  # [B, N, D]
+
+
+def _layer_norm(precision: Precision, name: str | None = None) -> nn.LayerNorm:
+    return nn.LayerNorm(
+        epsilon=1e-6, dtype=precision.wide, param_dtype=precision.wide, use_fast_variance=False, name=name
+    )
+
+
+class Block(nn.Module):
+    heads: int
+    mlp_ratio: float
+    precision: Precision
+    depth: Depth
+    keep_output: bool = False
+
+    @nn.compact
+    def __call__(self, x, key):
+        """`x` [B, N, D] -> the same, and once more for the scan to stack where `keep_output`."""
+        norm_1, attention = _layer_norm(self.precision, "norm_1"), Attention(self.heads, self.precision, name="attention")
+        norm_2, mlp = _layer_norm(self.precision, "norm_2"), Mlp(self.mlp_ratio, self.precision, name="mlp")
+        keys = (None, None) if key is None else jax.random.split(key)
+        x = stochastic_depth.residual(lambda y: attention(norm_1(y)), x, keys[0], self.depth.rate, self.depth.group)
+        x = stochastic_depth.residual(lambda y: mlp(norm_2(y)), x, keys[1], self.depth.rate, self.depth.group)
+        x = constrain_batch(x)
+        return x, (x if self.keep_output else None)
+
+
+class ViT(nn.Module):
+    """A vision transformer over any subset of an image's patches.
+
+    Attributes:
+      image_size: side in pixels of the crops that the position embedding was made for.
+      bands: channels of an image.
+      split: blocks in the `lower` stack; the learnable tokens join after it.
+      scan: compile one block and loop over it, else unroll (same parameters).
+      remat: recompute each block in the backward pass.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    patch: int
+    image_size: int
+    bands: int
+    split: int
+    mlp_ratio: float = 4.0
+    scan: bool = True
+    remat: bool = False
+    precision: Precision = Precision()
+
+    def setup(self):
+        wide, grid = self.precision.wide, self.image_size // self.patch
+        fan_in = self.patch**2 * self.bands
+        self.patch_projection = nn.Dense(
+            self.width,
+            dtype=self.precision.compute,
+            param_dtype=wide,
+            kernel_init=fan_in_uniform(fan_in),
+            bias_init=fan_in_uniform(fan_in),
+            precision=self.precision.matmul,
+        )
+        self.class_token = self.param("class_token", nn.initializers.normal(1e-6), (self.width,), wide)
+        self.position_embedding = self.param("position_embedding", _NORMAL, (1 + grid * grid, self.width), wide)
+        self.norm = _layer_norm(self.precision)
+
+    def positions(self, height: int, width: int) -> jax.Array:
+        """The position embedding [1 + h w, D] of an image of `height` x `width` patches."""
+        side = self.image_size // self.patch
+        grid = self.position_embedding[1:].reshape(side, side, self.width)  # [G, G, D]
+        grid = positions.resample(grid, height, width).reshape(height * width, self.width)  # [L, D]
+        return jnp.concatenate([self.position_embedding[:1], grid])  # [1 + L, D]
+
+    def _stack(self, name, length, x, key, depth, keep_outputs=False):
+        block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
+        stack = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=length,
+            unroll=1 if self.scan else length,
+        )(self.heads, self.mlp_ratio, self.precision, depth, keep_outputs, name=name)
+        return stack(x, None if key is None else jax.random.split(key, length))
+
+    @nn.compact
+    def __call__(self, images, visible=None, learnable=None, mask_token=None, key=None, depth=Depth(0.0, 1), blocks=0):
+        """Encodes the `visible` patches of `images` and, from mid depth on, the `learnable` ones.
+
+        Args:
+          images: [B, H, W, C] normalised, H and W multiples of `patch`.
+          visible: [B, n] int patch indices, or None: all patches in raster order.
+          learnable: [B, m] int patch indices, or None.
+          mask_token: [D], the vector from which learnable tokens start; with `learnable`.
+          key: a PRNG key switches stochastic depth on, with `depth`.
+          blocks: also return the outputs of this many last blocks.
+
+        Returns:
+          A dict of `wide` arrays after the final norm: `class_token` [B, D], `patch_tokens` [B, n, D], with `learnable`
+          also `learnable_tokens` [B, m, D], with `blocks` also `blocks`, a list of [B, 1 + n, D], the last block last.
+        """
+        wide = self.precision.wide
+        position = self.positions(images.shape[1] // self.patch, images.shape[2] // self.patch)  # [1 + L, D]
+        patches = patchify(images, self.patch)  # [B, L, p p C]
+        chosen = position[1:]  # [L, D]
+        if visible is not None:  # gather before embedding: what is not seen is never embedded
+            patches = jnp.take_along_axis(patches, visible[:, :, None], axis=1)  # [B, n, p p C]
+            chosen = jnp.take(chosen, visible, axis=0)  # [B, n, D]
+        tokens = self.patch_projection(patches).astype(wide) + chosen  # [B, n, D]
+        first = jnp.broadcast_to(self.class_token + position[0], (len(images), 1, self.width))  # [B, 1, D]
+        x = constrain_batch(jnp.concatenate([first, tokens], axis=1))  # [B, 1 + n, D]
+
+        keys = (None, None) if key is None else jax.random.split(key)
+        x, lower = self._stack("lower", self.split, x, keys[0], depth, blocks > 0)
+        joined = x.shape[1]
+        if learnable is not None:
+            joining = mask_token + jnp.take(position[1:], learnable, axis=0)  # [B, m, D]
+            x = constrain_batch(jnp.concatenate([x, joining], axis=1))  # [B, 1 + n + m, D]
+        x, upper = self._stack("upper", self.depth - self.split, x, keys[1], depth, blocks > 0)
+        x = self.norm(x)
+        result: dict[str, Any] = {"class_token": x[:, 0], "patch_tokens": x[:, 1:joined]}
+        if learnable is not None:
+            result["learnable_tokens"] = x[:, joined:]
+        if blocks:
+            outputs = jnp.concatenate([lower, upper])[-blocks:]  # [blocks, B, 1 + n, D]
+            result["blocks"] = [self.norm(output) for output in outputs]
+        return result
+
+
+def description(model: ViT) -> dict[str, Any]:
+    """What `build` needs to make the same network again, as JSON."""
+    names = ("width", "depth", "heads", "patch", "image_size", "bands", "split", "mlp_ratio")
+    return {name: getattr(model, name) for name in names}
+
+
+def build(shape: dict[str, Any], precision: Precision = Precision(), scan: bool = True, remat: bool = False) -> ViT:
+    """A `ViT` from its `description`.
+
+    Raises:
+      UserError: sizes that do not divide, or no block on one side of the split.
+    """
+    if shape["width"] % shape["heads"]:
+        raise UserError(f"model.width={shape['width']} is not a multiple of model.heads={shape['heads']}")
+    if shape["image_size"] % shape["patch"]:
+        raise UserError(
+            f"crops.global_size={shape['image_size']} is not a multiple of model.patch={shape['patch']}; "
+            "choose a crop size that the patch divides"
+        )
+    if not 0 < shape["split"] < shape["depth"]:
+        raise UserError(f"model.depth={shape['depth']} must be at least 2: the learnable tokens join between two halves")
+    return ViT(**shape, scan=scan, remat=remat, precision=precision)

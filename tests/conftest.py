@@ -1,0 +1,17 @@
+"""Eight virtual CPU devices for every test, set before anything imports jax."""
+
+import os
+import pathlib
+import sys
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# XLA's CPU collectives deadlock when 8 devices share a thread pool of 2; the pool's size is read from NPROC.
+os.environ["NPROC"] = "32"
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+# Tests start many trainings of the same few programs: they share what is compiled, also with the commands they start.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+sys.path.insert(0, str(ROOT))  # `data_prep`, `configs` and `benchmarks` are run from the checkout
+os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)

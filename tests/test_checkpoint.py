@@ -1,0 +1,140 @@
+"""Checkpoints: exact on any number of devices, kept by policy, usable alone, refused with a sentence."""
+
+import importlib
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from pera_jax import checkpoint, run_meta, sharding
+from pera_jax import step as steps
+from pera_jax.errors import UserError
+from pera_jax.objectives import pera
+
+DATA = {"name": "toy", "fingerprint": "f", "class_names": None, "records": 10, "split": "train"}
+BANDS = ["red", "green", "blue"]
+
+
+def parts(**model):
+    """(config, objective, optimiser) of a tiny run."""
+    config = importlib.import_module("configs.demo").get_config("smoke")
+    config.model.update(model)
+    objective = pera.from_config(config, (0.5,) * 3, (0.3,) * 3, 3)
+    return config, objective, steps.make_optimiser(config.optimiser)
+
+
+def meta_of(config, objective):
+    return run_meta.describe(config, objective, DATA, BANDS)
+
+
+@pytest.fixture(scope="module")
+def state():
+    """A state cut over eight devices, no two leaves of it alike."""
+    _, objective, optimiser = parts()
+    born = steps.born_sharded(objective, optimiser, sharding.make_mesh(fsdp=8), seed=1)
+    leaves, tree = jax.tree.flatten(born)
+    changed = [leaf + np.asarray(i, leaf.dtype) for i, leaf in enumerate(leaves)]
+    changed = [jax.device_put(new, old.sharding) for new, old in zip(changed, leaves, strict=True)]
+    return jax.tree.unflatten(tree, changed).replace(step=jax.device_put(np.int32(0), born.step.sharding))
+
+
+@pytest.fixture(scope="module")
+def run(state, tmp_path_factory):
+    """A run with the checkpoints of steps 1 to 7; the last 2 are kept, and multiples of 3."""
+    workdir = tmp_path_factory.mktemp("run")
+    config, objective, _ = parts()
+    store = checkpoint.Store(str(workdir), keep_last=2, keep_every=3)
+    for step in range(1, 8):  # back to back: none may be skipped
+        current = state.replace(step=state.step + step)
+        store.save(current, meta_of(config, objective), {"batches": step, "replaced": 10 * step})
+    store.close()
+    return workdir
+
+
+def test_the_last_checkpoints_and_every_nth_are_kept(run):
+    assert checkpoint.saved_steps(run) == [3, 6, 7]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["3", "6", "7"]
+
+
+@pytest.mark.parametrize("mesh", [{"devices": jax.devices()[:1]}, {"data": 4, "fsdp": 2}, {"fsdp": 8}])
+def test_a_state_comes_back_exactly_on_any_mesh(run, state, mesh):
+    _, objective, optimiser = parts()
+    abstract = steps.abstract_state(objective, optimiser, sharding.make_mesh(**mesh))
+    restored, data = checkpoint.restore(checkpoint.folder_of(run, 6)[0], abstract)
+    assert data == {"batches": 6, "replaced": 60}
+    wanted = state.replace(step=np.int32(6))
+    assert jax.tree.structure(restored) == jax.tree.structure(wanted)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), restored, wanted)
+    assert jax.tree.all(jax.tree.map(lambda leaf, like: leaf.sharding == like.sharding, restored, abstract))
+
+
+def test_weights_come_with_what_is_needed_to_use_them(run, state):
+    config, objective, _ = parts()
+    for which, wanted in (("teacher", state.teacher), ("student", state.params)):
+        weights = checkpoint.load_weights(run, step=6, which=which)
+        jax.tree.map(np.testing.assert_array_equal, weights.params, wanted)
+        assert weights.backbone is weights.params["backbone"]
+        assert weights.meta == meta_of(config, objective) | {"step": 6}
+    assert checkpoint.objective_of(weights.meta).vit == objective.vit
+
+
+def test_init_from_another_shape_names_every_leaf_that_differs(run, state):
+    _, objective, optimiser = parts(width=64)
+    other = jax.eval_shape(lambda: steps.new_state(objective, optimiser, 0))
+    with pytest.raises(UserError) as error:
+        checkpoint.with_weights(other, str(run))
+    message = str(error.value)
+    assert "backbone/class_token is (32,) there and (64,) here" in message
+    differing = [
+        sharding.path_of(path)
+        for (path, leaf), old in zip(
+            jax.tree_util.tree_flatten_with_path(other.params)[0], jax.tree.leaves(state.params), strict=True
+        )
+        if leaf.shape != old.shape
+    ]
+    assert len(differing) > 20 and all(f"{path} is" in message for path in differing)
+
+
+def test_restoring_into_another_shape_or_a_damaged_checkpoint_is_refused(run, tmp_path):
+    _, objective, optimiser = parts(width=64)
+    folder = checkpoint.folder_of(run, 7)[0]
+    with pytest.raises(UserError, match=f"{folder} does not fit this config: .*params/backbone/class_token is"):
+        checkpoint.restore(folder, steps.abstract_state(objective, optimiser, sharding.make_mesh()))
+    damaged = tmp_path / "checkpoints" / "7"
+    (damaged / "meta").mkdir(parents=True)
+    with pytest.raises(UserError, match="cannot be read"):
+        checkpoint.load_weights(tmp_path)
+
+
+def test_what_is_not_there_is_named(run, tmp_path, state):
+    with pytest.raises(UserError, match=re.escape(f"{run} has no checkpoint of step 4; there are 3, 6, 7")):
+        checkpoint.load_weights(run, step=4)
+    with pytest.raises(UserError, match="is not the folder of a run"):
+        checkpoint.load_weights(tmp_path / "nowhere")
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="holds no finished checkpoint yet"):
+        checkpoint.load_weights(tmp_path)
+    config, objective, _ = parts()
+    store = checkpoint.Store(str(tmp_path), keep_last=1, keep_every=1)
+    store.save(state, meta_of(config, objective) | {"format_version": 2}, {"batches": 0, "replaced": 0})
+    store.close()
+    with pytest.raises(UserError, match="has format version 2, this program reads 1"):
+        checkpoint.load_weights(tmp_path)
+
+
+def test_a_run_goes_on_only_with_its_own_model_settings_and_data():
+    config, objective, _ = parts()
+    meta = meta_of(config, objective)
+    run_meta.check_same_run(meta, meta, "runs/a", allow_changed_data=False)
+    changed = {
+        "another model: its model is": meta | {"model": meta["model"] | {"depth": 9}},
+        "another model: its mean is": meta | {"mean": [0.4] * 3},
+        "another run: its batch_size is": meta | {"config": meta["config"] | {"batch_size": 3}},
+        "another run: its seed is": meta | {"config": meta["config"] | {"seed": 3}},
+        "another data set: toy with fingerprint g": meta | {"data": DATA | {"fingerprint": "g"}},
+    }
+    for message, found in changed.items():
+        with pytest.raises(UserError, match=f"runs/a is of {message}"):
+            run_meta.check_same_run(found, meta, "runs/a", allow_changed_data=False)
+    run_meta.check_same_run(meta | {"data": DATA | {"fingerprint": "g"}}, meta, "runs/a", allow_changed_data=True)

@@ -1,0 +1,254 @@
+"""The stream of batches: what it may depend on, and what a damaged record does to it."""
+
+import io
+import os
+import pathlib
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import numpy as np
+import pytest
+from array_record.python import array_record_module
+from PIL import Image
+
+from pera_jax.data import pipeline, records
+from pera_jax.errors import UserError
+
+RECORDS, BATCH = 50, 12  # Epochs of four batches; two records are left out of each.
+CROPS = types.SimpleNamespace(
+    global_size=32,
+    global_number=2,
+    global_area=(0.4, 1.0),
+    local_size=16,
+    local_number=3,
+    local_area=(0.05, 0.4),
+    aspect=(0.75, 1.33),
+    flip=0.5,
+)
+
+
+def encoded_image(index: int) -> bytes:
+    rng = np.random.default_rng(index)
+    pixels = rng.integers(0, 256, (*rng.integers(24, 60, 2), 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG" if index % 2 else "JPEG")
+    return file.getvalue()
+
+
+def write_records(folder: pathlib.Path, images: list[bytes]) -> records.RecordSource:
+    """A data set of two shards; labels are record numbers."""
+    shards, ends = ["a.array_record", "b.array_record"], [0, 20, len(images)]
+    for name, start, stop in zip(shards, ends, ends[1:]):
+        writer = array_record_module.ArrayRecordWriter(str(folder / name), "group_size:1,uncompressed")
+        for i in range(start, stop):
+            writer.write(records.encode_record(images[i], f"{i}.png", i))
+        writer.close()
+    split = records.SplitInfo(
+        records=len(images),
+        shards=shards,
+        shard_records=[20, len(images) - 20],
+        shard_bytes=[(folder / name).stat().st_size for name in shards],
+        mean=[0.5] * 3,
+        std=[0.2] * 3,
+        fingerprint="",
+        source="",
+    )
+    bands, version = list(records.BANDS), records.FORMAT_VERSION
+    info = records.DatasetInfo("test", bands, "uint8", None, split.mean, split.std, version, {"train": split})
+    return records.RecordSource(folder, info, split)
+
+
+@pytest.fixture(scope="module")
+def images() -> list[bytes]:
+    return [encoded_image(i) for i in range(RECORDS)]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, images) -> records.RecordSource:
+    return write_records(tmp_path_factory.mktemp("records"), images)
+
+
+def take(source, number: int, **settings) -> list[dict[str, np.ndarray]]:
+    settings = {"batch_size": BATCH, "seed": 5, **settings}
+    stream = pipeline.make_pipeline(source, CROPS, **settings)
+    batches = [{name: value.copy() for name, value in next(stream).items()} for _ in range(number)]
+    stream.close()
+    return batches
+
+
+def assert_same(actual: list[dict], wanted: list[dict]) -> None:
+    assert len(actual) == len(wanted)
+    for one, other in zip(actual, wanted, strict=True):
+        assert one.keys() == other.keys()
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name], strict=True)
+
+
+@pytest.fixture(scope="module")
+def stream(source) -> list[dict[str, np.ndarray]]:
+    return take(source, 9)
+
+
+def test_batches_have_the_shapes_and_types_that_are_promised(source, stream):
+    shapes = {name: (value.shape, value.dtype) for name, value in stream[0].items()}
+    assert shapes == {
+        "global": ((BATCH, 2, 32, 32, 3), np.uint8),
+        "local": ((BATCH, 3, 16, 16, 3), np.uint8),
+        "label": ((BATCH,), np.int32),
+        "index": ((BATCH,), np.int64),
+        "replaced": ((BATCH,), np.bool_),
+    }
+    no_locals = types.SimpleNamespace(**{**vars(CROPS), "local_number": 0})
+    batches = pipeline.make_pipeline(source, no_locals, batch_size=BATCH, seed=5)
+    assert "local" not in next(batches)
+    batches.close()
+
+
+def test_an_epoch_shows_no_record_twice_and_epochs_differ(stream):
+    epochs = [np.concatenate([batch["index"] for batch in stream[start : start + 4]]) for start in (0, 4)]
+    for epoch in epochs:
+        assert len(set(epoch)) == 4 * BATCH and epoch.max() < RECORDS
+        assert np.mean(np.diff(epoch) == 1) < 0.3
+    assert np.mean(epochs[0] == epochs[1]) < 0.3
+    assert set(epochs[0]) != set(epochs[1])  # What is left out changes too.
+    for batch in stream:
+        np.testing.assert_array_equal(batch["label"], batch["index"])
+        assert not batch["replaced"].any()
+
+
+def test_crops_change_with_the_epoch_and_with_the_seed(source, stream):
+    def crops_of(batches: list[dict], record: int) -> np.ndarray:
+        return next(b["global"][b["index"] == record][0] for b in batches if record in b["index"])
+
+    record = next(iter(set(stream[0]["index"]) & set(np.concatenate([b["index"] for b in stream[4:8]]))))
+    first, second = crops_of(stream[:4], record), crops_of(stream[4:8], record)
+    assert (first != second).mean() > 0.5
+    assert (first[0] != first[1]).mean() > 0.5
+    other = take(source, 1, seed=6)[0]
+    assert (other["index"] != stream[0]["index"]).any()
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_the_stream_is_the_same_for_any_number_of_workers(source, stream, workers):
+    assert_same(take(source, 9, workers=workers), stream)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_parts_of_the_processes_make_up_the_global_batch_in_order(source, stream, count):
+    parts = [take(source, 5, process_index=i, process_count=count) for i in range(count)]
+    joined = [{name: np.concatenate([p[name] for p in step]) for name in step[0]} for step in zip(*parts, strict=True)]
+    assert_same(joined, stream[:5])
+
+
+@pytest.mark.parametrize(("start", "workers"), [(1, 0), (3, 0), (4, 0), (7, 0), (3, 2)])
+def test_reading_goes_on_from_any_batch(source, stream, start, workers):
+    assert_same(take(source, min(3, 9 - start), start_batch=start, workers=workers), stream[start : start + 3])
+
+
+def test_damaged_records_are_replaced_and_leave_the_others_alone(tmp_path, images, stream):
+    images = list(images)
+    images[30] = images[30][: len(images[30]) // 2]  # An image cut short: it cannot be decoded.
+    images[31] = b""
+    source = write_records(tmp_path, images)
+    shard = tmp_path / "a.array_record"
+    content = bytearray(shard.read_bytes())
+    content[content.index(images[11]) + 5] ^= 1  # One bit of the file: ArrayRecord cannot read record 11.
+    shard.write_bytes(content)
+    with pytest.raises(RuntimeError):
+        source.read(11)
+
+    for actual, wanted in zip(take(source, 9), stream, strict=True):
+        np.testing.assert_array_equal(actual["index"], wanted["index"])
+        np.testing.assert_array_equal(actual["replaced"], np.isin(wanted["index"], [11, 30, 31]))
+        after = {11: 12, 30: 32, 31: 32}
+        np.testing.assert_array_equal(actual["label"], [after.get(i, i) for i in wanted["index"]])
+        intact = ~actual["replaced"]
+        for name in ("global", "local"):
+            np.testing.assert_array_equal(actual[name][intact], wanted[name][intact])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_data_set_without_a_good_image_ends_with_one_sentence(tmp_path, workers):
+    with pytest.raises(UserError, match="in a row from number"):
+        take(write_records(tmp_path, [b"no image"] * RECORDS), 1, workers=workers)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": RECORDS + 1}, "make the batch smaller"),
+        ({"process_count": 5}, "choose a multiple"),
+        ({"seed": -1}, "out of range"),
+        pytest.param(
+            {"workers": 10**9},
+            "shared memory",
+            marks=pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="shared memory is no folder here"),
+        ),
+    ],
+)
+def test_wrong_settings_end_with_one_sentence(source, settings, message):
+    with pytest.raises(UserError, match=message):
+        take(source, 1, **settings)
+
+
+PROGRAM = """
+import multiprocessing, os, pickle, signal, sys, time
+from pera_jax.data import pipeline
+
+def main():
+    with open(sys.argv[1], "rb") as file:
+        source, crops = pickle.load(file)
+    stream = pipeline.make_pipeline(source, crops, batch_size=12, seed=0, workers=2)
+    for _ in range(3):
+        next(stream)
+    workers = [process.pid for process in multiprocessing.active_children()]
+    print(*workers, flush=True)
+    if sys.argv[2] == "hang":
+        time.sleep(600)
+    for worker in workers:  # As a terminal and a scheduler do: the whole group gets the signal.
+        os.kill(worker, signal.SIGINT)
+        os.kill(worker, signal.SIGTERM)
+    for _ in range(6):
+        next(stream)
+    stream.close()
+    stream.close()
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.fixture
+def program(tmp_path, source) -> list[str]:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / "arguments").write_bytes(pickle.dumps((source, CROPS)))
+    return [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "arguments")]
+
+
+def test_workers_outlive_signals_to_the_group_and_end_without_noise(program):
+    done = subprocess.run([*program, "close"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.split()) == 2
+
+
+def test_workers_end_when_their_parent_is_killed(program):
+    with subprocess.Popen([*program, "hang"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as parent:
+        workers = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(workers) == 2 and all(alive(pid) for pid in workers)
+        parent.send_signal(signal.SIGKILL)
+    for _ in range(300):
+        if not any(alive(pid) for pid in workers):
+            return
+        time.sleep(0.1)
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
+    pytest.fail("workers live on after their parent")
+
+
+def alive(pid: int) -> bool:
+    status = pathlib.Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z"

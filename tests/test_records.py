@@ -1,0 +1,143 @@
+"""The data set folder as its readers see it."""
+
+import dataclasses
+import io
+import json
+import pickle
+
+import numpy as np
+import pytest
+from array_record.python import array_record_module
+from PIL import Image
+
+from pera_jax.data import records
+from pera_jax.errors import UserError
+
+
+def png(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4 + value, 3), (value, 2 * value, 255 - value)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two shards of 3 and 2 records, written with nothing but the format's own description."""
+    counts, names = [3, 2], ["toy-train.array_record-0000%d-of-00002" % k for k in range(2)]
+    number = 0
+    for name, count in zip(names, counts, strict=True):
+        writer = array_record_module.ArrayRecordWriter(str(tmp_path / name), "group_size:1,uncompressed")
+        for _ in range(count):
+            writer.write(records.encode_record(png(number), f"a/{number}.png", number % 2))
+            number += 1
+        writer.close()
+    sizes = [(tmp_path / name).stat().st_size for name in names]
+    statistics = {"mean": [0.5] * 3, "std": [0.2] * 3}
+    split = records.SplitInfo(5, names, counts, sizes, **statistics, fingerprint="f", source="s")
+    version = records.FORMAT_VERSION
+    info = records.DatasetInfo(
+        "toy", list(records.BANDS), "uint8", ["a", "b"], **statistics, format_version=version, splits={"train": split}
+    )
+    (tmp_path / "info.json").write_text(json.dumps(dataclasses.asdict(info)))
+    return tmp_path
+
+
+def edit_info(folder, **changes):
+    file = folder / "info.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("label", [None, 0, 1, 127, 128, 70_000])
+def test_record_is_a_tf_example(label):
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    image, key = bytes(range(256)) * 40, "wälder/tile 7.jpg"
+    raw = records.encode_record(image, key, label)
+    feature = tf_example_pb2.Example.FromString(raw).features.feature
+    assert feature["image"].bytes_list.value[0] == image
+    assert feature["key"].bytes_list.value[0].decode() == key
+    assert list(feature["label"].int64_list.value) == ([] if label is None else [label])
+    other_writer = tf_example_pb2.Example.FromString(raw).SerializeToString()  # features in protobuf's order
+    expected = records.Record(image=image, key=key, label=-1 if label is None else label)
+    assert records.decode_record(raw) == records.decode_record(other_writer) == expected
+
+
+def test_damaged_record_is_a_value_error():
+    raw = records.encode_record(png(3), "a/b.png", 300)
+    for cut in range(len(raw)):
+        with pytest.raises(ValueError):
+            records.decode_record(raw[:cut])
+    rng = np.random.default_rng(0)
+    for _ in range(2000):  # any flipped byte: a value error or another record, but no other exception
+        damaged = bytearray(raw)
+        damaged[rng.integers(len(raw))] = rng.integers(256)
+        try:
+            records.decode_record(bytes(damaged))
+        except ValueError:
+            pass
+
+
+def test_source_reads_every_record_also_after_pickling(folder):
+    source = records.open_split(folder, "train")
+    source.read(0)
+    for copy in (source, pickle.loads(pickle.dumps(source))):
+        found = [records.decode_record(copy.read(i)) for i in np.arange(len(copy))]
+        assert [record.key for record in found] == [f"a/{i}.png" for i in range(5)]
+        assert [record.label for record in found] == [0, 1, 0, 1, 0]
+        assert [records.decode_image(record.image).shape for record in found] == [(3, 4 + i, 3) for i in range(5)]
+        with pytest.raises(IndexError):
+            copy.read(5)
+    assert records.decode_image(png(7))[0, 0].tolist() == [7, 14, 248]
+
+
+def test_damaged_record_in_a_shard_is_a_runtime_error_and_spares_the_others(folder):
+    file = folder / "toy-train.array_record-00000-of-00002"
+    content = bytearray(file.read_bytes())
+    content[content.index(b"a/1.png")] ^= 255
+    file.write_bytes(content)
+    source = records.open_split(folder, "train")
+    with pytest.raises(RuntimeError):
+        source.read(1)
+    assert [records.decode_record(source.read(i)).key for i in (0, 2)] == ["a/0.png", "a/2.png"]
+
+
+@pytest.mark.parametrize("encoded", [b"", b"no image", png(5)[:40], png(200)[:-40]])
+def test_undecodable_image(encoded):
+    with pytest.raises(records.ImageDecodeError):
+        records.decode_image(encoded)
+
+
+@pytest.mark.parametrize("keep", [0, 100, 65_536, -1])
+def test_truncated_shard_is_named(folder, keep):
+    file = folder / "toy-train.array_record-00001-of-00002"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(UserError, match="toy-train.array_record-00001-of-00002 is damaged"):
+        records.open_split(folder, "train")
+
+
+def test_bad_folders_are_one_clear_sentence(folder, tmp_path_factory):
+    shard = folder / "toy-train.array_record-00000-of-00002"
+    with pytest.raises(UserError, match="no split 'test'; it has train"):
+        records.open_split(folder, "test")
+    with pytest.raises(UserError, match="does not exist"):
+        records.load_info(folder / "nowhere")
+    with pytest.raises(UserError, match="has no info.json"):
+        records.load_info(tmp_path_factory.mktemp("empty"))
+    with pytest.raises(UserError, match="holds 3 records instead of 4"):
+        records.check_shard(shard, 4)
+    zeros = folder / "zeros"
+    zeros.write_bytes(bytes(shard.stat().st_size))
+    with pytest.raises(UserError, match="truncated or damaged"):
+        records.check_shard(zeros, 3, shard.stat().st_size)
+    shard.rename(folder / "moved")
+    with pytest.raises(UserError, match="00000-of-00002 is missing"):
+        records.open_split(folder, "train")
+    edit_info(folder, bands=["red", "green", "blue", "near infrared"])
+    with pytest.raises(UserError, match="has 4 bands of uint8"):
+        records.open_split(folder, "train")
+    edit_info(folder, format_version=2, invented=1)
+    with pytest.raises(UserError, match="format version 2, not 1"):
+        records.load_info(folder)
+    (folder / "info.json").write_text('{"format_version": 1, "na')
+    with pytest.raises(UserError, match="cannot be read"):
+        records.load_info(folder)
