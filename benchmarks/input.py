@@ -14,7 +14,6 @@ import json
 import multiprocessing
 import os
 import pathlib
-import runpy
 import tempfile
 import time
 from collections import defaultdict
@@ -42,7 +41,7 @@ _PARTS = {
 
 def main() -> None:
     arguments = _arguments()
-    crops = pipeline.Crops.of(_load_config(arguments.config).crops)
+    crops = pipeline.Crops.of((configs.load(arguments.config) if arguments.config else configs.default()).crops)
     with tempfile.TemporaryDirectory() as folder:
         if arguments.data:
             source = records.open_split(arguments.data, arguments.split)
@@ -154,16 +153,6 @@ def _make_records(folder: pathlib.Path) -> records.RecordSource:
     bands, version = list(records.BANDS), records.FORMAT_VERSION
     info = records.DatasetInfo("made", bands, "uint8", None, split.mean, split.std, version, {"train": split})
     return records.RecordSource(folder, info, split)
-
-
-def _load_config(path: str | None):
-    """The config of `configs/NAME.py` or `configs/NAME.py:ARGUMENT`; the published one without a path."""
-    if path is None:
-        return configs.default()
-    name, _, argument = path.partition(":")
-    if not os.path.isfile(name):
-        raise UserError(f"config {name} does not exist")
-    return runpy.run_path(name)["get_config"](argument or None)
 
 
 def _arguments() -> argparse.Namespace:

@@ -4,6 +4,11 @@ The defaults are the published ViT-B/16. A file of `configs/` starts from `defau
 is not here is refused. Durations are strings with their unit: "20 epochs", "1500 steps", "96000 examples", "10 percent".
 """
 
+import ast
+import os
+import runpy
+from collections.abc import Sequence
+
 from ml_collections import ConfigDict
 
 from pera_jax.errors import UserError
@@ -114,6 +119,36 @@ def finish(config: ConfigDict, argument: str | None) -> ConfigDict:
     if argument not in (None, "", "smoke"):
         raise UserError(f"the config takes no argument {argument!r}; only `:smoke` is known")
     return smoke(config) if argument == "smoke" else config
+
+
+def load(path: str, changes: Sequence[str] = ()) -> ConfigDict:
+    """The config of `configs/NAME.py` or `configs/NAME.py:ARGUMENT`, for commands without absl's `--config`.
+
+    Args:
+      changes: "field.of.config=value" each, the value as Python writes it; words need no quotes.
+
+    Raises:
+      UserError: no such file, or a change that does not fit.
+    """
+    name, _, argument = path.partition(":")
+    if not os.path.isfile(name):
+        raise UserError(f"config {name} does not exist; name a file of configs/")
+    config = runpy.run_path(name)["get_config"](argument or None)
+    for change in changes:
+        field, equals, text = change.partition("=")
+        if not equals:
+            raise UserError(f"the change {change!r} is not of the form field.of.config=value")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        try:
+            config.update_from_flattened_dict({field: value})
+        except (KeyError, AttributeError) as error:
+            raise UserError(f"the config has no field {field}") from error
+        except TypeError as error:
+            raise UserError(f"{field}={text} is of another type than its default") from error
+    return config
 
 
 def check(config: ConfigDict, batch_shards: int, hosts: int) -> None:

@@ -34,16 +34,19 @@ class Masks:
     teacher: jax.Array  # [N, n_t]
 
 
-def counts(patches: int, student_share: float, teacher_share: float) -> Counts:
+def counts(patches: int, student_share: float, teacher_share: float, needs_learnable: bool = True) -> Counts:
     """`n_s = round(s L)`, `n_l = round(L (1 - t)) - n_s`, `n_t` the rest; `round` is half to even.
 
+    Args:
+      needs_learnable: whether the learnable part is used; local crops leave theirs unused, so it may be empty there.
+
     Raises:
-      UserError: a part would be empty.
+      UserError: a part that is used would be empty.
     """
     n_student = round(student_share * patches)
     n_learnable = round(patches * (1 - teacher_share)) - n_student
     result = Counts(n_student, n_learnable, patches - n_student - n_learnable)
-    if min(n_student, n_learnable, result.teacher) < 1:
+    if min(n_student, result.teacher) < 1 or n_learnable < int(needs_learnable):
         raise UserError(
             f"masks.student={student_share} and masks.teacher={teacher_share} cut {patches} patches into {n_student} for "
             f"the student, {n_learnable} learnable and {result.teacher} for the teacher; each part needs at least one "

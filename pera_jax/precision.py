@@ -61,8 +61,12 @@ def _product(subscripts: str, policy: Precision, a: jax.Array, b: jax.Array) -> 
 
 
 def _product_backward(subscripts, policy, operands, cotangent):
-    _, pull = jax.vjp(lambda a, b: jnp.einsum(subscripts, a, b, precision=policy.matmul), *operands)
-    return pull(cotangent.astype(policy.compute))
+    a, b = operands
+    cotangent = cotangent.astype(policy.compute)
+    product = functools.partial(jnp.einsum, subscripts, precision=policy.matmul)
+    (to_a,) = jax.linear_transpose(lambda a: product(a, b), a)(cotangent)
+    (to_b,) = jax.linear_transpose(lambda b: product(a, b), b)(cotangent)
+    return to_a, to_b
 
 
 _product.defvjp(lambda subscripts, policy, a, b: (_product(subscripts, policy, a, b), (a, b)), _product_backward)

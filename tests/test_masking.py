@@ -30,6 +30,15 @@ def test_an_empty_part_is_an_error_that_names_the_fields(shares):
         masking.counts(16, *shares)
 
 
+def test_a_learnable_part_that_is_not_used_may_be_empty():
+    parts = masking.counts(4, 0.3, 0.7, needs_learnable=False)
+    assert (parts.student, parts.learnable, parts.teacher) == (1, 0, 3)
+    masks = masking.sample(jax.random.key(0), 5, parts)
+    assert (masks.student.shape, masks.learnable.shape, masks.teacher.shape) == ((5, 1), (5, 0), (5, 3))
+    with pytest.raises(UserError, match="at least one"):
+        masking.counts(4, 0.6, 0.7, needs_learnable=False)  # the three parts would overlap
+
+
 def test_parts_are_disjoint_and_cover_every_crop():
     parts = masking.counts(36, 0.2, 0.6)
     masks = masking.sample(jax.random.key(0), 50, parts)

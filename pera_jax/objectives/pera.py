@@ -199,7 +199,9 @@ def from_config(config, mean, std, bands: int) -> PerA:
     )
     sizes = {"global": (crops.global_number, crops.global_size), "local": (crops.local_number, crops.local_size)}
     parts = {
-        kind: masking.counts((size // model.patch) ** 2, config.masks.student, config.masks.teacher)
+        kind: masking.counts(
+            (size // model.patch) ** 2, config.masks.student, config.masks.teacher, needs_learnable=kind == "global"
+        )
         for kind, (number, size) in sizes.items() if number
     }
     group = config.stochastic_depth.group

@@ -1,0 +1,185 @@
+"""The training step of a config: CPU time, FLOPs beside the method's own, and bytes.
+
+    python benchmarks/step.py --config configs/aid_small.py
+    python benchmarks/step.py --config configs/pera_vitb16.py --batch 16 --no-run
+    python benchmarks/step.py --config configs/demo.py --set model.width=192 --set batch_size=32 --json step.json
+
+Runs the step that training runs, on made-up crops, over all local devices; imports no data library. XLA counts the
+body of a loop once, so its FLOPs are those of the step traced without loops and without recomputation; the loop over
+crops that makes the looks on CPU holds no matrix product and stays. On CPUs with glibc,
+GLIBC_TUNABLES=glibc.malloc.hugetlb=1 before the command spares page faults.
+"""
+
+import argparse
+import functools
+import json
+import os
+import pathlib
+import time
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pera_jax import config as configs
+from pera_jax import errors, flops, sharding
+from pera_jax import step as steps
+from pera_jax.errors import UserError
+from pera_jax.objectives import pera
+
+_SIDE = 2048  # of the matrix product that the step is measured against
+HYPER = {
+    "learning_rate": 1e-4, "weight_decay": 0.04, "one_minus_momentum": 1e-3, "teacher_temperature": 0.04,
+    "student_temperature": 0.1,
+}  # fmt: skip
+
+
+class Program:
+    """The step of a config over a mesh of all devices, with its arguments."""
+
+    def __init__(self, config):
+        self.config = config
+        self.mesh = sharding.make_mesh(**config.mesh)
+        configs.check(config, sharding.batch_shards(self.mesh), 1)
+        self.objective = pera.from_config(config, (0.4,) * 3, (0.2,) * 3, 3)
+        self.optimiser = steps.make_optimiser(config.optimiser)
+        self.abstract = steps.abstract_state(self.objective, self.optimiser, self.mesh)
+        self.function = steps.make_step(self.objective, self.optimiser, config.seed, config.optimiser.decay)
+        where = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+        self.step = steps.jit_step(self.function, where, self.mesh)
+        self.hyper = {name: np.asarray(value, config.parameter_precision) for name, value in HYPER.items()}
+
+    def crops(self) -> dict[str, np.ndarray]:
+        """Noise, uint8 [B, V, H, W, 3] of each kind."""
+        rng, batch = np.random.default_rng(0), self.config.batch_size
+        shapes = {kind: (batch, number, side, side, 3) for kind, (number, side) in self.objective.crops.items() if number}
+        return {kind: rng.integers(0, 256, shape, np.uint8) for kind, shape in shapes.items()}
+
+    def lower(self):
+        shapes = {kind: jax.ShapeDtypeStruct(crop.shape, crop.dtype) for kind, crop in self.crops().items()}
+        with jax.set_mesh(self.mesh):
+            return self.step.lower(self.abstract, shapes, self.hyper)
+
+
+def xla_flops(config, remat: bool) -> float:
+    """XLA's count per image of the step before it is compiled, with every loop of matrix products unrolled."""
+    config = config.copy_and_resolve_references()
+    config.model.update(dict(scan=False, remat=remat))
+    config.mesh.update(dict(data=1, fsdp=1, tensor=1))
+    one_device = mock.patch.object(sharding, "make_mesh", lambda **_: make_mesh(devices=jax.devices()[:1]))
+    make_mesh, unrolled = sharding.make_mesh, functools.partial(jax.lax.scan, unroll=True)
+
+    def scan(*arguments, unroll=1, **options):
+        return unrolled(*arguments, **options)
+
+    with one_device, mock.patch.object(jax.lax, "scan", scan):
+        return Program(config).lower().cost_analysis()["flops"] / config.batch_size
+
+
+def time_step(program: Program, number: int) -> dict[str, float]:
+    """Seconds of CPU and of the clock per step: the median of `number` steps after two that are not counted."""
+    state = steps.born_sharded(program.objective, program.optimiser, program.mesh, program.config.seed)
+    batch = jax.device_put(program.crops(), jax.sharding.NamedSharding(program.mesh, sharding.BATCH))
+    spent = []
+    with jax.set_mesh(program.mesh):
+        for _ in range(number + 2):
+            began = time.process_time(), time.perf_counter()
+            state, metrics = program.step(state, batch, program.hyper)
+            jax.block_until_ready((state, metrics))
+            spent.append((time.process_time() - began[0], time.perf_counter() - began[1]))
+    cpu, wall = np.median(spent[2:], axis=0)
+    return {"cpu": float(cpu), "wall": float(wall)}
+
+
+def time_product() -> dict[str, float]:
+    """FLOP/s of a float32 matrix product, per second of CPU and of the clock: the best of ten."""
+    product = jax.jit(functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST))
+    matrix = jax.random.normal(jax.random.key(0), (_SIDE, _SIDE))
+    rates = []
+    for _ in range(11):
+        began = time.process_time(), time.perf_counter()
+        jax.block_until_ready(product(matrix, matrix))
+        rates.append([2.0 * _SIDE**3 / (now - then) for now, then in zip((time.process_time(), time.perf_counter()), began)])
+    cpu, wall = np.max(rates[1:], axis=0)
+    return {"cpu": float(cpu), "wall": float(wall)}
+
+
+def measure(config, number: int, run: bool) -> dict:
+    """Everything that the command prints, as JSON."""
+    program = Program(config)
+    parts = flops.per_image(program.objective)
+    method = sum(parts.values())
+    count = {"parts": parts, "method": method, "xla": xla_flops(config, remat=False)}
+    if config.model.remat:
+        count["xla_with_recomputation"] = xla_flops(config, remat=True)
+    result = {"config": config.name, "batch_size": config.batch_size, "devices": len(program.mesh.devices.flat),
+              "device": jax.devices()[0].device_kind, "flops_per_image": count}  # fmt: skip
+    if run:
+        memory = program.lower().compile().memory_analysis()
+        result["bytes"] = {
+            "arguments": memory.argument_size_in_bytes, "outputs": memory.output_size_in_bytes,
+            "temporaries": memory.temp_size_in_bytes,
+        }  # fmt: skip
+        before, spent, after = time_product(), time_step(program, number), time_product()
+        product = {clock: max(before[clock], after[clock]) for clock in before}
+        clock = "cpu" if jax.default_backend() == "cpu" else "wall"
+        result |= {
+            "cpu_seconds_per_image": spent["cpu"] / config.batch_size,
+            "seconds_per_step": spent["wall"],
+            "images_per_second": config.batch_size / spent["wall"],
+            "matmul_flops_per_second": product[clock],
+            "share_of_matmul": method * config.batch_size / spent[clock] / product[clock],
+        }
+    return result
+
+
+def show(result: dict) -> None:
+    count = result["flops_per_image"]
+    print(f"{result['config']}, batch of {result['batch_size']} on {result['devices']} x {result['device']}\n")
+    print(f"{'part':44}{'MFLOP per image':>18}")
+    for name, value in count["parts"].items():
+        print(f"{name:44}{value / 1e6:18,.1f}")
+    print(f"{'the method: matrix products, by arithmetic':44}{count['method'] / 1e6:18,.1f}")
+    for name, words in (("xla", "XLA, loops unrolled"), ("xla_with_recomputation", "XLA, with recomputation as configured")):
+        if name in count:
+            print(f"{words:44}{count[name] / 1e6:18,.1f}   {count[name] / count['method']:.3f} x the method")
+    if "bytes" not in result:
+        return
+    print()
+    for name, value in result["bytes"].items():
+        print(f"{name + ', MB':44}{value / 1e6:18,.1f}")
+    print(f"{'CPU seconds per image':44}{result['cpu_seconds_per_image']:18.4f}")
+    print(f"{'seconds per step':44}{result['seconds_per_step']:18.4f}")
+    print(f"{'images per second':44}{result['images_per_second']:18.2f}")
+    per = "per CPU second" if jax.default_backend() == "cpu" else "per second"
+    print(f"{f'GFLOP {per}, {_SIDE} x {_SIDE} float32 product':44}{result['matmul_flops_per_second'] / 1e9:18.1f}")
+    print(f"{'share of it that the step reaches':44}{result['share_of_matmul']:18.1%}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a file of configs/, with :smoke if wished")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="changes a field of the config")
+    parser.add_argument("--batch", type=int, help="images; groups larger than it become the whole batch")
+    parser.add_argument("--steps", type=int, default=5, help="steps to time (default 5)")
+    parser.add_argument("--no-run", action="store_true", help="count FLOPs only: compile nothing, run nothing")
+    parser.add_argument("--json", type=pathlib.Path, help="file to write the numbers to")
+    arguments = parser.parse_args()
+    config = configs.load(arguments.config, arguments.set)
+    if arguments.steps < 1 or (arguments.batch is not None and arguments.batch < 1):
+        raise UserError("--steps and --batch must be at least 1")
+    if arguments.batch:
+        config.batch_size = arguments.batch
+        for section, field in ((config.stochastic_depth, "group"), (config.loss, "koleo_group")):
+            section[field] = min(section[field], arguments.batch)
+    result = measure(config, arguments.steps, not arguments.no_run)
+    show(result)
+    if arguments.json:
+        part = arguments.json.with_name(arguments.json.name + ".part")
+        part.write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(part, arguments.json)
+
+
+if __name__ == "__main__":
+    errors.run(main)

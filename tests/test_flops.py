@@ -1,0 +1,112 @@
+"""FLOPs: the arithmetic equals what is traced, product by product; the benchmark prints both."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+
+from pera_jax import flops, losses
+from pera_jax import step as steps
+from pera_jax.models import positions
+
+ROOT = pathlib.Path(flops.__file__).parent.parent
+
+
+def traced(function, *arguments) -> float:
+    return flops.matrix_products(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def of_step(config) -> float:
+    objective, optimiser = tiny.objective(config), steps.make_optimiser(config.optimiser)
+    state = jax.eval_shape(lambda: steps.new_state(objective, optimiser, 0))
+    return traced(steps.make_step(objective, optimiser, 0), state, tiny.batch(config), tiny.HYPER)
+
+
+def beside_the_method(config) -> float:
+    """The products that the count leaves out: spreading term, centre, resampled positions, and class logits once more.
+
+    The class term keeps no logits: both networks' are computed again in the backward pass.
+    """
+    objective = tiny.objective(config)
+    heads, side = config.heads, config.crops.global_size // config.model.patch
+    units = jnp.ones((config.batch_size, config.heads.bottleneck))
+    weights = jnp.ones((heads.prototypes, heads.bottleneck))
+    group = config.loss.koleo_group or config.batch_size
+
+    def koleo(units, weights):
+        return losses.koleo(units, weights, group, objective.precision)
+
+    total = config.crops.global_number * traced(jax.grad(koleo, (0, 1)), units, weights)
+    logits = 2 * heads.prototypes * heads.bottleneck
+    total += logits  # W mean(u)
+    total += 2 * config.batch_size * (config.crops.global_number + config.crops.local_number) * logits
+    if config.crops.local_number:
+        local = config.crops.local_size // config.model.patch
+        grid = jnp.ones((side, side, config.model.width))
+        forward = traced(lambda grid: positions.resample(grid, local, local), grid)
+        both = traced(jax.grad(lambda grid: positions.resample(grid, local, local).sum()), grid)
+        total += both + forward  # of the student, of the teacher
+    return total
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(batch_size=4),
+        dict(batch_size=8, model__depth=5, model__scan=False, model__mlp_ratio=3.0),
+        dict(batch_size=6, stochastic_depth__rate=0.0, loss__koleo_group=0, crops__local_number=0),
+        dict(batch_size=4, crops__local_number=5, crops__global_number=1, stochastic_depth__group=4, masks__student=0.3),
+    ],
+    ids=str,
+)
+def test_the_count_is_what_is_traced_to_the_last_product(changes):
+    config = tiny.config(**changes)
+    counted = config.batch_size * sum(flops.per_image(tiny.objective(config)).values())
+    assert of_step(config) == counted + beside_the_method(config)
+
+
+def test_recomputation_is_seen_and_is_no_part_of_the_count():
+    plain, remat = tiny.config(batch_size=4), tiny.config(batch_size=4, model__remat=True)
+    assert flops.per_image(tiny.objective(plain)) == flops.per_image(tiny.objective(remat))
+    blocks = {name: value for name, value in flops.per_image(tiny.objective(plain)).items() if "student" in name}
+    more = of_step(remat) - of_step(plain)
+    assert 0.15 < more / (4 * sum(blocks.values())) < 1 / 3  # at most one more forward pass of three
+
+
+def test_loops_are_counted_by_their_trips():
+    matrix = jnp.ones((3, 3))
+
+    def loop(x):
+        return jax.lax.scan(lambda x, _: (x @ matrix, None), x, None, length=7)[0]
+
+    def choice(x):
+        return jax.lax.cond(x[0, 0] > 0, loop, lambda x: x, x)
+
+    assert traced(loop, jnp.ones((2, 3))) == traced(choice, jnp.ones((2, 3))) == 7 * 2 * 2 * 3 * 3
+    with pytest.raises(ValueError, match="while loop"):
+        traced(lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ matrix, x), jnp.ones((2, 3)))
+
+
+def test_the_benchmark_of_the_step_prints_and_writes_its_numbers(tmp_path):
+    file = tmp_path / "step.json"
+    command = [sys.executable, "benchmarks/step.py", "--config", "configs/demo.py:smoke", "--steps", "2", "--json", str(file)]
+    done = subprocess.run(
+        [*command, "--set", "model.depth=2", "--batch", "4"], cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text())
+    assert found["batch_size"] == 4
+    assert found["flops_per_image"]["method"] == sum(found["flops_per_image"]["parts"].values())
+    assert found["flops_per_image"]["xla"] > found["flops_per_image"]["method"]
+    assert min(found["bytes"].values()) > 0 and found["cpu_seconds_per_image"] > 0 and 0 < found["share_of_matmul"] < 1
+    for words in ("student global", "CPU seconds per image", "temporaries", "2048 x 2048"):
+        assert words in done.stdout
+    wrong = subprocess.run([*command, "--set", "model.deep=2"], cwd=ROOT, capture_output=True, text=True)
+    assert wrong.returncode == 1 and wrong.stderr.startswith("error: the config has no field model.deep")
