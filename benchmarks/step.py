@@ -4,10 +4,16 @@
     python benchmarks/step.py --config configs/pera_vitb16.py --batch 16 --no-run
     python benchmarks/step.py --config configs/demo.py --set model.width=192 --set batch_size=32 --json step.json
 
-Runs the step that training runs, on made-up crops, over all local devices; imports no data library. XLA counts the
-body of a loop once, so its FLOPs are those of the step traced without loops and without recomputation; the loop over
-crops that makes the looks on CPU holds no matrix product and stays. On CPUs with glibc,
-GLIBC_TUNABLES=glibc.malloc.hugetlb=1 before the command spares page faults.
+Runs the step that training runs, on made-up crops, over all local devices. Needs jax, flax, optax, einops and
+ml_collections (pure Python: a wheel can be carried), and no data library.
+
+FLOPs are counted three ways: the method's by arithmetic; the matrix products of the step as it is traced, each loop's
+body times its trips; and XLA's own number, elementwise work included. XLA counts a loop's body once, so for it the
+loops over blocks and over pairs are unrolled. The class term's logits are made again in the backward pass whatever the
+config says, and are in the traced and in XLA's numbers. The loop over crops that makes the looks on CPU holds no matrix
+product and is left to count as one crop.
+
+On CPUs with glibc, GLIBC_TUNABLES=glibc.malloc.hugetlb=1 before the command spares page faults (system time).
 """
 
 import argparse
@@ -15,6 +21,7 @@ import functools
 import json
 import os
 import pathlib
+import sys
 import time
 from unittest import mock
 
@@ -22,11 +29,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pera_jax import config as configs
-from pera_jax import errors, flops, sharding
-from pera_jax import step as steps
-from pera_jax.errors import UserError
-from pera_jax.objectives import pera
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from pera_jax import config as configs  # noqa: E402
+from pera_jax import errors, flops, sharding  # noqa: E402
+from pera_jax import step as steps  # noqa: E402
+from pera_jax.errors import UserError  # noqa: E402
+from pera_jax.objectives import pera  # noqa: E402
 
 _SIDE = 2048  # of the matrix product that the step is measured against
 HYPER = {
@@ -36,56 +45,58 @@ HYPER = {
 
 
 class Program:
-    """The step of a config over a mesh of all devices, with its arguments."""
+    """The step of a config over a mesh of `devices` (all of them by default), with its arguments."""
 
-    def __init__(self, config):
+    def __init__(self, config, devices=None):
         self.config = config
-        self.mesh = sharding.make_mesh(**config.mesh)
+        self.mesh = sharding.make_mesh(**config.mesh, devices=devices)
         configs.check(config, sharding.batch_shards(self.mesh), 1)
         self.objective = pera.from_config(config, (0.4,) * 3, (0.2,) * 3, 3)
         self.optimiser = steps.make_optimiser(config.optimiser)
-        self.abstract = steps.abstract_state(self.objective, self.optimiser, self.mesh)
-        self.function = steps.make_step(self.objective, self.optimiser, config.seed, config.optimiser.decay)
-        where = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
-        self.step = steps.jit_step(self.function, where, self.mesh)
         self.hyper = {name: np.asarray(value, config.parameter_precision) for name, value in HYPER.items()}
+        batch = config.batch_size
+        self.crops = {
+            kind: jax.ShapeDtypeStruct((batch, number, side, side, 3), np.uint8)
+            for kind, (number, side) in self.objective.crops.items() if number
+        }  # fmt: skip
 
-    def crops(self) -> dict[str, np.ndarray]:
-        """Noise, uint8 [B, V, H, W, 3] of each kind."""
-        rng, batch = np.random.default_rng(0), self.config.batch_size
-        shapes = {kind: (batch, number, side, side, 3) for kind, (number, side) in self.objective.crops.items() if number}
-        return {kind: rng.integers(0, 256, shape, np.uint8) for kind, shape in shapes.items()}
-
-    def lower(self):
-        shapes = {kind: jax.ShapeDtypeStruct(crop.shape, crop.dtype) for kind, crop in self.crops().items()}
+    def trace(self):
+        state = steps.abstract_state(self.objective, self.optimiser, self.mesh)
+        function = steps.make_step(self.objective, self.optimiser, self.config.seed, self.config.optimiser.decay)
+        step = steps.jit_step(function, jax.tree.map(lambda leaf: leaf.sharding, state), self.mesh)
         with jax.set_mesh(self.mesh):
-            return self.step.lower(self.abstract, shapes, self.hyper)
+            return step.trace(state, self.crops, self.hyper)
 
 
 def xla_flops(config, remat: bool) -> float:
-    """XLA's count per image of the step before it is compiled, with every loop of matrix products unrolled."""
+    """XLA's count per image of the step for one device, before fusion, with every loop of matrix products unrolled.
+
+    Args:
+      remat: recompute each block in the backward pass.
+    """
     config = config.copy_and_resolve_references()
     config.model.update(dict(scan=False, remat=remat))
     config.mesh.update(dict(data=1, fsdp=1, tensor=1))
-    one_device = mock.patch.object(sharding, "make_mesh", lambda **_: make_mesh(devices=jax.devices()[:1]))
-    make_mesh, unrolled = sharding.make_mesh, functools.partial(jax.lax.scan, unroll=True)
+    rolled = jax.lax.scan
 
-    def scan(*arguments, unroll=1, **options):
-        return unrolled(*arguments, **options)
+    def unrolled(*arguments, unroll=1, **options):
+        return rolled(*arguments, unroll=True, **options)
 
-    with one_device, mock.patch.object(jax.lax, "scan", scan):
-        return Program(config).lower().cost_analysis()["flops"] / config.batch_size
+    with mock.patch.object(jax.lax, "scan", unrolled):
+        return Program(config, jax.devices()[:1]).trace().lower().cost_analysis()["flops"] / config.batch_size
 
 
-def time_step(program: Program, number: int) -> dict[str, float]:
+def time_step(program: Program, compiled, number: int) -> dict[str, float]:
     """Seconds of CPU and of the clock per step: the median of `number` steps after two that are not counted."""
     state = steps.born_sharded(program.objective, program.optimiser, program.mesh, program.config.seed)
-    batch = jax.device_put(program.crops(), jax.sharding.NamedSharding(program.mesh, sharding.BATCH))
+    rng = np.random.default_rng(0)
+    noise = {kind: rng.integers(0, 256, crops.shape, np.uint8) for kind, crops in program.crops.items()}
+    batch = jax.device_put(noise, jax.sharding.NamedSharding(program.mesh, sharding.BATCH))
     spent = []
     with jax.set_mesh(program.mesh):
         for _ in range(number + 2):
             began = time.process_time(), time.perf_counter()
-            state, metrics = program.step(state, batch, program.hyper)
+            state, metrics = compiled(state, batch, program.hyper)
             jax.block_until_ready((state, metrics))
             spent.append((time.process_time() - began[0], time.perf_counter() - began[1]))
     cpu, wall = np.median(spent[2:], axis=0)
@@ -93,14 +104,15 @@ def time_step(program: Program, number: int) -> dict[str, float]:
 
 
 def time_product() -> dict[str, float]:
-    """FLOP/s of a float32 matrix product, per second of CPU and of the clock: the best of ten."""
+    """FLOP/s of a float32 matrix product, per second of CPU and of the clock: the best of five."""
     product = jax.jit(functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST))
     matrix = jax.random.normal(jax.random.key(0), (_SIDE, _SIDE))
     rates = []
-    for _ in range(11):
+    for _ in range(6):
         began = time.process_time(), time.perf_counter()
         jax.block_until_ready(product(matrix, matrix))
-        rates.append([2.0 * _SIDE**3 / (now - then) for now, then in zip((time.process_time(), time.perf_counter()), began)])
+        spent = time.process_time() - began[0], time.perf_counter() - began[1]
+        rates.append([2.0 * _SIDE**3 / seconds for seconds in spent])
     cpu, wall = np.max(rates[1:], axis=0)
     return {"cpu": float(cpu), "wall": float(wall)}
 
@@ -110,18 +122,24 @@ def measure(config, number: int, run: bool) -> dict:
     program = Program(config)
     parts = flops.per_image(program.objective)
     method = sum(parts.values())
-    count = {"parts": parts, "method": method, "xla": xla_flops(config, remat=False)}
+    traced = program.trace()
+    count = {
+        "parts": parts, "method": method,
+        "traced": flops.matrix_products(traced.jaxpr.jaxpr) / config.batch_size,
+        "xla": xla_flops(config, remat=False),
+    }  # fmt: skip
     if config.model.remat:
         count["xla_with_recomputation"] = xla_flops(config, remat=True)
     result = {"config": config.name, "batch_size": config.batch_size, "devices": len(program.mesh.devices.flat),
               "device": jax.devices()[0].device_kind, "flops_per_image": count}  # fmt: skip
     if run:
-        memory = program.lower().compile().memory_analysis()
+        compiled = traced.lower().compile()
+        memory = compiled.memory_analysis()
         result["bytes"] = {
             "arguments": memory.argument_size_in_bytes, "outputs": memory.output_size_in_bytes,
             "temporaries": memory.temp_size_in_bytes,
         }  # fmt: skip
-        before, spent, after = time_product(), time_step(program, number), time_product()
+        before, spent, after = time_product(), time_step(program, compiled, number), time_product()
         product = {clock: max(before[clock], after[clock]) for clock in before}
         clock = "cpu" if jax.default_backend() == "cpu" else "wall"
         result |= {
@@ -141,14 +159,19 @@ def show(result: dict) -> None:
     for name, value in count["parts"].items():
         print(f"{name:44}{value / 1e6:18,.1f}")
     print(f"{'the method: matrix products, by arithmetic':44}{count['method'] / 1e6:18,.1f}")
-    for name, words in (("xla", "XLA, loops unrolled"), ("xla_with_recomputation", "XLA, with recomputation as configured")):
+    rows = {
+        "traced": "matrix products as configured, as traced", "xla": "XLA, loops unrolled, blocks not recomputed",
+        "xla_with_recomputation": "XLA, loops unrolled, blocks recomputed",
+    }  # fmt: skip
+    for name, words in rows.items():
         if name in count:
             print(f"{words:44}{count[name] / 1e6:18,.1f}   {count[name] / count['method']:.3f} x the method")
+    print("Traced: loop bodies times their trips. XLA: before fusion, one device; on CPU the looks of one crop only.")
     if "bytes" not in result:
         return
     print()
     for name, value in result["bytes"].items():
-        print(f"{name + ', MB':44}{value / 1e6:18,.1f}")
+        print(f"{name + ', MB per device':44}{value / 1e6:18,.1f}")
     print(f"{'CPU seconds per image':44}{result['cpu_seconds_per_image']:18.4f}")
     print(f"{'seconds per step':44}{result['seconds_per_step']:18.4f}")
     print(f"{'images per second':44}{result['images_per_second']:18.2f}")
@@ -160,7 +183,7 @@ def show(result: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a file of configs/, with :smoke if wished")
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="changes a field of the config")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="changes a config field")
     parser.add_argument("--batch", type=int, help="images; groups larger than it become the whole batch")
     parser.add_argument("--steps", type=int, default=5, help="steps to time (default 5)")
     parser.add_argument("--no-run", action="store_true", help="count FLOPs only: compile nothing, run nothing")

@@ -11,6 +11,7 @@ import errno
 import os
 import pathlib
 import shutil
+import time
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from pera_jax.objectives import pera
 _FOLDER = "checkpoints"
 # What a full disk, a lost mount or a denied write look like: Orbax and TensorStore wrap the system's error in several.
 _WRITE_ERRORS = (OSError, ValueError, RuntimeError)
+_REMOVAL_SECONDS, _QUIET_SECONDS = 20.0, 1.0  # longest wait for threads of a failed save; silence that ends it
 
 
 class Store:
@@ -101,8 +103,23 @@ class Store:
         finally:
             with contextlib.suppress(*_WRITE_ERRORS):  # `wait` has told them
                 self._checkpointer.close()
-            for half in self.folder.glob("*.orbax-checkpoint-tmp"):
-                shutil.rmtree(half, ignore_errors=True)
+            _remove_half_written(self.folder)
+
+
+def _remove_half_written(folder: pathlib.Path) -> None:
+    """Removes what failed saves have left, until it stays away.
+
+    A save fails with the first of its threads that fails; the others still write, and make their folders again.
+    """
+    deadline, since_last = time.monotonic() + _REMOVAL_SECONDS, None
+    while time.monotonic() < deadline:
+        halves = list(folder.glob("*.orbax-checkpoint-tmp"))
+        for half in halves:
+            shutil.rmtree(half, ignore_errors=True)
+            since_last = time.monotonic()
+        if since_last is None or time.monotonic() - since_last > _QUIET_SECONDS:
+            return
+        time.sleep(0.05)
 
 
 def _split(state: steps.TrainState) -> dict[str, Any]:

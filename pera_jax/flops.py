@@ -20,8 +20,9 @@ _TRAINED, _TRAINED_FIRST, _FORWARD = 3, 2, 1
 def per_image(objective: PerA) -> dict[str, float]:
     """FLOPs per image of a training step, by part; their sum is the whole.
 
-    Products whose size does not grow with the batch (resampled positions, `W^T W` of the spreading term, the centre)
-    and the spreading term itself are left out: together below a thousandth of a real step.
+    Left out is what does not grow with the batch (`W^T W` of the spreading term, resampled positions, the centre), and
+    the rest of the spreading term: for the published ViT-B/16 0.05 % of a step of 1024 images, 3.4 % of one of 16.
+    Where stochastic depth draws from the whole batch (group 0) the share that it keeps is not rounded to whole crops.
     """
     vit = objective.vit
     result = {}

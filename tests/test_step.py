@@ -1,0 +1,208 @@
+"""The step: the same on any mesh and however it is compiled; AdamW, the moving average, decay by name; born sharded."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from pera_jax import schedules, sharding
+from pera_jax import step as steps
+
+STEPS = 4
+DOUBLE = dict(precision="float64", parameter_precision="float64")
+MESHES = {
+    "data": dict(data=8),
+    "fsdp": dict(data=1, fsdp=8),
+    "all three": dict(data=2, fsdp=2, tensor=2),
+    "tensor": dict(data=1, fsdp=2, tensor=4),
+}
+
+
+def run(mesh=None, count=STEPS, **changes):
+    """`count` steps from birth: (state at birth, state after, metrics of each step), on the host."""
+    config = tiny.config(**changes)
+    mesh = sharding.make_mesh(**(mesh or dict(devices=jax.devices()[:1])))
+    objective, optimiser = tiny.objective(config), steps.make_optimiser(config.optimiser)
+    state = steps.born_sharded(objective, optimiser, mesh, config.seed)
+    where = jax.tree.map(lambda leaf: leaf.sharding, steps.abstract_state(objective, optimiser, mesh))
+    step = steps.jit_step(steps.make_step(objective, optimiser, config.seed, config.optimiser.decay), where, mesh)
+    # A small rate: Adam divides by the gradient's size, and steps that are large beside it amplify rounding.
+    hyper = tiny.HYPER | {"learning_rate": 1e-3}
+    hyper = {name: np.asarray(value, config.parameter_precision) for name, value in hyper.items()}
+    born, metrics = jax.device_get(state), []
+    with jax.set_mesh(mesh):
+        for number in range(count):
+            crops = jax.device_put(tiny.batch(config, number), jax.sharding.NamedSharding(mesh, sharding.BATCH))
+            state, out = step(state, crops, hyper)
+            metrics.append(jax.device_get(out))
+    return born, jax.device_get(state), metrics
+
+
+def assert_same(one, other, bound):
+    """Every leaf of state and metrics within `bound`, relative to the leaf's largest change from birth (or value)."""
+    (born, after, metrics), (_, after_other, metrics_other) = one, other
+    for (path, start), end, end_other in zip(
+        jax.tree_util.tree_flatten_with_path(born)[0], *map(jax.tree.leaves, (after, after_other)), strict=True
+    ):
+        scale = np.abs(np.float64(end) - start).max()
+        assert np.abs(np.float64(end) - end_other).max() <= bound * scale, sharding.path_of(path)
+    for values, values_other in zip(metrics, metrics_other, strict=True):
+        assert values.keys() == values_other.keys()
+        for name in values:
+            assert abs(values[name] - values_other[name]) <= bound * max(abs(values[name]), 1e-3), name
+
+
+@pytest.fixture(scope="module")
+def double():
+    with jax.enable_x64(True):
+        return run(**DOUBLE)
+
+
+@pytest.fixture(scope="module")
+def single():
+    return run()
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_eight_devices_compute_what_one_computes_in_float64(mesh, double):
+    with jax.enable_x64(True):
+        assert_same(double, run(MESHES[mesh], **DOUBLE), 1e-9)
+
+
+@pytest.mark.parametrize("mesh", ["data", "all three"])
+def test_eight_devices_compute_what_one_computes_in_float32(mesh, single):
+    assert_same(single, run(MESHES[mesh]), 1e-3)
+
+
+@pytest.mark.parametrize("changes", [dict(model__scan=False), dict(model__remat=True), dict(model__scan=False, model__remat=True)])  # fmt: skip
+def test_scan_and_remat_change_nothing(changes, double):
+    with jax.enable_x64(True):
+        assert_same(double, run(**changes, **DOUBLE), 1e-9)
+
+
+def test_gradients_on_eight_devices_are_those_on_one():
+    config = tiny.config(**DOUBLE)
+    with jax.enable_x64(True):
+        objective = tiny.objective(config)
+        state = steps.new_state(objective, steps.make_optimiser(config.optimiser), 0)
+        found = []
+        for mesh in (dict(devices=jax.devices()[:1]), MESHES["all three"]):
+            mesh = sharding.make_mesh(**mesh)
+            crops = jax.device_put(tiny.batch(config), jax.sharding.NamedSharding(mesh, sharding.BATCH))
+            params, teacher, kept = jax.device_put(
+                (state.params, state.teacher, state.objective),
+                sharding.tree_shardings((state.params, state.teacher, state.objective), mesh),
+            )
+            with jax.set_mesh(mesh):
+                grad = jax.jit(jax.grad(objective.loss, has_aux=True))
+                found.append(jax.device_get(grad(params, teacher, kept, crops, jax.random.key(3), tiny.HYPER)[0]))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-9 * np.abs(a).max()), *found)
+
+
+def test_the_comparison_sees_a_gradient_that_is_not_summed_over_devices(double, monkeypatch):
+    """A control: the same run with a batch of which one image is another."""
+    crops = tiny.batch
+
+    def with_another_image(config, seed):
+        batch = crops(config, seed)
+        batch["global"][-1] = 255 - batch["global"][-1]
+        return batch
+
+    monkeypatch.setattr(tiny, "batch", with_another_image)
+    with jax.enable_x64(True), pytest.raises(AssertionError):
+        assert_same(double, run(**DOUBLE), 1e-3)
+
+
+# ---------------------------------------------------------------- optimiser and moving average
+
+
+def update(grads, state, hyper, decay="all", clip=1e9):
+    config = tiny.config(optimiser__clip_norm=clip)
+    optimiser = steps.make_optimiser(config.optimiser)
+    state = state.replace(opt_state=optimiser.init(state.params)) if state.opt_state is None else state
+    return steps.apply_gradients(state, grads, state.objective, hyper, optimiser, ("backbone",), decay)
+
+
+@pytest.fixture
+def state():
+    rng = np.random.default_rng(0)
+    params = {"backbone": {"kernel": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32), "bias": jnp.ones(3)}}
+    teacher = jax.tree.map(lambda leaf: leaf + 1, params)
+    return steps.TrainState(jnp.int32(0), params, teacher, None, {})
+
+
+def test_the_update_is_adamw(state):
+    rng, hyper = np.random.default_rng(1), {k: np.float32(v) for k, v in tiny.HYPER.items()}
+    eps = tiny.config().optimiser.eps
+    theirs = optax.adamw(hyper["learning_rate"], 0.9, 0.999, eps, weight_decay=hyper["weight_decay"])
+    params, opt_state = state.params, theirs.init(state.params)
+    for _ in range(3):
+        grads = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 1e-4, jnp.float32), params)
+        updates, opt_state = theirs.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        state, metrics = update(grads, state, hyper)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), state.params, params)
+    assert state.step == 3
+    np.testing.assert_allclose(metrics["norm/gradient"], optax.tree.norm(grads), rtol=1e-6)
+    np.testing.assert_allclose(metrics["norm/update"], optax.tree.norm(updates), rtol=1e-4)
+
+
+def test_gradients_are_clipped_to_their_global_norm(state):
+    hyper = {k: np.float32(v) for k, v in tiny.HYPER.items()}
+    grads = jax.tree.map(lambda leaf: 10 * jnp.ones_like(leaf), state.params)
+    norm = 10 * np.sqrt(15)
+    clipped, metrics = update(grads, state, hyper, clip=3.0)
+    by_hand, _ = update(jax.tree.map(lambda g: g * 3 / norm, grads), state, hyper)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), clipped.params, by_hand.params)
+    np.testing.assert_allclose(metrics["norm/gradient"], norm, rtol=1e-6)  # as it was before
+
+
+def test_the_teacher_moves_by_one_minus_momentum_with_all_its_digits(state):
+    """Near momentum 1 the difference must come from float64: 1 - float32(0.99999) is off by 0.14 %."""
+    settings = tiny.config().schedules
+    settings.momentum.update(dict(start=0.99999, end=0.99999))
+    at = schedules.hyperparameters(settings, steps_per_epoch=10, total_steps=300, batch_size=1).at(0)
+    hyper = {name: np.float32(value) for name, value in (tiny.HYPER | at).items()} | {"learning_rate": np.float32(0)}
+    after, _ = update(jax.tree.map(jnp.zeros_like, state.params), state.replace(
+        params=jax.tree.map(lambda leaf: leaf + 100, state.teacher)), hyper)  # fmt: skip
+    moved = jax.tree.map(lambda new, old: np.float64(new) - np.float64(old), after.teacher, state.teacher)
+    for leaf in jax.tree.leaves(moved):
+        np.testing.assert_allclose(leaf, 100 * 1e-5, rtol=5e-4)  # the rounding of the teacher itself is 1e-4 of it
+
+
+def test_decay_spares_what_it_is_told_to():
+    config = tiny.config()
+    params = jax.eval_shape(lambda: tiny.objective(config).init(jax.random.key(0)))
+    shares = jax.tree_util.tree_flatten_with_path(steps._decayed(params, exclude_vectors=True))[0]
+    decayed = {sharding.path_of(path) for path, on in shares if on}
+    stacks = [
+        f"backbone/{stack}/{name}/kernel"
+        for stack in ("lower", "upper")
+        for name in ("attention/qkv", "attention/projection", "mlp/in", "mlp/out")
+    ]
+    heads = [
+        f"{head}/{name}"
+        for head in ("prototype_head", "pixel_head")
+        for name in ("hidden_1/kernel", "hidden_2/kernel", "bottleneck/kernel", "direction")
+    ]
+    assert decayed == {*stacks, *heads, "backbone/patch_projection/kernel", "backbone/position_embedding"}
+    assert all(on for on in jax.tree.leaves(steps._decayed(params, exclude_vectors=False)))
+
+
+def test_a_state_is_born_where_it_will_live():
+    config = tiny.config(heads__prototypes=128)
+    objective, optimiser = tiny.objective(config), steps.make_optimiser(config.optimiser)
+    mesh = sharding.make_mesh(**MESHES["fsdp"])
+    born = steps.born_sharded(objective, optimiser, mesh, 7)
+    plain = jax.jit(lambda: steps.new_state(objective, optimiser, 7))()
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), *map(jax.device_get, (born, plain)))
+    for path, leaf in jax.tree_util.tree_flatten_with_path(born)[0]:
+        part = leaf.addressable_shards[0].data.size
+        matrix = any(name in sharding.path_of(path) for name in ("kernel", "direction"))
+        assert part == (leaf.size // 8 if matrix else leaf.size), sharding.path_of(path)
+    jax.tree.map(
+        lambda leaf, other: np.testing.assert_array_equal(leaf, other),
+        born.teacher, {key: born.params[key] for key in objective.teacher_keys},
+    )  # fmt: skip
