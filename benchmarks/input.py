@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -22,11 +23,13 @@ import numpy as np
 from array_record.python import array_record_module
 from PIL import Image
 
-from pera_jax import config as configs
-from pera_jax import errors
-from pera_jax.data import crops as geometry
-from pera_jax.data import pipeline, records
-from pera_jax.errors import UserError
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from pera_jax import config as configs  # noqa: E402
+from pera_jax import errors  # noqa: E402
+from pera_jax.data import crops as geometry  # noqa: E402
+from pera_jax.data import pipeline, records  # noqa: E402
+from pera_jax.errors import UserError  # noqa: E402
 
 _MADE_IMAGES = 64
 _PARTS = {

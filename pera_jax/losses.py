@@ -5,6 +5,7 @@ Each docstring is the plain loop; the code computes the same without arrays of c
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -83,18 +84,32 @@ def class_term(
     return loss, jax.lax.stop_gradient(statistics)
 
 
-def koleo(units: jax.Array, weights: jax.Array, group: int, precision: Precision) -> jax.Array:
-    """The spreading term of one crop: minus the mean log distance to the nearest other sample of the group.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gram(precision: Precision, weights: jax.Array) -> jax.Array:
+    """`W^T W` [D, D] of `weights` [K, D]."""
+    return precision.wide_einsum("kd,ke->de", weights, weights)
 
-        x = [z / norm(z) for z in units @ weights.T]
-        for i in group:
-            j = the other sample of the group with the largest inner product x[i] @ x[j]
-            loss -= log(norm(x[i] - x[j] + 1e-8) + 1e-8) / B
+
+# One product over the prototypes instead of the two that the product rule gives.
+_gram.defvjp(
+    lambda precision, weights: (_gram(precision, weights), weights),
+    lambda precision, weights, cotangent: (precision.wide_einsum("kd,de->ke", weights, cotangent + cotangent.T),),
+)
+
+
+def koleo(units: jax.Array, weights: jax.Array, group: int, precision: Precision) -> jax.Array:
+    """The spreading term, summed over crops: minus the mean log distance to the nearest other sample of the group.
+
+        for v in range(V):
+            x = [z / norm(z) for z in units[:, v] @ weights.T]
+            for i in group:
+                j = the other sample of the group with the largest inner product x[i] @ x[j]
+                loss -= log(norm(x[i] - x[j] + 1e-8) + 1e-8) / B
 
     Inner products of `z = W u` are `u^T (W^T W) v`, so no array of batch x prototypes is made.
 
     Args:
-      units: [B, D]; weights: [K, D]; group: samples per group, a divisor of B. Gradients flow through both samples.
+      units: [B, V, D]; weights: [K, D]; group: samples per group, a divisor of B. Gradients flow through both samples.
 
     Returns:
       A scalar; 0 for groups of one sample, which have no neighbour.
@@ -102,21 +117,21 @@ def koleo(units: jax.Array, weights: jax.Array, group: int, precision: Precision
     if group == 1:
         return jnp.zeros((), units.dtype)
     wide_einsum = precision.wide_einsum
-    gram = wide_einsum("kd,ke->de", weights, weights)  # [D, D]
+    gram = _gram(precision, weights)  # [D, D]
     total = jnp.sum(weights, axis=0)  # [D], W^T 1
-    square = wide_einsum("bd,de,be->b", units, gram, units)
-    scaled = units * jax.lax.rsqrt(jnp.maximum(square, precision.norm_floor**2))[:, None]  # x = W scaled
-    scaled = scaled.reshape(-1, group, units.shape[-1])  # [G, g, D]
-    inner = wide_einsum("gid,de,gje->gij", *map(jax.lax.stop_gradient, (scaled, gram, scaled)))  # [G, g, g]
+    square = wide_einsum("bvd,de,bve->bv", units, gram, units)
+    scaled = units * jax.lax.rsqrt(jnp.maximum(square, precision.norm_floor**2))[..., None]  # x = W scaled
+    scaled = scaled.reshape(-1, group, *units.shape[1:])  # [G, g, V, D]
+    inner = wide_einsum("givd,de,gjve->gvij", *map(jax.lax.stop_gradient, (scaled, gram, scaled)))  # [G, V, g, g]
     inner = jnp.where(jnp.eye(group, dtype=bool), -jnp.inf, inner)
-    nearest = jnp.argmax(inner, axis=-1)  # [G, g]
+    nearest = jnp.argmax(inner, axis=-1).swapaxes(1, 2)  # [G, g, V]
     # The difference is taken before the map: 2 - 2 cos would lose near neighbours to rounding.
-    gap = scaled - jnp.take_along_axis(scaled, nearest[:, :, None], axis=1)  # [G, g, D]
+    gap = scaled - jnp.take_along_axis(scaled, nearest[..., None], axis=1)  # [G, g, V, D]
     prototypes = weights.shape[0]
-    squared_distance = wide_einsum("gid,de,gie->gi", gap, gram, gap)
-    squared_distance += 2 * _KOLEO_EPS * wide_einsum("gid,d->gi", gap, total) + prototypes * _KOLEO_EPS**2
+    squared_distance = wide_einsum("givd,de,give->giv", gap, gram, gap)
+    squared_distance += 2 * _KOLEO_EPS * wide_einsum("givd,d->giv", gap, total) + prototypes * _KOLEO_EPS**2
     distance = jnp.sqrt(jnp.maximum(squared_distance, prototypes * _KOLEO_EPS**2))
-    return -jnp.mean(jnp.log(distance + _KOLEO_EPS))
+    return -jnp.sum(jnp.log(distance + _KOLEO_EPS)) / len(units)
 
 
 def pixel_term(predicted: jax.Array, target: jax.Array) -> jax.Array:

@@ -35,14 +35,14 @@ def beside_the_method(config) -> float:
     """
     objective = tiny.objective(config)
     heads, side = config.heads, config.crops.global_size // config.model.patch
-    units = jnp.ones((config.batch_size, config.heads.bottleneck))
+    units = jnp.ones((config.batch_size, config.crops.global_number, heads.bottleneck))
     weights = jnp.ones((heads.prototypes, heads.bottleneck))
     group = config.loss.koleo_group or config.batch_size
 
     def koleo(units, weights):
         return losses.koleo(units, weights, group, objective.precision)
 
-    total = config.crops.global_number * traced(jax.grad(koleo, (0, 1)), units, weights)
+    total = traced(jax.grad(koleo, (0, 1)), units, weights)
     logits = 2 * heads.prototypes * heads.bottleneck
     total += logits  # W mean(u)
     total += 2 * config.batch_size * (config.crops.global_number + config.crops.local_number) * logits

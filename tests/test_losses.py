@@ -17,7 +17,7 @@ B, V, K, D = 6, 3, 10, 4
 GROUPS = (1, 2, 3, 6)
 
 CLASS = jax.jit(lambda s, t, c, ts, tt: losses.class_term(s, t, c, ts, tt, F64))
-KOLEO = jax.jit(lambda u, w, group: losses.koleo(u, w, group, F64), static_argnums=2)
+KOLEO = jax.jit(lambda u, w, group: losses.koleo(u[:, None], w, group, F64), static_argnums=2)
 seeds = st.integers(0, 2**32 - 1)
 few = settings(max_examples=25, deadline=None)
 
@@ -143,6 +143,14 @@ def test_koleo_is_its_loop_in_each_group(seed, group, scale):
     np.testing.assert_allclose(turned, value, rtol=1e-8, atol=1e-10)
 
 
+def test_koleo_sums_over_crops():
+    student, *_ = draw(2)
+    with jax.enable_x64(True):
+        together = losses.koleo(jnp.asarray(student.units), jnp.asarray(student.weights), GROUPS[-1], F64)
+    apart = sum(koleo_loop(student.units[:, v], student.weights, GROUPS[-1]) for v in range(V))
+    np.testing.assert_allclose(together, apart, rtol=1e-8)
+
+
 def test_koleo_gradient_flows_through_both_samples():
     student, *_ = draw(3)
     units, weights = jnp.asarray(student.units[:, 0]), jnp.asarray(student.weights)
@@ -166,7 +174,7 @@ def test_koleo_near_duplicates_in_float32(distance):
     units = student.units[:, 0].copy()
     units[1] = units[0] + distance * np.array([1.0, -1.0, 0.5, 0.25])
     units, weights = np.float32(units), np.float32(student.weights)
-    value = losses.koleo(units, weights, 2, Precision())
+    value = losses.koleo(units[:, None], weights, 2, Precision())
     np.testing.assert_allclose(value, koleo_loop(np.float64(units), np.float64(weights), 2), rtol=1e-2)
 
 

@@ -121,9 +121,8 @@ class PerA:
         class_loss = jnp.mean(per_pair)
 
         batch, globals_ = student_out.units.shape[0], self.crops["global"][0]
-        koleo = sum(
-            losses.koleo(student_out.units[:, crop], student_out.weights, self.koleo_group or batch, self.precision)
-            for crop in range(globals_)
+        koleo = losses.koleo(
+            student_out.units[:, :globals_], student_out.weights, self.koleo_group or batch, self.precision
         )
         pixel = losses.pixel_term(predicted, self.pixel_targets(views["global"]))
         loss = class_loss + self.koleo_weight * koleo + self.pixel_weight * pixel
