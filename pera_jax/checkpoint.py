@@ -12,6 +12,7 @@ import os
 import pathlib
 import shutil
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,7 +27,12 @@ from pera_jax.objectives import pera
 _FOLDER = "checkpoints"
 # What a full disk, a lost mount or a denied write look like: Orbax and TensorStore wrap the system's error in several.
 _WRITE_ERRORS = (OSError, ValueError, RuntimeError)
+_READ_ERRORS = (*_WRITE_ERRORS, KeyError, TypeError)
 _REMOVAL_SECONDS, _QUIET_SECONDS = 20.0, 1.0  # longest wait for threads of a failed save; silence that ends it
+
+
+class Damaged(UserError):
+    """A checkpoint that cannot be read; the one before it may be whole."""
 
 
 class Store:
@@ -132,18 +138,35 @@ def restore(folder: pathlib.Path, abstract: steps.TrainState) -> tuple[steps.Tra
     """The whole state in a checkpoint's folder, laid out as `abstract` says, and the data position.
 
     Raises:
-      UserError: leaves that are missing, too many or of another shape; an unreadable checkpoint.
+      UserError: leaves that are missing, too many or of another shape.
+      Damaged: an unreadable checkpoint.
     """
     wanted = _split(abstract)
-    try:
+    with _reading(folder):
         stored = ocp.checkpointables_metadata(folder).metadata
         differences = _differences({name: stored[name] for name in wanted}, wanted)
         if differences:
             raise UserError(f"the checkpoint {folder} does not fit this config: {'; '.join(differences)}")
         items = ocp.load_checkpointables(folder, wanted | {"data": None})
-    except _WRITE_ERRORS + (KeyError,) as error:
-        raise UserError(f"the checkpoint {folder} cannot be read: {str(error).splitlines()[0][:200]}") from error
     return steps.TrainState(teacher=items["teacher"], **items["state"]), items["data"]
+
+
+@contextlib.contextmanager
+def _reading(folder: pathlib.Path) -> Iterator[None]:
+    """Turns what Orbax raises on a checkpoint with missing, cut or changed files into `Damaged`."""
+    try:
+        yield
+    except _READ_ERRORS as error:
+        raise Damaged(f"the checkpoint {folder} cannot be read: {(str(error).splitlines() or ['?'])[0][:200]}") from error
+
+
+def set_aside(folder: pathlib.Path) -> pathlib.Path:
+    """Moves a damaged checkpoint out of the way of the one that will be saved under its step; returns its new place."""
+    place = folder.parent.parent / f"damaged_{folder.name}"
+    while place.exists():
+        place = place.with_name(place.name + "_")
+    os.replace(folder, place)
+    return place
 
 
 def saved_steps(run: str | pathlib.Path) -> list[int]:
@@ -175,12 +198,11 @@ def load_meta(folder: pathlib.Path) -> dict[str, Any]:
     """The `meta` of a checkpoint's folder.
 
     Raises:
-      UserError: a checkpoint of another format version, or one that cannot be read.
+      UserError: a checkpoint of another format version.
+      Damaged: one that cannot be read.
     """
-    try:
+    with _reading(folder):
         meta = ocp.load_checkpointables(folder, {"meta": None})["meta"]
-    except _WRITE_ERRORS + (KeyError,) as error:
-        raise UserError(f"the checkpoint {folder} cannot be read: {str(error).splitlines()[0][:200]}") from error
     if meta["format_version"] != run_meta.FORMAT_VERSION:
         raise UserError(
             f"the checkpoint {folder} has format version {meta['format_version']}, this program reads "
@@ -230,7 +252,8 @@ def load_weights(
     abstract = jax.eval_shape(lambda: steps.new_state(objective, optimiser, 0))
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)
     wanted = "teacher" if which == "teacher" else "state"
-    loaded = ocp.load_checkpointables(folder, {wanted: _split(abstract)[wanted]})[wanted]
+    with _reading(folder):
+        loaded = ocp.load_checkpointables(folder, {wanted: _split(abstract)[wanted]})[wanted]
     return Weights(loaded if which == "teacher" else loaded["params"], meta, chosen)
 
 

@@ -235,9 +235,21 @@ def _first_state(config, workdir, meta, objective, optimiser, abstract, mesh):
     """The state to begin with and the position in the data, by the order of start-up."""
     run = workdir if checkpoint.saved_steps(workdir) else config.resume_from
     if run:
-        folder, _ = checkpoint.folder_of(run, None)
-        run_meta.check_same_run(checkpoint.load_meta(folder), meta, run, config.data.allow_changed_data)
-        return checkpoint.restore(folder, abstract)
+        newest, _ = checkpoint.folder_of(run, None)
+        damaged = []
+        for step in reversed(checkpoint.saved_steps(run)):
+            folder = newest.with_name(str(step))
+            try:
+                run_meta.check_same_run(checkpoint.load_meta(folder), meta, run, config.data.allow_changed_data)
+                restored = checkpoint.restore(folder, abstract)
+            except checkpoint.Damaged as error:
+                damaged.append((folder, error))
+                continue
+            for bad, error in damaged:
+                moved = f"; moved to {checkpoint.set_aside(bad)}" if run == workdir else ""
+                print(f"{error}{moved}; going on from the checkpoint of step {step}", file=sys.stderr)
+            return restored
+        raise UserError(f"no checkpoint of {run} can be read; the newest: {damaged[0][1]}")
     state = steps.born_sharded(objective, optimiser, mesh, config.seed)
     if config.init_from:
         state = checkpoint.with_weights(state, config.init_from)

@@ -241,3 +241,28 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_last_good_checkpoi
     assert checkpoint.saved_steps(tmp_path / "run") == [1]
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
     everything(tmp_path / "run", 1)
+
+
+def spoil(folder: pathlib.Path) -> None:
+    """Cuts the largest file of the state to half, as a disk that lied about a write does."""
+    file = max((folder / "state").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of a coroutine that Orbax gives up
+def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(finished, data, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    spoil(workdir / "checkpoints" / "4")
+    train.train(smoke("demo", data), str(workdir))
+    said = capsys.readouterr().err.splitlines()[0]
+    assert "checkpoints/4 cannot be read" in said and said.endswith("going on from the checkpoint of step 2")
+    assert_same_bits(everything(workdir, 4), everything(finished, 4))
+    assert metrics_of(workdir) == metrics_of(finished)
+    assert (workdir / "damaged_4").is_dir()
+
+    for step in (2, 4):
+        spoil(workdir / "checkpoints" / str(step))
+    with pytest.raises(UserError, match=f"no checkpoint of {workdir} can be read; the newest: .*checkpoints/4 cannot"):
+        train.train(smoke("demo", data, "6 steps"), str(workdir))
+    assert checkpoint.saved_steps(workdir) == [2, 4]
