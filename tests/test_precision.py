@@ -78,7 +78,7 @@ def test_matrix_products_take_bfloat16_save_a_named_few(traced, part):
 
     # What may stay wide: Gram matrices and distances of KoLeo, the centre, the position embedding's resampling.
     head = objective.prototype_head
-    units = jax.ShapeDtypeStruct((16, head.bottleneck), F32)
+    units = jax.ShapeDtypeStruct((16, 2, head.bottleneck), F32)
     weights = jax.ShapeDtypeStruct((head.outputs, head.bottleneck), F32)
     grid = jax.ShapeDtypeStruct((4, 4, objective.vit.width), F32)
     teacher = losses.Prototypes(jax.ShapeDtypeStruct((16, 4, head.bottleneck), F32), weights)
@@ -89,7 +89,7 @@ def test_matrix_products_take_bfloat16_save_a_named_few(traced, part):
         return lambda *x: jax.value_and_grad(lambda *y: jnp.sum(f(*y)), tuple(range(len(x))))(*x)
 
     allowed = [
-        jax.make_jaxpr(gradient(lambda u, w: losses.koleo(u[:, None], w, 4, policy)))(units, weights),
+        jax.make_jaxpr(gradient(lambda u, w: losses.koleo(u, w, 4, policy)))(units, weights),
         jax.make_jaxpr(lambda c, t: losses.new_center(c, t, 0.9, policy))(center, teacher),
         jax.make_jaxpr(gradient(lambda g: positions.resample(g, 3, 3)))(grid),
     ]
