@@ -41,7 +41,8 @@ def named(tree):
 def born():
     """Initial values of a network wide enough for statistics, by name."""
     config = tiny.config(model__width=96, heads__hidden=80, heads__bottleneck=48, heads__prototypes=512)
-    return {name: np.float64(leaf) for name, leaf in named(jax.jit(tiny.objective(config).init)(jax.random.key(5))).items()}
+    params = jax.jit(tiny.objective(config).init)(jax.random.key(5))
+    return {name: np.float64(leaf) for name, leaf in named(params).items()}
 
 
 def parts_of(name, values):
@@ -89,7 +90,9 @@ def test_no_two_matrices_share_their_draws(born):
                 assert abs(np.mean(one * other)) < 5 / np.sqrt(one.size), (name, other_name)
 
 
-@pytest.mark.parametrize("name, width, depth, millions", [("pera_vitb16", 768, 12, 86), ("pera_vitg16_1024", 1024, 40, 505)])
+@pytest.mark.parametrize(
+    "name, width, depth, millions", [("pera_vitb16", 768, 12, 86), ("pera_vitg16_1024", 1024, 40, 505)]
+)
 def test_the_published_networks_have_their_sizes(name, width, depth, millions):
     config = importlib.import_module(f"configs.{name}").get_config()
     objective = pera.from_config(config, (0.5,) * 3, (0.3,) * 3, 3)
