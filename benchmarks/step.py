@@ -17,6 +17,7 @@ On CPUs with glibc, GLIBC_TUNABLES=glibc.malloc.hugetlb=1 before the command spa
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -35,44 +36,15 @@ from pera_jax import config as configs  # noqa: E402
 from pera_jax import errors, flops, sharding  # noqa: E402
 from pera_jax import step as steps  # noqa: E402
 from pera_jax.errors import UserError  # noqa: E402
-from pera_jax.objectives import pera  # noqa: E402
+from pera_jax.program import Program, memory_of  # noqa: E402
 
 _SIDE = 2048  # of the matrix product that the step is measured against
-HYPER = {
-    "learning_rate": 1e-4, "weight_decay": 0.04, "one_minus_momentum": 1e-3, "teacher_temperature": 0.04,
-    "student_temperature": 0.1,
-}  # fmt: skip
 
-
-class Program:
-    """The step of a config over a mesh of `devices` (all of them by default), with its arguments."""
-
-    def __init__(self, config, devices=None):
-        self.config = config
-        self.mesh = sharding.make_mesh(**config.mesh, devices=devices)
-        configs.check(config, sharding.batch_shards(self.mesh), 1)
-        self.objective = pera.from_config(config, (0.4,) * 3, (0.2,) * 3, 3)
-        self.optimiser = steps.make_optimiser(config.optimiser)
-        self.hyper = {name: np.asarray(value, config.parameter_precision) for name, value in HYPER.items()}
-        batch = config.batch_size
-        self.crops = {
-            kind: jax.ShapeDtypeStruct((batch, number, side, side, 3), np.uint8)
-            for kind, (number, side) in self.objective.crops.items() if number
-        }  # fmt: skip
-
-    def trace(self):
-        state = steps.abstract_state(self.objective, self.optimiser, self.mesh)
-        function = steps.make_step(self.objective, self.optimiser, self.config.seed, self.config.optimiser.decay)
-        step = steps.jit_step(function, jax.tree.map(lambda leaf: leaf.sharding, state), self.mesh)
-        with jax.set_mesh(self.mesh):
-            return step.trace(state, self.crops, self.hyper)
-
-
-def xla_flops(config, remat: bool) -> float:
+def xla_flops(config, remat: str) -> float:
     """XLA's count per image of the step for one device, before fusion, with every loop of matrix products unrolled.
 
     Args:
-      remat: recompute each block in the backward pass.
+      remat: as the config's field `model.remat`.
     """
     config = config.copy_and_resolve_references()
     config.model.update(dict(scan=False, remat=remat))
@@ -126,19 +98,15 @@ def measure(config, number: int, run: bool) -> dict:
     count = {
         "parts": parts, "method": method,
         "traced": flops.matrix_products(traced.jaxpr.jaxpr) / config.batch_size,
-        "xla": xla_flops(config, remat=False),
+        "xla": xla_flops(config, remat="none"),
     }  # fmt: skip
-    if config.model.remat:
-        count["xla_with_recomputation"] = xla_flops(config, remat=True)
+    if config.model.remat != "none":
+        count["xla_with_recomputation"] = xla_flops(config, config.model.remat)
     result = {"config": config.name, "batch_size": config.batch_size, "devices": len(program.mesh.devices.flat),
               "device": jax.devices()[0].device_kind, "flops_per_image": count}  # fmt: skip
     if run:
         compiled = traced.lower().compile()
-        memory = compiled.memory_analysis()
-        result["bytes"] = {
-            "arguments": memory.argument_size_in_bytes, "outputs": memory.output_size_in_bytes,
-            "temporaries": memory.temp_size_in_bytes,
-        }  # fmt: skip
+        result["bytes"] = dataclasses.asdict(memory_of(compiled))
         before, spent, after = time_product(), time_step(program, compiled, number), time_product()
         product = {clock: max(before[clock], after[clock]) for clock in before}
         clock = "cpu" if jax.default_backend() == "cpu" else "wall"

@@ -21,7 +21,7 @@ def get_config(argument=None):
     config.precision = "float32"
     config.data.update(dict(path="shards/aid", normalise="dataset", workers=1))
     config.crops.update(dict(global_size=64, local_size=32, local_number=2))
-    config.model.update(dict(width=96, depth=6, heads=3, patch=8, remat=False))
+    config.model.update(dict(width=96, depth=6, heads=3, patch=8, remat="none"))
     config.heads.update(dict(hidden=512, bottleneck=128, prototypes=1024))
     config.stochastic_depth.update(dict(rate=0.0, group=0))
     config.loss.koleo_group = 0

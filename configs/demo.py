@@ -11,12 +11,12 @@ from pera_jax import config as configs
 def get_config(argument=None):
     config = configs.default()
     config.name = "demo"
-    config.total = "800 steps"
+    config.total = "500 steps"
     config.batch_size = 32
     config.precision = "float32"
     config.data.update(dict(path="demo/shards", normalise="dataset", workers=1))
     config.crops.update(dict(global_size=64, local_size=32, local_number=2))
-    config.model.update(dict(width=96, depth=4, heads=3, patch=8, remat=False))
+    config.model.update(dict(width=96, depth=4, heads=3, patch=8, remat="none"))
     config.heads.update(dict(hidden=256, bottleneck=64, prototypes=256))
     config.stochastic_depth.update(dict(rate=0.0, group=0))
     config.loss.koleo_group = 0

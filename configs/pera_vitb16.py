@@ -17,7 +17,7 @@ def get_config(argument=None):
     config.name = "pera_vitb16"
     config.total = "200 epochs"
     config.batch_size = 1024
-    config.model.update(dict(width=768, depth=12, heads=12, patch=16, remat=True))
+    config.model.update(dict(width=768, depth=12, heads=12, patch=16, remat="block"))
     config.loss.koleo_group = 16
     config.stochastic_depth.update(dict(rate=0.3, group=16))
     config.schedules.momentum.start = 0.992

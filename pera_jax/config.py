@@ -23,6 +23,7 @@ def default() -> ConfigDict:
             seed=0,
             total="200 epochs",
             batch_size=1024,  # global: all devices of all hosts
+            accumulate=1,  # parts that a batch is worked on in, one after the other: memory of a part, result of the whole
             precision="bfloat16",  # of matrix products: bfloat16 or float32
             parameter_precision="float32",  # of everything else; float64 only with jax_enable_x64
             # Weights to start from when the workdir holds no checkpoint: a run to go on with (its state, optimiser and
@@ -58,7 +59,16 @@ def default() -> ConfigDict:
         teacher_jitter=0.1,  # probability that the teacher's view is jittered
     )
     config.masks = dict(student=0.2, teacher=0.6)  # shares of the patches; the rest is learnable
-    config.model = dict(width=768, depth=12, heads=12, patch=16, mlp_ratio=4.0, scan=True, remat=True)
+    config.model = dict(
+        width=768,
+        depth=12,
+        heads=12,
+        patch=16,
+        mlp_ratio=4.0,
+        scan=True,  # one block compiled, looped over; False: unrolled, which compiles slower and runs a little faster
+        remat="block",  # computed again in the backward pass: "none", "dots" (all but the linear maps), whole "block"s
+        attention="auto",  # "cudnn", "xla", or "auto": cuDNN's fused kernel on GPUs that have it
+    )
     config.heads = dict(hidden=2048, bottleneck=384, prototypes=131072)
     config.stochastic_depth = dict(rate=0.3, group=16)  # group in images; 0 for the whole batch
     config.loss = dict(
@@ -161,20 +171,7 @@ def check(config: ConfigDict, batch_shards: int, hosts: int) -> None:
       UserError: the first thing that is wrong.
     """
     _same_fields(config, default(), "")
-    batch, group, koleo = config.batch_size, config.stochastic_depth.group, config.loss.koleo_group
-    if batch < 1 or batch % batch_shards or batch % hosts:
-        raise UserError(
-            f"batch_size={batch} does not divide by the {batch_shards} part(s) of the mesh (data x fsdp) on {hosts} "
-            "host(s); choose a multiple"
-        )
-    for name, size in (("stochastic_depth.group", group), ("loss.koleo_group", koleo)):
-        if size < 0 or (size and batch % size):
-            raise UserError(f"{name}={size} does not divide batch_size={batch}; use a divisor, or 0 for the whole batch")
-    if group and config.stochastic_depth.rate and (batch // batch_shards) % group:
-        raise UserError(
-            f"stochastic_depth.group={group} does not divide the {batch // batch_shards} images of one part of the mesh; "
-            "each device must hold whole groups: use a smaller group"
-        )
+    _check_batch(config, batch_shards, hosts)
     if not 0 <= config.stochastic_depth.rate < 1:
         raise UserError(f"stochastic_depth.rate={config.stochastic_depth.rate} must lie in [0, 1)")
     crops = config.crops
@@ -188,10 +185,48 @@ def check(config: ConfigDict, batch_shards: int, hosts: int) -> None:
     if crops.global_number < 1 or crops.local_number < 0:
         raise UserError("crops.global_number must be at least 1 and crops.local_number at least 0")
     _one_of(config, "objective", ("pera",))
+    _one_of(config.model, "remat", ("none", "dots", "block"), "model.")
+    _one_of(config.model, "attention", ("auto", "cudnn", "xla"), "model.")
     _one_of(config, "precision", ("bfloat16", "float32", "float64"))
     _one_of(config, "parameter_precision", ("float32", "float64"))
     _one_of(config.data, "normalise", ("imagenet", "dataset"), "data.")
     _one_of(config.optimiser, "decay", ("all", "matrices"), "optimiser.")
+
+
+def _check_batch(config: ConfigDict, batch_shards: int, hosts: int) -> None:
+    batch, parts = config.batch_size, config.accumulate
+    group, koleo = config.stochastic_depth.group, config.loss.koleo_group
+    if batch < 1 or batch % batch_shards or batch % hosts:
+        raise UserError(
+            f"batch_size={batch} does not divide by the {batch_shards} part(s) of the mesh (data x fsdp) on {hosts} "
+            "host(s); choose a multiple"
+        )
+    local = batch // batch_shards
+    if parts < 1 or local % parts:
+        raise UserError(
+            f"accumulate={parts} does not divide the {local} images of one part of the mesh; choose a divisor"
+        )
+    local //= parts
+    for name, size in (("stochastic_depth.group", group), ("loss.koleo_group", koleo)):
+        if size < 0 or (size and batch % size):
+            raise UserError(f"{name}={size} does not divide batch_size={batch}; use a divisor, or 0 for the whole batch")
+    if koleo and local % koleo and (koleo % local or (batch // parts) % koleo):
+        raise UserError(
+            f"loss.koleo_group={koleo} neither divides nor is a multiple of the {local} images that one part of the mesh "
+            f"works on at a time; choose a divisor of {local}, or 0 for the whole batch"
+        )
+    if not config.stochastic_depth.rate:
+        return
+    if not group and batch_shards * parts > 1:
+        raise UserError(
+            "stochastic_depth.group=0 draws from the whole batch, which lies on several devices or is worked on in "
+            f"{parts} part(s); use a divisor of {local} images"
+        )
+    if group and local % group:
+        raise UserError(
+            f"stochastic_depth.group={group} does not divide the {local} images that one part of the mesh works on at a "
+            "time; each device must hold whole groups: use a smaller group"
+        )
 
 
 def _one_of(config: ConfigDict, field: str, allowed: tuple[str, ...], prefix: str = "") -> None:

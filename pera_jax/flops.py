@@ -28,7 +28,7 @@ def per_image(objective: PerA) -> dict[str, float]:
     result = {}
     for kind, parts in objective.parts.items():
         crops = objective.crops[kind][0]
-        group = objective.depth_groups[kind]
+        group = objective.depth_group * crops
         kept = 1.0
         if objective.depth_rate:
             kept = kept_of(group, objective.depth_rate) / group if group else 1.0 - objective.depth_rate

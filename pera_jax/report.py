@@ -52,7 +52,7 @@ def pairs(
     stream.close()
 
     def look_and_guess(params, batch):
-        view = objective.make_views(jax.random.key(seed), batch)["global"]
+        view = objective.make_views(objective.examples(jax.random.key(seed), batch))["global"]
         guess = objective.outputs(params, params, {"global": view}, None)[2]  # [N V, n_l, p p C]
         return view, guess, objective.pixel_targets(view)
 

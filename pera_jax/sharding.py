@@ -1,10 +1,13 @@
 """The device mesh and where each array lies on it.
 
 Mesh axes: `data` (replicated parameters), `fsdp` (parameters cut over devices that each also see their own images) and
-`tensor` (reserved for cutting prototypes and heads of attention). The batch is cut over `data` and `fsdp`.
+`tensor` (prototypes, heads of attention and hidden units are cut over it). The batch is cut over `data` and `fsdp`.
+
+Inside the jitted step the functions of the second half ask the mesh in use (`jax.set_mesh`); without one they do nothing.
 """
 
 import re
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -39,28 +42,34 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | None = None) -> Mesh:
-    """A mesh over `devices` (all of them by default). One of the sizes may be -1: what is left.
+def mesh_sizes(data: int, fsdp: int, tensor: int, devices: int) -> tuple[int, int, int]:
+    """The sizes of a mesh over so many devices; one of them may be -1: what is left.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
     known = int(np.prod([s for s in sizes if s != -1]))
-    if sizes.count(-1) > 1 or min(sizes) < -1 or 0 in sizes or len(devices) % known:
+    if sizes.count(-1) > 1 or min(sizes) < -1 or 0 in sizes or devices % known:
         raise UserError(
-            f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit {len(devices)} device(s); "
+            f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit {devices} device(s); "
             "the sizes must multiply to that number, and one of them may be -1"
         )
-    sizes = [len(devices) // known if s == -1 else s for s in sizes]
-    if int(np.prod(sizes)) != len(devices):
+    sizes = [devices // known if s == -1 else s for s in sizes]
+    if int(np.prod(sizes)) != devices:
         raise UserError(
-            f"mesh data={data}, fsdp={fsdp}, tensor={tensor} uses {np.prod(sizes)} of {len(devices)} device(s); "
+            f"mesh data={data}, fsdp={fsdp}, tensor={tensor} uses {np.prod(sizes)} of {devices} device(s); "
             "set one of the sizes to -1"
         )
+    return tuple(sizes)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | None = None) -> Mesh:
+    """A mesh over `devices` (all of them by default), of `mesh_sizes`."""
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(data, fsdp, tensor, len(devices))
     # Auto axes: the compiler places what the constraints leave open ("pjit"). make_mesh would default to Explicit.
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -97,9 +106,64 @@ def tree_shardings(tree, mesh: Mesh):
     )
 
 
-def constrain_batch(x: jax.Array) -> jax.Array:
-    """Pins axis 0 of `x` to the batch axes of the mesh in use (`jax.set_mesh`); nothing where there is none."""
+def shards_in_use() -> int:
+    """The number of parts that a batch is cut into by the mesh in use; 1 without one."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
-        return x
-    return jax.lax.with_sharding_constraint(x, BATCH)
+    return 1 if mesh.empty else batch_shards(mesh)
+
+
+def axes_in_use() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The axes of the mesh in use that rows of a batch and prototypes are cut over; both empty on a single device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return (), ()
+    return ("data", "fsdp"), ("tensor",) if mesh.shape["tensor"] > 1 else ()
+
+
+def constrain_batch(x: jax.Array) -> jax.Array:
+    """Pins axis 0 of `x` to the batch axes of the mesh in use; nothing where they do not divide it."""
+    shards = shards_in_use()
+    return x if shards == 1 or x.shape[0] % shards else jax.lax.with_sharding_constraint(x, BATCH)
+
+
+def constrain_whole(x: jax.Array) -> jax.Array:
+    """Pins `x` to lie whole on every device of the mesh in use, so that what it meets need not move."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(x, P())
+
+
+def constrain_tree(tree):
+    """Pins each leaf of a tree that has the paths of parameters to where `RULES` say that it lives."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return tree
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.lax.with_sharding_constraint(leaf, spec_of(path_of(path), leaf.shape, mesh)), tree
+    )
+
+
+def per_shard(function: Callable, *arrays):
+    """`function` of trees of arrays whose axis 0 is the batch's, on each device's own rows: nothing crosses devices.
+
+    `function` must work on each row by itself.
+    """
+    shards = shards_in_use()
+    if shards == 1 or jax.tree.leaves(arrays)[0].shape[0] % shards:
+        return function(*arrays)
+    return jax.shard_map(function, in_specs=BATCH, out_specs=BATCH, check_vma=False)(*arrays)
+
+
+def split_batch(tree, parts: int):
+    """Leaves [B, ...] -> [parts, B / parts, ...], to be worked on one after the other.
+
+    Each part takes an equal run of every device's rows, so that no row changes its device.
+    """
+    shards = shards_in_use()
+
+    def split(x):
+        rows = x.shape[0] // (shards * parts)
+        x = x.reshape(shards, parts, rows, *x.shape[1:]).swapaxes(0, 1)  # [parts, shards, rows, ...]
+        x = x.reshape(parts, shards * rows, *x.shape[3:])
+        return x if shards == 1 else jax.lax.with_sharding_constraint(x, P(None, ("data", "fsdp")))
+
+    return jax.tree.map(split, tree)

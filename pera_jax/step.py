@@ -96,15 +96,35 @@ def apply_gradients(
     return TrainState(state.step + 1, params, teacher, opt_state, objective_state), metrics
 
 
-def make_step(objective, optimiser, seed: int, decay: str = "all") -> Callable:
-    """The pure step `(state, batch, hyper) -> (state, metrics)`; jit it with `jit_step`."""
+def make_step(objective, optimiser, seed: int, decay: str = "all", accumulate: int = 1) -> Callable:
+    """The pure step `(state, batch, hyper) -> (state, metrics)`; jit it with `jit_step`.
+
+    Args:
+      accumulate: parts that a batch is worked on in, one after the other: with the memory of a part, the loss and the
+        gradients of the whole.
+    """
 
     def step(state: TrainState, batch: dict[str, jax.Array], hyper: dict[str, jax.Array]):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), LOSS), state.step)
-        grad_fn = jax.value_and_grad(objective.loss, has_aux=True)
-        (_, (objective_state, metrics)), grads = grad_fn(
-            state.params, state.teacher, state.objective, batch, key, hyper
-        )
+        draw_key, depth_key = jax.random.split(key)
+        examples = objective.examples(draw_key, batch)
+
+        def gradients(part):
+            grad_fn = jax.grad(objective.loss, has_aux=True)
+            grads, means = grad_fn(state.params, state.teacher, state.objective, part, depth_key, hyper)
+            return sharding.constrain_tree(grads), means
+
+        if accumulate == 1:
+            grads, means = gradients(examples)
+        else:
+            parts = sharding.split_batch(examples, accumulate)
+            part = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), parts)
+            shapes = jax.eval_shape(gradients, part)
+            grads, means = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            zeros = (sharding.constrain_tree(grads), means)
+            sums, _ = jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, gradients(part)), None), zeros, parts)
+            grads, means = jax.tree.map(lambda total: total / accumulate, sums)
+        objective_state, metrics = objective.finish(state.objective, means)
         state, norms = apply_gradients(
             state, grads, objective_state, hyper, optimiser, objective.teacher_keys, decay
         )

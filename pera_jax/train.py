@@ -77,7 +77,7 @@ def train(config, workdir: str) -> None:
     optimiser = steps.make_optimiser(config.optimiser)
     abstract = steps.abstract_state(objective, optimiser, mesh)
     train_step = steps.jit_step(
-        steps.make_step(objective, optimiser, config.seed, config.optimiser.decay),
+        steps.make_step(objective, optimiser, config.seed, config.optimiser.decay, config.accumulate),
         jax.tree.map(lambda leaf: leaf.sharding, abstract),
         mesh,
     )

@@ -41,31 +41,14 @@ class Jitter(NamedTuple):
     order: jax.Array
 
 
-def make_views(
-    key: jax.Array, crops: jax.Array, settings: Any, mean: Sequence[float], std: Sequence[float], dtype=jnp.float32
-) -> tuple[jax.Array, jax.Array]:
-    """The student's and the teacher's view of each crop.
+def check(settings: Any, bands: int) -> None:
+    """Raises UserError for a field of `settings`, the config's `views`, that is out of its range or asks for saturation,
+    hue or grey of crops that are not red, green, blue.
 
-    Args:
-      key: random key. All draws are made for the N crops together, so they do not depend on how the crops are sharded.
-      crops: uint8 [N, H, W, C].
-      settings: the config's `views`: brightness, contrast, saturation (factors uniform in 1 +- the value), hue (shift
-        uniform in +- the value, turns), student_change, student_grey (share of the changed ones), teacher_jitter.
-      mean, std: [C], of values in [0, 1].
-      dtype: of the views. The colours are computed in float32 or, where this is wider, in it.
-
-    Returns:
-      (student, teacher), each [N, H, W, C] in `dtype`, normalised per band.
-
-    Raises:
-      UserError: a field out of its range; saturation, hue or grey asked for crops that are not red, green, blue.
+        brightness, contrast, saturation: factors uniform in 1 +- the value; hue: shift uniform in +- the value, turns
+        student_change: share of the student's views that change; student_grey: share of the changed ones
+        teacher_jitter: share of the teacher's views that change
     """
-    _check(settings, crops.shape[-1])
-    student, teacher = draw_jitter(key, crops.shape[0], settings)
-    return look(crops, student, mean, std, dtype), look(crops, teacher, mean, std, dtype)
-
-
-def _check(settings: Any, bands: int) -> None:
     for field in ("brightness", "contrast", "saturation", "hue", "student_change", "student_grey", "teacher_jitter"):
         limit = 0.5 if field == "hue" else 1.0
         if not 0 <= settings[field] <= limit:
@@ -78,7 +61,7 @@ def _check(settings: Any, bands: int) -> None:
 
 
 def draw_jitter(key: jax.Array, number: int, settings: Any) -> tuple[Jitter, Jitter]:
-    """Independent draws for the student's and the teacher's views of `number` crops; `settings` as in `make_views`."""
+    """Independent draws for the student's and the teacher's views of `number` crops; `settings` as in `check`."""
     student_key, teacher_key, change_key, grey_key, teacher_change_key = jax.random.split(key, 5)
 
     def happens(key, probability):

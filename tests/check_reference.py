@@ -141,7 +141,8 @@ def check(path: str) -> Table:
         hyper = {k: np.float32(v) for k, v in hyper.items()}
         outputs = jax.jit(objective.outputs)(state.params, state.teacher, views, None)
         compare_outputs(file, table, n, objective, outputs, views["global"])
-        (_, (objective_state, metrics)), grads = gradients(state, views, hyper)
+        (_, means), grads = gradients(state, views, hyper)
+        objective_state, metrics = objective.finish(state.objective, means)
         theirs = {k.split("/")[-1]: v for k, v in file.arrays.items() if k.startswith(f"step{n}/loss/")}
         globals_ = file.numbers["global"]
         ours = {

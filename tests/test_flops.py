@@ -72,7 +72,7 @@ def test_the_count_is_what_is_traced_to_the_last_product(changes):
 
 
 def test_recomputation_is_seen_and_is_no_part_of_the_count():
-    plain, remat = tiny.config(batch_size=4), tiny.config(batch_size=4, model__remat=True)
+    plain, remat = tiny.config(batch_size=4), tiny.config(batch_size=4, model__remat="block")
     assert flops.per_image(tiny.objective(plain)) == flops.per_image(tiny.objective(remat))
     blocks = {name: value for name, value in flops.per_image(tiny.objective(plain)).items() if "student" in name}
     more = of_step(remat) - of_step(plain)

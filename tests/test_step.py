@@ -41,7 +41,7 @@ def compiled(mesh, **changes):
     objective, optimiser = tiny.objective(config), steps.make_optimiser(config.optimiser)
     abstract = steps.abstract_state(objective, optimiser, mesh)
     where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    step = steps.jit_step(steps.make_step(objective, optimiser, config.seed, config.optimiser.decay), where, mesh)
+    step = steps.jit_step(steps.make_step(objective, optimiser, config.seed, config.optimiser.decay, config.accumulate), where, mesh)
     # A small rate: Adam divides by the gradient's size, and steps that are large beside it amplify rounding.
     hyper = tiny.HYPER | {"learning_rate": 1e-3}
     hyper = {name: np.asarray(value, config.parameter_precision) for name, value in hyper.items()}
@@ -98,7 +98,7 @@ def test_eight_devices_compute_what_one_computes_in_float32(mesh, single):
     assert_same(single, run(mesh), 1e-3)
 
 
-@pytest.mark.parametrize("changes", [dict(model__remat=True), dict(model__scan=False, model__remat=True)])
+@pytest.mark.parametrize("changes", [dict(model__remat="block"), dict(model__scan=False, model__remat=True)])
 def test_scan_and_remat_change_nothing(changes, double):
     with jax.enable_x64(True):
         assert_same(double, run(**changes, **DOUBLE), 1e-9)
@@ -125,7 +125,9 @@ def test_gradients_are_those_of_the_loss(double):
         objective, born, batch = tiny.objective(config), double[0], tiny.batch(config)
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), steps.LOSS), 0)
         grad = jax.jit(jax.grad(objective.loss, has_aux=True), compiler_options=FAST)
-        plain, _ = grad(born.params, born.teacher, born.objective, batch, key, tiny.HYPER)
+        draw_key, depth_key = jax.random.split(key)
+        examples = objective.examples(draw_key, batch)
+        plain, _ = grad(born.params, born.teacher, born.objective, examples, depth_key, tiny.HYPER)
         found = gradients(run(None, [batch], **DOUBLE))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-9 * np.abs(a).max()), plain, found)
 

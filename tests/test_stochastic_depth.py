@@ -12,10 +12,16 @@ from pera_jax.models import stochastic_depth
 from pera_jax.objectives import pera
 
 
+def residual(branch, x, key, rate, group):
+    """`stochastic_depth.residual` on a whole batch `x`."""
+    depth = stochastic_depth.Depth(key, jnp.arange(len(x) // group), rate, group)
+    return stochastic_depth.residual(branch, x, depth)
+
+
 def ones_kept(key, groups, group, rate=0.3):
     """Bool [groups, group]: the crops on which the branch ran, and what it added."""
     x = jnp.zeros((groups * group, 1, 1))
-    added = stochastic_depth.residual(jnp.ones_like, x, key, rate, group).reshape(groups, group)
+    added = residual(jnp.ones_like, x, key, rate, group).reshape(groups, group)
     return added > 0, added
 
 
@@ -35,7 +41,7 @@ def test_each_group_keeps_its_number_and_scales_it(group, kept):
         return jnp.ones_like(y)
 
     x = jnp.arange(5.0 * group).reshape(5 * group, 1, 1)
-    out = stochastic_depth.residual(branch, x, jax.random.key(3), 0.3, group)
+    out = residual(branch, x, jax.random.key(3), 0.3, group)
     added = np.asarray(out - x).reshape(5, group)
     assert ran_on == [(5 * kept, 1, 1)]  # the skipped crops cost nothing
     np.testing.assert_array_equal((added > 0).sum(axis=1), kept)
@@ -69,7 +75,7 @@ def test_value_and_gradients_equal_the_masked_formula():
         return jnp.tanh(y @ w)
 
     def ours(x, w):
-        return jnp.sum(seed * stochastic_depth.residual(lambda y: branch(w, y), x, key, 0.3, group))
+        return jnp.sum(seed * residual(lambda y: branch(w, y), x, key, 0.3, group))
 
     def naive(x, w):
         return jnp.sum(seed * (x + scale * branch(w, x)))
@@ -81,10 +87,19 @@ def test_value_and_gradients_equal_the_masked_formula():
         np.testing.assert_allclose(gradient, other, rtol=1e-5, atol=1e-5)
 
 
-def test_off_without_key_or_rate():
+def test_off_without_depth_or_rate():
     x = jnp.arange(6.0).reshape(6, 1, 1)
-    for key, rate in ((None, 0.3), (jax.random.key(0), 0.0)):
-        np.testing.assert_array_equal(stochastic_depth.residual(jnp.cos, x, key, rate, 3), x + jnp.cos(x))
+    for out in (stochastic_depth.residual(jnp.cos, x, None), residual(jnp.cos, x, jax.random.key(0), 0.0, 3)):
+        np.testing.assert_array_equal(out, x + jnp.cos(x))
+
+
+def test_parts_of_a_batch_draw_what_the_whole_does():
+    x, key = jax.random.normal(jax.random.key(0), (12, 3, 4)), jax.random.key(1)
+    whole = residual(jnp.sin, x, key, 0.3, 3)
+    places = jnp.array([2, 0])
+    part = x.reshape(4, 3, 3, 4)[places].reshape(6, 3, 4)
+    out = stochastic_depth.residual(jnp.sin, part, stochastic_depth.Depth(key, places, 0.3, 3))
+    np.testing.assert_array_equal(out, whole.reshape(4, 3, 3, 4)[places].reshape(6, 3, 4))
 
 
 def test_groups_stay_on_their_devices():
@@ -94,7 +109,7 @@ def test_groups_stay_on_their_devices():
     x = jax.random.normal(jax.random.key(0), (32, 3, 4))
 
     def gradient(x):
-        return jax.grad(lambda x: jnp.sum(stochastic_depth.residual(jnp.sin, x, jax.random.key(1), 0.3, 4) ** 2))(x)
+        return jax.grad(lambda x: jnp.sum(residual(jnp.sin, x, jax.random.key(1), 0.3, 4) ** 2))(x)
 
     compiled = jax.jit(gradient, in_shardings=where, out_shardings=where).lower(x).compile()
     for collective in ("all-gather", "all-to-all", "all-reduce", "collective-permute", "reduce-scatter"):
@@ -106,10 +121,13 @@ def test_groups_stay_on_their_devices():
 def test_every_block_branch_and_kind_has_a_key_of_its_own(monkeypatch, scan):
     calls = []
 
-    def spy(branch, x, key, rate, group):
-        if key is None:
+    def spy(branch, x, depth):
+        if depth is None:
             return x + branch(x)  # the teacher
-        jax.debug.callback(lambda data: calls.append((tuple(data.ravel().tolist()), rate, group)), jax.random.key_data(key))
+        rate, group = depth.rate, depth.group
+        jax.debug.callback(
+            lambda data: calls.append((tuple(data.ravel().tolist()), rate, group)), jax.random.key_data(depth.key)
+        )
         return x + branch(x)
 
     monkeypatch.setattr(stochastic_depth, "residual", spy)
@@ -123,7 +141,8 @@ def test_every_block_branch_and_kind_has_a_key_of_its_own(monkeypatch, scan):
         for kind, (crops, size) in objective.crops.items():
             masks = masking.sample(key, 4 * crops, objective.parts[kind])
             views[kind] = pera.Views(*[jnp.zeros((4 * crops, size, size, 3))] * 2, masks)
-        return objective.outputs(params, {k: params[k] for k in objective.teacher_keys}, views, key)[0].units
+        depths = objective.depths(key, jnp.arange(4))
+        return objective.outputs(params, {k: params[k] for k in objective.teacher_keys}, views, depths)[0].units
 
     jax.block_until_ready(run(params, jax.random.key(0)))
     jax.effects_barrier()

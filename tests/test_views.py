@@ -81,6 +81,13 @@ OPERATIONS = {
 }
 
 
+def make_views(key, crops, settings, mean, std, dtype=jnp.float32):
+    """The student's and the teacher's view of each crop, as the objective makes them."""
+    views.check(settings, crops.shape[-1])
+    jitters = views.draw_jitter(key, len(crops), settings)
+    return tuple(views.look(crops, jitter, mean, std, dtype) for jitter in jitters)
+
+
 @pytest.mark.parametrize("images", [photographs, drawings])
 @pytest.mark.parametrize("path", PATHS)
 def test_each_operation_is_pillows(path, images):
@@ -161,7 +168,7 @@ def test_what_is_drawn():
 def test_views_of_crops_that_stay_change_or_go_grey():
     crops = np.random.default_rng(0).integers(0, 256, (400, 8, 6, 3), dtype=np.uint8)
     key = jax.random.key(5)
-    looks = jax.jit(lambda k, c: views.make_views(k, c, SETTINGS, MEAN, STD))(key, crops)
+    looks = jax.jit(lambda k, c: make_views(k, c, SETTINGS, MEAN, STD))(key, crops)
     jitters = views.draw_jitter(key, len(crops), SETTINGS)
     mean, std = jnp.asarray(MEAN), jnp.asarray(STD)
     plain = np.asarray((jnp.asarray(crops, jnp.float32) / 255 - mean) / std)
@@ -175,9 +182,9 @@ def test_views_of_crops_that_stay_change_or_go_grey():
     values = np.asarray(looks[0])[grey] * STD + MEAN
     luma = crops[grey] @ np.array([0.299, 0.587, 0.114]) / 255
     np.testing.assert_allclose(values, np.repeat(luma[..., None], 3, axis=-1), atol=1e-5)
-    again = views.make_views(jax.random.key(6), crops, SETTINGS, MEAN, STD)
+    again = make_views(jax.random.key(6), crops, SETTINGS, MEAN, STD)
     assert np.abs(np.asarray(again[0]) - np.asarray(looks[0])).max() > 0.1
-    half = jax.jit(lambda k, c: views.make_views(k, c, SETTINGS, MEAN, STD, jnp.bfloat16))(key, crops)
+    half = jax.jit(lambda k, c: make_views(k, c, SETTINGS, MEAN, STD, jnp.bfloat16))(key, crops)
     for narrow, wide in zip(half, looks, strict=True):
         assert narrow.dtype == jnp.bfloat16
         np.testing.assert_allclose(narrow.astype(np.float32), wide, rtol=2**-8, atol=1e-6)  # colours were in float32
@@ -192,7 +199,7 @@ def test_sharded_crops_get_the_same_views():
     def every_look(key, crops):
         drawn = views.draw_jitter(key, crops.shape[0], SETTINGS)
         together = views.look_together(crops, drawn[0], jnp.zeros(3), jnp.ones(3), jnp.float32)
-        return drawn, views.make_views(key, crops, SETTINGS, MEAN, STD), together
+        return drawn, make_views(key, crops, SETTINGS, MEAN, STD), together
 
     one = jax.jit(every_look)(key, crops)
     eight = jax.jit(every_look, out_shardings=rows)(jax.device_put(key, whole), jax.device_put(crops, rows))
@@ -227,12 +234,12 @@ def test_other_bands_know_brightness_and_contrast(path, bands):
 def test_fields_for_red_green_blue_only(field):
     crops = jnp.zeros((2, 4, 4, 5), jnp.uint8)
     with pytest.raises(UserError, match=rf"views\.{field} is 0\.1, but the images have 5 bands"):
-        views.make_views(jax.random.key(0), crops, NONE | {"brightness": 0.4, field: 0.1}, [0.5] * 5, [0.2] * 5)
-    student, _ = views.make_views(jax.random.key(0), crops, NONE | {"brightness": 0.4}, [0.5] * 5, [0.2] * 5)
+        make_views(jax.random.key(0), crops, NONE | {"brightness": 0.4, field: 0.1}, [0.5] * 5, [0.2] * 5)
+    student, _ = make_views(jax.random.key(0), crops, NONE | {"brightness": 0.4}, [0.5] * 5, [0.2] * 5)
     assert student.shape == (2, 4, 4, 5)
 
 
 @pytest.mark.parametrize(("field", "value"), [("hue", 0.6), ("brightness", -0.1), ("student_change", 1.2)])
 def test_fields_out_of_range_are_named(field, value):
     with pytest.raises(UserError, match=rf"views\.{field} is {value}"):
-        views.make_views(jax.random.key(0), jnp.zeros((2, 4, 4, 3), jnp.uint8), SETTINGS | {field: value}, MEAN, STD)
+        make_views(jax.random.key(0), jnp.zeros((2, 4, 4, 3), jnp.uint8), SETTINGS | {field: value}, MEAN, STD)

@@ -19,7 +19,7 @@ def config(**changes):
     result = configs.smoke(configs.default())
     result.precision = "float32"
     result.crops.update(dict(global_size=32, local_size=24))
-    result.model.update(dict(width=16, depth=4, heads=2, patch=8, remat=False))
+    result.model.update(dict(width=16, depth=4, heads=2, patch=8, remat="none"))
     result.heads.update(dict(hidden=24, bottleneck=16, prototypes=64))
     result.stochastic_depth.update(dict(rate=0.3, group=2))
     result.loss.koleo_group = 4

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from pera_jax.models.vit import fan_in_uniform
 from pera_jax.precision import Precision
+from pera_jax.sharding import constrain_batch
 
 
 def normalise(x: jax.Array, floor: float) -> jax.Array:
@@ -42,6 +43,7 @@ class Head(nn.Module):
                 precision=self.precision.matmul,
                 name=name,
             )(x)
+            x = constrain_batch(x)  # [..., hidden]: else the compiler may move rows instead of weights
             if name != "bottleneck":
                 x = nn.gelu(x, approximate=False)
         shape = (self.outputs, self.bottleneck)

@@ -4,12 +4,32 @@ Each group of `g` crops keeps exactly `max(floor((1 - rate) g), 1)` of them. The
 whole on one device, so the result depends on no mesh and the gathers move nothing between devices.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("key", "places"), meta_fields=("rate", "group"))
+@dataclasses.dataclass(frozen=True)
+class Depth:
+    """The stochastic depth of one pass.
+
+    Attributes:
+      key: a PRNG key.
+      places: int32 [G], the number of each group of the pass in the whole batch. Each group draws by its own number, so
+        a batch that is worked on in parts draws what the undivided batch would.
+      rate: the share of the crops that is skipped.
+      group: crops per group.
+    """
+
+    key: jax.Array
+    places: jax.Array
+    rate: float
+    group: int
 
 
 def kept_of(group: int, rate: float) -> int:
@@ -41,22 +61,19 @@ _put.defvjp(
 )
 
 
-def residual(
-    branch: Callable[[jax.Array], jax.Array], x: jax.Array, key: jax.Array | None, rate: float, group: int
-) -> jax.Array:
+def residual(branch: Callable[[jax.Array], jax.Array], x: jax.Array, depth: Depth | None) -> jax.Array:
     """`x + branch(x)`, the branch on a random subset of each group of crops and scaled by `group / kept`.
 
     Args:
       branch: maps [n, N, D] to [n, N, D].
-      x: [b, N, D], `b` a multiple of `group`.
-      key: a PRNG key, or None: the branch runs on every crop.
-      rate: the share of the crops that is skipped.
-      group: crops per group.
+      x: [G g, N, D].
+      depth: with G places of groups of g crops; None: the branch runs on every crop.
     """
-    if key is None or rate == 0.0:
+    if depth is None or depth.rate == 0.0:
         return x + branch(x).astype(x.dtype)
-    groups, kept = x.shape[0] // group, kept_of(group, rate)
-    order = jnp.argsort(jax.random.bits(key, (groups, group)), axis=1).astype(jnp.int32)  # [G, g]
+    groups, group, kept = len(depth.places), depth.group, kept_of(depth.group, depth.rate)
+    words = jax.vmap(lambda place: jax.random.bits(jax.random.fold_in(depth.key, place), (group,)))(depth.places)
+    order = jnp.argsort(words, axis=1).astype(jnp.int32)  # [G, g]
     inverse = jnp.argsort(order, axis=1).astype(jnp.int32)  # [G, g]
     grouped = x.reshape(groups, group, *x.shape[1:])  # [G, g, N, D]
     subset = _take(grouped, order, inverse, kept)  # [G, k, N, D]

@@ -15,10 +15,15 @@ from einops import rearrange
 
 from pera_jax.errors import UserError
 from pera_jax.models import positions, stochastic_depth
+from pera_jax.models.attention import Attention, choose
+from pera_jax.models.stochastic_depth import Depth
 from pera_jax.precision import Precision
 from pera_jax.sharding import constrain_batch
 
 _NORMAL = nn.initializers.normal(0.02)
+
+# What a block keeps for the backward pass: everything; its input only; its input and what its four linear maps give.
+REMAT = {"none": None, "block": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 def fan_in_uniform(fan_in: int):
@@ -30,36 +35,6 @@ def fan_in_uniform(fan_in: int):
 def patchify(images: jax.Array, patch: int) -> jax.Array:
     """[B, H, W, C] -> [B, L, patch * patch * C]; patches in raster order, their values by row, column, channel."""
     return rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=patch, q=patch)
-
-
-@dataclasses.dataclass(frozen=True)
-class Depth:
-    """Stochastic depth of one pass: skip `rate` of each `group` crops."""
-
-    rate: float
-    group: int
-
-
-class Attention(nn.Module):
-    heads: int
-    precision: Precision
-
-    @nn.compact
-    def __call__(self, x):
-        policy = dict(
-            dtype=self.precision.compute,
-            param_dtype=self.precision.wide,
-            kernel_init=_NORMAL,
-            precision=self.precision.matmul,
-        )
-        width = x.shape[-1]
-        # Three, heads and head dimension are axes of the kernel, so that heads can be cut over devices.
-        qkv = nn.DenseGeneral((3, self.heads, width // self.heads), name="qkv", **policy)(x)  # [B, N, 3, H, D/H]
-        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, N, H, D/H]
-        # Not jax.nn.dot_product_attention: it would round float32 operands to TF32, and its softmax is never float64.
-        scores = self.precision.product("bqhe,bkhe->bhqk", query, key) * query.shape[-1] ** -0.5  # [B, H, N, N], wide
-        mixed = self.precision.product("bhqk,bkhe->bqhe", jax.nn.softmax(scores), value)  # [B, N, H, D/H]
-        return nn.DenseGeneral(width, axis=(-2, -1), name="projection", **policy)(mixed)  # [B, N, D]
 
 
 class Mlp(nn.Module):
@@ -84,21 +59,28 @@ def _layer_norm(precision: Precision, name: str | None = None) -> nn.LayerNorm:
     )
 
 
+def _branches(depth: Depth | None, key) -> tuple[Depth | None, Depth | None]:
+    if depth is None:
+        return None, None
+    return tuple(dataclasses.replace(depth, key=part) for part in jax.random.split(key))
+
+
 class Block(nn.Module):
     heads: int
     mlp_ratio: float
     precision: Precision
-    depth: Depth
+    attention: str
     keep_output: bool = False
 
     @nn.compact
-    def __call__(self, x, key):
-        """`x` [B, N, D] -> the same, and once more for the scan to stack where `keep_output`."""
-        norm_1, attention = _layer_norm(self.precision, "norm_1"), Attention(self.heads, self.precision, name="attention")
-        norm_2, mlp = _layer_norm(self.precision, "norm_2"), Mlp(self.mlp_ratio, self.precision, name="mlp")
-        keys = (None, None) if key is None else jax.random.split(key)
-        x = stochastic_depth.residual(lambda y: attention(norm_1(y)), x, keys[0], self.depth.rate, self.depth.group)
-        x = stochastic_depth.residual(lambda y: mlp(norm_2(y)), x, keys[1], self.depth.rate, self.depth.group)
+    def __call__(self, x, key, depth):
+        """`x` [B, N, D] -> the same, and once more for the scan to stack where `keep_output`; `key` is this block's."""
+        norm_1, norm_2 = (_layer_norm(self.precision, name) for name in ("norm_1", "norm_2"))
+        attention = Attention(self.heads, self.precision, self.attention, _NORMAL, name="attention")
+        mlp = Mlp(self.mlp_ratio, self.precision, name="mlp")
+        first, second = _branches(depth, key)
+        x = stochastic_depth.residual(lambda y: attention(norm_1(y)), x, first)
+        x = stochastic_depth.residual(lambda y: mlp(norm_2(y)), x, second)
         x = constrain_batch(x)
         return x, (x if self.keep_output else None)
 
@@ -111,7 +93,8 @@ class ViT(nn.Module):
       bands: channels of an image.
       split: blocks in the `lower` stack; the learnable tokens join after it.
       scan: compile one block and loop over it, else unroll (same parameters).
-      remat: recompute each block in the backward pass.
+      remat: what the backward pass computes again, one of `REMAT`.
+      attention: "xla" or "cudnn", see `attention.choose`.
     """
 
     width: int
@@ -123,7 +106,8 @@ class ViT(nn.Module):
     split: int
     mlp_ratio: float = 4.0
     scan: bool = True
-    remat: bool = False
+    remat: str = "none"
+    attention: str = "xla"
     precision: Precision = Precision()
 
     def setup(self):
@@ -148,19 +132,23 @@ class ViT(nn.Module):
         grid = positions.resample(grid, height, width).reshape(height * width, self.width)  # [L, D]
         return jnp.concatenate([self.position_embedding[:1], grid])  # [1 + L, D]
 
-    def _stack(self, name, length, x, key, depth, keep_outputs=False):
-        block = nn.remat(Block, prevent_cse=not self.scan) if self.remat else Block
+    def _stack(self, name, length, x, depth, stream, keep_outputs=False):
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(Block, prevent_cse=not self.scan, policy=REMAT[self.remat])
         stack = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
             length=length,
             unroll=1 if self.scan else length,
-        )(self.heads, self.mlp_ratio, self.precision, depth, keep_outputs, name=name)
-        return stack(x, None if key is None else jax.random.split(key, length))
+        )(self.heads, self.mlp_ratio, self.precision, self.attention, keep_outputs, name=name)
+        keys = None if depth is None else jax.random.split(jax.random.fold_in(depth.key, stream), length)
+        return stack(x, keys, depth)
 
     @nn.compact
-    def __call__(self, images, visible=None, learnable=None, mask_token=None, key=None, depth=Depth(0.0, 1), blocks=0):
+    def __call__(self, images, visible=None, learnable=None, mask_token=None, depth=None, blocks=0):
         """Encodes the `visible` patches of `images` and, from mid depth on, the `learnable` ones.
 
         Args:
@@ -168,7 +156,7 @@ class ViT(nn.Module):
           visible: [B, n] int patch indices, or None: all patches in raster order.
           learnable: [B, m] int patch indices, or None.
           mask_token: [D], the vector from which learnable tokens start; with `learnable`.
-          key: a PRNG key switches stochastic depth on, with `depth`.
+          depth: a `stochastic_depth.Depth`, or None: every block runs on every crop.
           blocks: also return the outputs of this many last blocks.
 
         Returns:
@@ -186,13 +174,12 @@ class ViT(nn.Module):
         first = jnp.broadcast_to(self.class_token + position[0], (len(images), 1, self.width))  # [B, 1, D]
         x = constrain_batch(jnp.concatenate([first, tokens], axis=1))  # [B, 1 + n, D]
 
-        keys = (None, None) if key is None else jax.random.split(key)
-        x, lower = self._stack("lower", self.split, x, keys[0], depth, blocks > 0)
+        x, lower = self._stack("lower", self.split, x, depth, 0, blocks > 0)
         joined = x.shape[1]
         if learnable is not None:
             joining = mask_token + jnp.take(position[1:], learnable, axis=0)  # [B, m, D]
             x = constrain_batch(jnp.concatenate([x, joining], axis=1))  # [B, 1 + n + m, D]
-        x, upper = self._stack("upper", self.depth - self.split, x, keys[1], depth, blocks > 0)
+        x, upper = self._stack("upper", self.depth - self.split, x, depth, 1, blocks > 0)
         x = self.norm(x)
         result: dict[str, Any] = {"class_token": x[:, 0], "patch_tokens": x[:, 1:joined]}
         if learnable is not None:
@@ -209,8 +196,11 @@ def description(model: ViT) -> dict[str, Any]:
     return {name: getattr(model, name) for name in names}
 
 
-def build(shape: dict[str, Any], precision: Precision = Precision(), scan: bool = True, remat: bool = False) -> ViT:
-    """A `ViT` from its `description`.
+def build(
+    shape: dict[str, Any], precision: Precision = Precision(), scan: bool = True, remat: str = "none",
+    attention: str = "auto",
+) -> ViT:
+    """A `ViT` from its `description`; `attention` as the config's field, see `attention.choose`.
 
     Raises:
       UserError: sizes that do not divide, or no block on one side of the split.
@@ -224,4 +214,5 @@ def build(shape: dict[str, Any], precision: Precision = Precision(), scan: bool 
         )
     if not 0 < shape["split"] < shape["depth"]:
         raise UserError(f"model.depth={shape['depth']} must be at least 2: the learnable tokens join between two halves")
-    return ViT(**shape, scan=scan, remat=remat, precision=precision)
+    implementation = choose(attention, precision, shape["width"] // shape["heads"])
+    return ViT(**shape, scan=scan, remat=remat, attention=implementation, precision=precision)

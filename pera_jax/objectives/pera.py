@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from pera_jax import losses, masking, views
+from pera_jax import losses, masking, sharding, views
 from pera_jax.models.heads import Head
-from pera_jax.models.vit import Depth, ViT, build, patchify
+from pera_jax.models.stochastic_depth import Depth
+from pera_jax.models.vit import ViT, build, patchify
 from pera_jax.precision import Precision
 
 KINDS = ("global", "local")
@@ -29,6 +30,16 @@ class Views:
     masks: masking.Masks
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """All that is drawn for the crops of one kind, for a whole batch at once. Leaves are [B, V, ...]."""
+
+    student: views.Jitter
+    teacher: views.Jitter
+    masks: masking.Masks
+
+
 @dataclasses.dataclass(frozen=True)
 class PerA:
     """The objective. Pure: parameters and state go in and come out.
@@ -36,7 +47,7 @@ class PerA:
     Attributes:
       crops: for each kind, (number of crops per image, side in pixels).
       parts: for each kind, the counts of the masks.
-      depth_groups: for each kind, the crops of one stochastic-depth group.
+      depth_group: images of one stochastic-depth group, or 0 for all of a device.
       koleo_group: images per group of the spreading term, or 0 for the whole batch.
     """
 
@@ -47,7 +58,7 @@ class PerA:
     crops: dict[str, tuple[int, int]]
     parts: dict[str, masking.Counts]
     depth_rate: float
-    depth_groups: dict[str, int]
+    depth_group: int
     koleo_weight: float
     koleo_group: int
     pixel_weight: float
@@ -76,22 +87,54 @@ class PerA:
         """What the objective keeps beside parameters: the centre [K] of the teacher's outputs."""
         return {"center": jnp.zeros((self.prototype_head.outputs,), self.precision.wide)}
 
-    def make_views(self, key: jax.Array, batch: dict[str, jax.Array]) -> dict[str, Views]:
-        """Two looks and one mask per crop, from uint8 crops [B, V, H, W, C] of each kind."""
-        result = {}
-        for number, kind in enumerate(k for k in KINDS if self.crops[k][0]):
-            look_key, mask_key = jax.random.split(jax.random.fold_in(key, number))
-            crops = rearrange(batch[kind], "b v h w c -> (b v) h w c")  # [B V, H, W, C]
-            student, teacher = views.make_views(
-                look_key, crops, self.views, jnp.asarray(self.mean), jnp.asarray(self.std), self.precision.wide
+    def examples(self, key: jax.Array, batch: dict[str, jax.Array]) -> dict[str, Any]:
+        """The batch, uint8 crops [B, V, H, W, C] of each kind, with all that is drawn for it.
+
+        Every leaf has the batch as axis 0, so that the whole can be worked on in parts: what is drawn for an image
+        depends on its place in the batch and not on the part.
+        """
+        number = len(batch["global"])
+        draws = {}
+        for index, kind in enumerate(self.parts):
+            look_key, mask_key = jax.random.split(jax.random.fold_in(key, index))
+            crops = number * self.crops[kind][0]
+            drawn = Draws(
+                *views.draw_jitter(look_key, crops, self.views), masking.sample(mask_key, crops, self.parts[kind])
             )
-            result[kind] = Views(student, teacher, masking.sample(mask_key, len(crops), self.parts[kind]))
+            draws[kind] = jax.tree.map(lambda x: rearrange(x, "(b v) ... -> b v ...", b=number), drawn)
+        return {"crops": batch, "draws": draws, "place": jnp.arange(number, dtype=jnp.int32)}
+
+    def make_views(self, examples: dict[str, Any]) -> dict[str, Views]:
+        """Two looks of each crop, with its masks, from (a part of) `examples`."""
+
+        def look(crops, jitter):
+            mean, std = jnp.asarray(self.mean), jnp.asarray(self.std)
+            return views.look(crops, jitter, mean, std, self.precision.wide)  # [B V, H, W, C]
+
+        result = {}
+        for kind, draws in examples["draws"].items():
+            crops, draws = jax.tree.map(
+                lambda x: rearrange(x, "b v ... -> (b v) ..."), (examples["crops"][kind], draws)
+            )  # [B V, ...]
+            student, teacher = (sharding.per_shard(look, crops, jitter) for jitter in (draws.student, draws.teacher))
+            result[kind] = Views(student, teacher, draws.masks)
         return result
 
-    def loss(self, params, teacher, state, batch, key, hyper):
-        """The loss on a batch of uint8 crops; arguments and result as `loss_on_views`."""
-        view_key, depth_key = jax.random.split(key)
-        return self.loss_on_views(params, teacher, state, self.make_views(view_key, batch), depth_key, hyper)
+    def loss(self, params, teacher, state, examples, key, hyper):
+        """The loss on (a part of) `examples`; the other arguments and the result as `loss_on_views`."""
+        return self.loss_on_views(
+            params, teacher, state, self.make_views(examples), self.depths(key, examples["place"]), hyper
+        )
+
+    def depths(self, key: jax.Array, place: jax.Array) -> dict[str, Depth | None]:
+        """The stochastic depth of each kind's pass over images at `place` [b] of the whole batch."""
+        group = self.depth_group or len(place)  # images
+        return {
+            kind: Depth(
+                jax.random.fold_in(key, index), place[::group] // group, self.depth_rate, group * self.crops[kind][0]
+            )
+            for index, kind in enumerate(self.parts)
+        }
 
     def loss_on_views(
         self,
@@ -99,51 +142,59 @@ class PerA:
         teacher: dict[str, Any],
         state: dict[str, jax.Array],
         views: dict[str, Views],
-        key: jax.Array | None,
+        depths: dict[str, Depth] | None,
         hyper: dict[str, jax.Array],
-    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], dict[str, jax.Array]]]:
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The whole loss: class term + koleo_weight * KoLeo + pixel_weight * pixel term.
 
         Args:
           params: the student's parameters; teacher: the teacher's (`teacher_keys`).
           state: `center` as left by the steps before this one.
-          key: for stochastic depth; None switches it off.
+          depths: stochastic depth of each kind; None switches it off.
           hyper: `student_temperature`, `teacher_temperature`.
 
         Returns:
-          (loss, (new state, metrics)).
+          (loss, means): both are means over the images, so that those of equal parts of a batch average to those of
+          the whole (KoLeo's within the groups that lie in one part).
         """
-        student_out, teacher_out, predicted = self.outputs(params, teacher, views, key)
+        student_out, teacher_out, predicted = self.outputs(params, teacher, views, depths)
         per_pair, statistics = losses.class_term(
             student_out, teacher_out, state["center"], hyper["student_temperature"], hyper["teacher_temperature"],
             self.precision,
         )  # [V]
-        class_loss = jnp.mean(per_pair)
-
         batch, globals_ = student_out.units.shape[0], self.crops["global"][0]
         koleo = losses.koleo(
             student_out.units[:, :globals_], student_out.weights, self.koleo_group or batch, self.precision
         )
         pixel = losses.pixel_term(predicted, self.pixel_targets(views["global"]))
-        loss = class_loss + self.koleo_weight * koleo + self.pixel_weight * pixel
+        loss = jnp.mean(per_pair) + self.koleo_weight * koleo + self.pixel_weight * pixel
+        means = {
+            "loss": loss, "per_pair": per_pair, "koleo": koleo, "pixel": pixel, "statistics": statistics,
+            "output": losses.mean_output(teacher_out, self.precision),
+        }  # fmt: skip
+        return loss, jax.lax.stop_gradient(means)
 
-        center = losses.new_center(state["center"], teacher_out, self.center_momentum, self.precision)
+    def finish(self, state: dict[str, jax.Array], means: dict[str, Any]) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+        """The new state, and the metrics, from what `loss` says of the whole batch."""
+        center = self.center_momentum * state["center"] + (1 - self.center_momentum) * means["output"]
+        per_pair, globals_ = means["per_pair"], self.crops["global"][0]
+        teacher = losses.teacher_statistics(per_pair, means["statistics"])
         metrics = {
-            "loss": loss,
-            "loss/class": class_loss,
+            "loss": means["loss"],
+            "loss/class": jnp.mean(per_pair),
             "loss/class_global": jnp.sum(per_pair[:globals_]) / len(per_pair),
             "loss/class_local": jnp.sum(per_pair[globals_:]) / len(per_pair),
-            "loss/koleo": koleo,
-            "loss/pixel": pixel,
-            "teacher/entropy": statistics["teacher_entropy"],
-            "teacher/entropy_of_mean": statistics["teacher_entropy_of_mean"],
-            "teacher/prototypes_in_use": statistics["prototypes_in_use"],
+            "loss/koleo": means["koleo"],
+            "loss/pixel": means["pixel"],
+            "teacher/entropy": teacher["teacher_entropy"],
+            "teacher/entropy_of_mean": teacher["teacher_entropy_of_mean"],
+            "teacher/prototypes_in_use": teacher["prototypes_in_use"],
             "teacher/center_norm": jnp.linalg.norm(center),
-            "kl": statistics["kl"],
+            "kl": teacher["kl"],
         }
-        return loss, (jax.lax.stop_gradient({"center": center}), jax.lax.stop_gradient(metrics))
+        return {"center": center}, metrics
 
-    def outputs(self, params, teacher, views, key):
+    def outputs(self, params, teacher, views, depths):
         """Both networks' class outputs over all pairs, and the student's prediction of the learnable patches.
 
         Returns:
@@ -151,7 +202,7 @@ class PerA:
           [B NG, n_l, p p C].
         """
         student_tokens, teacher_tokens = [], []
-        for number, (kind, view) in enumerate(views.items()):
+        for kind, view in views.items():
             crops = self.crops[kind][0]
             seen = self.vit.apply(
                 {"params": params["backbone"]},
@@ -159,8 +210,7 @@ class PerA:
                 view.masks.student,
                 learnable=view.masks.learnable if kind == "global" else None,
                 mask_token=params["mask_token"],
-                key=None if key is None else jax.random.fold_in(key, number),
-                depth=Depth(self.depth_rate, self.depth_groups[kind] or len(view.student)),
+                depth=None if depths is None else depths[kind],
             )
             aligned = self.vit.apply({"params": teacher["backbone"]}, view.teacher, view.masks.teacher)
             split = lambda x: rearrange(x, "(b v) d -> b v d", v=crops)  # noqa: E731
@@ -172,7 +222,8 @@ class PerA:
             losses.Prototypes(*self.prototype_head.apply({"params": tree["prototype_head"]}, jnp.concatenate(x, axis=1)))
             for tree, x in ((params, student_tokens), (teacher, teacher_tokens))
         )
-        predicted = self.precision.logits(*self.pixel_head.apply({"params": params["pixel_head"]}, learnable))
+        units, weights = self.pixel_head.apply({"params": params["pixel_head"]}, learnable)
+        predicted = sharding.constrain_batch(self.precision.logits(units, sharding.constrain_whole(weights)))
         return student_out, jax.lax.stop_gradient(teacher_out), predicted
 
     def pixel_targets(self, view: Views) -> jax.Array:
@@ -194,7 +245,7 @@ def from_config(config, mean, std, bands: int) -> PerA:
             width=model.width, depth=model.depth, heads=model.heads, patch=model.patch, image_size=crops.global_size,
             bands=bands, split=model.depth // 2, mlp_ratio=model.mlp_ratio,
         ),
-        precision, scan=model.scan, remat=model.remat,
+        precision, scan=model.scan, remat=model.remat, attention=model.attention,
     )
     sizes = {"global": (crops.global_number, crops.global_size), "local": (crops.local_number, crops.local_size)}
     parts = {
@@ -203,7 +254,7 @@ def from_config(config, mean, std, bands: int) -> PerA:
         )
         for kind, (number, size) in sizes.items() if number
     }
-    group = config.stochastic_depth.group
+    views.check(config.views, bands)
     return PerA(
         vit=vit,
         prototype_head=Head(heads.hidden, heads.bottleneck, heads.prototypes, precision),
@@ -212,7 +263,7 @@ def from_config(config, mean, std, bands: int) -> PerA:
         crops=sizes,
         parts=parts,
         depth_rate=config.stochastic_depth.rate,
-        depth_groups={kind: group * number for kind, (number, _) in sizes.items()},
+        depth_group=config.stochastic_depth.group,
         koleo_weight=config.loss.koleo_weight,
         koleo_group=config.loss.koleo_group,
         pixel_weight=config.loss.pixel_weight,

@@ -1,0 +1,129 @@
+"""What a compiled program moves between devices: collectives by kind, count and bytes, read from its text (HLO).
+
+A loop's body counts as often as the loop turns; XLA writes the number of turns where it knows it, and the loops of a
+training step are all of fixed length.
+"""
+
+import collections
+import dataclasses
+import re
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4,
+          "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16}  # fmt: skip
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\([^=]*\) -> .*)?\{$")
+_INSTRUCTION = re.compile(r"^(?:ROOT )?%?[\w.\-]+ = (.*)$")
+_SHAPE = re.compile(r"\b(pred|[a-z]+\d+)\[([\d,]*)\]")
+_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TURNS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
+_OPERATION = re.compile(r"([a-z][a-z0-9\-]*)\(")
+_NAME = re.compile(r'op_name="([^"]*)"')
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of a program.
+
+    Attributes:
+      shapes: of its operands and results, as (dtype, dimensions).
+      bytes: of the larger of operand and result on one device, each time that it runs.
+      times: how often it runs.
+      name: where in the program it comes from, as JAX says.
+    """
+
+    kind: str
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    bytes: int
+    times: int
+    name: str
+
+
+def collectives(text: str) -> list[Collective]:
+    """All collectives that the program whose HLO is `text` runs."""
+    bodies, entry = _computations(text)
+    found: list[Collective] = []
+    if entry:
+        _walk(bodies, entry, 1, found)
+    return found
+
+
+def by_kind(found: list[Collective]) -> dict[str, dict[str, int]]:
+    """For each kind that occurs: `places` in the program, `count` of runs, `bytes` of all runs on one device."""
+    table: dict[str, dict[str, int]] = collections.defaultdict(lambda: dict(places=0, count=0, bytes=0))
+    for one in found:
+        row = table[one.kind]
+        row["places"] += 1
+        row["count"] += one.times
+        row["bytes"] += one.times * one.bytes
+    return {kind: table[kind] for kind in KINDS if kind in table}
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:
+    bodies, entry, current = {}, None, None
+    for line in text.splitlines():
+        line = re.sub(r"/\*.*?\*/", "", line).strip()
+        if line == "}":
+            current = None
+        elif current is None and line.endswith("{") and (match := _COMPUTATION.match(line)):
+            current = bodies.setdefault(match[2], [])
+            entry = match[2] if match[1] else entry
+        elif current is not None:
+            current.append(line)
+    return bodies, entry
+
+
+def _walk(bodies: dict[str, list[str]], name: str, times: int, found: list[Collective]) -> None:
+    for line in bodies.get(name, ()):
+        match = _INSTRUCTION.match(line)
+        if not match or not (operation := _OPERATION.search(_without_shapes(match[1]))):
+            continue
+        kind = operation[1].removesuffix("-start")
+        if kind in KINDS:
+            found.append(_collective(kind, match[1], times))
+            continue
+        turns = times * int(m[1]) if operation[1] == "while" and (m := _TURNS.search(line)) else times
+        called = _CALLED.findall(line) + [c.strip().lstrip("%") for b in _BRANCHES.findall(line) for c in b.split(",")]
+        for other in called:
+            _walk(bodies, other, turns, found)
+
+
+def _without_shapes(text: str) -> str:
+    """The instruction without its result's type, in whose layout words with brackets may stand: T(8,128)."""
+    depth = 0
+    for place, letter in enumerate(text):
+        depth += (letter in "({[") - (letter in ")}]")
+        if letter == " " and depth == 0:
+            return text[place:]
+    return text
+
+
+def _collective(kind: str, text: str, times: int) -> Collective:
+    end = text.find(", channel_id=")
+    shapes = tuple(
+        (dtype, tuple(int(n) for n in dims.split(",") if n))
+        for dtype, dims in _SHAPE.findall(text[: end if end > 0 else len(text)])
+        if dtype in _BYTES
+    )
+    result = text[: len(text) - len(_without_shapes(text))]
+    sizes = [_size(*shape) for shape in _parse(result)]
+    # An asynchronous start gives a tuple of operand and result; a combined one a tuple of results.
+    operand_and_result = "-start(" in text and len(sizes) > 1
+    moved = max(sizes, default=0) if operand_and_result else sum(sizes)
+    if kind == "reduce-scatter":  # its operand is larger than its result
+        groups = re.search(r"replica_groups=\[(\d+),(\d+)\]", text) or re.search(r"replica_groups=\{\{([\d,]+)\}", text)
+        moved *= (int(groups[2]) if groups.lastindex == 2 else groups[1].count(",") + 1) if groups else 1
+    where = _NAME.search(text)
+    return Collective(kind, shapes, moved, times, where[1] if where else "")
+
+
+def _parse(text: str) -> list[tuple[str, tuple[int, ...]]]:
+    found = _SHAPE.findall(text)
+    return [(dtype, tuple(int(n) for n in dims.split(",") if n)) for dtype, dims in found if dtype in _BYTES]
+
+
+def _size(dtype: str, dimensions: tuple[int, ...]) -> int:
+    size = _BYTES[dtype]
+    for n in dimensions:
+        size *= n
+    return size

@@ -1,0 +1,66 @@
+"""Multi-head attention, by cuDNN's fused kernel where there is one, else by plain products that XLA compiles."""
+
+import flax.linen as nn
+import jax
+
+from pera_jax.errors import UserError
+from pera_jax.precision import Precision
+
+IMPLEMENTATIONS = ("auto", "cudnn", "xla")
+
+
+def choose(name: str, precision: Precision, head_width: int) -> str:
+    """"cudnn" or "xla" for the config's field `model.attention`; "auto" takes cuDNN where it works.
+
+    cuDNN's kernel wants an NVIDIA GPU of compute capability 8.0 or more, bfloat16 products, and heads of at most 128
+    values, a multiple of 8.
+
+    Raises:
+      UserError: cuDNN is asked for where it cannot work.
+    """
+    device = jax.local_devices()[0]
+    capability = getattr(device, "compute_capability", "0") if device.platform == "gpu" else "0"
+    missing = [
+        words
+        for fits, words in (
+            (capability.split(".")[0].isdigit() and int(capability.split(".")[0]) >= 8, "an NVIDIA GPU of 8.0 or more"),
+            (precision.half, "precision=bfloat16"),
+            (head_width % 8 == 0 and head_width <= 128, "heads of at most 128 values, a multiple of 8"),
+        )
+        if not fits
+    ]
+    if name == "auto":
+        return "xla" if missing else "cudnn"
+    if name == "cudnn" and missing:
+        raise UserError(f"model.attention=cudnn needs {', '.join(missing)}; use model.attention=auto")
+    return name
+
+
+class Attention(nn.Module):
+    """Self-attention with a bias in its projections; `implementation` as `choose` returns it."""
+
+    heads: int
+    precision: Precision
+    implementation: str
+    kernel_init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, x):
+        """[B, N, D] -> [B, N, D]."""
+        policy = dict(
+            dtype=self.precision.compute,
+            param_dtype=self.precision.wide,
+            kernel_init=self.kernel_init,
+            precision=self.precision.matmul,
+        )
+        width = x.shape[-1]
+        # Three, heads and head dimension are axes of the kernel, so that heads can be cut over devices.
+        qkv = nn.DenseGeneral((3, self.heads, width // self.heads), name="qkv", **policy)(x)  # [B, N, 3, H, D/H]
+        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, N, H, D/H]
+        if self.implementation == "cudnn":  # its softmax is float32 inside the kernel
+            mixed = jax.nn.dot_product_attention(query, key, value, implementation="cudnn")  # [B, N, H, D/H]
+        else:
+            # Not its "xla": that would round float32 operands to TF32, and its softmax is never float64.
+            scores = self.precision.product("bqhe,bkhe->bhqk", query, key) * query.shape[-1] ** -0.5  # [B, H, N, N], wide
+            mixed = self.precision.product("bhqk,bkhe->bqhe", jax.nn.softmax(scores), value)  # [B, N, H, D/H]
+        return nn.DenseGeneral(width, axis=(-2, -1), name="projection", **policy)(mixed)  # [B, N, D]

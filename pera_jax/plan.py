@@ -1,0 +1,260 @@
+"""Does it fit, and what will it cost: the real training step, compiled for chips that need not be there.
+
+    python -m pera_jax.plan --config configs/pera_vitg16_1024.py --topology v5e:16x16
+    python -m pera_jax.plan --config configs/pera_vitb16.py --topology v6e:4x4 --per_device_batch 32 --no-search
+    python -m pera_jax.plan --config configs/demo.py --topology local
+
+TPU topologies need the extra `tpu` (libtpu, whose compiler runs on any machine); `local` is the devices of this one.
+Nothing is run: bytes, collectives and whether it fits are the compiler's own numbers for one chip.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from pera_jax import chips, errors, flops, hlo, schedules, sharding
+from pera_jax import config as configs
+from pera_jax.errors import UserError
+from pera_jax.program import Memory, Program, memory_of
+
+_GIB = 2**30
+_RESERVED = 0.5 * _GIB  # of a chip's memory: the runtime's own, and the next batch on its way
+_TRIALS = 6  # compilations of a search at most
+
+
+def devices_of(topology: str) -> list[Any]:
+    """The devices of a TPU topology such as "v5e:16x16", or "local" ones.
+
+    Raises:
+      UserError: no such topology, or libtpu is not installed.
+    """
+    if topology == "local":
+        return jax.devices()
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(f"compiling for {topology} needs libtpu, the extra tpu: pip install 'jax[tpu]=={jax.__version__}'")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else it looks for the metadata server of a TPU machine
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as error:  # of many types, by the version of jax
+        reason = str(error).splitlines()[0]
+        raise UserError(f"no topology {topology!r} ({reason}); write one like v5e:16x16, v6e:8x8 or v5p:4x4x8") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A step compiled for `per_device` images on each device (of a part of the batch, where it is accumulated)."""
+
+    per_device: int
+    memory: Memory | None  # None: the compiler found no room
+    program: Program | None
+    text: str
+    seconds: float
+
+
+def _shards(config, devices: list[Any]) -> int:
+    data, fsdp, _ = sharding.mesh_sizes(**config.mesh, devices=len(devices))
+    return data * fsdp
+
+
+def compile_step(config, devices: list[Any], per_device: int) -> Trial:
+    """Compiles the step of `config` for `per_device` images on each part of the mesh.
+
+    A batch smaller than a group of stochastic depth or of nearest neighbours shrinks that group to itself.
+    """
+    config = config.copy_and_resolve_references()
+    shards = _shards(config, devices)
+    config.batch_size = per_device * shards
+    for section, field in ((config.stochastic_depth, "group"), (config.loss, "koleo_group")):
+        section[field] = min(section[field], per_device // config.accumulate)
+    began = time.perf_counter()
+    program = Program(config, devices)
+    lowered = program.trace().lower()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "Ran out of memory" not in str(error):
+            raise
+        return Trial(per_device, None, program, "", time.perf_counter() - began)
+    return Trial(per_device, memory_of(compiled), program, compiled.as_text(), time.perf_counter() - began)
+
+
+def largest(measure: Callable[[int], Memory | None], unit: int, room: float, first: tuple[int, Memory | None]) -> int:
+    """The largest multiple of `unit` whose memory is at most `room`, 0 where none fits.
+
+    Memory grows by about the same for each image, so two measurements foretell the rest; what is returned was measured,
+    and so was that one unit more does not fit (unless `_TRIALS` ran out).
+
+    Args:
+      measure: images per device -> its memory; None where the compiler finds no room.
+      first: a measurement that there is already.
+    """
+    known = {first[0]: first[1]}
+
+    def fits(units: int) -> bool:
+        count = units * unit
+        if count not in known:
+            known[count] = measure(count)
+        memory = known[count]
+        return memory is not None and memory.total <= room
+
+    low, high = 0, None  # the largest that is known to fit and the smallest known not to, in units
+    trial = max(first[0] // unit, 1)
+    for _ in range(_TRIALS):
+        if fits(trial):
+            low = max(low, trial)
+        else:
+            high = trial if high is None else min(high, trial)
+        if high is not None and high - low <= 1:
+            break
+        trial = _next_trial(known, unit, room, low, high)
+    return low * unit
+
+
+def _next_trial(known: dict[int, Memory | None], unit: int, room: float, low: int, high: int | None) -> int:
+    measured = sorted((count // unit, memory.total) for count, memory in known.items() if memory is not None)
+    if len(measured) < 2:
+        guess = 2 * low if high is None else (low + high) // 2
+    else:
+        (a, at_a), (b, at_b) = measured[0], measured[-1]
+        slope = max((at_b - at_a) / (b - a), 1.0)
+        guess = int((room - at_b) / slope + b)
+    return max(low + 1, guess if high is None else min(guess, high - 1), 1)
+
+
+def plan(config, topology: str, per_device: int | None, search: bool, images: int, share: float, say=print) -> dict:
+    """Everything that the command prints, as JSON.
+
+    Args:
+      per_device: images on each device; None: the config's batch over the devices.
+      images: of the data set, for durations in epochs.
+      share: of the chips' peak FLOP/s that the run is assumed to reach.
+      say: takes a line of progress.
+    """
+    devices = devices_of(topology)
+    chip = chips.chip_of(devices[0].device_kind)
+    shards = _shards(config, devices)
+    if per_device is None:
+        per_device = config.batch_size // shards
+    if per_device < 1:
+        raise UserError(f"batch_size={config.batch_size} is less than one image for each of {shards} parts of the mesh; "
+                        "name --per_device_batch")  # fmt: skip
+    room = chip.memory_bytes - _RESERVED if chip else math.inf
+
+    def measure(count: int) -> Trial:
+        trial = compile_step(config, devices, count)
+        what = "no room" if trial.memory is None else f"{trial.memory.total / _GIB:.2f} GiB"
+        say(f"compiled for {count} images per device in {trial.seconds:.0f} s: {what}")
+        return trial
+
+    trial = measure(per_device)
+    best = None
+    if search and math.isfinite(room):
+        unit = max(config.stochastic_depth.group, 1) * config.accumulate
+        unit = unit if per_device % unit == 0 else per_device
+        best = largest(lambda count: measure(count).memory, unit, room, (per_device, trial.memory))
+    program = trial.program
+    parts = flops.per_image(program.objective)
+    batch = per_device * shards
+    total = schedules.parse_duration(
+        config.total, total_steps=None, steps_per_epoch=images // batch, batch_size=batch, name="total"
+    )
+    result = {
+        "config": config.name, "topology": topology, "device": devices[0].device_kind, "devices": len(devices),
+        "mesh": dict(program.mesh.shape), "per_device_batch": per_device, "batch_size": batch,
+        "accumulate": config.accumulate, "remat": config.model.remat,
+        "memory": trial.memory and dataclasses.asdict(trial.memory),
+        "room": room if math.isfinite(room) else None,
+        "fits": trial.memory is not None and trial.memory.total <= room,
+        "largest_per_device_batch": best,
+        "flops_per_image": parts,
+        "collectives": hlo.by_kind(hlo.collectives(trial.text)),
+        "run": {"total": config.total, "images": images, "steps": total, "share_of_peak": share},
+    }  # fmt: skip
+    if chip:
+        seconds = sum(parts.values()) * batch / (share * chip.peak_flops * len(devices))
+        result["run"] |= {"seconds_per_step": seconds, "images_per_second": batch / seconds,
+                          "hours": total * seconds / 3600, "chip_hours": len(devices) * total * seconds / 3600}  # fmt: skip
+    return result
+
+
+def show(result: dict) -> str:
+    """The plan as a table of lines."""
+    lines = [
+        f"{result['config']} on {result['topology']}: {result['devices']} x {result['device']}, mesh "
+        + " x ".join(f"{name} {size}" for name, size in result["mesh"].items()),
+        f"{result['per_device_batch']} images per device, {result['batch_size']:,} in a batch"
+        + (f", worked on in {result['accumulate']} parts" if result["accumulate"] > 1 else "")
+        + f"; remat {result['remat']}",
+        "",
+    ]
+    memory, room = result["memory"], result["room"]
+    if memory is None:
+        lines.append("the compiler finds no room for it")
+    else:
+        total = memory["arguments"] + memory["temporaries"]
+        lines += [
+            f"{'parameters, optimiser, teacher, batch':40}{memory['arguments'] / _GIB:10.3f} GiB per chip",
+            f"{'temporaries':40}{memory['temporaries'] / _GIB:10.3f} GiB per chip",
+        ]
+        if room is not None:
+            verdict = "fits" if result["fits"] else "DOES NOT FIT"
+            lines.append(f"{verdict + ', room that is left':40}{(room - total) / _GIB:10.3f} GiB of {room / _GIB:.1f}")
+    if result["largest_per_device_batch"] is not None:
+        lines.append(f"{'largest batch that fits':40}{result['largest_per_device_batch']:10,} images per chip")
+    lines += ["", f"{'FLOPs per image':40}{'GFLOP':>10}"]
+    lines += [f"  {name:38}{value / 1e9:10.1f}" for name, value in result["flops_per_image"].items()]
+    lines.append(f"  {'together':38}{sum(result['flops_per_image'].values()) / 1e9:10.1f}")
+    lines += ["", f"{'collectives per step and chip':40}{'count':>10}{'MiB':>12}"]
+    for kind, row in result["collectives"].items():
+        lines.append(f"  {kind:38}{row['count']:10,}{row['bytes'] / 2**20:12,.1f}")
+    if not result["collectives"]:
+        lines.append("  none")
+    run = result["run"]
+    lines += ["", f"the run, {run['total']} of {run['images']:,} images: {run['steps']:,} steps"]
+    if "hours" in run:
+        lines.append(
+            f"at {run['share_of_peak']:.0%} of peak: {run['seconds_per_step']:.3f} s a step, "
+            f"{run['images_per_second']:,.0f} images/s, {run['hours']:,.1f} hours, {run['chip_hours']:,.0f} chip-hours"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m pera_jax.plan", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, help="a file of configs/, with :smoke if wished")
+    parser.add_argument("--topology", required=True, help="v5e:16x16, v6e:16x16, v5p:4x4x8, ... or local")
+    parser.add_argument("--per_device_batch", type=int, help="images on each device (default: the config's batch)")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="changes a config field")
+    parser.add_argument("--no-search", action="store_true", help="do not look for the largest batch: compile once")
+    parser.add_argument("--images", type=int, default=5_000_000, help="of the data set (%(default)s)")
+    parser.add_argument("--share", type=float, default=0.4, help="of peak FLOP/s that is assumed (%(default)s)")
+    parser.add_argument("--json", type=pathlib.Path, help="file to write the numbers to")
+    arguments = parser.parse_args(argv)
+    if not 0 < arguments.share <= 1 or arguments.images < 1 or (arguments.per_device_batch or 1) < 1:
+        raise UserError("--share lies in (0, 1], --images and --per_device_batch are at least 1")
+    result = plan(
+        configs.load(arguments.config, arguments.set), arguments.topology, arguments.per_device_batch,
+        not arguments.no_search, arguments.images, arguments.share,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )  # fmt: skip
+    print(show(result))
+    if arguments.json:
+        part = arguments.json.with_name(arguments.json.name + ".part")
+        part.write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(part, arguments.json)
+
+
+if __name__ == "__main__":
+    errors.run(main)
