@@ -93,6 +93,9 @@ def default() -> ConfigDict:
     )
     config.mesh = dict(data=-1, fsdp=1, tensor=1)  # one of them may be -1: the devices that are left
     config.log_every = "50 steps"
+    # When no step finishes for so long, every thread's stack is printed and the process ends, for a scheduler to start it
+    # again; 0: never. The first step compiles, which counts.
+    config.stall_seconds = 1800
     config.checkpoint = dict(
         every="1 epochs",
         keep_last=3,

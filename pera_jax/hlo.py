@@ -1,7 +1,7 @@
 """What a compiled program moves between devices: collectives by kind, count and bytes, read from its text (HLO).
 
-A loop's body counts as often as the loop turns; XLA writes the number of turns where it knows it, and the loops of a
-training step are all of fixed length.
+A loop's body counts as often as the loop turns: as XLA notes, or else by its condition, `counter < constant`, and the
+constant that its body adds to the counter. The loops of a training step are all of fixed length.
 """
 
 import collections
@@ -17,7 +17,12 @@ _SHAPE = re.compile(r"\b(pred|[a-z]+\d+)\[([\d,]*)\]")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TURNS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
+_CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
+_BODY = re.compile(r"\bbody=%?([\w.\-]+)")
+_CONSTANT = re.compile(r"^%?([\w.\-]+) = [su]32\[\](?:\{[^ ]*\})? constant\((\d+)\)")
+_LESS = re.compile(r"compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT")
 _OPERATION = re.compile(r"([a-z][a-z0-9\-]*)\(")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _NAME = re.compile(r'op_name="([^"]*)"')
 
 
@@ -44,7 +49,7 @@ def collectives(text: str) -> list[Collective]:
     bodies, entry = _computations(text)
     found: list[Collective] = []
     if entry:
-        _walk(bodies, entry, 1, found)
+        _walk(bodies, entry, 1, found, set())
     return found
 
 
@@ -73,19 +78,57 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:
     return bodies, entry
 
 
-def _walk(bodies: dict[str, list[str]], name: str, times: int, found: list[Collective]) -> None:
+def _walk(bodies, name: str, times: int, found: list[Collective], channels: set[str]) -> None:
+    """Adds the collectives of one computation and of those that it calls.
+
+    Args:
+      channels: those met inside of fusions; an asynchronous collective runs through several of them as one channel.
+    """
     for line in bodies.get(name, ()):
         match = _INSTRUCTION.match(line)
         if not match or not (operation := _OPERATION.search(_without_shapes(match[1]))):
             continue
         kind = operation[1].removesuffix("-start")
         if kind in KINDS:
+            channel = _CHANNEL.search(line)
+            if "fused" in name or "fusion" in name:
+                if channel and channel[1] in channels:
+                    continue
+                channels.add(channel[1] if channel else line)
             found.append(_collective(kind, match[1], times))
             continue
-        turns = times * int(m[1]) if operation[1] == "while" and (m := _TURNS.search(line)) else times
+        turns = times * _turns(bodies, line) if operation[1] == "while" else times
         called = _CALLED.findall(line) + [c.strip().lstrip("%") for b in _BRANCHES.findall(line) for c in b.split(",")]
         for other in called:
-            _walk(bodies, other, turns, found)
+            _walk(bodies, other, turns, found, channels)
+
+
+def _turns(bodies: dict[str, list[str]], loop: str) -> int:
+    """How often a loop turns; 1 where that cannot be told."""
+    if match := _TURNS.search(loop):
+        return int(match[1])
+    condition, body = (bodies.get(pattern.search(loop)[1], []) for pattern in (_CONDITION, _BODY))
+    less = next((m for line in condition if (m := _LESS.search(line))), None)
+    limit = _constants(condition).get(less[2]) if less else None
+    place = next((m for line in condition if less and (m := re.match(rf"%?{re.escape(less[1])} = .*index=(\d+)", line))), None)
+    if limit is None or place is None:
+        return 1
+    return -(-limit // _increment(body, int(place[1])))
+
+
+def _increment(body: list[str], place: int) -> int:
+    """What a loop's body adds to its counter, which is at `place` in what it carries; 1 where that cannot be told."""
+    root = next((line for line in body if line.startswith("ROOT") and " tuple(" in line), "")
+    carried = re.findall(r"%?([\w.\-]+)", root[root.rfind(" tuple(") + 7 :].split(")")[0])
+    if place >= len(carried):
+        return 1
+    grown = next((line for line in body if re.match(rf"%?{re.escape(carried[place])} = ", line)), "")
+    added = re.search(r" add\(%?([\w.\-]+), %?([\w.\-]+)\)", grown)
+    return max((_constants(body).get(name, 1) for name in added.groups()), default=1) if added else 1
+
+
+def _constants(lines: list[str]) -> dict[str, int]:
+    return {match[1]: int(match[2]) for line in lines if (match := _CONSTANT.match(line))}
 
 
 def _without_shapes(text: str) -> str:

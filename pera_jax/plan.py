@@ -15,6 +15,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -26,11 +27,12 @@ from jax.experimental import topologies
 from pera_jax import chips, errors, flops, hlo, schedules, sharding
 from pera_jax import config as configs
 from pera_jax.errors import UserError
+from pera_jax.objectives import pera
 from pera_jax.program import Memory, Program, memory_of
 
 _GIB = 2**30
 _RESERVED = 0.5 * _GIB  # of a chip's memory: the runtime's own, and the next batch on its way
-_TRIALS = 6  # compilations of a search at most
+TRIALS = 6  # compilations of a search at most
 
 
 def devices_of(topology: str) -> list[Any]:
@@ -52,14 +54,20 @@ def devices_of(topology: str) -> list[Any]:
         raise UserError(f"no topology {topology!r} ({reason}); write one like v5e:16x16, v6e:8x8 or v5p:4x4x8") from error
 
 
+def _asked_for(refusal: str) -> Memory | None:
+    """The memory that a program would have taken for which the compiler found no room, where it says so."""
+    used = re.search(r"Used ([\d.]+)([KMG])i?B? of", refusal)
+    return Memory(0, int(float(used[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[used[2]])) if used else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Trial:
     """A step compiled for `per_device` images on each device (of a part of the batch, where it is accumulated)."""
 
     per_device: int
-    memory: Memory | None  # None: the compiler found no room
-    program: Program | None
-    text: str
+    memory: Memory | None  # None: the compiler found no room and does not say how much it wanted
+    program: Program
+    text: str  # the compiled program, "" where there is none
     seconds: float
 
 
@@ -68,7 +76,7 @@ def _shards(config, devices: list[Any]) -> int:
     return data * fsdp
 
 
-def compile_step(config, devices: list[Any], per_device: int) -> Trial:
+def compile_step(config, devices: list[Any], per_device: int, make: Callable = pera.from_config) -> Trial:
     """Compiles the step of `config` for `per_device` images on each part of the mesh.
 
     A batch smaller than a group of stochastic depth or of nearest neighbours shrinks that group to itself.
@@ -79,14 +87,14 @@ def compile_step(config, devices: list[Any], per_device: int) -> Trial:
     for section, field in ((config.stochastic_depth, "group"), (config.loss, "koleo_group")):
         section[field] = min(section[field], per_device // config.accumulate)
     began = time.perf_counter()
-    program = Program(config, devices)
+    program = Program(config, devices, make=make)
     lowered = program.trace().lower()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "Ran out of memory" not in str(error):
             raise
-        return Trial(per_device, None, program, "", time.perf_counter() - began)
+        return Trial(per_device, _asked_for(str(error)), program, "", time.perf_counter() - began)
     return Trial(per_device, memory_of(compiled), program, compiled.as_text(), time.perf_counter() - began)
 
 
@@ -94,7 +102,7 @@ def largest(measure: Callable[[int], Memory | None], unit: int, room: float, fir
     """The largest multiple of `unit` whose memory is at most `room`, 0 where none fits.
 
     Memory grows by about the same for each image, so two measurements foretell the rest; what is returned was measured,
-    and so was that one unit more does not fit (unless `_TRIALS` ran out).
+    and so was that one unit more does not fit (unless `TRIALS` ran out).
 
     Args:
       measure: images per device -> its memory; None where the compiler finds no room.
@@ -111,7 +119,7 @@ def largest(measure: Callable[[int], Memory | None], unit: int, room: float, fir
 
     low, high = 0, None  # the largest that is known to fit and the smallest known not to, in units
     trial = max(first[0] // unit, 1)
-    for _ in range(_TRIALS):
+    for _ in range(TRIALS):
         if fits(trial):
             low = max(low, trial)
         else:
@@ -174,9 +182,10 @@ def plan(config, topology: str, per_device: int | None, search: bool, images: in
         "config": config.name, "topology": topology, "device": devices[0].device_kind, "devices": len(devices),
         "mesh": dict(program.mesh.shape), "per_device_batch": per_device, "batch_size": batch,
         "accumulate": config.accumulate, "remat": config.model.remat,
+        "compiled": bool(trial.text),
         "memory": trial.memory and dataclasses.asdict(trial.memory),
         "room": room if math.isfinite(room) else None,
-        "fits": trial.memory is not None and trial.memory.total <= room,
+        "fits": bool(trial.text) and trial.memory.total <= room,
         "largest_per_device_batch": best,
         "flops_per_image": parts,
         "collectives": hlo.by_kind(hlo.collectives(trial.text)),
@@ -202,6 +211,8 @@ def show(result: dict) -> str:
     memory, room = result["memory"], result["room"]
     if memory is None:
         lines.append("the compiler finds no room for it")
+    elif not result["compiled"]:
+        lines.append(f"the compiler finds no room for it: {memory['temporaries'] / _GIB:.1f} GiB are wanted")
     else:
         total = memory["arguments"] + memory["temporaries"]
         lines += [

@@ -4,6 +4,7 @@ Imports no data library, so that it runs where none is installed.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,11 +29,12 @@ class Program:
       hyper: a value for each scalar that a step takes.
     """
 
-    def __init__(self, config, devices: list | None = None, bands: int = 3):
+    def __init__(self, config, devices: list | None = None, bands: int = 3, make: Callable = pera.from_config):
         """
         Args:
           config: checked here as training would.
           devices: all of them by default; those of a topology that is not there will do.
+          make: the objective from (config, mean, std, bands).
 
         Raises:
           UserError: as `config.check` and `pera.from_config`.
@@ -40,7 +42,7 @@ class Program:
         self.config = config
         self.mesh = sharding.make_mesh(**config.mesh, devices=devices)
         configs.check(config, sharding.batch_shards(self.mesh), 1)
-        self.objective = pera.from_config(config, (0.4,) * bands, (0.2,) * bands, bands)
+        self.objective = make(config, (0.4,) * bands, (0.2,) * bands, bands)
         self.optimiser = steps.make_optimiser(config.optimiser)
         self.hyper = {name: np.asarray(value, config.parameter_precision) for name, value in HYPER.items()}
         self.crops = {

@@ -9,19 +9,16 @@ and end with status 0.
 
 import contextlib
 import gc
-import math
-import signal
-import sys
-import time
+import os
 
 import jax
 import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from pera_jax import checkpoint, metrics, run_meta, schedules, sharding
+from pera_jax import checkpoint, chips, distributed, errors, flops, metrics, run_meta, schedules, sharding
 from pera_jax import config as configs
-from pera_jax import errors
+from pera_jax import loop as loops
 from pera_jax import step as steps
 from pera_jax.data import pipeline, records
 from pera_jax.errors import UserError
@@ -31,10 +28,17 @@ IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/: configs/demo.py, configs/demo.py:smoke")
 _WORKDIR = flags.DEFINE_string("workdir", None, "for checkpoints, metrics, config.json; resumed when not empty")
+_PROFILE = flags.DEFINE_string("profile", None, "FIRST:LAST, such as 20:25: a trace of these steps in WORKDIR/profile")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; SLURM and TPU pods need no flag")
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes (hosts) run; with --coordinator")
+_PROCESS = flags.DEFINE_integer("process_id", None, "the number of this one, from 0; with --coordinator")
 
 
-def train(config, workdir: str) -> None:
+def train(config, workdir: str, profile: str | None = None) -> None:
     """Trains to the end of `config.total` or to SIGTERM/SIGINT.
+
+    Args:
+      profile: "20:25" for a trace of these steps in `workdir`/profile.
 
     Raises:
       UserError: for every wrong input, before anything is written to `workdir`; a loss that is not finite; a full disk.
@@ -94,130 +98,47 @@ def train(config, workdir: str) -> None:
     state, position = _first_state(config, workdir, meta, objective, optimiser, abstract, mesh)
     start = int(state.step)
     if start >= total:
-        print(f"{workdir} is at step {start} of {total}: nothing left to do", file=sys.stderr)
+        distributed.say(f"{workdir} is at step {start} of {total}: nothing left to do")
         return
+
+    # ---- speed, profile
+    chip = chips.chip_of(jax.devices()[0].device_kind)
+    work = sum(flops.per_image(objective).values())
+    speed = loops.Speed(config.batch_size, mesh.size, work, chip and chip.peak_flops)
+    traced = loops.Profile(profile, start, total, os.path.join(workdir, "profile")) if profile else None
 
     # ---- loop; only from here on is anything written
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopSignal())
+        stop = stack.enter_context(loops.StopSignal())
+        store = checkpoint.Store(workdir, config.checkpoint.keep_last, every["keep"])
+        stack.callback(store.close)
+        writer = None
+        if distributed.first():
+            run_meta.write(workdir, meta)
+            writer = metrics.MetricsWriter(workdir, resume_step=start, total=total, batch_size=config.batch_size)
+            stack.callback(writer.close)
+        loop = loops.Loop(config, mesh, store, meta, writer, every, total, position["replaced"], speed, traced)
+        stack.callback(loop.close)
         stream = pipeline.make_pipeline(
             source, config.crops, batch_size=config.batch_size, seed=config.seed, start_batch=position["batches"],
-            workers=config.data.workers, process_index=jax.process_index(), process_count=jax.process_count(),
+            workers=config.data.workers, rows=loop.rows,
         )
         stack.callback(stream.close)
         stack.callback(gc.collect)  # before it: JAX lets go of the last batch, which lies in the workers' memory
-        store = checkpoint.Store(workdir, config.checkpoint.keep_last, every["keep"])
-        stack.callback(store.close)
-        if jax.process_index() == 0:
-            run_meta.write(workdir, meta)
-        writer = metrics.MetricsWriter(workdir, resume_step=start, total=total, batch_size=config.batch_size)
-        stack.callback(writer.close)
         stack.enter_context(jax.set_mesh(mesh))
+        stack.enter_context(distributed.end_at_once())
 
-        loop = Loop(config, store, meta, writer, every, total, position["replaced"])
         for step in range(start, total):
             hyper = {k: np.asarray(v, config.parameter_precision) for k, v in schedule.at(step).items()}
-            state, out = train_step(state, loop.next_batch(stream, mesh), hyper)
-            loop.after(step + 1, state, out, hyper)
-            if stop.asked:
+            batch, replaced = loop.next_batch(stream, pera.KINDS)
+            loop.before(step)
+            state, out = train_step(state, batch, hyper)
+            loop.after(step + 1, state, out, hyper, replaced)
+            if stop.after(step + 1):
                 break
         loop.finish(state)
         if stop.asked:
-            print(f"stopped by {stop.asked} at step {int(state.step)} of {total}; checkpoint saved", file=sys.stderr)
-
-
-class Loop:
-    """What surrounds the step: metrics one step late, checkpoints of finite steps, the share of time spent on data."""
-
-    def __init__(self, config, store, meta, writer, every, total, replaced):
-        self.config, self.store, self.meta, self.writer = config, store, meta, writer
-        self.every, self.total, self.replaced = every, total, replaced
-        # (step, metrics on the device, hyper, replaced): fetched one step late, so that logging stalls nothing.
-        self.pending = None
-        self.saved = None
-        self.waited, self.since, self.since_step = 0.0, time.perf_counter(), None
-
-    def next_batch(self, stream, mesh):
-        began = time.perf_counter()
-        batch = next(stream)
-        self.waited += time.perf_counter() - began
-        self.replaced += int(np.sum(batch["replaced"]))
-        where = jax.sharding.NamedSharding(mesh, sharding.BATCH)
-        crops = {kind: batch[kind] for kind in pera.KINDS if kind in batch}
-        if jax.process_count() > 1:
-            return jax.make_array_from_process_local_data(where, crops)
-        return jax.device_put(crops, where)
-
-    def after(self, step, state, out, hyper):
-        self._fetch()
-        self.pending = (step, out, hyper, self.replaced)
-        if step % self.every["save"] == 0 and step != self.total:
-            self._save(state)
-
-    def finish(self, state):
-        self._fetch()
-        if self.saved != int(state.step):
-            self._save(state)
-        self.store.wait()
-
-    def _save(self, state):
-        self._fetch()  # a state whose loss is not finite is not worth keeping
-        self.saved = int(state.step)
-        self.store.save(state, self.meta, {"batches": self.saved, "replaced": self.replaced})
-
-    def _fetch(self):
-        if self.pending is None:
-            return
-        (step, out, hyper, replaced), self.pending = self.pending, None
-        values = {name: float(value) for name, value in jax.device_get(out).items()}
-        self._check_finite(step, values)
-        if self.since_step is None:  # the first step compiles; the clock starts after it
-            self.since_step, self.since, self.waited = step, time.perf_counter(), 0.0
-        if step % self.every["log"] == 0 or step == self.total:
-            now = time.perf_counter()
-            seconds, count = now - self.since, step - self.since_step
-            rates = {}
-            if count:
-                rates = {
-                    "time/images_per_second": count * self.config.batch_size / seconds,
-                    "time/data_wait_share": min(self.waited / seconds, 1.0),
-                }
-            hypers = {f"hyper/{k}": float(v) for k, v in hyper.items() if k != "one_minus_momentum"}
-            hypers["hyper/momentum"] = 1.0 - float(hyper["one_minus_momentum"])
-            extra = {"data/images": step * self.config.batch_size, "data/replaced": replaced}
-            self.writer.write(step, values | hypers | extra | rates)
-            self.since, self.since_step, self.waited = now, step, 0.0
-
-
-    def _check_finite(self, step, values):
-        """The norm of the parameters too: it is that of the state after the step, which would be saved."""
-        wrong = [name for name in ("loss", "norm/gradient", "norm/parameters") if not math.isfinite(values[name])]
-        if not wrong:
-            return
-        self.store.wait()
-        raise UserError(
-            f"{wrong[0]} is {values[wrong[0]]} at step {step}; {self.store.last_good()}: "
-            "lower schedules.learning_rate.peak or optimiser.clip_norm and start again"
-        )
-
-
-class StopSignal:
-    """While entered, SIGTERM and SIGINT ask for an end after the step under way; a second one ends at once."""
-
-    def __init__(self):
-        self.asked = None
-
-    def __enter__(self):
-        self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number, frame):
-        self.asked = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+            distributed.say(f"stopped by {stop.asked} at step {int(state.step)} of {total}; checkpoint saved")
 
 
 def _statistics(config, info) -> dict:
@@ -239,15 +160,18 @@ def _first_state(config, workdir, meta, objective, optimiser, abstract, mesh):
         damaged = []
         for step in reversed(checkpoint.saved_steps(run)):
             folder = newest.with_name(str(step))
+            restored, error = None, checkpoint.Damaged(f"the checkpoint {folder} cannot be read on another host")
             try:
                 run_meta.check_same_run(checkpoint.load_meta(folder), meta, run, config.data.allow_changed_data)
                 restored = checkpoint.restore(folder, abstract)
-            except checkpoint.Damaged as error:
+            except checkpoint.Damaged as damage:
+                error = damage
+            if not distributed.everywhere(restored is not None):
                 damaged.append((folder, error))
                 continue
-            for bad, error in damaged:
+            for bad, error in damaged if distributed.first() else ():
                 moved = f"; moved to {checkpoint.set_aside(bad)}" if run == workdir else ""
-                print(f"{error}{moved}; going on from the checkpoint of step {step}", file=sys.stderr)
+                distributed.say(f"{error}{moved}; going on from the checkpoint of step {step}")
             return restored
         raise UserError(f"no checkpoint of {run} can be read; the newest: {damaged[0][1]}")
     state = steps.born_sharded(objective, optimiser, mesh, config.seed)
@@ -264,7 +188,8 @@ def main(argv):
         raise UserError("name a config: --config configs/demo.py")
     if not _WORKDIR.value:
         raise UserError("name the folder for checkpoints and metrics: --workdir runs/NAME")
-    train(_CONFIG.value, _WORKDIR.value)
+    distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    train(_CONFIG.value, _WORKDIR.value, _PROFILE.value)
 
 
 def _parse(argv):

@@ -137,11 +137,23 @@ def test_the_stream_is_the_same_for_any_number_of_workers(source, stream, worker
     assert_same(take(source, 9, workers=workers), stream)
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_parts_of_the_processes_make_up_the_global_batch_in_order(source, stream, count):
-    parts = [take(source, 5, process_index=i, process_count=count) for i in range(count)]
-    joined = [{name: np.concatenate([p[name] for p in step]) for name in step[0]} for step in zip(*parts, strict=True)]
-    assert_same(joined, stream[:5])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    "hosts",
+    [
+        [range(0, 6), range(6, 12)],
+        [range(0, 3), range(3, 6), range(6, 9), range(9, 12)],
+        [(0, 1, 6, 7), (2, 3, 4, 5), (8, 9, 10, 11)],  # the order of a mesh need not be that of hosts
+        [range(0, 6), range(0, 6), range(6, 12)],  # nor does a row lie on one host alone
+    ],
+    ids=str,
+)
+def test_each_host_reads_its_rows_of_the_same_global_batches(source, stream, hosts, workers):
+    for rows in hosts if not workers else hosts[:1]:
+        rows = list(rows)
+        wanted = [{name: value[rows] for name, value in batch.items()} for batch in stream]
+        assert_same(take(source, 9, rows=rows, workers=workers), wanted)
+        assert_same(take(source, 2, rows=rows, start_batch=5, workers=workers), wanted[5:7])
 
 
 @pytest.mark.parametrize(("start", "workers"), [(1, 0), (3, 0), (4, 0), (7, 0), (3, 2)])
@@ -181,7 +193,6 @@ def test_a_data_set_without_a_good_image_ends_with_one_sentence(tmp_path, worker
     ("settings", "message"),
     [
         ({"batch_size": RECORDS + 1}, "make the batch smaller"),
-        ({"process_count": 5}, "choose a multiple"),
         ({"seed": -1}, "out of range"),
         pytest.param(
             {"workers": 10**9},

@@ -9,7 +9,7 @@ import optax
 import pytest
 import tiny
 
-from pera_jax import schedules, sharding
+from pera_jax import hlo, schedules, sharding
 from pera_jax import step as steps
 
 STEPS = 4
@@ -98,10 +98,52 @@ def test_eight_devices_compute_what_one_computes_in_float32(mesh, single):
     assert_same(single, run(mesh), 1e-3)
 
 
-@pytest.mark.parametrize("changes", [dict(model__remat="block"), dict(model__scan=False, model__remat=True)])
+@pytest.mark.parametrize(
+    "changes", [dict(model__remat="dots"), dict(model__scan=False, model__remat="block")], ids=["dots", "unrolled, blocks"]
+)
 def test_scan_and_remat_change_nothing(changes, double):
     with jax.enable_x64(True):
         assert_same(double, run(**changes, **DOUBLE), 1e-9)
+
+
+# Nearest neighbours are looked for in what is worked on at a time, so their weight is 0 where that is a part.
+PARTS = dict(batch_size=64, stochastic_depth__group=2, loss__koleo_weight=0.0)
+
+
+@pytest.fixture(scope="module")
+def undivided():
+    with jax.enable_x64(True):
+        return run(**PARTS, **DOUBLE)
+
+
+@pytest.mark.parametrize("mesh", [None, "all three"])
+def test_four_parts_of_a_batch_make_the_step_of_the_whole(mesh, undivided):
+    with jax.enable_x64(True):
+        assert_same(undivided, run(mesh, accumulate=4, **PARTS, **DOUBLE), 1e-9)
+
+
+def test_groups_of_neighbours_that_lie_whole_in_a_part_are_those_of_the_whole_batch():
+    changes = dict(loss__koleo_group=2, **DOUBLE)
+    with jax.enable_x64(True):
+        assert_same(run(**changes), run(accumulate=4, **changes), 1e-9)
+
+
+def test_on_pure_fsdp_only_parameters_gradients_and_class_tokens_move():
+    """Every collective is of the size of a parameter, of its share on one device, of a number per prototype or pair, or of
+    the class tokens that look for neighbours; none is of patch tokens."""
+    config = tiny.config()
+    objective = tiny.objective(config)
+    allowed = {1, config.heads.prototypes, len(objective.parts) * 2, config.heads.bottleneck**2}
+    allowed.add(config.batch_size * config.crops.global_number * config.heads.bottleneck)
+    allowed.add((config.crops.local_size // config.model.patch) ** 2 * config.model.width)  # positions, resampled
+    for path, leaf in jax.tree_util.tree_flatten_with_path(jax.eval_shape(objective.init, jax.random.key(0)))[0]:
+        names = sharding.path_of(path).split("/")
+        size = leaf.size // (leaf.shape[0] if {"lower", "upper"} & set(names) else 1)
+        allowed |= {size, size // 8}
+    found = hlo.collectives(compiled("fsdp")[0].as_text())
+    strange = {(one.kind, shape, one.name) for one in found for shape in one.shapes if np.prod(shape[1]) not in allowed}
+    assert found and not strange
+    assert not {"all-to-all", "collective-permute"} & {one.kind for one in found}
 
 
 def gradients(first_step):

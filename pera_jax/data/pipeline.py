@@ -64,22 +64,21 @@ def make_pipeline(
     seed: int,
     start_batch: int = 0,
     workers: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> "Batches":
-    """The endless stream of this process's part of each global batch, from batch `start_batch` on.
+    """The endless stream of this host's rows of each global batch, from batch `start_batch` on.
 
     Args:
       source: the records of one split.
       crops: `config.crops`.
-      batch_size: images in a global batch; each process gets `batch_size / process_count` of them, in order: the parts
-        of processes 0, 1, ... one after the other are the global batch.
+      batch_size: images in a global batch.
       seed: 0 <= seed < 2**32.
       start_batch: batches that were delivered before, the position to go on from.
       workers: processes that read, decode and crop; with 0 a thread of this process does.
+      rows: the places in the global batch that this host supplies, ascending; None: all.
 
     Returns:
-      An iterator over dicts of arrays, b = batch_size / process_count:
+      An iterator over dicts of arrays, b = len(rows):
         "global" uint8 [b, global_number, global_size, global_size, C],
         "local" uint8 [b, local_number, local_size, local_size, C], absent where local_number is 0,
         "label" int32 [b], -1 without classes; "index" int64 [b], the record whose turn it was;
@@ -89,7 +88,7 @@ def make_pipeline(
       drop them before the program ends.
 
     Raises:
-      UserError: fewer records than one batch; a batch that does not divide by the processes; too little shared memory.
+      UserError: fewer records than one batch; too little shared memory.
       While iterating: 100 records in a row that cannot be decoded.
     """
     batches_per_epoch = len(source) // batch_size
@@ -97,21 +96,17 @@ def make_pipeline(
         raise UserError(
             f"one batch takes batch_size={batch_size} images and the split holds {len(source)}; make the batch smaller"
         )
-    if batch_size % process_count:
-        raise UserError(
-            f"batch_size={batch_size} does not divide by the {process_count} processes that read data; "
-            "choose a multiple"
-        )
     if not 0 <= seed < 2**32:
         raise UserError(f"seed={seed} is out of range; choose one from 0 to {2**32 - 1}")
     crops = Crops.of(crops)
-    local_batch = batch_size // process_count
+    rows = np.arange(batch_size) if rows is None else np.asarray(rows)
     if workers:
-        _check_shared_memory(crops, len(source.info.bands), local_batch, workers)
+        _check_shared_memory(crops, len(source.info.bands), len(rows), workers)
 
     draws = grain.MapDataset.range(len(source)).seed(seed).shuffle()[: batches_per_epoch * batch_size]
     draws = draws.random_map(_draw).repeat()
-    batches = draws.batch(local_batch)[process_index::process_count][start_batch:].map(ReadBatch(source, crops))
+    # Rows are chosen after the draws: what is drawn for a row depends on its place in the global batch alone.
+    batches = _Rows(draws, batch_size, rows).batch(len(rows))[start_batch:].map(ReadBatch(source, crops))
     if not workers:
         keep_memory()
         return Batches(iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))))
@@ -122,6 +117,23 @@ def make_pipeline(
         grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1), worker_init_fn=_start_worker
     )
     return Batches(iter(stream))
+
+
+class _Rows(grain.MapDataset):
+    """Of each run of `batch` elements of the parent the places `rows`, in order."""
+
+    def __init__(self, parent: grain.MapDataset, batch: int, rows: np.ndarray):
+        super().__init__(parent)
+        self._batch, self._rows = batch, rows
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._batch * len(self._rows)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        batch, row = divmod(int(index), len(self._rows))
+        return self._parent[batch * self._batch + int(self._rows[row])]
 
 
 class Batches(Iterator[dict[str, np.ndarray]]):

@@ -1,5 +1,7 @@
 """Multi-head attention, by cuDNN's fused kernel where there is one, else by plain products that XLA compiles."""
 
+import functools
+
 import flax.linen as nn
 import jax
 
@@ -36,6 +38,18 @@ def choose(name: str, precision: Precision, head_width: int) -> str:
     return name
 
 
+# Recomputed in the backward pass: the arrays of tokens x tokens would be most of what a block keeps, and their first
+# product is a small part of its work.
+@functools.partial(jax.checkpoint, static_argnums=3)
+def _mix(query: jax.Array, key: jax.Array, value: jax.Array, precision: Precision) -> jax.Array:
+    """softmax(query key^T / sqrt(E)) value, each [B, N, H, E]; the result is wide.
+
+    Not `jax.nn.dot_product_attention`: it would round float32 operands to TF32, and its softmax is never float64.
+    """
+    scores = precision.product("bqhe,bkhe->bhqk", query, key) * query.shape[-1] ** -0.5  # [B, H, N, N], wide
+    return precision.product("bhqk,bkhe->bqhe", jax.nn.softmax(scores), value)
+
+
 class Attention(nn.Module):
     """Self-attention with a bias in its projections; `implementation` as `choose` returns it."""
 
@@ -60,7 +74,5 @@ class Attention(nn.Module):
         if self.implementation == "cudnn":  # its softmax is float32 inside the kernel
             mixed = jax.nn.dot_product_attention(query, key, value, implementation="cudnn")  # [B, N, H, D/H]
         else:
-            # Not its "xla": that would round float32 operands to TF32, and its softmax is never float64.
-            scores = self.precision.product("bqhe,bkhe->bhqk", query, key) * query.shape[-1] ** -0.5  # [B, H, N, N], wide
-            mixed = self.precision.product("bhqk,bkhe->bqhe", jax.nn.softmax(scores), value)  # [B, N, H, D/H]
+            mixed = _mix(query, key, value, self.precision)  # [B, N, H, D/H], wide
         return nn.DenseGeneral(width, axis=(-2, -1), name="projection", **policy)(mixed)  # [B, N, D]

@@ -166,7 +166,7 @@ class PerA:
         koleo = losses.koleo(
             student_out.units[:, :globals_], student_out.weights, self.koleo_group or batch, self.precision
         )
-        pixel = losses.pixel_term(predicted, self.pixel_targets(views["global"]))
+        pixel = self.pixel_term(predicted, views)
         loss = jnp.mean(per_pair) + self.koleo_weight * koleo + self.pixel_weight * pixel
         means = {
             "loss": loss, "per_pair": per_pair, "koleo": koleo, "pixel": pixel, "statistics": statistics,
@@ -225,6 +225,9 @@ class PerA:
         units, weights = self.pixel_head.apply({"params": params["pixel_head"]}, learnable)
         predicted = sharding.constrain_batch(self.precision.logits(units, sharding.constrain_whole(weights)))
         return student_out, jax.lax.stop_gradient(teacher_out), predicted
+
+    def pixel_term(self, predicted: jax.Array, views: dict[str, Views]) -> jax.Array:
+        return losses.pixel_term(predicted, self.pixel_targets(views["global"]))
 
     def pixel_targets(self, view: Views) -> jax.Array:
         """The student view's values at its learnable patches, [N, n_l, p p C]."""
