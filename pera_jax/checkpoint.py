@@ -3,6 +3,8 @@
 RUN/checkpoints/STEP holds four checkpointables: `state` (parameters, optimiser, centre, step), `teacher` (its weights,
 apart, so that evaluation reads only them), `data` (the position in the stream of batches) and `meta` (model shape,
 bands, mean, std, data fingerprint, git revision, resolved config). A step's folder appears whole or not at all.
+
+With several hosts each writes its part, into one folder that all of them see; what is moved or removed, process 0 does.
 """
 
 import contextlib
@@ -16,10 +18,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
-from pera_jax import run_meta, sharding
+from pera_jax import distributed, run_meta, sharding
 from pera_jax import step as steps
 from pera_jax.errors import UserError
 from pera_jax.objectives import pera
@@ -73,6 +76,8 @@ class Store:
         try:
             self._check_space(items)
             response = self._checkpointer.save_checkpointables_async(step, items)
+        except jax.errors.JaxRuntimeError:  # another host is lost: that is no matter of the disk
+            raise
         except _WRITE_ERRORS as error:
             raise self._failed(step, error) from error
         if response is None:
@@ -81,10 +86,9 @@ class Store:
 
     def _check_space(self, items: dict[str, Any]) -> None:
         """Raises OSError where the device has no room, before Orbax's threads run into it in several places at once."""
-        if jax.process_index():
-            return  # the first host looks for all: it is one file system
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(items) if isinstance(leaf, jax.Array))
-        if shutil.disk_usage(self.folder).free < needed:
+        # The hosts must agree: one that saved alone would wait for the others.
+        if distributed.anywhere(shutil.disk_usage(self.folder).free < needed):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def wait(self) -> None:
@@ -95,6 +99,8 @@ class Store:
         try:
             response.result()
             self._checkpointer.wait()
+        except jax.errors.JaxRuntimeError:
+            raise
         except _WRITE_ERRORS as error:
             raise self._failed(self._step, error) from error
 
@@ -111,7 +117,7 @@ class Store:
         finally:
             with contextlib.suppress(*_WRITE_ERRORS):  # `wait` has told them
                 self._checkpointer.close()
-            if jax.process_index() == 0:
+            if distributed.main_host():
                 _remove_half_written(self.folder)
 
 
@@ -270,9 +276,14 @@ def with_weights(state: steps.TrainState, run: str) -> steps.TrainState:
     differences = _differences(weights["student"], state.params)
     if differences:
         raise UserError(f"init_from={run} does not fit this config: {'; '.join(differences)}")
-    where = jax.tree.map(lambda leaf: leaf.sharding, (state.params, state.teacher))
-    params, teacher = jax.device_put((weights["student"], weights["teacher"]), where)
+    params, teacher = jax.tree.map(_laid_out_as, (weights["student"], weights["teacher"]), (state.params, state.teacher))
     return state.replace(params=params, teacher=teacher)
+
+
+def _laid_out_as(value: jax.Array, like: jax.Array) -> jax.Array:
+    """`value`, which each host holds whole, cut and spread over the devices of all hosts as `like` is."""
+    whole = np.asarray(value)
+    return jax.make_array_from_callback(whole.shape, like.sharding, lambda index: whole[index])
 
 
 def _differences(found: Any, wanted: Any) -> list[str]:

@@ -93,8 +93,8 @@ def default() -> ConfigDict:
     )
     config.mesh = dict(data=-1, fsdp=1, tensor=1)  # one of them may be -1: the devices that are left
     config.log_every = "50 steps"
-    # When no step finishes for so long, every thread's stack is printed and the process ends, for a scheduler to start it
-    # again; 0: never. The first step compiles, which counts.
+    # Seconds without a finished step after which a process prints where its threads stand and ends; 0: never. The first
+    # step compiles and the longest save must fit in.
     config.stall_seconds = 1800
     config.checkpoint = dict(
         every="1 epochs",
@@ -187,6 +187,8 @@ def check(config: ConfigDict, batch_shards: int, hosts: int) -> None:
             )
     if crops.global_number < 1 or crops.local_number < 0:
         raise UserError("crops.global_number must be at least 1 and crops.local_number at least 0")
+    if config.stall_seconds < 0:
+        raise UserError(f"stall_seconds={config.stall_seconds} must be at least 0, which is never")
     _one_of(config, "objective", ("pera",))
     _one_of(config.model, "remat", ("none", "dots", "block"), "model.")
     _one_of(config.model, "attention", ("auto", "cudnn", "xla"), "model.")

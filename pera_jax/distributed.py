@@ -1,129 +1,179 @@
-"""Many hosts: how they find each other, which rows of a batch each supplies, and how they end together.
+"""Many hosts: how a process joins the others, which rows of a batch it supplies, and how it ends when one is lost.
 
-One process per host. Every host runs the same program; what differs is which rows of the batch it reads, and that the
-first host alone writes logs.
+Each host runs the same command. All of them compute the same steps; process 0 alone writes metrics and messages, and
+all write the checkpoints, into one folder that every host sees.
 """
 
 import contextlib
-import importlib.util
 import os
-import pathlib
 import sys
+import time
+import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
 
 from pera_jax.errors import UserError
 
-_START_SECONDS = 300  # that hosts wait for one another at the start
+_FIRST_CONTACT = 300  # seconds that a process waits for the coordinator, and the coordinator for all processes
+_LAST_WORDS = 2.0  # seconds that process 0 stays: the coordinator is its thread, and cuts off the others as it goes
 
 
-def arguments(
-    environment: Mapping[str, str], on_tpu: bool, coordinator: str | None, processes: int | None, process: int | None
+def cluster_of(
+    coordinator: str | None, processes: int | None, process: int | None, environment: Mapping[str, str]
 ) -> dict[str, Any] | None:
-    """What `jax.distributed.initialize` wants here; None: this is one process and wants nothing.
+    """The arguments of `jax.distributed.initialize` by flags, SLURM or TPU pod; None for a machine by itself.
 
-    Explicit flags come first; SLURM (a step of several tasks) and TPU machines are found by JAX itself.
+    An empty dict leaves everything to JAX, which asks SLURM's variables or the TPU's metadata server.
 
     Args:
-      coordinator: HOST:PORT of process 0; processes: how many; process: the number of this one. All or none of them.
+      environment: as it is after `import jax`, which marks machines with TPUs.
 
     Raises:
-      UserError: some of the three, or numbers that do not fit.
+      UserError: some of the three flags only, or values that do not fit together.
     """
     given = (coordinator, processes, process)
-    if any(flag is not None for flag in given):
-        if any(flag is None for flag in given):
-            raise UserError("--coordinator, --num_processes and --process_id go together: give all three or none")
-        if not 0 <= process < processes or ":" not in coordinator:
-            raise UserError(
-                f"--coordinator={coordinator} --num_processes={processes} --process_id={process} do not fit: "
-                "HOST:PORT, and a process number from 0 to one less than their number"
-            )
-        return dict(coordinator_address=coordinator, num_processes=processes, process_id=process)
-    if int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1 or on_tpu:
-        return {}
+    if any(value is not None for value in given):
+        if None in given:
+            raise UserError("--coordinator, --num_processes and --process_id go together; give all three or none")
+        host, _, port = coordinator.rpartition(":")
+        if not host or not port.isdigit():
+            raise UserError(f"--coordinator={coordinator} is not of the form HOST:PORT")
+        if not 0 <= process < processes:
+            raise UserError(f"--process_id={process} is none of the {processes} processes; they count from 0")
+        return {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
+    tasks = int(environment.get("SLURM_NTASKS") or environment.get("SLURM_NPROCS") or 1)
+    if tasks > 1 and "SLURM_STEP_NODELIST" in environment:  # else not started by srun, but once in the batch script
+        # JAX gives each task one device. A task that has its node for itself takes all: no list of devices.
+        alone = environment.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0] == "1"
+        return {"local_device_ids": []} if alone else {}
+    if "TPU_ML_PLATFORM" in environment and not environment.get("JAX_PLATFORMS", "tpu").startswith("cpu"):
+        workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
+        if workers:
+            many = "," in workers or int(environment.get("MEGASCALE_NUM_SLICES") or 1) > 1
+            return {} if many else None
+        return None if "TPU_SKIP_MDS_QUERY" in environment else {}
     return None
 
 
-def start(coordinator: str | None, processes: int | None, process: int | None) -> None:
-    """Joins the hosts of a run; nothing where there is one. Must come before anything else asks JAX for devices.
+def initialize(arguments: dict[str, Any] | None, timeout: int = _FIRST_CONTACT) -> None:
+    """Joins the other processes; nothing for None. Must run before anything asks JAX for its devices.
 
     Raises:
-      UserError: flags that do not fit, or hosts that do not find each other.
+      UserError: the others cannot be reached within `timeout` seconds.
     """
-    on_tpu = importlib.util.find_spec("libtpu") is not None and any(
-        pathlib.Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0")
-    )
-    wanted = arguments(os.environ, on_tpu, coordinator, processes, process)
-    if wanted is None:
+    if arguments is None:
         return
     try:
-        jax.distributed.initialize(**wanted, initialization_timeout=_START_SECONDS)
-    except (RuntimeError, ValueError) as error:
-        reason = (str(error).splitlines() or ["?"])[0]
+        jax.distributed.initialize(**arguments, initialization_timeout=timeout)
+    except (RuntimeError, ValueError, OSError) as error:
+        where = arguments.get("coordinator_address", "that the cluster names")
         raise UserError(
-            f"the hosts of this run do not find each other ({reason}); start one process on each, all with the same "
-            "--coordinator HOST:PORT of process 0 and --num_processes"
+            f"cannot join the other processes through the coordinator {where} ({_first_line(error)}); start process 0 "
+            "there and all the others within five minutes"
         ) from error
 
 
-def first() -> bool:
-    """Whether this host is the one that writes logs."""
+def main_host() -> bool:
+    """Whether this is the process that writes metrics and messages."""
     return jax.process_index() == 0
 
 
 def say(text: str) -> None:
-    """Prints a line to stderr, once for all hosts."""
-    if first():
+    """A line on stderr, from one process only."""
+    if main_host():
         print(text, file=sys.stderr, flush=True)
 
 
-def everywhere(fact: bool) -> bool:
-    """Whether `fact` holds on every host."""
-    return fact if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.array(fact))))
+def meet(where: str) -> None:
+    """Waits until every host has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
 
 
-def rows_here(where: NamedSharding, batch: int) -> np.ndarray:
-    """int64, ascending: the rows of a global batch that this host's devices hold.
+def anywhere(fact: bool) -> bool:
+    """Whether it is so on any host. All of them must ask."""
+    return bool(fact) if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.bool_(fact))))
 
-    Read from the sharding, because the order of a mesh need not be that of hosts, and hosts that the axis `tensor`
-    spans hold the same rows.
+
+def check_same(value: int, message: str) -> None:
+    """Raises a UserError with the message on every host, where the hosts' values differ. All of them must ask."""
+    if jax.process_count() > 1 and np.unique(multihost_utils.process_allgather(np.int64(value))).size > 1:
+        raise UserError(message)
+
+
+# ---------------------------------------------------------------- the batch
+
+
+def rows_of(where: jax.sharding.Sharding, batch: int, devices: list | None = None) -> np.ndarray:
+    """The rows of a global batch that live on `devices` (this process's by default): places, ascending, each once.
+
+    The mesh's order need not be that of the processes, and several may hold the same rows: where `tensor` spans hosts.
     """
-    parts = {index[0].indices(batch)[:2] for index in where.addressable_devices_indices_map((batch,)).values()}
-    return np.concatenate([np.arange(*part) for part in sorted(parts)])
+    devices = where.addressable_devices if devices is None else devices
+    places = where.devices_indices_map((batch,))
+    return np.unique(np.concatenate([np.arange(batch)[places[device]] for device in devices]))
 
 
-def global_batch(local: Any, where: NamedSharding, batch: int, rows: np.ndarray) -> Any:
-    """Global arrays [batch, ...], laid out as `where` says, from a tree of this host's `rows` of them."""
-    parts = where.addressable_devices_indices_map((batch,))
+def global_arrays(tree: Any, where: jax.sharding.Sharding, rows: np.ndarray, batch: int) -> Any:
+    """Leaves [len(rows), ...], this host's `rows` of a batch, -> global arrays [batch, ...] cut as `where` says."""
 
-    def join(array: np.ndarray) -> jax.Array:
-        on_devices = []
-        for device, index in parts.items():
+    def assemble(local):
+        def part(index):
             start, stop, _ = index[0].indices(batch)
-            place = int(np.searchsorted(rows, start))
-            on_devices.append(jax.device_put(array[place : place + stop - start], device))
-        return jax.make_array_from_single_device_arrays((batch, *array.shape[1:]), where, on_devices)
+            first = int(np.searchsorted(rows, start))  # what one device holds is a run of rows, here as there
+            return local[first : first + stop - start]
 
-    return jax.tree.map(join, local)
+        return jax.make_array_from_callback((batch, *local.shape[1:]), where, part)
+
+    return jax.tree.map(assemble, tree)
+
+
+# ---------------------------------------------------------------- the end
+
+
+class SharedStop:
+    """SIGTERM to any host asks all of them for an end after the same step; JAX has taken the signal over."""
+
+    asked = None
+
+    def reached(self, step: int) -> bool:
+        """Whether to end after `step`. Every host must ask after every step."""
+        if multihost_utils.reached_preemption_sync_point(step):
+            self.asked = "SIGTERM"
+        return self.asked is not None
 
 
 @contextlib.contextmanager
-def end_at_once() -> Iterator[None]:
-    """With several hosts, ends the process on an error without tidying up: the others wait for it in vain meanwhile, and
-    what tidying up waits for may be a host that is gone."""
+def ends_alone() -> Iterator[None]:
+    """With several hosts, an exception ends this process at once with status 1, and with one sentence where it can.
+
+    Nothing is tidied up: whatever waits for the other hosts might wait for ever, and they wait for this one.
+    """
     try:
         yield
     except BaseException as error:
         if jax.process_count() == 1:
             raise
-        lost = isinstance(error, jax.errors.JaxRuntimeError)
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
-        text = f"a host of this run is lost ({reason}); start all again to go on from the last checkpoint" if lost else error
-        print(f"error: host {jax.process_index()}: {text}", file=sys.stderr, flush=True)
+        if isinstance(error, UserError):
+            print(f"error: {error}", file=sys.stderr)
+        elif isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            print(
+                f"error: process {jax.process_index()} of {jax.process_count()} cannot go on with the others, of which "
+                f"one is probably lost ({_first_line(error)}); start all of them again: they go on from the newest "
+                "checkpoint",
+                file=sys.stderr,
+            )
+        elif not isinstance(error, SystemExit):
+            traceback.print_exc()
+        sys.stderr.flush()
+        if main_host():
+            time.sleep(_LAST_WORDS)
         os._exit(1)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -5,6 +5,9 @@
 One crop of each image, two looks, disjoint patches for the student and for its moving average, one jitted step. Start
 the same command again and it goes on, bit for bit, from the newest checkpoint of the workdir. SIGTERM and SIGINT save
 and end with status 0.
+
+Several hosts run the same command. On SLURM and TPU pods they find each other; elsewhere each is told, as in
+`--coordinator host0:8476 --num_processes 4 --process_id 0`. SIGTERM to one saves and ends all.
 """
 
 import contextlib
@@ -16,29 +19,31 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from pera_jax import checkpoint, chips, distributed, errors, flops, metrics, run_meta, schedules, sharding
+from pera_jax import checkpoint, distributed, errors, flops, metrics, profiling, run_meta, schedules, sharding
 from pera_jax import config as configs
-from pera_jax import loop as loops
 from pera_jax import step as steps
 from pera_jax.data import pipeline, records
 from pera_jax.errors import UserError
+from pera_jax.loop import Loop, StopSignal
 from pera_jax.objectives import pera
+from pera_jax.watchdog import Watchdog
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/: configs/demo.py, configs/demo.py:smoke")
 _WORKDIR = flags.DEFINE_string("workdir", None, "for checkpoints, metrics, config.json; resumed when not empty")
-_PROFILE = flags.DEFINE_string("profile", None, "FIRST:LAST, such as 20:25: a trace of these steps in WORKDIR/profile")
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0; SLURM and TPU pods need no flag")
-_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes (hosts) run; with --coordinator")
-_PROCESS = flags.DEFINE_integer("process_id", None, "the number of this one, from 0; with --coordinator")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several hosts are told")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "processes in all, where several hosts are told")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "this process's number, from 0, where several hosts are told")
+_PROFILE = flags.DEFINE_string("profile", None, "FIRST:LAST, steps of which a trace is written to WORKDIR/profile")
 
 
 def train(config, workdir: str, profile: str | None = None) -> None:
     """Trains to the end of `config.total` or to SIGTERM/SIGINT.
 
     Args:
-      profile: "20:25" for a trace of these steps in `workdir`/profile.
+      workdir: where several hosts train, one folder that all of them see.
+      profile: "FIRST:LAST", the steps to trace.
 
     Raises:
       UserError: for every wrong input, before anything is written to `workdir`; a loss that is not finite; a full disk.
@@ -100,41 +105,39 @@ def train(config, workdir: str, profile: str | None = None) -> None:
     if start >= total:
         distributed.say(f"{workdir} is at step {start} of {total}: nothing left to do")
         return
-
-    # ---- speed, profile
-    chip = chips.chip_of(jax.devices()[0].device_kind)
-    work = sum(flops.per_image(objective).values())
-    speed = loops.Speed(config.batch_size, mesh.size, work, chip and chip.peak_flops)
-    traced = loops.Profile(profile, start, total, os.path.join(workdir, "profile")) if profile else None
+    traced = profiling.parse_range(profile, start, total)
 
     # ---- loop; only from here on is anything written
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(loops.StopSignal())
-        store = checkpoint.Store(workdir, config.checkpoint.keep_last, every["keep"])
-        stack.callback(store.close)
-        writer = None
-        if distributed.first():
-            run_meta.write(workdir, meta)
-            writer = metrics.MetricsWriter(workdir, resume_step=start, total=total, batch_size=config.batch_size)
-            stack.callback(writer.close)
-        loop = loops.Loop(config, mesh, store, meta, writer, every, total, position["replaced"], speed, traced)
-        stack.callback(loop.close)
+        stop = stack.enter_context(StopSignal()) if jax.process_count() == 1 else distributed.SharedStop()
+        watchdog = stack.enter_context(Watchdog(config.stall_seconds))
         stream = pipeline.make_pipeline(
             source, config.crops, batch_size=config.batch_size, seed=config.seed, start_batch=position["batches"],
-            workers=config.data.workers, rows=loop.rows,
+            workers=config.data.workers, rows=distributed.rows_of(jax.sharding.NamedSharding(mesh, sharding.BATCH), config.batch_size),
         )
         stack.callback(stream.close)
         stack.callback(gc.collect)  # before it: JAX lets go of the last batch, which lies in the workers' memory
+        store = checkpoint.Store(workdir, config.checkpoint.keep_last, every["keep"])
+        stack.callback(store.close)
+        writer = None
+        if distributed.main_host():
+            run_meta.write(workdir, meta)
+            writer = metrics.MetricsWriter(workdir, resume_step=start, total=total, batch_size=config.batch_size)
+            stack.callback(writer.close)
+        tracer = profiling.Profile(traced, workdir)
+        stack.callback(tracer.close)
         stack.enter_context(jax.set_mesh(mesh))
-        stack.enter_context(distributed.end_at_once())
+        stack.enter_context(distributed.ends_alone())
 
+        image_flops = sum(flops.per_image(objective).values())
+        loop = Loop(config, mesh, store, meta, writer, watchdog, every, total, position, image_flops)
         for step in range(start, total):
             hyper = {k: np.asarray(v, config.parameter_precision) for k, v in schedule.at(step).items()}
-            batch, replaced = loop.next_batch(stream, pera.KINDS)
-            loop.before(step)
-            state, out = train_step(state, batch, hyper)
-            loop.after(step + 1, state, out, hyper, replaced)
-            if stop.after(step + 1):
+            tracer.before(step + 1, state)
+            state, out = train_step(state, loop.next_batch(stream), hyper)
+            tracer.after(step + 1, state)
+            loop.after(step + 1, state, out, hyper)
+            if stop.reached(step + 1):
                 break
         loop.finish(state)
         if stop.asked:
@@ -154,25 +157,29 @@ def _statistics(config, info) -> dict:
 
 def _first_state(config, workdir, meta, objective, optimiser, abstract, mesh):
     """The state to begin with and the position in the data, by the order of start-up."""
-    run = workdir if checkpoint.saved_steps(workdir) else config.resume_from
+    own = checkpoint.saved_steps(workdir)
+    distributed.check_same(
+        own[-1] if own else -1, f"{workdir} is not the same folder on every host; choose one on storage that they share"
+    )
+    run = workdir if own else config.resume_from
     if run:
         newest, _ = checkpoint.folder_of(run, None)
         damaged = []
         for step in reversed(checkpoint.saved_steps(run)):
-            folder = newest.with_name(str(step))
-            restored, error = None, checkpoint.Damaged(f"the checkpoint {folder} cannot be read on another host")
+            folder, found, error = newest.with_name(str(step)), None, None
             try:
                 run_meta.check_same_run(checkpoint.load_meta(folder), meta, run, config.data.allow_changed_data)
-                restored = checkpoint.restore(folder, abstract)
-            except checkpoint.Damaged as damage:
-                error = damage
-            if not distributed.everywhere(restored is not None):
-                damaged.append((folder, error))
+                found = checkpoint.restore(folder, abstract)
+            except checkpoint.Damaged as wrong:
+                error = wrong
+            if distributed.anywhere(error is not None):
+                damaged.append((folder, error or f"the checkpoint {folder} cannot be read on another host"))
                 continue
-            for bad, error in damaged if distributed.first() else ():
+            for bad, error in damaged if distributed.main_host() else ():
                 moved = f"; moved to {checkpoint.set_aside(bad)}" if run == workdir else ""
                 distributed.say(f"{error}{moved}; going on from the checkpoint of step {step}")
-            return restored
+            distributed.meet("damaged checkpoints are set aside")
+            return found
         raise UserError(f"no checkpoint of {run} can be read; the newest: {damaged[0][1]}")
     state = steps.born_sharded(objective, optimiser, mesh, config.seed)
     if config.init_from:
@@ -188,8 +195,10 @@ def main(argv):
         raise UserError("name a config: --config configs/demo.py")
     if not _WORKDIR.value:
         raise UserError("name the folder for checkpoints and metrics: --workdir runs/NAME")
-    distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-    train(_CONFIG.value, _WORKDIR.value, _PROFILE.value)
+    cluster = distributed.cluster_of(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, os.environ)
+    distributed.initialize(cluster)
+    with distributed.ends_alone():
+        train(_CONFIG.value, _WORKDIR.value, _PROFILE.value)
 
 
 def _parse(argv):

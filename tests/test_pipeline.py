@@ -137,23 +137,26 @@ def test_the_stream_is_the_same_for_any_number_of_workers(source, stream, worker
     assert_same(take(source, 9, workers=workers), stream)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize(
-    "hosts",
-    [
-        [range(0, 6), range(6, 12)],
-        [range(0, 3), range(3, 6), range(6, 9), range(9, 12)],
-        [(0, 1, 6, 7), (2, 3, 4, 5), (8, 9, 10, 11)],  # the order of a mesh need not be that of hosts
-        [range(0, 6), range(0, 6), range(6, 12)],  # nor does a row lie on one host alone
-    ],
-    ids=str,
-)
-def test_each_host_reads_its_rows_of_the_same_global_batches(source, stream, hosts, workers):
-    for rows in hosts if not workers else hosts[:1]:
-        rows = list(rows)
-        wanted = [{name: value[rows] for name, value in batch.items()} for batch in stream]
-        assert_same(take(source, 9, rows=rows, workers=workers), wanted)
-        assert_same(take(source, 2, rows=rows, start_batch=5, workers=workers), wanted[5:7])
+# Rows of a batch by host: runs of them, mixed up as by a mesh of another order, and shared by hosts.
+HOSTS = {
+    "two": [range(0, 6), range(6, 12)],
+    "four": [range(i, i + 3) for i in (0, 3, 6, 9)],
+    "mixed": [(0, 1, 2, 9, 10, 11), (3, 4, 5, 6, 7, 8)],
+    "shared": [(0, 1, 2, 6, 7, 8), (0, 1, 2, 6, 7, 8), range(3, 6), range(9, 12)],
+}
+
+
+@pytest.mark.parametrize(("hosts", "workers"), [("two", 0), ("four", 0), ("mixed", 0), ("shared", 0), ("mixed", 2)])
+def test_the_rows_of_the_hosts_make_up_the_same_global_batches(source, stream, hosts, workers):
+    for rows in HOSTS[hosts]:
+        wanted = [{name: value[list(rows)] for name, value in batch.items()} for batch in stream[2:7]]
+        assert_same(take(source, 5, rows=rows, start_batch=2, workers=workers), wanted)
+    assert set().union(*HOSTS[hosts]) == set(range(BATCH))
+
+
+def test_rows_that_a_batch_does_not_have_are_an_error(source):
+    with pytest.raises(ValueError, match="none of a batch of 12"):
+        take(source, 1, rows=[3, BATCH])
 
 
 @pytest.mark.parametrize(("start", "workers"), [(1, 0), (3, 0), (4, 0), (7, 0), (3, 2)])

@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing import connection
 
 import grain
@@ -64,18 +64,19 @@ def make_pipeline(
     seed: int,
     start_batch: int = 0,
     workers: int = 0,
-    rows: np.ndarray | None = None,
+    rows: Sequence[int] | None = None,
 ) -> "Batches":
     """The endless stream of this host's rows of each global batch, from batch `start_batch` on.
 
     Args:
       source: the records of one split.
       crops: `config.crops`.
-      batch_size: images in a global batch.
+      batch_size: images in a global batch, of all hosts.
       seed: 0 <= seed < 2**32.
       start_batch: batches that were delivered before, the position to go on from.
       workers: processes that read, decode and crop; with 0 a thread of this process does.
-      rows: the places in the global batch that this host supplies, ascending; None: all.
+      rows: places in the global batch, 0 ... batch_size - 1, that this host supplies, in the order in which it gets
+        them; all by default. Several hosts may supply the same.
 
     Returns:
       An iterator over dicts of arrays, b = len(rows):
@@ -89,6 +90,7 @@ def make_pipeline(
 
     Raises:
       UserError: fewer records than one batch; too little shared memory.
+      ValueError: rows that the batch does not have.
       While iterating: 100 records in a row that cannot be decoded.
     """
     batches_per_epoch = len(source) // batch_size
@@ -96,17 +98,18 @@ def make_pipeline(
         raise UserError(
             f"one batch takes batch_size={batch_size} images and the split holds {len(source)}; make the batch smaller"
         )
+    rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+    if not rows.size or rows.min() < 0 or rows.max() >= batch_size:
+        raise ValueError(f"rows {rows} are none of a batch of {batch_size}")
     if not 0 <= seed < 2**32:
         raise UserError(f"seed={seed} is out of range; choose one from 0 to {2**32 - 1}")
     crops = Crops.of(crops)
-    rows = np.arange(batch_size) if rows is None else np.asarray(rows)
     if workers:
         _check_shared_memory(crops, len(source.info.bands), len(rows), workers)
 
     draws = grain.MapDataset.range(len(source)).seed(seed).shuffle()[: batches_per_epoch * batch_size]
     draws = draws.random_map(_draw).repeat()
-    # Rows are chosen after the draws: what is drawn for a row depends on its place in the global batch alone.
-    batches = _Rows(draws, batch_size, rows).batch(len(rows))[start_batch:].map(ReadBatch(source, crops))
+    batches = TakeRows(draws, batch_size, rows).batch(len(rows))[start_batch:].map(ReadBatch(source, crops))
     if not workers:
         keep_memory()
         return Batches(iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))))
@@ -117,23 +120,6 @@ def make_pipeline(
         grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1), worker_init_fn=_start_worker
     )
     return Batches(iter(stream))
-
-
-class _Rows(grain.MapDataset):
-    """Of each run of `batch` elements of the parent the places `rows`, in order."""
-
-    def __init__(self, parent: grain.MapDataset, batch: int, rows: np.ndarray):
-        super().__init__(parent)
-        self._batch, self._rows = batch, rows
-
-    def __len__(self) -> int:
-        return len(self._parent) // self._batch * len(self._rows)
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return self.slice(index)
-        batch, row = divmod(int(index), len(self._rows))
-        return self._parent[batch * self._batch + int(self._rows[row])]
 
 
 class Batches(Iterator[dict[str, np.ndarray]]):
@@ -152,6 +138,24 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
+
+
+class TakeRows(grain.MapDataset):
+    """Of every `batch_size` elements those at the places `rows`. Comes after what is random: that is keyed by place."""
+
+    def __init__(self, parent: grain.MapDataset, batch_size: int, rows: np.ndarray):
+        super().__init__(parent)
+        self._batch_size = batch_size
+        self._rows = [int(row) for row in rows]
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        batch, place = divmod(index, len(self._rows))
+        return self._parent[batch * self._batch_size + self._rows[place]]
 
 
 class ReadBatch(grain.transforms.Map):
