@@ -32,7 +32,7 @@ srun --kill-on-bad-exit=1 python -m pera_jax.train --config "$config" --config.d
   --config.data.workers=32 --workdir "$workdir" "$@" || status=$?
 
 # The run writes FINISHED once it has come to its end; until then, however it ended, there is something left to do.
-# Five failures in a row of the same job are no accident.
+# A job that was started fifty times does not get there.
 if [ ! -e "$workdir/FINISHED" ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 50 ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # Pre-training on a TPU slice, from a machine with gcloud: installs on all of its hosts and starts the run on each.
 #
-#   launch/tpu_vm.sh NAME ZONE configs/pera_vitg16_1024.py /mnt/data/shards gs://BUCKET/runs/vitg16
+#   launch/tpu_vm.sh NAME ZONE configs/pera_vitg16_1024.py /mnt/data/shards /mnt/data/runs/vitg16
 #
-# The hosts find each other by themselves. The shards lie on a mount that every host has (a bucket by gcsfuse, Filestore,
-# a disk); the run's folder may, too. Run it again after a preemption: it goes on from the newest checkpoint.
+# The hosts find each other by themselves. Shards and the run's folder lie on a mount that every host has (Filestore, or
+# a bucket by gcsfuse). Run it again after a preemption: it goes on from the newest checkpoint.
 set -euo pipefail
 
 name=${1:?usage: launch/tpu_vm.sh NAME ZONE CONFIG SHARDS WORKDIR [--config.FIELD=VALUE ...]}
 zone=${2:?the zone of the TPU}
 config=${3:?a file of configs/}
 shards=${4:?the folder of shards on each host}
-workdir=${5:?the folder of the run}
+workdir=${5:?the folder of the run, the same on each host}
 shift 5
 repository=$(git -C "$(dirname "$0")/.." remote get-url origin)
 revision=$(git -C "$(dirname "$0")/.." rev-parse HEAD)

@@ -59,6 +59,15 @@ def write(workdir: str, meta: dict[str, Any]) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}; make room or choose another workdir") from error
 
 
+def mark_finished(workdir: str, step: int | None) -> None:
+    """Writes `workdir`/FINISHED, the sign that a run has come to its last `step`; None takes it away."""
+    path = pathlib.Path(workdir) / "FINISHED"
+    if step is None:
+        path.unlink(missing_ok=True)
+    else:
+        path.write_text(f"{step}\n")
+
+
 def check_same_run(found: dict[str, Any], wanted: dict[str, Any], workdir: str, allow_changed_data: bool) -> None:
     """Refuses to go on with a checkpoint of another model or data set.
 

@@ -122,6 +122,7 @@ def train(config, workdir: str, profile: str | None = None) -> None:
         writer = None
         if distributed.main_host():
             run_meta.write(workdir, meta)
+            run_meta.mark_finished(workdir, None)
             writer = metrics.MetricsWriter(workdir, resume_step=start, total=total, batch_size=config.batch_size)
             stack.callback(writer.close)
         tracer = profiling.Profile(traced, workdir)
@@ -140,6 +141,8 @@ def train(config, workdir: str, profile: str | None = None) -> None:
             if stop.reached(step + 1):
                 break
         loop.finish(state)
+        if distributed.main_host() and int(state.step) == total:
+            run_meta.mark_finished(workdir, total)
         if stop.asked:
             distributed.say(f"stopped by {stop.asked} at step {int(state.step)} of {total}; checkpoint saved")
 

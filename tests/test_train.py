@@ -140,6 +140,7 @@ def test_a_run_killed_in_every_way_ends_in_the_same_bits(uninterrupted, data, tm
         assert process.returncode == 0, stderr
         *progress, last = stderr.splitlines()  # no warnings either
         assert last == f"stopped by {name} at step {seen} of {TOTAL}; checkpoint saved"
+        assert not (workdir / "FINISHED").exists()
         assert all(line.startswith("step ") for line in progress)
 
     process = launch(data, workdir, workers=0)
@@ -227,6 +228,7 @@ def test_resume_from_goes_on_as_the_workdir_itself_would(finished, data, tmp_pat
     assert metrics_of(tmp_path / "other") == metrics_of(tmp_path / "own")[4:]
     # The workdir's own checkpoint comes before resume_from: nothing is left to do.
     before = (tmp_path / "other" / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "other" / "FINISHED").read_text() == "6\n"
     train.train(config, str(tmp_path / "other"))
     assert (tmp_path / "other" / "metrics.jsonl").read_bytes() == before
 
