@@ -1,7 +1,7 @@
 """The demo: a small ViT on a few procedural scenes, minutes on 2 CPU cores. `make demo` runs it.
 
 Command:  python -m pera_jax.train --config configs/demo.py --workdir demo/run
-Cost:     1 to 3 minutes on 2 cores.
+Cost:     2 to 3 minutes on 2 cores.
 Reached:  see the README.
 """
 
