@@ -18,7 +18,6 @@ MESHES = {
     "data": dict(data=8),
     "fsdp": dict(data=1, fsdp=8),
     "all three": dict(data=2, fsdp=2, tensor=2),
-    "data and fsdp": dict(data=2, fsdp=4),
     "tensor": dict(data=1, fsdp=2, tensor=4),
 }
 # These programs run for milliseconds: optimising them would take two thirds of the time to compile.
