@@ -14,6 +14,7 @@ import tiny
 from pera_jax import flops, losses
 from pera_jax import step as steps
 from pera_jax.models import positions
+from pera_jax.models.stochastic_depth import kept_of
 
 ROOT = pathlib.Path(flops.__file__).parent.parent
 
@@ -28,10 +29,21 @@ def of_step(config) -> float:
     return traced(steps.make_step(objective, optimiser, 0), state, tiny.batch(config), tiny.HYPER)
 
 
-def beside_the_method(config) -> float:
-    """The products that the count leaves out: spreading term, centre, resampled positions, and class logits once more.
+def scores(objective, kind: str) -> float:
+    """Of the student's attention, query times key, over all blocks on the crops that one image has of a kind."""
+    vit, parts, group = objective.vit, objective.parts[kind], objective.depth_group
+    crops = objective.crops[kind][0]
+    kept = kept_of(group * crops, objective.depth_rate) / (group * crops) if objective.depth_rate else 1.0
+    lower = 1 + parts.student
+    upper = lower + (parts.learnable if kind == "global" else 0)
+    return crops * kept * 2 * vit.width * (vit.split * lower**2 + (vit.depth - vit.split) * upper**2)
 
-    The class term keeps no logits: both networks' are computed again in the backward pass.
+
+def beside_the_method(config) -> float:
+    """The products that the count leaves out: spreading term, centre, resampled positions; class logits and attention
+    scores once more.
+
+    The class term keeps no logits, of either network, and the student's blocks no scores: the backward pass computes them.
     """
     objective = tiny.objective(config)
     heads, side = config.heads, config.crops.global_size // config.model.patch
@@ -45,6 +57,7 @@ def beside_the_method(config) -> float:
     total = traced(jax.grad(koleo, (0, 1)), units, weights)
     logits = 2 * heads.prototypes * heads.bottleneck
     total += logits  # W mean(u)
+    total += config.batch_size * sum(scores(objective, kind) for kind in objective.parts)
     total += 2 * config.batch_size * (config.crops.global_number + config.crops.local_number) * logits
     if config.crops.local_number:
         local = config.crops.local_size // config.model.patch
