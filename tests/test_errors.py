@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import toy_data
+from conftest import FAST
 
 from pera_jax import checkpoint, errors, run_meta, train
 from pera_jax import step as steps
@@ -140,7 +141,7 @@ def test_the_workdir_of_another_run_is_refused_and_left_alone(config, tmp_path):
 
 
 def command(*arguments: str, module: str = "pera_jax.train") -> subprocess.Popen:
-    environment = os.environ | {"XLA_FLAGS": ""}  # one device
+    environment = os.environ | {"XLA_FLAGS": FAST}  # one device
     return subprocess.Popen(
         [sys.executable, "-m", module, *arguments], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
     )

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import test_train
 import toy_data
+from conftest import FAST
 
 from pera_jax import checkpoint, config as configs, distributed, profiling, sharding, train
 from pera_jax import step as steps
@@ -34,7 +35,7 @@ def launch(data, workdir, hosts: int, total: int, *more: str) -> list[subprocess
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // hosts}"}
+    environment = os.environ | {"XLA_FLAGS": f"{FAST} --xla_force_host_platform_device_count={4 // hosts}"}
     command = [
         sys.executable, "-m", "pera_jax.train", "--config", "configs/demo.py:smoke", f"--config.data.path={data}",
         f"--config.total={total} steps", "--config.checkpoint.every=4 steps", "--config.mesh.fsdp=2",

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 import toy_data
+from conftest import FAST
 from orbax.checkpoint import v1 as ocp
 
 from pera_jax import checkpoint, sharding, train
@@ -63,7 +64,7 @@ def assert_same_bits(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -
 
 
 def launch(data: str, workdir, workers: int) -> subprocess.Popen:
-    environment = os.environ | {"XLA_FLAGS": ""}  # one device
+    environment = os.environ | {"XLA_FLAGS": FAST}  # one device
     command = [
         sys.executable, "-m", "pera_jax.train", "--config", "configs/demo.py:smoke", f"--config.data.path={data}",
         f"--config.data.workers={workers}", f"--config.total={TOTAL} steps", f"--config.checkpoint.every={EVERY} steps",
