@@ -44,7 +44,11 @@ def cluster_of(
             raise UserError(f"--coordinator={coordinator} is not of the form HOST:PORT")
         if not 0 <= process < processes:
             raise UserError(f"--process_id={process} is none of the {processes} processes; they count from 0")
-        return {"coordinator_address": coordinator, "num_processes": processes, "process_id": process}
+        # Under SLURM JAX would still add what the flags leave open: one device for each task.
+        return {
+            "coordinator_address": coordinator, "num_processes": processes, "process_id": process,
+            "cluster_detection_method": "deactivate",
+        }  # fmt: skip
     tasks = int(environment.get("SLURM_NTASKS") or environment.get("SLURM_NPROCS") or 1)
     if tasks > 1 and "SLURM_STEP_NODELIST" in environment:  # else not started by srun, but once in the batch script
         # JAX gives each task one device. A task that has its node for itself takes all: no list of devices.

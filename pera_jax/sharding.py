@@ -6,10 +6,12 @@ Mesh axes: `data` (replicated parameters), `fsdp` (parameters cut over devices t
 Inside the jitted step the functions of the second half ask the mesh in use (`jax.set_mesh`); without one they do nothing.
 """
 
+import functools
 import re
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
@@ -140,6 +142,36 @@ def constrain_tree(tree):
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: jax.lax.with_sharding_constraint(leaf, spec_of(path_of(path), leaf.shape, mesh)), tree
     )
+
+
+def gathered(params, prefix: str, dtype):
+    """The parameters of one block, a slice of the stack at `prefix`, whole over `fsdp` and ready for use.
+
+    What is cut over `fsdp` are the kernels of products: they travel in the products' `dtype`, and their gradients, in the
+    parameters' own, are cut again where they arise, so that no device holds them whole for more than one block.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        return params
+
+    def gather(path, leaf):
+        cut = P(*spec_of(f"{prefix}/{path_of(path)}", (1, *leaf.shape), mesh)[1:])
+        return _gather(leaf, cut, jnp.dtype(dtype)) if "fsdp" in cut else leaf
+
+    return jax.tree_util.tree_map_with_path(gather, params)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: jax.Array, cut: P, dtype) -> jax.Array:
+    whole = P(*(None if axis == "fsdp" else axis for axis in cut))
+    narrow = jax.lax.with_sharding_constraint(x.astype(dtype), cut)
+    return jax.lax.with_sharding_constraint(narrow, whole)
+
+
+_gather.defvjp(
+    lambda x, cut, dtype: (_gather(x, cut, dtype), jnp.zeros((), x.dtype)),
+    lambda cut, dtype, like, g: (jax.lax.with_sharding_constraint(g.astype(like.dtype), cut),),
+)
 
 
 def per_shard(function: Callable, *arrays):

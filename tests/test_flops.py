@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import tiny
+from conftest import FAST
 
 from pera_jax import flops, losses
 from pera_jax import step as steps
@@ -111,7 +112,7 @@ def test_the_benchmark_of_the_step_prints_and_writes_its_numbers(tmp_path):
     command = [sys.executable, "benchmarks/step.py", "--config", "configs/demo.py:smoke", "--steps", "2"]
     command += ["--json", str(file)]
     # As from a shell: the script finds the package by itself.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"XLA_FLAGS": ""}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"XLA_FLAGS": FAST}
     done = subprocess.run(
         [*command, "--set", "model.depth=2", "--batch", "4"], cwd=ROOT, env=environment, capture_output=True, text=True
     )

@@ -99,7 +99,7 @@ def test_two_hosts_stop_together_and_one_goes_on(alone, data, tmp_path):
         assert line["data/replaced"] == other["data/replaced"]  # the same records in the same order
 
 
-def test_two_hosts_compute_what_one_computes_and_the_one_that_is_left_ends(alone, data, tmp_path):
+def test_two_hosts_compute_what_one_computes_and_end_where_the_other_is_lost_or_hangs(alone, data, tmp_path):
     workdir = tmp_path / "run"
     processes = launch(data, workdir, 2, 12)
     said = end(processes)
@@ -116,10 +116,8 @@ def test_two_hosts_compute_what_one_computes_and_the_one_that_is_left_ends(alone
     assert processes[0].returncode not in (0, None) and time.monotonic() - began < 3 * STALL, said
     assert checkpoint.saved_steps(workdir)[-1] >= 12
 
-
-def test_a_host_that_hangs_ends_the_others_by_the_watchdog(data, tmp_path):
-    processes = launch(data, tmp_path / "run", 2, 1000)
-    wait_for_step(processes[0], 2)
+    processes = launch(data, workdir, 2, 1000, "--config.stall_seconds=30")  # its program is compiled already
+    wait_for_step(processes[0], 14)
     processes[1].send_signal(signal.SIGSTOP)
     try:
         said = processes[0].communicate(timeout=4 * STALL)[1]
@@ -164,7 +162,10 @@ def test_how_processes_find_each_other():
         return distributed.cluster_of(*flags, environment)
 
     assert find() is None
-    assert find(("host:1", 4, 2)) == dict(coordinator_address="host:1", num_processes=4, process_id=2)
+    by_flags = find(("host:1", 4, 2), SLURM_NTASKS="4", SLURM_STEP_NODELIST="a,b")
+    assert by_flags == dict(
+        coordinator_address="host:1", num_processes=4, process_id=2, cluster_detection_method="deactivate"
+    )
     assert find(SLURM_NTASKS="4", SLURM_STEP_NODELIST="a,b") == {}
     assert find(SLURM_NTASKS="4") is None  # in the batch script itself, not under srun
     for flags in (("host:1", None, 2), ("host", 4, 2), ("host:1", 4, 4)):

@@ -6,6 +6,7 @@ depth, whether they are scanned or unrolled. The only collection is `params`.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -18,7 +19,7 @@ from pera_jax.models import positions, stochastic_depth
 from pera_jax.models.attention import Attention, choose
 from pera_jax.models.stochastic_depth import Depth
 from pera_jax.precision import Precision
-from pera_jax.sharding import constrain_batch
+from pera_jax.sharding import constrain_batch, gathered
 
 _NORMAL = nn.initializers.normal(0.02)
 
@@ -133,9 +134,13 @@ class ViT(nn.Module):
         return jnp.concatenate([self.position_embedding[:1], grid])  # [1 + L, D]
 
     def _stack(self, name, length, x, depth, stream, keep_outputs=False):
-        block = Block
-        if self.remat != "none":
-            block = nn.remat(Block, prevent_cse=not self.scan, policy=REMAT[self.remat])
+        born = self.is_initializing()
+        gather = functools.partial(gathered, prefix=name, dtype=self.precision.compute)
+        block = nn.map_variables(
+            Block, "params", lambda tree: tree if born else {"params": gather(tree["params"])}, init=born, mutable=born
+        )
+        if self.remat != "none":  # the gathered parameters are not kept either
+            block = nn.remat(block, prevent_cse=not self.scan, policy=REMAT[self.remat])
         stack = nn.scan(
             block,
             variable_axes={"params": 0},

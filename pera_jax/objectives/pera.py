@@ -201,21 +201,27 @@ class PerA:
           (student, teacher, predicted): two `losses.Prototypes` with units [B, V, D], V = global then local crops, and
           [B NG, n_l, p p C].
         """
+        aligned = {
+            kind: self.vit.apply({"params": teacher["backbone"]}, view.teacher, view.masks.teacher)["class_token"]
+            for kind, view in views.items()
+        }
+        # The teacher first and done, and only then what the student keeps for its backward pass.
+        looks = {kind: view.student for kind, view in views.items()}
+        aligned, looks = jax.lax.optimization_barrier((aligned, looks))
         student_tokens, teacher_tokens = [], []
         for kind, view in views.items():
             crops = self.crops[kind][0]
             seen = self.vit.apply(
                 {"params": params["backbone"]},
-                view.student,
+                looks[kind],
                 view.masks.student,
                 learnable=view.masks.learnable if kind == "global" else None,
                 mask_token=params["mask_token"],
                 depth=None if depths is None else depths[kind],
             )
-            aligned = self.vit.apply({"params": teacher["backbone"]}, view.teacher, view.masks.teacher)
             split = lambda x: rearrange(x, "(b v) d -> b v d", v=crops)  # noqa: E731
             student_tokens.append(split(seen["class_token"]))  # [B, V_kind, width]
-            teacher_tokens.append(split(aligned["class_token"]))
+            teacher_tokens.append(split(aligned[kind]))
             if kind == "global":
                 learnable = seen["learnable_tokens"]  # [B NG, n_l, width]
         student_out, teacher_out = (
