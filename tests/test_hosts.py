@@ -116,7 +116,7 @@ def test_two_hosts_compute_what_one_computes_and_end_where_the_other_is_lost_or_
     assert processes[0].returncode not in (0, None) and time.monotonic() - began < 3 * STALL, said
     assert checkpoint.saved_steps(workdir)[-1] >= 12
 
-    processes = launch(data, workdir, 2, 1000, "--config.stall_seconds=30")  # its program is compiled already
+    processes = launch(data, workdir, 2, 1000)
     wait_for_step(processes[0], 14)
     processes[1].send_signal(signal.SIGSTOP)
     try:
