@@ -164,17 +164,24 @@ def load(path: str, changes: Sequence[str] = ()) -> ConfigDict:
     return config
 
 
-def check(config: ConfigDict, batch_shards: int, hosts: int) -> None:
+def check(config: ConfigDict, batch_shards: int, weight_shards: int, hosts: int) -> None:
     """Everything about a config that can be known before data and model are built.
 
     Args:
-      batch_shards: parts that a batch is cut into (data x fsdp); hosts: processes that read data.
+      batch_shards: parts that a batch is cut into (data x fsdp).
+      weight_shards: parts that the prototypes are cut into (fsdp x tensor).
+      hosts: processes that read data.
 
     Raises:
       UserError: the first thing that is wrong.
     """
     _same_fields(config, default(), "")
     _check_batch(config, batch_shards, hosts)
+    if config.heads.prototypes % weight_shards:
+        raise UserError(
+            f"heads.prototypes={config.heads.prototypes} do not divide by the {weight_shards} parts of the mesh that hold "
+            "them (fsdp x tensor); choose a multiple, or a smaller mesh.fsdp"
+        )
     if not 0 <= config.stochastic_depth.rate < 1:
         raise UserError(f"stochastic_depth.rate={config.stochastic_depth.rate} must lie in [0, 1)")
     crops = config.crops

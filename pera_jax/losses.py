@@ -4,8 +4,9 @@ Shen et al., arXiv:2505.19447, section III-D; the spreading term is KoLeo (Sabla
 Each docstring is the plain loop; the code computes the same without arrays of crops x prototypes all alive at once.
 
 On a mesh the rows of `u` lie over `data` and `fsdp` and those of `W` over `tensor` and `fsdp`. The class and the spreading
-term are written for one device (`shard_map`), so that what crosses between devices stands here: `W` is gathered over
-`fsdp` once, sums over prototypes go over `tensor`, and gradients are summed once, after the loop over pairs.
+term are written for one device (`shard_map`), so that what crosses between devices stands here: `W` stays where it is;
+each device takes the unit vectors of all of its `fsdp` group, gathered once, to its own prototypes, and sums over
+prototypes go over `tensor` and `fsdp`. Gradients are summed once, after the loop over pairs.
 """
 
 import dataclasses
@@ -56,12 +57,12 @@ def class_term(
       samples `entropy` (mean), `mean` [K], `used` [K] (1 where a crop's most probable prototype is this one, else 0).
     """
     teacher, center = jax.lax.stop_gradient((teacher, center))
-    prototypes, (rows, columns) = teacher.weights.shape[0], sharding.axes_in_use()
-    whole, cut = P(), P((*columns, "fsdp")) if rows else P()
+    rows, columns = sharding.axes_in_use()
+    whole, cut, data = P(), P(columns), rows[:1]
 
     def local(student_units, teacher_units, student_weights, teacher_weights, center, temperatures):
-        student_weights = _gather_weights(student_weights, rows, precision)  # [K / tensor, D]
-        teacher_weights = _gather_weights(teacher_weights, rows, precision)
+        student_units, teacher_units = (_gather_units(x, rows, precision) for x in (student_units, teacher_units))
+        student_weights = _vary(student_weights, data)  # [K / (tensor fsdp), D]; its gradient is summed over `data` once
         ts, tt = temperatures
 
         # One pair at a time, recomputed in the backward pass: the probabilities of one pair are alive, not of all.
@@ -83,16 +84,13 @@ def class_term(
             loss, (entropy, mean_of_pair, best) = pair(student_weights, *units)
             return (mean_p + mean_of_pair, used.at[best].set(1.0, mode="drop")), (loss, entropy)
 
-        start = _vary(jnp.zeros((2, len(center)), precision.wide), (*rows, *columns))
+        start = _vary(jnp.zeros((2, len(center)), precision.wide), (*data, *columns))
         per_pair = (jnp.moveaxis(student_units, 1, 0), jnp.moveaxis(teacher_units, 1, 0))  # [V, B, D] each
         (mean_p, used), (loss, entropy) = jax.lax.scan(body, tuple(start), per_pair)
-        mean_p, loss, entropy = (_mean(value, rows) for value in (mean_p / len(loss), loss, entropy))
-        return loss, entropy, mean_p, jax.lax.pmax(used, rows) if rows else used
+        mean_p, loss, entropy = (_mean(value, data) for value in (mean_p / len(loss), loss, entropy))
+        return loss, entropy, mean_p, jax.lax.pmax(used, data) if data else used
 
-    shape = dict(
-        in_specs=(sharding.BATCH, sharding.BATCH, cut, cut, P(columns), whole),
-        out_specs=(whole, whole, P(columns), P(columns)),
-    )
+    shape = dict(in_specs=(sharding.BATCH, sharding.BATCH, cut, cut, cut, whole), out_specs=(whole, whole, cut, cut))
     loss, entropy, mean_p, used = (jax.shard_map(local, **shape) if rows else local)(
         student.units, teacher.units, student.weights, teacher.weights, center,
         (student_temperature, teacher_temperature),
@@ -138,26 +136,28 @@ def _log_sum_exp(z: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, jax.Ar
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather_weights(weights: jax.Array, rows: tuple[str, ...], precision: Precision) -> jax.Array:
-    """This device's [K / (tensor fsdp), D] -> the [K / tensor, D] of all of `fsdp`, rounded to what products take.
+def _gather_units(units: jax.Array, rows: tuple[str, ...], precision: Precision) -> jax.Array:
+    """This device's [B / (data fsdp), V, D] -> the [B / data, V, D] of all of `fsdp`, rounded to what products take.
 
-    It travels in the precision of products; its gradient is summed in `wide`, once.
+    They travel in the precision of products; their gradient, which every device has for its own prototypes, is summed in
+    `wide`, once.
     """
-    narrow = weights.astype(precision.compute)
+    narrow = units.astype(precision.compute)
     if rows:
-        narrow = _vary(jax.lax.all_gather(narrow, "fsdp", axis=0, tiled=True), ("data",))
-    return narrow.astype(weights.dtype)
+        narrow = _vary(jax.lax.all_gather(narrow, "fsdp", axis=0, tiled=True), ("tensor",))
+    return narrow
 
 
-def _gather_weights_backward(rows, precision, _, cotangent):
+def _gather_units_backward(rows, precision, _, cotangent):
+    cotangent = cotangent.astype(precision.wide)
     if rows:
         cotangent = jax.lax.psum_scatter(cotangent, "fsdp", scatter_dimension=0, tiled=True)
-        cotangent = jax.lax.psum(cotangent, "data")
+        cotangent = jax.lax.psum(cotangent, "tensor")
     return (cotangent,)
 
 
-_gather_weights.defvjp(
-    lambda weights, rows, precision: (_gather_weights(weights, rows, precision), None), _gather_weights_backward
+_gather_units.defvjp(
+    lambda units, rows, precision: (_gather_units(units, rows, precision), None), _gather_units_backward
 )
 
 

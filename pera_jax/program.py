@@ -41,7 +41,7 @@ class Program:
         """
         self.config = config
         self.mesh = sharding.make_mesh(**config.mesh, devices=devices)
-        configs.check(config, sharding.batch_shards(self.mesh), 1)
+        configs.check(config, sharding.batch_shards(self.mesh), sharding.weight_shards(self.mesh), 1)
         self.objective = make(config, (0.4,) * bands, (0.2,) * bands, bands)
         self.optimiser = steps.make_optimiser(config.optimiser)
         self.hyper = {name: np.asarray(value, config.parameter_precision) for name, value in HYPER.items()}

@@ -79,6 +79,11 @@ def batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def weight_shards(mesh: Mesh) -> int:
+    """The number of parts that the prototypes are cut into."""
+    return mesh.shape["fsdp"] * mesh.shape["tensor"]
+
+
 def path_of(key_path) -> str:
     """`a/b/c` for a key path of `jax.tree_util`."""
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in key_path)
@@ -119,7 +124,7 @@ def axes_in_use() -> tuple[tuple[str, ...], tuple[str, ...]]:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return (), ()
-    return ("data", "fsdp"), ("tensor",) if mesh.shape["tensor"] > 1 else ()
+    return ("data", "fsdp"), ("tensor", "fsdp")
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:
@@ -193,9 +198,26 @@ def split_batch(tree, parts: int):
     shards = shards_in_use()
 
     def split(x):
-        rows = x.shape[0] // (shards * parts)
-        x = x.reshape(shards, parts, rows, *x.shape[1:]).swapaxes(0, 1)  # [parts, shards, rows, ...]
-        x = x.reshape(parts, shards * rows, *x.shape[3:])
-        return x if shards == 1 else jax.lax.with_sharding_constraint(x, P(None, ("data", "fsdp")))
+        x = x.reshape(shards, parts, -1, *x.shape[1:]).swapaxes(0, 1)  # [parts, shards, rows, ...]
+        return _constrain_axis(x.reshape(parts, -1, *x.shape[3:]), 1)
 
     return jax.tree.map(split, tree)
+
+
+def merge_batch(tree, parts: int):
+    """Leaves [parts, B / parts, ...] -> [B, ...], what `split_batch` undoes."""
+    shards = shards_in_use()
+
+    def merge(x):
+        x = x.reshape(parts, shards, -1, *x.shape[2:]).swapaxes(0, 1)  # [shards, parts, rows, ...]
+        return _constrain_axis(x.reshape(-1, *x.shape[3:]), 0)
+
+    return jax.tree.map(merge, tree)
+
+
+def _constrain_axis(x: jax.Array, axis: int) -> jax.Array:
+    """Pins one axis of `x` to the batch axes of the mesh in use and says nothing about those after it."""
+    if shards_in_use() == 1:
+        return x
+    rest = (P.UNCONSTRAINED,) * (x.ndim - axis - 1)
+    return jax.lax.with_sharding_constraint(x, P(*(None,) * axis, ("data", "fsdp"), *rest))

@@ -50,7 +50,7 @@ def train(config, workdir: str, profile: str | None = None) -> None:
     """
     # ---- mesh and checks that need neither data nor model
     mesh = sharding.make_mesh(**config.mesh)
-    configs.check(config, sharding.batch_shards(mesh), jax.process_count())
+    configs.check(config, sharding.batch_shards(mesh), sharding.weight_shards(mesh), jax.process_count())
 
     # ---- data set
     source = records.open_split(config.data.path, config.data.split)

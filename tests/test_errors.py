@@ -61,6 +61,7 @@ WRONG_SETTINGS = {
     "14 learnable and 0 for the teacher": {"masks.teacher": 0.0, "masks.student": 0.6},
     "cut 36 patches into 7 for the student, 0 learnable": {"masks.teacher": 0.8},
     "model.width=32 is not a multiple of model.heads=3": {"model.heads": 3},
+    "heads.prototypes=60 do not divide by the 8 parts": {"heads.prototypes": 60, "mesh.data": 1, "mesh.fsdp": 8},
     "loss.koleo_group=5 does not divide batch_size": {"loss.koleo_group": 5},
     "precision='float8' is not one of": {"precision": "float8"},
     "mesh data=3, fsdp=1, tensor=1 does not fit 8 device": {"mesh.data": 3},

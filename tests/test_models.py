@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pera_jax import sharding
-from pera_jax.models import heads, positions, vit
+from pera_jax import hlo, sharding
+from pera_jax.models import attention, heads, positions, vit
 from pera_jax.precision import Precision
 
 F64 = Precision.of("float64", "float64")
@@ -222,3 +222,23 @@ def test_a_head_gives_unit_vectors_and_normalised_rows():
     # At a zero vector (no bias, no input) the outputs and every gradient stay finite.
     grads = jax.grad(lambda params: jnp.sum(apply(params, 0 * x)[0] ** 2))(params)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
+def test_attention_in_parts_is_attention_and_moves_nothing(monkeypatch):
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp"), None, "tensor"))
+    rng = np.random.default_rng(0)
+    query, key, value, weight = (rng.normal(size=(24, 5, 4, 3)).astype(np.float32) for _ in range(4))
+
+    def loss(inputs):
+        return jnp.sum(weight * attention._mix_in_parts(*inputs, Precision()))
+
+    run = jax.value_and_grad(loss)
+    whole = jax.jit(run)((query, key, value))
+    monkeypatch.setattr(attention, "_SCORES", 2 * 4 * 5 * 5 * 4)  # two crops at a time
+    with jax.set_mesh(mesh):
+        inputs = jax.device_put((query, key, value), where)
+        parted = jax.jit(run).lower(inputs).compile()
+    assert "while(" in parted.as_text()
+    assert {one.kind for one in hlo.collectives(parted.as_text())} == {"all-reduce"}  # the sum of the loss
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), parted(inputs), whole)

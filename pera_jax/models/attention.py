@@ -5,10 +5,12 @@ import functools
 import flax.linen as nn
 import jax
 
+from pera_jax import sharding
 from pera_jax.errors import UserError
 from pera_jax.precision import Precision
 
 IMPLEMENTATIONS = ("auto", "cudnn", "xla")
+_SCORES = 128 * 2**20  # bytes of scores on one device at a time
 
 
 def choose(name: str, precision: Precision, head_width: int) -> str:
@@ -50,6 +52,19 @@ def _mix(query: jax.Array, key: jax.Array, value: jax.Array, precision: Precisio
     return precision.product("bhqk,bkhe->bqhe", jax.nn.softmax(scores), value)
 
 
+def _mix_in_parts(query: jax.Array, key: jax.Array, value: jax.Array, precision: Precision) -> jax.Array:
+    """`_mix` on some crops of each device after the other, where the scores of all would take much memory."""
+    crops, tokens, heads, _ = query.shape
+    own, rest = divmod(crops, sharding.shards_in_use())
+    size = own * heads * tokens**2 * precision.wide.itemsize
+    fitting = (part for part in range(1, own + 1) if own % part == 0 and size / part <= _SCORES)
+    parts = 1 if rest else next(fitting, own)
+    if parts == 1:
+        return _mix(query, key, value, precision)
+    split = sharding.split_batch((query, key, value), parts)
+    return sharding.merge_batch(jax.lax.map(lambda part: _mix(*part, precision), split), parts)
+
+
 class Attention(nn.Module):
     """Self-attention with a bias in its projections; `implementation` as `choose` returns it."""
 
@@ -74,5 +89,5 @@ class Attention(nn.Module):
         if self.implementation == "cudnn":  # its softmax is float32 inside the kernel
             mixed = jax.nn.dot_product_attention(query, key, value, implementation="cudnn")  # [B, N, H, D/H]
         else:
-            mixed = _mix(query, key, value, self.precision)  # [B, N, H, D/H], wide
+            mixed = _mix_in_parts(query, key, value, self.precision)  # [B, N, H, D/H], wide
         return nn.DenseGeneral(width, axis=(-2, -1), name="projection", **policy)(mixed)  # [B, N, D]
