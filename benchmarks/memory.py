@@ -35,20 +35,23 @@ class Dense(pera.PerA):
     """PerA without masks: both networks see every patch of every crop."""
 
     def outputs(self, params, teacher, views, depths):
-        tokens = {"student": [], "teacher": []}
-        for kind, view in views.items():
-            crops = self.crops[kind][0]
-            for name, tree, image in (("student", params, view.student), ("teacher", teacher, view.teacher)):
+        tokens = {"teacher": [], "student": []}
+        for name, tree in (("teacher", teacher), ("student", params)):  # in this order, as PerA
+            for kind, view in views.items():
                 depth = depths[kind] if depths and name == "student" else None
-                seen = self.vit.apply({"params": tree["backbone"]}, image, depth=depth)["class_token"]
-                tokens[name].append(rearrange(seen, "(b v) d -> b v d", v=crops))
+                seen = self.vit.apply({"params": tree["backbone"]}, getattr(view, name), depth=depth)["class_token"]
+                tokens[name].append(rearrange(seen, "(b v) d -> b v d", v=self.crops[kind][0]))
+            tokens, views = jax.lax.optimization_barrier((tokens, views))
         student, teacher = (
             losses.Prototypes(*self.prototype_head.apply({"params": tree["prototype_head"]}, jnp.concatenate(x, axis=1)))
             for tree, x in ((params, tokens["student"]), (teacher, tokens["teacher"]))
         )
         return student, jax.lax.stop_gradient(teacher), None
 
-    def pixel_term(self, predicted, views):
+    def pixel_targets(self, view):
+        return jnp.zeros(())
+
+    def pixel_term(self, predicted, targets):
         return jnp.zeros(())
 
 

@@ -157,6 +157,9 @@ class PerA:
           (loss, means): both are means over the images, so that those of equal parts of a batch average to those of
           the whole (KoLeo's within the groups that lie in one part).
         """
+        targets = self.pixel_targets(views["global"])
+        # First, so that the whole looks are not kept until the end for the few patches that are guessed.
+        targets, views = jax.lax.optimization_barrier((targets, views))
         student_out, teacher_out, predicted = self.outputs(params, teacher, views, depths)
         per_pair, statistics = losses.class_term(
             student_out, teacher_out, state["center"], hyper["student_temperature"], hyper["teacher_temperature"],
@@ -166,7 +169,7 @@ class PerA:
         koleo = losses.koleo(
             student_out.units[:, :globals_], student_out.weights, self.koleo_group or batch, self.precision
         )
-        pixel = self.pixel_term(predicted, views)
+        pixel = self.pixel_term(predicted, targets)
         loss = jnp.mean(per_pair) + self.koleo_weight * koleo + self.pixel_weight * pixel
         means = {
             "loss": loss, "per_pair": per_pair, "koleo": koleo, "pixel": pixel, "statistics": statistics,
@@ -232,8 +235,8 @@ class PerA:
         predicted = sharding.constrain_batch(self.precision.logits(units, sharding.constrain_whole(weights)))
         return student_out, jax.lax.stop_gradient(teacher_out), predicted
 
-    def pixel_term(self, predicted: jax.Array, views: dict[str, Views]) -> jax.Array:
-        return losses.pixel_term(predicted, self.pixel_targets(views["global"]))
+    def pixel_term(self, predicted: jax.Array, targets: jax.Array) -> jax.Array:
+        return losses.pixel_term(predicted, targets)
 
     def pixel_targets(self, view: Views) -> jax.Array:
         """The student view's values at its learnable patches, [N, n_l, p p C]."""
