@@ -11,7 +11,7 @@ from pera_jax import config as configs
 def get_config(argument=None):
     config = configs.default()
     config.name = "demo"
-    config.total = "500 steps"
+    config.total = "640 steps"
     config.batch_size = 32
     config.precision = "float32"
     config.data.update(dict(path="demo/shards", normalise="dataset", workers=1))
