@@ -56,7 +56,7 @@ def devices_of(topology: str) -> list[Any]:
 
 def _asked_for(refusal: str) -> Memory | None:
     """The memory that a program would have taken for which the compiler found no room, where it says so."""
-    used = re.search(r"Used ([\d.]+)([KMG])i?B? of", refusal)
+    used = re.search(r"(?:Used |HLO temporaries \()([\d.]+)([KMG])", refusal)
     return Memory(0, int(float(used[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[used[2]])) if used else None
 
 

@@ -101,6 +101,16 @@ def test_the_search_finds_the_largest_batch_in_few_compilations(first, limit):
     assert len(set(asked)) == len(asked)
 
 
+def test_what_a_refused_program_wanted_is_read():
+    for said in (
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.35G of 15.75G hbm. Exceeded by 1.60G.",
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (17.35G) exceeds "
+        "available HBM (15.75G).",
+    ):
+        assert plan._asked_for(said) == Memory(0, int(17.35 * 2**30))
+    assert plan._asked_for("RESOURCE_EXHAUSTED") is None
+
+
 def test_nothing_fits():
     assert plan.largest(lambda count: None, 4, 100.0, (16, None)) == 0
 
