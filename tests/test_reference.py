@@ -3,7 +3,6 @@
 import pathlib
 
 import numpy as np
-import pytest
 
 import check_reference
 
@@ -14,9 +13,9 @@ def test_agrees_with_the_released_program():
     assert check_reference.check(str(FILE)).failed() == []
 
 
-@pytest.mark.parametrize("name", ["step2/loss/total", "final/center", "eval/other/teacher_cls"])
-def test_a_changed_number_is_found(name, tmp_path):
-    arrays = dict(np.load(FILE))
-    arrays[name] = arrays[name] * 1.0002
+def test_changed_numbers_are_found_and_no_others(tmp_path):
+    arrays, names = dict(np.load(FILE)), ["step2/loss/total", "final/center", "eval/other/teacher_cls"]
+    for name in names:
+        arrays[name] = arrays[name] * 1.0002
     np.savez(tmp_path / "changed.npz", **arrays)
-    assert name in check_reference.check(str(tmp_path / "changed.npz")).failed()
+    assert sorted(check_reference.check(str(tmp_path / "changed.npz")).failed()) == sorted(names)

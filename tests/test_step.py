@@ -84,20 +84,14 @@ def double():
         return run(**DOUBLE)
 
 
-@pytest.fixture(scope="module")
-def single():
-    return run()
-
-
 @pytest.mark.parametrize("mesh", MESHES)
 def test_eight_devices_compute_what_one_computes_in_float64(mesh, double):
     with jax.enable_x64(True):
         assert_same(double, run(mesh, **DOUBLE), 1e-9)
 
 
-@pytest.mark.parametrize("mesh", ["data", "all three"])
-def test_eight_devices_compute_what_one_computes_in_float32(mesh, single):
-    assert_same(single, run(mesh), 1e-3)
+def test_eight_devices_compute_what_one_computes_in_float32():
+    assert_same(run(), run("all three"), 1e-3)
 
 
 @pytest.mark.parametrize(
