@@ -106,16 +106,9 @@ def test_scan_and_remat_change_nothing(changes, double):
 PARTS = dict(batch_size=64, stochastic_depth__group=2, loss__koleo_group=2)
 
 
-@pytest.fixture(scope="module")
-def undivided():
+def test_four_parts_of_a_batch_on_eight_devices_make_the_step_of_the_whole_on_one():
     with jax.enable_x64(True):
-        return run(**PARTS, **DOUBLE)
-
-
-@pytest.mark.parametrize("mesh", [None, "all three"])
-def test_four_parts_of_a_batch_make_the_step_of_the_whole(mesh, undivided):
-    with jax.enable_x64(True):
-        assert_same(undivided, run(mesh, accumulate=4, **PARTS, **DOUBLE), 1e-9)
+        assert_same(run(**PARTS, **DOUBLE), run("all three", accumulate=4, **PARTS, **DOUBLE), 1e-9)
 
 
 def test_on_pure_fsdp_only_parameters_gradients_and_class_tokens_move():
@@ -130,7 +123,8 @@ def test_on_pure_fsdp_only_parameters_gradients_and_class_tokens_move():
         names = sharding.path_of(path).split("/")
         size = leaf.size // (leaf.shape[0] if {"lower", "upper"} & set(names) else 1)
         allowed |= {size, size // 8}
-    found = hlo.collectives(compiled("fsdp")[0].as_text())
+    with jax.enable_x64(True):  # as it is compiled above
+        found = hlo.collectives(compiled("fsdp", **DOUBLE)[0].as_text())
     strange = {(one.kind, shape, one.name) for one in found for shape in one.shapes if np.prod(shape[1]) not in allowed}
     assert found and not strange
     assert not {"all-to-all", "collective-permute"} & {one.kind for one in found}
