@@ -169,7 +169,7 @@ class PerA:
         koleo = losses.koleo(
             student_out.units[:, :globals_], student_out.weights, self.koleo_group or batch, self.precision
         )
-        pixel = self.pixel_term(predicted, targets)
+        pixel = losses.pixel_term(predicted, targets)
         loss = jnp.mean(per_pair) + self.koleo_weight * koleo + self.pixel_weight * pixel
         means = {
             "loss": loss, "per_pair": per_pair, "koleo": koleo, "pixel": pixel, "statistics": statistics,
@@ -234,9 +234,6 @@ class PerA:
         units, weights = self.pixel_head.apply({"params": params["pixel_head"]}, learnable)
         predicted = sharding.constrain_batch(self.precision.logits(units, sharding.constrain_whole(weights)))
         return student_out, jax.lax.stop_gradient(teacher_out), predicted
-
-    def pixel_term(self, predicted: jax.Array, targets: jax.Array) -> jax.Array:
-        return losses.pixel_term(predicted, targets)
 
     def pixel_targets(self, view: Views) -> jax.Array:
         """The student view's values at its learnable patches, [N, n_l, p p C]."""
