@@ -17,3 +17,10 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 sys.path.insert(0, str(ROOT))  # `data_prep`, `configs` and `benchmarks` are run from the checkout
 os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
+
+LONGEST = ("test_step", "test_train", "test_hosts")
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest first, so that the processes that share the files end together."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)

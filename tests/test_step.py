@@ -90,8 +90,14 @@ def test_eight_devices_compute_what_one_computes_in_float64(mesh, double):
         assert_same(double, run(mesh, **DOUBLE), 1e-9)
 
 
-def test_eight_devices_compute_what_one_computes_in_float32():
-    assert_same(run(), run("all three"), 1e-3)
+@pytest.fixture(scope="module")
+def single():
+    return run()
+
+
+@pytest.mark.parametrize("mesh", ["data", "all three"])
+def test_eight_devices_compute_what_one_computes_in_float32(mesh, single):
+    assert_same(single, run(mesh), 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -106,9 +112,16 @@ def test_scan_and_remat_change_nothing(changes, double):
 PARTS = dict(batch_size=64, stochastic_depth__group=2, loss__koleo_group=2)
 
 
-def test_four_parts_of_a_batch_on_eight_devices_make_the_step_of_the_whole_on_one():
+@pytest.fixture(scope="module")
+def undivided():
     with jax.enable_x64(True):
-        assert_same(run(**PARTS, **DOUBLE), run("all three", accumulate=4, **PARTS, **DOUBLE), 1e-9)
+        return run(**PARTS, **DOUBLE)
+
+
+@pytest.mark.parametrize("mesh", [None, "all three"])
+def test_four_parts_of_a_batch_make_the_step_of_the_whole(mesh, undivided):
+    with jax.enable_x64(True):
+        assert_same(undivided, run(mesh, accumulate=4, **PARTS, **DOUBLE), 1e-9)
 
 
 def test_on_pure_fsdp_only_parameters_gradients_and_class_tokens_move():
@@ -137,7 +150,22 @@ def gradients(first_step):
     return jax.tree.map(lambda moment: moment / (1 - config.beta1) / clipped, after.opt_state[1].mu)
 
 
-def test_gradients_are_those_of_the_loss(double):
+@pytest.fixture(scope="module")
+def first_gradients():
+    with jax.enable_x64(True):
+        return gradients(run(None, [tiny.batch(tiny.config())], **DOUBLE))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_gradients_on_eight_devices_are_those_on_one(mesh, first_gradients):
+    with jax.enable_x64(True):
+        found = gradients(run(mesh, [tiny.batch(tiny.config())], **DOUBLE))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-9 * np.abs(a).max()), first_gradients, found
+    )
+
+
+def test_gradients_are_those_of_the_loss(double, first_gradients):
     config = tiny.config(**DOUBLE)
     with jax.enable_x64(True):
         objective, born, batch = tiny.objective(config), double[0], tiny.batch(config)
@@ -146,8 +174,9 @@ def test_gradients_are_those_of_the_loss(double):
         draw_key, depth_key = jax.random.split(key)
         examples = objective.examples(draw_key, batch)
         plain, _ = grad(born.params, born.teacher, born.objective, examples, depth_key, tiny.HYPER)
-        found = gradients(run(None, [batch], **DOUBLE))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-9 * np.abs(a).max()), plain, found)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-9 * np.abs(a).max()), plain, first_gradients
+    )
 
 
 def test_the_comparison_sees_one_image_and_the_order_of_images(double):
