@@ -6,7 +6,7 @@ depth, whether they are scanned or unrolled. The only collection is `params`.
 """
 
 import dataclasses
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -22,9 +22,6 @@ from pera_jax.precision import Precision
 from pera_jax.sharding import constrain_batch, gathered
 
 _NORMAL = nn.initializers.normal(0.02)
-
-# What a block keeps for the backward pass: everything; its input only; its input and what its four linear maps give.
-REMAT = {"none": None, "block": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 def fan_in_uniform(fan_in: int):
@@ -86,6 +83,31 @@ class Block(nn.Module):
         return x, (x if self.keep_output else None)
 
 
+def _keep_input_only(apply: Callable, dtype) -> Callable:
+    """`apply(params, x, key, depth)` that keeps `x` for the backward pass, as `dtype`, and computes all else again.
+
+    The residual stream is wide; half of its bits are half of what a deep network keeps. The forward pass does not change;
+    the gradient is taken at the rounded input, where the products round it anyway.
+    """
+
+    @jax.custom_vjp
+    def block(params, x, key, depth):
+        return apply(params, x, key, depth)
+
+    def forward(params, x, key, depth):
+        return apply(params, x, key, depth), (params, x.astype(dtype), jnp.zeros((), x.dtype), key, depth)
+
+    def backward(kept, gradient):
+        params, x, like, key, depth = kept
+        # Else the compiler may find the forward pass's values again and keep them.
+        params, x, gradient = jax.lax.optimization_barrier((params, x, gradient))
+        _, pull = jax.vjp(lambda params, x: apply(params, x, key, depth), params, x.astype(like.dtype))
+        return (*pull(gradient), None, None)
+
+    block.defvjp(forward, backward)
+    return block
+
+
 class ViT(nn.Module):
     """A vision transformer over any subset of an image's patches.
 
@@ -94,7 +116,8 @@ class ViT(nn.Module):
       bands: channels of an image.
       split: blocks in the `lower` stack; the learnable tokens join after it.
       scan: compile one block and loop over it, else unroll (same parameters).
-      remat: what the backward pass computes again, one of `REMAT`.
+      remat: what a block keeps for the backward pass: everything ("none"), its input and what its four linear maps give
+        ("dots"), its input only, in the products' precision ("block").
       attention: "xla" or "cudnn", see `attention.choose`.
     """
 
@@ -134,23 +157,27 @@ class ViT(nn.Module):
         return jnp.concatenate([self.position_embedding[:1], grid])  # [1 + L, D]
 
     def _stack(self, name, length, x, depth, stream, keep_outputs=False):
-        born = self.is_initializing()
-        gather = functools.partial(gathered, prefix=name, dtype=self.precision.compute)
-        block = nn.map_variables(
-            Block, "params", lambda tree: tree if born else {"params": gather(tree["params"])}, init=born, mutable=born
-        )
-        if self.remat != "none":  # the gathered parameters are not kept either
-            block = nn.remat(block, prevent_cse=not self.scan, policy=REMAT[self.remat])
-        stack = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
-            length=length,
-            unroll=1 if self.scan else length,
-        )(self.heads, self.mlp_ratio, self.precision, self.attention, keep_outputs, name=name)
+        sizes = (self.heads, self.mlp_ratio, self.precision, self.attention, keep_outputs)
         keys = None if depth is None else jax.random.split(jax.random.fold_in(depth.key, stream), length)
-        return stack(x, keys, depth)
+        if self.is_initializing():
+            born = nn.scan(
+                Block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast), length=length
+            )
+            return born(*sizes, name=name)(x, keys, depth)
+
+        def apply(params, x, key, depth):
+            params = gathered(params, name, self.precision.compute)
+            return Block(*sizes, parent=None).apply({"params": params}, x, key, depth)
+
+        if self.remat == "dots":  # the gathered parameters are not kept, neither here nor below
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            apply = jax.checkpoint(apply, prevent_cse=not self.scan, policy=policy)
+        elif self.remat == "block":
+            apply = _keep_input_only(apply, self.precision.compute)
+        # Pure functions from here on: a lifted scan could keep a block's input only as it is.
+        stacked = (self.variables["params"][name], keys)
+        body = lambda x, part: apply(part[0], x, part[1], depth)  # noqa: E731
+        return jax.lax.scan(body, x, stacked, length, unroll=1 if self.scan else length)
 
     @nn.compact
     def __call__(self, images, visible=None, learnable=None, mask_token=None, depth=None, blocks=0):
