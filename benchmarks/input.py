@@ -28,7 +28,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from pera_jax import config as configs  # noqa: E402
 from pera_jax import errors  # noqa: E402
 from pera_jax.data import crops as geometry  # noqa: E402
-from pera_jax.data import pipeline, records  # noqa: E402
+from pera_jax.data import codecs, pipeline, records  # noqa: E402
 from pera_jax.errors import UserError  # noqa: E402
 
 _MADE_IMAGES = 64
@@ -93,7 +93,7 @@ def time_parts(source: records.RecordSource, crops: pipeline.Crops, images: int)
         clock = [time.thread_time()]
         raw = source.read(i % len(source))
         clock.append(time.thread_time())
-        pixels = records.decode_image(records.decode_record(raw).image)
+        pixels = codecs.decode_image(records.decode_record(raw).image)
         clock.append(time.thread_time())
         image = geometry.Image(pixels)
         clock.append(time.thread_time())
@@ -152,9 +152,8 @@ def _make_records(folder: pathlib.Path) -> records.RecordSource:
     writer.close()
     size = shard.stat().st_size
     print(f"made {_MADE_IMAGES} images of 512 x 512 pixels, {size / _MADE_IMAGES / 1e3:.0f} kB each")
-    split = records.SplitInfo(_MADE_IMAGES, [shard.name], [_MADE_IMAGES], [size], [0.5] * 3, [0.2] * 3, "", "")
-    bands, version = list(records.BANDS), records.FORMAT_VERSION
-    info = records.DatasetInfo("made", bands, "uint8", None, split.mean, split.std, version, {"train": split})
+    split = records.SplitInfo(_MADE_IMAGES, [shard.name], [_MADE_IMAGES], [size], [[0.0, 255.0]] * 3, [0.5] * 3, [0.2] * 3, {}, "", "")
+    info = records.DatasetInfo("made", list(records.RGB), "uint8", None, False, records.FORMAT_VERSION, {"train": split})
     return records.RecordSource(folder, info, split)
 
 

@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterator
 from data_prep import summary
 from data_prep.pixels import Stored
 from data_prep.shards import Item, Job, Part, run_jobs, sync, write_file
-from pera_jax.data import records
+from pera_jax.data import records, statistics
 from pera_jax.errors import UserError
 from pera_jax.metrics import Progress
 
 _PLAN_FILE = "plan.json"
 # What a folder may hold beside info.json, or without one after a crash.
-_OWN_FILES = ("*.array_record-*-of-*", "*.report.json", "dataset_info.json", "features.json", "label.labels.txt")
+_OWN_FILES = ("*.array_record-*-of-*", "*.report.json", "*.histogram.npz", "dataset_info.json", "features.json", "label.labels.txt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,9 @@ class Split:
     Attributes:
       folder: the data set folder.
       dataset, name: names of the data set and of the split.
+      bands, dtype: of the images.
       class_names: names of the classes, which the items' labels index; None without classes.
+      has_places: whether records say where on the ground their image lies.
       items: the images in the order of the records.
       shards: number of shards.
       source: a hash of what the records depend on: items, classes, shards and options of the conversion.
@@ -42,7 +44,10 @@ class Split:
     folder: pathlib.Path
     dataset: str
     name: str
+    bands: list[str]
+    dtype: str
     class_names: list[str] | None
+    has_places: bool
     items: list[Item]
     shards: int
     source: str
@@ -77,7 +82,7 @@ def existing_info(folder: pathlib.Path) -> records.DatasetInfo | None:
 
 def already_complete(split: Split, info: records.DatasetInfo | None) -> bool:
     """Whether the folder already holds this very split. Raises UserError if it holds another of the same name, or one
-    with other classes, or if shards of the split that is there are damaged."""
+    with other bands or classes, or if shards of the split that is there are damaged."""
     if info is None:
         return False
     if split.name in info.splits:
@@ -89,6 +94,11 @@ def already_complete(split: Split, info: records.DatasetInfo | None) -> bool:
         records.open_split(split.folder, split.name)
         shutil.rmtree(split.partial, ignore_errors=True)  # left where a crash came between the last two steps
         return True
+    if (info.bands, info.dtype) != (split.bands, split.dtype):
+        raise UserError(
+            f"{split.folder} holds {', '.join(info.bands)} of {info.dtype}, split {split.name!r} would hold "
+            f"{', '.join(split.bands)} of {split.dtype}; name another --output"
+        )
     if info.class_names != split.class_names:
         ours, theirs = (set(names or ()) for names in (split.class_names, info.class_names))
         odd = sorted(ours ^ theirs)[0]
@@ -247,16 +257,17 @@ def _finish(split: Split, parts: list[Part], ignored: dict[str, int]) -> tuple[r
         if (split.partial / part.shard).exists():
             os.replace(split.partial / part.shard, split.folder / part.shard)
     sync(split.folder)
-    split_info = summary.split_info(parts, split.source)
+    counts = summary.histogram(parts)
+    split_info = summary.split_info(parts, counts, split.dtype, split.source)
     info = existing_info(split.folder)
     splits = {**(info.splits if info else {}), split.name: split_info}
-    shown = splits.get("train", next(iter(splits.values())))
     info = records.DatasetInfo(
-        name=split.dataset, bands=list(records.BANDS), dtype="uint8", class_names=split.class_names, mean=shown.mean,
-        std=shown.std, format_version=records.FORMAT_VERSION, splits=splits,
+        name=split.dataset, bands=split.bands, dtype=split.dtype, class_names=split.class_names, has_places=split.has_places,
+        format_version=records.FORMAT_VERSION, splits=splits,
     )  # fmt: skip
     report = summary.report(split.name, parts, ignored)
     write_file(split.folder / f"{split.name}.report.json", _json(report), split.partial)
+    write_file(split.folder / statistics.file_name(split.name), statistics.to_bytes(counts), split.partial)
     staging = split.partial / "tfds"
     tfds_metadata.write(staging, split.folder, info)
     for file in sorted(staging.iterdir()):

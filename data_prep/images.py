@@ -27,7 +27,7 @@ import re
 
 from data_prep import folder, pixels
 from data_prep.shards import Item
-from pera_jax.data import records
+from pera_jax.data import codecs, records
 from pera_jax.errors import UserError, run
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
@@ -175,7 +175,7 @@ def make_split(
     ]
     described = [records.FORMAT_VERSION, dataset, name, class_names, shards, options, files]
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode("ascii")).hexdigest()
-    return folder.Split(output, dataset, name, class_names, items, shards, digest)
+    return folder.Split(output, dataset, name, list(records.RGB), "uint8", class_names, False, items, shards, digest)
 
 
 def convert_file(item: Item, **options: int | None) -> pixels.Stored:
@@ -183,7 +183,7 @@ def convert_file(item: Item, **options: int | None) -> pixels.Stored:
     try:
         encoded = pathlib.Path(item.path).read_bytes()
     except OSError as error:
-        raise records.ImageDecodeError(f"cannot be read: {error.strerror}") from error
+        raise codecs.ImageDecodeError(f"cannot be read: {error.strerror}") from error
     return pixels.convert(encoded, **options)
 
 

@@ -26,7 +26,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps
 
-from pera_jax.data.records import DECODE_ERRORS, ImageDecodeError
+from pera_jax.data.codecs import DECODE_ERRORS, ImageDecodeError
 
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF")
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -38,14 +38,16 @@ class Stored:
     """An image ready to be written.
 
     Attributes:
-      data: encoded bytes, JPEG or PNG, 8-bit RGB.
-      histogram: int64 [3, 256], number of pixels of each value in each band.
+      data: encoded bytes, as `codecs` says.
+      histogram: int64 [C, bins], pixels of each value in each band: `statistics.count`.
+      place: JSON text of where on the ground a tile lies, "" for other images.
       changes: names of what was done to the pixels or the file; empty where the bytes are those of the source.
     """
 
     data: bytes
     histogram: np.ndarray
     changes: tuple[str, ...]
+    place: str = ""
 
 
 def convert(encoded: bytes, max_side: int | None = None, jpeg_quality: int | None = None) -> Stored:
@@ -70,7 +72,7 @@ def convert(encoded: bytes, max_side: int | None = None, jpeg_quality: int | Non
         scale = max_side / max(rgb.size)
         rgb = rgb.resize([max(1, round(side * scale)) for side in rgb.size], Image.Resampling.LANCZOS)
         changes.append("reduced")
-    histogram = np.array(rgb.histogram(), np.int64).reshape(3, 256)
+    histogram = np.array(rgb.histogram(), np.int64).reshape(3, 256)  # what `statistics.count` gives, in C
     return Stored(_encode(rgb, jpeg_quality) if changes else encoded, histogram, tuple(changes))
 
 

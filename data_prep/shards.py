@@ -22,7 +22,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from data_prep.pixels import Stored
-from pera_jax.data import records
+from pera_jax.data import codecs, records, statistics
 from pera_jax.errors import UserError
 
 WRITER_OPTIONS = "group_size:1,uncompressed"  # one record per chunk: random access reads no other; JPEG does not shrink
@@ -31,12 +31,21 @@ _REPORT_EVERY = 16  # images between two messages of a worker
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Item:
-    """One image to convert: where it is, its key, its label (None without classes) and its size in bytes."""
+    """One image to convert.
+
+    Attributes:
+      path: of the file that holds it.
+      key: names it in the data set.
+      label: index of its class, None without classes.
+      size: in bytes, as far as it is known beforehand.
+      part: which part of the file it is, where that holds several; the reader of such files knows what it means.
+    """
 
     path: str
     key: str
     label: int | None
     size: int
+    part: tuple | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -56,7 +65,8 @@ class Part:
       shard: its file name.
       bytes: its size.
       digests: SHA-256 of each record, in order.
-      histogram: int64 [3, 256], pixels of each value in each band.
+      histogram: pixels of each value in each band, packed by `statistics.to_bytes`: of 13 bands of uint16 an array would be
+        7 MB for each shard.
       corrupt: (key, reason) of the images that could not be decoded.
       changes: number of images by what was done to them.
     """
@@ -64,14 +74,14 @@ class Part:
     shard: str
     bytes: int
     digests: list[bytes]
-    histogram: np.ndarray
+    histogram: bytes
     corrupt: list[tuple[str, str]]
     changes: dict[str, int]
 
     def save(self, folder: pathlib.Path) -> None:
         fields = dataclasses.asdict(self)
         fields["digests"] = base64.b64encode(b"".join(self.digests)).decode("ascii")
-        fields["histogram"] = self.histogram.tolist()
+        fields["histogram"] = base64.b64encode(self.histogram).decode("ascii")
         write_file(_part_file(folder, self.shard), json.dumps(fields).encode("ascii"))
 
     @classmethod
@@ -83,7 +93,7 @@ class Part:
         fields = json.loads(file.read_text(encoding="ascii"))
         joined = base64.b64decode(fields.pop("digests"))
         digests = [joined[i : i + 32] for i in range(0, len(joined), 32)]
-        return cls(**{**fields, "digests": digests, "histogram": np.array(fields["histogram"], np.int64)})
+        return cls(**{**fields, "digests": digests, "histogram": base64.b64decode(fields["histogram"])})
 
 
 def _part_file(folder: pathlib.Path, shard: str) -> pathlib.Path:
@@ -125,19 +135,19 @@ def write_shard(
     """
     temporary = _temporary(job.folder / job.shard)
     writer = array_record_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
-    histogram = np.zeros((3, 256), np.int64)
+    histogram = np.zeros((), np.int64)  # takes the shape of the first image that is added
     digests, corrupt, changes = [], [], collections.Counter()
     reported = 0
     for i, item in enumerate(job.items, 1):
         try:
             stored = convert(item)
-        except records.ImageDecodeError as error:
+        except codecs.ImageDecodeError as error:
             corrupt.append((item.key, str(error)))
         else:
-            record = records.encode_record(stored.data, item.key, item.label)
+            record = records.encode_record(stored.data, item.key, item.label, stored.place)
             writer.write(record)
             digests.append(hashlib.sha256(record).digest())
-            histogram += stored.histogram
+            histogram = histogram + stored.histogram
             changes.update(stored.changes)
         if i % _REPORT_EVERY == 0 or i == len(job.items):
             report(i - (i - 1) // _REPORT_EVERY * _REPORT_EVERY, corrupt[reported:])
@@ -151,7 +161,7 @@ def write_shard(
     os.replace(temporary, job.folder / job.shard)
     sync(job.folder)
     size = (job.folder / job.shard).stat().st_size
-    part = Part(job.shard, size, digests, histogram, corrupt, dict(sorted(changes.items())))
+    part = Part(job.shard, size, digests, statistics.to_bytes(histogram), corrupt, dict(sorted(changes.items())))
     part.save(job.folder)
     return part
 

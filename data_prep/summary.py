@@ -6,24 +6,29 @@ import hashlib
 import numpy as np
 
 from data_prep.shards import Part
-from pera_jax.data import records
+from pera_jax.data import records, statistics
 
 
-def split_info(parts: list[Part], source: str) -> records.SplitInfo:
-    """The entry of a split; `parts` in the order of the shards."""
-    counts = sum(part.histogram for part in parts)  # [3, 256]: exact, so the statistics do not depend on any order
-    values = np.arange(256) / 255.0
-    pixels = counts.sum(axis=1)
-    mean = counts @ values / pixels
-    variance = counts @ values**2 / pixels - mean**2
+def histogram(parts: list[Part]) -> np.ndarray:
+    """The values of all pixels of a split, int64 [C, bins]."""
+    return sum(statistics.from_bytes(part.histogram) for part in parts)
+
+
+def split_info(parts: list[Part], counts: np.ndarray, dtype: str, source: str) -> records.SplitInfo:
+    """The entry of a split; `parts` in the order of the shards, `counts` their histogram, `dtype` of the images."""
+    ranges = statistics.default_ranges(counts, dtype)
+    mean, std = statistics.moments(counts, dtype, ranges)
+    found = statistics.percentiles(counts, dtype, statistics.PERCENTILES)  # [S, C]
     fingerprint = hashlib.sha256(b"".join(digest for part in parts for digest in part.digests)).hexdigest()
     return records.SplitInfo(
         records=sum(len(part.digests) for part in parts),
         shards=[part.shard for part in parts],
         shard_records=[len(part.digests) for part in parts],
         shard_bytes=[part.bytes for part in parts],
+        ranges=ranges,
         mean=[round(float(value), 6) for value in mean],
-        std=[round(float(value) ** 0.5, 6) for value in np.maximum(variance, 0.0)],
+        std=[round(float(value), 6) for value in std],
+        percentiles={f"{share:g}": values.tolist() for share, values in zip(statistics.PERCENTILES, found, strict=True)},
         fingerprint=fingerprint,
         source=source,
     )

@@ -13,7 +13,11 @@ def write(staging: pathlib.Path, folder: pathlib.Path, info: records.DatasetInfo
 
     They describe the shards that `info` names in `folder`. Raises OSError.
     """
-    features = {"image": tfds.features.Image(shape=(None, None, len(info.bands))), "key": tfds.features.Text()}
+    coded = info.dtype == "uint8" and len(info.bands) == 3  # TFDS knows JPEG and PNG; of a TIFF it gives the bytes
+    image = tfds.features.Image(shape=(None, None, 3)) if coded else tfds.features.Text()
+    features = {"image": image, "key": tfds.features.Text()}
+    if info.has_places:
+        features["place"] = tfds.features.Text()
     if info.class_names is not None:
         features["label"] = tfds.features.ClassLabel(names=info.class_names)
     identity = dataset_info.DatasetIdentity(

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from data_prep import demo_scenes, folder, images, pixels
-from pera_jax.data import records
+from pera_jax.data import codecs, records
 from pera_jax.errors import UserError
 
 COLOURS = np.random.default_rng(5).integers(0, 256, (24, 32, 3), np.uint8)
@@ -29,7 +29,7 @@ def encode(image: Image.Image, kind: str, **options) -> bytes:
 
 def decoded(encoded: bytes, **options) -> tuple[np.ndarray, tuple[str, ...]]:
     stored = pixels.convert(encoded, **options)
-    image = records.decode_image(stored.data)
+    image = codecs.decode_image(stored.data)
     assert Image.open(io.BytesIO(stored.data)).mode == "RGB"
     counts = [[np.sum(image[..., band] == value) for value in range(256)] for band in range(3)]
     np.testing.assert_array_equal(stored.histogram, counts)
@@ -153,7 +153,7 @@ def test_orientation_is_applied_and_size_limited():
     ids=["zero bytes", "text", "JPEG cut", "PNG cut", "TIFF cut", "float"],
 )  # fmt: skip
 def test_what_cannot_be_decoded(encoded):
-    with pytest.raises(records.ImageDecodeError):
+    with pytest.raises(codecs.ImageDecodeError):
         pixels.convert(encoded)
 
 
@@ -175,14 +175,14 @@ def test_round_trip_ours_and_tfds_with_statistics_and_classes(tree, tmp_path):
     found = [records.decode_record(source.read(i)) for i in range(len(source))]
     expected = sorted(path.relative_to(tree).as_posix() for path in tree.rglob("*.*") if path.stem.isdecimal())
     assert [record.key for record in found] == expected and len(expected) == 20
-    stack = np.stack([records.decode_image(record.image) for record in found]) / 255.0
-    np.testing.assert_allclose(info.mean, stack.mean(axis=(0, 1, 2)), atol=1e-6)
-    np.testing.assert_allclose(info.std, stack.std(axis=(0, 1, 2)), atol=1e-6)
+    stack = np.stack([codecs.decode_image(record.image) for record in found]) / 255.0
+    np.testing.assert_allclose(source.split_info.mean, stack.mean(axis=(0, 1, 2)), atol=1e-6)
+    np.testing.assert_allclose(source.split_info.std, stack.std(axis=(0, 1, 2)), atol=1e-6)
     for record in found:
         original = (tree / record.key).read_bytes()
         assert info.class_names[record.label] == record.key.split("/")[0]
         assert (record.image == original) == record.key.lower().endswith(("jpg", "jpeg", "png"))
-        np.testing.assert_array_equal(records.decode_image(record.image), np.array(Image.open(io.BytesIO(original))))
+        np.testing.assert_array_equal(codecs.decode_image(record.image), np.array(Image.open(io.BytesIO(original))))
     report = json.loads((out / "train.report.json").read_text())
     assert report["ignored_files"] == {".txt": 1} and report["images"] == 20 and report["corrupt"] == []
     assert report["changed"] == {"format TIFF": 6, "format WEBP": 2}
@@ -190,7 +190,7 @@ def test_round_trip_ours_and_tfds_with_statistics_and_classes(tree, tmp_path):
     theirs = tfds.builder_from_directory(out).as_data_source(split="train")
     assert len(theirs) == 20
     for record, example in zip(found, theirs, strict=True):
-        np.testing.assert_array_equal(example["image"], records.decode_image(record.image))
+        np.testing.assert_array_equal(example["image"], codecs.decode_image(record.image))
         assert (example["label"], example["key"].decode()) == (record.label, record.key)
     assert "tensorflow" not in sys.modules
 

@@ -52,13 +52,14 @@ def write_records(folder: pathlib.Path, images: list[bytes]) -> records.RecordSo
         shards=shards,
         shard_records=[20, len(images) - 20],
         shard_bytes=[(folder / name).stat().st_size for name in shards],
+        ranges=[[0.0, 255.0]] * 3,
         mean=[0.5] * 3,
         std=[0.2] * 3,
+        percentiles={},
         fingerprint="",
         source="",
     )
-    bands, version = list(records.BANDS), records.FORMAT_VERSION
-    info = records.DatasetInfo("test", bands, "uint8", None, split.mean, split.std, version, {"train": split})
+    info = records.DatasetInfo("test", list(records.RGB), "uint8", None, False, records.FORMAT_VERSION, {"train": split})
     return records.RecordSource(folder, info, split)
 
 

@@ -18,7 +18,7 @@ from tensorboardX.proto import event_pb2
 from pera_jax import checkpoint, errors, probe, report, run_meta
 from pera_jax import config as configs
 from pera_jax import step as steps
-from pera_jax.data import records
+from pera_jax.data import codecs, records
 from pera_jax.errors import UserError
 from pera_jax.models import vit
 from pera_jax.objectives import pera
@@ -87,7 +87,7 @@ def test_features_are_the_networks_tokens(run, data):
     found = features.extract(features.Extractor(weights.backbone, weights.meta), source, 40, batch_size=5)
     raw = [records.decode_record(source.read(index)) for index in range(len(source))]
     assert found.labels.tolist() == [record.label for record in raw]
-    images = [Image.fromarray(records.decode_image(r.image)).resize((40, 40), Image.Resampling.BILINEAR) for r in raw]
+    images = [Image.fromarray(codecs.decode_image(r.image)).resize((40, 40), Image.Resampling.BILINEAR) for r in raw]
     normalised = (np.stack(images) / 255.0 - 0.4) / 0.1
     model = vit.build(weights.meta["model"])
     encode = jax.jit(lambda images: model.apply({"params": weights.backbone}, images, blocks=4))

@@ -1,5 +1,6 @@
 """The data set folder as its readers see it."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -10,7 +11,7 @@ import pytest
 from array_record.python import array_record_module
 from PIL import Image
 
-from pera_jax.data import records
+from pera_jax.data import codecs, records, statistics
 from pera_jax.errors import UserError
 
 
@@ -32,11 +33,11 @@ def folder(tmp_path):
             number += 1
         writer.close()
     sizes = [(tmp_path / name).stat().st_size for name in names]
-    statistics = {"mean": [0.5] * 3, "std": [0.2] * 3}
+    statistics = {"ranges": [[0.0, 255.0]] * 3, "mean": [0.5] * 3, "std": [0.2] * 3, "percentiles": {}}
     split = records.SplitInfo(5, names, counts, sizes, **statistics, fingerprint="f", source="s")
     version = records.FORMAT_VERSION
     info = records.DatasetInfo(
-        "toy", list(records.BANDS), "uint8", ["a", "b"], **statistics, format_version=version, splits={"train": split}
+        "toy", list(records.RGB), "uint8", ["a", "b"], False, format_version=version, splits={"train": split}
     )
     (tmp_path / "info.json").write_text(json.dumps(dataclasses.asdict(info)))
     return tmp_path
@@ -84,10 +85,10 @@ def test_source_reads_every_record_also_after_pickling(folder):
         found = [records.decode_record(copy.read(i)) for i in np.arange(len(copy))]
         assert [record.key for record in found] == [f"a/{i}.png" for i in range(5)]
         assert [record.label for record in found] == [0, 1, 0, 1, 0]
-        assert [records.decode_image(record.image).shape for record in found] == [(3, 4 + i, 3) for i in range(5)]
+        assert [codecs.decode_image(record.image).shape for record in found] == [(3, 4 + i, 3) for i in range(5)]
         with pytest.raises(IndexError):
             copy.read(5)
-    assert records.decode_image(png(7))[0, 0].tolist() == [7, 14, 248]
+    assert codecs.decode_image(png(7))[0, 0].tolist() == [7, 14, 248]
 
 
 def test_damaged_record_in_a_shard_is_a_runtime_error_and_spares_the_others(folder):
@@ -103,8 +104,8 @@ def test_damaged_record_in_a_shard_is_a_runtime_error_and_spares_the_others(fold
 
 @pytest.mark.parametrize("encoded", [b"", b"no image", png(5)[:40], png(200)[:-40]])
 def test_undecodable_image(encoded):
-    with pytest.raises(records.ImageDecodeError):
-        records.decode_image(encoded)
+    with pytest.raises(codecs.ImageDecodeError):
+        codecs.decode_image(encoded)
 
 
 @pytest.mark.parametrize("keep", [0, 100, 65_536, -1])
@@ -132,12 +133,57 @@ def test_bad_folders_are_one_clear_sentence(folder, tmp_path_factory):
     shard.rename(folder / "moved")
     with pytest.raises(UserError, match="00000-of-00002 is missing"):
         records.open_split(folder, "train")
-    edit_info(folder, bands=["red", "green", "blue", "near infrared"])
-    with pytest.raises(UserError, match="has 4 bands of uint8"):
+    edit_info(folder, dtype="int64")
+    with pytest.raises(UserError, match="holds int64; this program reads uint8"):
         records.open_split(folder, "train")
-    edit_info(folder, format_version=2, invented=1)
-    with pytest.raises(UserError, match="format version 2, not 1"):
+    edit_info(folder, format_version=1, invented=1)
+    with pytest.raises(UserError, match="format version 1, not 2"):
         records.load_info(folder)
     (folder / "info.json").write_text('{"format_version": 1, "na')
     with pytest.raises(UserError, match="cannot be read"):
         records.load_info(folder)
+
+
+# ---------------------------------------------------------------- bands
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("bands", [1, 3, 13])
+def test_tiff_keeps_every_bit_and_says_when_it_is_damaged(dtype, bands):
+    rng = np.random.default_rng(bands)
+    pixels = rng.normal(3000, 1000, (40, 37, bands)).clip(0, 65535).astype(dtype)
+    encoded = codecs.encode_tiff(pixels)
+    assert encoded == codecs.encode_tiff(pixels)
+    found = codecs.decode_image(encoded)
+    assert found.dtype == pixels.dtype and found.flags.writeable and found.flags.c_contiguous
+    np.testing.assert_array_equal(found, pixels)
+    for cut in (4, 8, 100, len(encoded) // 2):
+        with pytest.raises(codecs.ImageDecodeError):
+            codecs.decode_image(encoded[:cut])
+    for _ in range(60):  # whatever a flipped bit does, it is either pixels or this error
+        damaged = bytearray(encoded)
+        damaged[rng.integers(len(damaged))] ^= 1 << rng.integers(8)
+        with contextlib.suppress(codecs.ImageDecodeError):
+            codecs.decode_image(bytes(damaged))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_statistics_of_histograms_are_those_of_the_pixels(dtype):
+    rng = np.random.default_rng(1)
+    pixels = rng.normal([[[90.0, 40.0, -20.0]]], 20.0, (50, 60, 3))
+    pixels = (pixels if dtype == "float32" else np.abs(pixels) * (1 if dtype == "uint8" else 100)).astype(dtype)
+    valid = rng.random((50, 60)) < 0.7
+    counts = statistics.count(pixels[:20], valid[:20]) + statistics.count(pixels[20:], valid[20:])
+    assert (counts.sum(axis=1) == valid.sum()).all()
+    held = pixels[valid].astype(np.float64)  # [N, 3]
+    near = dict(rtol=1 / 128, atol=1e-6) if dtype == "float32" else dict(rtol=1e-9)
+    found = statistics.percentiles(counts, dtype, (1.0, 50.0, 99.0))
+    np.testing.assert_allclose(found, np.percentile(held, (1, 50, 99), axis=0, method="inverted_cdf"), **near)
+    ranges = [[10.0, 120.0], [0.0, 80.0], [-60.0, 30.0]]
+    low, high = np.array(ranges).T
+    mapped = np.clip((held - low) / (high - low), 0, 1)
+    for got, wanted in zip(statistics.moments(counts, dtype, ranges), (mapped.mean(0), mapped.std(0)), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=2e-3 if dtype == "float32" else 1e-9)
+    chosen = statistics.default_ranges(counts, dtype)
+    assert chosen == [[0.0, 255.0]] * 3 if dtype == "uint8" else np.allclose(chosen, found[[0, 2]].T)
+    np.testing.assert_array_equal(statistics.from_bytes(statistics.to_bytes(counts)), counts)

@@ -26,10 +26,10 @@ def write(folder: pathlib.Path, images: int = 48, undecodable: tuple[int, ...] =
     writer.close()
     split = records.SplitInfo(
         records=images, shards=[SHARD], shard_records=[images], shard_bytes=[(folder / SHARD).stat().st_size],
-        mean=[0.5] * 3, std=[0.29] * 3, fingerprint=fingerprint, source="",
+        ranges=[[0.0, 255.0]] * 3, mean=[0.5] * 3, std=[0.29] * 3, percentiles={}, fingerprint=fingerprint, source="",
     )  # fmt: skip
     info = records.DatasetInfo(
-        name="toy", bands=list(records.BANDS), dtype="uint8", class_names=list("abcd"), mean=split.mean, std=split.std,
+        name="toy", bands=list(records.RGB), dtype="uint8", class_names=list("abcd"), has_places=False,
         format_version=records.FORMAT_VERSION, splits={"train": split},
     )  # fmt: skip
     (folder / records.INFO_FILE).write_text(json.dumps(dataclasses.asdict(info)))

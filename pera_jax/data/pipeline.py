@@ -20,8 +20,8 @@ import grain
 import numpy as np
 from absl import flags
 
+from pera_jax.data import codecs, records
 from pera_jax.data import crops as geometry
-from pera_jax.data import records
 from pera_jax.errors import UserError
 
 _REPLACEMENTS = 100
@@ -186,7 +186,7 @@ class ReadBatch(grain.transforms.Map):
         for skipped in range(_REPLACEMENTS):
             try:
                 record = records.decode_record(self._source.read((index + skipped) % len(self._source)))
-                return records.decode_image(record.image), record.label, skipped > 0
+                return codecs.decode_image(record.image), record.label, skipped > 0
             except (RuntimeError, ValueError):  # A damaged shard, record or image.
                 continue
         raise UserError(

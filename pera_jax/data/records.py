@@ -3,49 +3,46 @@
     FOLDER/info.json                                  what `load_info` reads; written last: without it, unfinished
     FOLDER/NAME-SPLIT.array_record-00000-of-0000K     the records of one split, `group_size:1,uncompressed`
     FOLDER/SPLIT.report.json                          what the conversion found: corrupt and changed images
+    FOLDER/SPLIT.histogram.npz                        the values of each band, counted: `statistics`
     FOLDER/dataset_info.json, features.json           the same facts for `tfds.builder_from_directory`
 
-A record is a serialised `tf.train.Example` with the features `image` (an encoded JPEG or PNG, always 8-bit RGB),
-`key` (the path of the source relative to the folder that was converted) and, where the data set has classes, `label`.
-The message is small and fixed, so it is written and parsed here, with no import of protobuf or TensorFlow Datasets:
+A record is a serialised `tf.train.Example` with the features `image` (encoded as `codecs` says), `key` (the path of the
+source relative to the folder that was converted) and, where there are such, `label` (the index of a class) and `place`
+(JSON: where on the ground a tile lies, when, and what it was cut from). The message is small and fixed, so it is written and parsed here, with no import of protobuf or TensorFlow Datasets:
 data workers start in a fraction of a second.
 """
 
 import bisect
 import dataclasses
-import io
 import itertools
 import json
 import pathlib
-import struct
-import warnings
-import zlib
 
-import numpy as np
 from array_record.python import array_record_module
-from PIL import Image
 
+from pera_jax.data import codecs
 from pera_jax.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INFO_FILE = "info.json"
-BANDS = ("red", "green", "blue")
-# What Pillow's decoders raise on damaged input: `UnidentifiedImageError` is an OSError, PNG raises SyntaxError.
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError,
-                 struct.error, zlib.error, Image.DecompressionBombError)
-
-
-class ImageDecodeError(ValueError):
-    """The bytes are no image, or an image that is damaged."""
+RGB = ("red", "green", "blue")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Record:
-    """One image as stored: encoded bytes, path of its source, index of its class (-1 without classes)."""
+    """One image as stored.
+
+    Attributes:
+      image: encoded bytes, for `codecs.decode_image`.
+      key: path of its source.
+      label: index of its class, -1 without classes.
+      place: JSON text of a tile's "crs", "bounds", "date", "source", ...; "" for an image that has none.
+    """
 
     image: bytes
     key: str
     label: int
+    place: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +54,10 @@ class SplitInfo:
       shards: file names in the order of the records.
       shard_records: number of records of each shard.
       shard_bytes: size of each shard in bytes.
-      mean, std: per band, over all pixels of the split, in [0, 1].
+      ranges: [low, high] per band, stored units: what maps to [0, 1] where the config chooses nothing else; the full range
+        of uint8, else percentiles 1 and 99 of the split.
+      mean, std: per band, over all pixels that hold data, after that mapping.
+      percentiles: by name ("0.1", "1", "50", "99", "99.9"), per band, stored units.
       fingerprint: SHA-256 over the ordered records: the same images, keys and labels in the same order give the same
         value, however many shards or workers wrote them.
       source: SHA-256 over the list of source files and the options of the conversion.
@@ -67,22 +67,29 @@ class SplitInfo:
     shards: list[str]
     shard_records: list[int]
     shard_bytes: list[int]
+    ranges: list[list[float]]
     mean: list[float]
     std: list[float]
+    percentiles: dict[str, list[float]]
     fingerprint: str
     source: str
 
 
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
-    """A data set folder; `mean` and `std` (per band, in [0, 1]) are those of the split `train`, else of the first."""
+    """A data set folder.
+
+    Attributes:
+      bands: names, in the order in which images hold them; dtype: of their values.
+      class_names: what labels index; None without classes.
+      has_places: whether its images are tiles of scenes, whose records have a `place`.
+    """
 
     name: str
     bands: list[str]
     dtype: str
     class_names: list[str] | None
-    mean: list[float]
-    std: list[float]
+    has_places: bool
     format_version: int
     splits: dict[str, SplitInfo]
 
@@ -104,14 +111,17 @@ def _field(number: int, payload: bytes) -> bytes:
     return bytes([number << 3 | 2]) + _varint(len(payload)) + payload
 
 
-def encode_record(image: bytes, key: str, label: int | None) -> bytes:
-    """Serialises one `tf.train.Example`; `label` None leaves the feature out. Bytes depend on the arguments only."""
+def encode_record(image: bytes, key: str, label: int | None, place: str = "") -> bytes:
+    """Serialises one `tf.train.Example`; `label` None and `place` "" leave the feature out. Bytes depend on the arguments
+    only."""
     bytes_list, int64_list = 1, 3  # the members of tf.train.Feature
     features = [("image", bytes_list, image), ("key", bytes_list, key.encode("utf-8"))]
     if label is not None:
         if label < 0:
             raise ValueError(f"a label is an index of a class, not {label}")
         features.append(("label", int64_list, _varint(label)))
+    if place:
+        features.append(("place", bytes_list, place.encode("utf-8")))
     entries = (
         _field(1, _field(1, name.encode("ascii")) + _field(2, _field(kind, _field(1, value))))
         for name, kind, value in features
@@ -154,20 +164,11 @@ def decode_record(raw: bytes) -> Record:
             value, value_end = _parse_field(raw, kind, list_end, 1)
             values[raw[name:name_end]] = (value, value_end)
         image, key = (raw[slice(*values[name])] for name in (b"image", b"key"))
+        place = raw[slice(*values[b"place"])] if b"place" in values else b""
         label = _parse_varint(raw, values[b"label"][0])[0] if b"label" in values else -1
     except (IndexError, KeyError) as error:
         raise ValueError("not a record of a data set folder: it is cut off or a feature is missing") from error
-    return Record(image=image, key=key.decode("utf-8"), label=label)
-
-
-def decode_image(encoded: bytes) -> np.ndarray:
-    """Decodes a stored image to uint8 [H, W, 3] (red, green, blue). Raises ImageDecodeError on anything undecodable."""
-    try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(encoded)) as image:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return np.array(image if image.mode == "RGB" else image.convert("RGB"))  # a writable copy
-    except DECODE_ERRORS as error:
-        raise ImageDecodeError(f"undecodable image: {error}") from error
+    return Record(image=image, key=key.decode("utf-8"), label=label, place=place.decode("utf-8"))
 
 
 # ---------------------------------------------------------------- the folder
@@ -250,14 +251,14 @@ def check_shard(file: pathlib.Path, records: int, size: int | None = None) -> No
 def open_split(path: str | pathlib.Path, split: str) -> RecordSource:
     """Opens one split of a data set folder and checks every shard.
 
-    Raises UserError: the folder or the split is missing, the images are not 8-bit RGB, or a shard is missing, truncated
-    or holds another number of records than info.json says.
+    Raises UserError: the folder or the split is missing, the dtype is unknown, or a shard is missing, truncated or holds
+    another number of records than info.json says.
     """
     info = load_info(path)
     if split not in info.splits:
         raise UserError(f"{path} has no split {split!r}; it has {', '.join(sorted(info.splits))}")
-    if len(info.bands) != len(BANDS) or info.dtype != "uint8":
-        raise UserError(f"{path} has {len(info.bands)} bands of {info.dtype}; this program reads 3 bands of uint8")
+    if info.dtype not in codecs.DTYPES:
+        raise UserError(f"{path} holds {info.dtype}; this program reads {', '.join(codecs.DTYPES)}")
     split_info = info.splits[split]
     for name, records, size in zip(split_info.shards, split_info.shard_records, split_info.shard_bytes, strict=True):
         check_shard(pathlib.Path(path) / name, records, size)

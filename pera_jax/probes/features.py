@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from pera_jax import sharding
-from pera_jax.data import records
+from pera_jax.data import codecs, records
 from pera_jax.errors import UserError
 from pera_jax.metrics import Progress
 from pera_jax.models import vit
@@ -129,8 +129,8 @@ def read(
     def decode(raw):
         record = records.decode_record(raw)
         try:
-            return transform(records.decode_image(record.image)), record.label
-        except records.ImageDecodeError as error:
+            return transform(codecs.decode_image(record.image)), record.label
+        except codecs.ImageDecodeError as error:
             raise UserError(f"image {record.key} of {source.path} cannot be decoded; convert it anew") from error
 
     def raw_records(first):
