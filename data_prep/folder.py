@@ -8,6 +8,7 @@ info.json last of all: a split is in it whole, or not at all.
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import os
 import pathlib
@@ -115,6 +116,7 @@ def write_split(
     convert: Callable[[Item], Stored],
     *,
     workers: int,
+    run: Callable = run_jobs,
     max_corrupt_share: float,
     ignored: dict[str, int],
 ) -> tuple[records.DatasetInfo, dict]:
@@ -124,6 +126,7 @@ def write_split(
       split: what to write.
       convert: makes the stored image of an item, or raises ImageDecodeError; picklable.
       workers: number of processes.
+      run: what runs the jobs: `run_jobs`, or something with its arguments and results.
       max_corrupt_share: a larger share of undecodable images ends the conversion.
       ignored: number of files that were no candidates, by ending; goes into the report.
 
@@ -137,7 +140,7 @@ def write_split(
             _check_unfinished(split)
             try:
                 _write_plan(split)
-                parts = _write_shards(split, convert, workers, max_corrupt_share)
+                parts = _write_shards(split, functools.partial(run, convert=convert, workers=workers), max_corrupt_share)
                 info, report = _finish(split, parts, ignored)
                 shutil.rmtree(split.partial)
                 return info, report
@@ -206,9 +209,7 @@ def _write_plan(split: Split) -> None:
     write_file(split.partial / _PLAN_FILE, json.dumps({"source": split.source}).encode("ascii"))
 
 
-def _write_shards(
-    split: Split, convert: Callable[[Item], Stored], workers: int, max_corrupt_share: float
-) -> list[Part]:
+def _write_shards(split: Split, run: Callable, max_corrupt_share: float) -> list[Part]:
     """Returns the parts of all shards, in order; those that an earlier try finished are not written again."""
     jobs = split.jobs()
     parts = {job.shard: part for job in jobs if (part := _finished(split, job.shard)) is not None}
@@ -234,7 +235,7 @@ def _write_shards(
     check_corrupt(len(split.items))
     with (
         Progress(sum(len(job.items) for job in missing), "images", f"convert {split.name}") as progress,
-        contextlib.closing(run_jobs(missing, convert, workers, on_images)) as finished,
+        contextlib.closing(run(missing, report=on_images)) as finished,
     ):
         for part in finished:
             parts[part.shard] = part

@@ -29,6 +29,10 @@ WRITER_OPTIONS = "group_size:1,uncompressed"  # one record per chunk: random acc
 _REPORT_EVERY = 16  # images between two messages of a worker
 
 
+class Rejected(Exception):
+    """Raised by a conversion for an image that is sound but not wanted; its text is the reason."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Item:
     """One image to convert.
@@ -68,6 +72,7 @@ class Part:
       histogram: pixels of each value in each band, packed by `statistics.to_bytes`: of 13 bands of uint16 an array would be
         7 MB for each shard.
       corrupt: (key, reason) of the images that could not be decoded.
+      rejected: (key, reason) of those that were not wanted.
       changes: number of images by what was done to them.
     """
 
@@ -76,6 +81,7 @@ class Part:
     digests: list[bytes]
     histogram: bytes
     corrupt: list[tuple[str, str]]
+    rejected: list[tuple[str, str]]
     changes: dict[str, int]
 
     def save(self, folder: pathlib.Path) -> None:
@@ -136,13 +142,15 @@ def write_shard(
     temporary = _temporary(job.folder / job.shard)
     writer = array_record_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
     histogram = np.zeros((), np.int64)  # takes the shape of the first image that is added
-    digests, corrupt, changes = [], [], collections.Counter()
+    digests, corrupt, rejected, changes = [], [], [], collections.Counter()
     reported = 0
     for i, item in enumerate(job.items, 1):
         try:
             stored = convert(item)
         except codecs.ImageDecodeError as error:
             corrupt.append((item.key, str(error)))
+        except Rejected as error:
+            rejected.append((item.key, str(error)))
         else:
             record = records.encode_record(stored.data, item.key, item.label, stored.place)
             writer.write(record)
@@ -161,7 +169,7 @@ def write_shard(
     os.replace(temporary, job.folder / job.shard)
     sync(job.folder)
     size = (job.folder / job.shard).stat().st_size
-    part = Part(job.shard, size, digests, statistics.to_bytes(histogram), corrupt, dict(sorted(changes.items())))
+    part = Part(job.shard, size, digests, statistics.to_bytes(histogram), corrupt, rejected, dict(sorted(changes.items())))
     part.save(job.folder)
     return part
 

@@ -44,12 +44,14 @@ def report(split: str, parts: list[Part], ignored: dict[str, int]) -> dict:
     for part in parts:
         changes.update(part.changes)
     corrupt = [{"key": key, "reason": reason} for part in parts for key, reason in part.corrupt]
+    rejected = [{"key": key, "reason": reason} for part in parts for key, reason in part.rejected]
     written = sum(len(part.digests) for part in parts)
     return {
         "split": split,
-        "images": written + len(corrupt),
+        "images": written + len(corrupt) + len(rejected),
         "records": written,
         "corrupt": corrupt,
+        "rejected": rejected,
         "changed": dict(sorted(changes.items())),
         "ignored_files": ignored,
     }
