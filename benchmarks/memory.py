@@ -52,8 +52,8 @@ class Dense(pera.PerA):
         return jnp.zeros((1, 1, 1))  # nothing is guessed
 
 
-def dense(config, mean, std, bands):
-    objective = pera.from_config(config, mean, std, bands)
+def dense(config, bands):
+    objective = pera.from_config(config, bands)
     return Dense(**{field.name: getattr(objective, field.name) for field in dataclasses.fields(objective)})
 
 
