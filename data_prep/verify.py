@@ -143,7 +143,7 @@ def compare(counts: np.ndarray, stored: np.ndarray, info: records.DatasetInfo, l
     if info.has_places:
         zero = statistics.count(np.zeros((1, 1, 1), info.dtype))[0].astype(bool)  # bool [bins]
         if (more[:, zero] >= 0).all() and not more[:, ~zero].any():
-            return "equal but no data", None
+            return f"equal ({int(more.sum()):,} without data)", None
     for band, difference in zip(info.bands, more, strict=True):
         if not lossy and difference.any():
             return "differs", f"{int(np.abs(difference).sum()):,} pixels of band {band} are too many or too few of their value"
