@@ -17,11 +17,14 @@ _FILL = (92, 104, 120)
 
 
 @functools.cache
-def _values(dtype: str) -> np.ndarray:
-    """float64 [bins]: the value that stands for each bin of a histogram."""
-    bins = statistics.bins(dtype)
-    shares = tuple(100.0 * (np.arange(bins) + 0.5) / bins)  # of a band with one pixel in each bin: the bins in turn
-    return statistics.percentiles(np.ones((1, bins), np.int64), dtype, shares)[:, 0]
+def _values(dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """(bool [bins], the bins of a histogram that finite numbers fall into; float64 [their number], the middle of each)."""
+    if dtype != "float32":
+        return np.ones(statistics.bins(dtype), bool), np.arange(statistics.bins(dtype), dtype=np.float64)
+    upper = np.arange(statistics.bins(dtype), dtype=np.uint32)  # a bin holds what agrees in the upper 16 bits
+    values = np.sort((upper << 16 | 1 << 15).view(np.float32))
+    values = values[np.isfinite(values)]
+    return statistics.count(values[:, None, None])[0] > 0, values.astype(np.float64)
 
 
 def densities(counts: np.ndarray, dtype: str, low: float, high: float, columns: int) -> np.ndarray:
@@ -34,13 +37,10 @@ def densities(counts: np.ndarray, dtype: str, low: float, high: float, columns: 
     Returns:
       float64 [columns]. Pixels of a bin are spread evenly between the middles of the ways to its neighbours.
     """
-    values = _values(dtype)
-    if dtype == "float32":
-        held = values != 0  # the bins of what is no finite number, at both ends, stand for 0; those around 0 do not
-        counts, values = counts[held], values[held]
+    held, values = _values(dtype)
     middles = (values[1:] + values[:-1]) / 2
     edges = np.concatenate([[2 * values[0] - middles[0]], middles, [2 * values[-1] - middles[-1]]])
-    below = np.concatenate([[0], np.cumsum(counts)])
+    below = np.concatenate([[0], np.cumsum(counts[held])])
     return np.diff(np.interp(np.linspace(low, high, columns + 1), edges, below))
 
 
