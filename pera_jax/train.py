@@ -103,7 +103,8 @@ def train(config, workdir: str, profile: str | None = None) -> None:
         watchdog = stack.enter_context(Watchdog(config.stall_seconds))
         stream = pipeline.make_pipeline(
             data, config.crops, batch_size=config.batch_size, seed=config.seed, start_batch=position["batches"],
-            workers=config.data.workers, rows=distributed.rows_of(jax.sharding.NamedSharding(mesh, sharding.BATCH), config.batch_size),
+            workers=pipeline.workers_of(config.data.workers),
+            rows=distributed.rows_of(jax.sharding.NamedSharding(mesh, sharding.BATCH), config.batch_size),
         )
         stack.callback(stream.close)
         stack.callback(gc.collect)  # before it: JAX lets go of the last batch, which lies in the workers' memory

@@ -233,6 +233,11 @@ class Draw(grain.transforms.RandomMap):
         return {"set": self._place, "index": np.int64(index), "seed": rng.integers(2**63)}
 
 
+def workers_of(wanted: int) -> int:
+    """`config.data.workers` as a number: -1 is one for each two cores that this process may use, from 1 to 16."""
+    return wanted if wanted >= 0 else max(1, min(len(os.sched_getaffinity(0)) // 2, 16))
+
+
 def keep_memory() -> None:
     """Teaches the C library, which raises its limits when a large block is freed, to keep memory for the next image.
 
