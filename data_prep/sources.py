@@ -119,7 +119,7 @@ def take_stock(inputs: list[pathlib.Path]) -> Inventory:
     inventory = Inventory(inputs)
     for place, path in enumerate(inputs):
         prefix = f"{path.name}/" if len(inputs) > 1 else ""
-        for found in _folder(path) if path.is_dir() else _archive(path):
+        for found in files_below(path) if path.is_dir() else _archive(path):
             _take(inventory, found, place, prefix)
     if not inventory.keys:
         raise UserError(
@@ -155,8 +155,8 @@ def _hidden(name: str) -> bool:
     return any(part.startswith(".") for part in name.split("/"))
 
 
-def _folder(root: pathlib.Path) -> Iterator[_Found]:
-    """The files below a folder; hidden ones are passed over."""
+def files_below(root: pathlib.Path) -> Iterator[_Found]:
+    """The files below a folder; hidden ones are passed over. Raises UserError where it cannot be read."""
     inside = os.path.realpath(root)
 
     def walk(path: str, prefix: str) -> Iterator[_Found]:
