@@ -24,74 +24,33 @@ import json
 import os
 import pathlib
 import re
+from collections.abc import Callable
 
-from data_prep import folder, pixels
-from data_prep.shards import Item
+from data_prep import command, folder, pixels
+from data_prep.shards import Item, run_jobs
 from pera_jax.data import codecs, records
 from pera_jax.errors import UserError, run
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
-_IMAGES_PER_SHARD = 512  # enough shards for several workers, little lost with an unfinished one
-_MOST_SHARDS = 512  # readers keep every shard open: stay below the usual limit of 1,024 open files
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command. Raises UserError."""
+def main(argv: list[str] | None = None, driver: Callable = run_jobs) -> None:
+    """The command; `driver` runs its jobs, as `folder.write_split` says of `run`. Raises UserError."""
     parser = argparse.ArgumentParser(prog="python -m data_prep.images", description=__doc__.splitlines()[0])
     parser.add_argument("--input", type=pathlib.Path, required=True, help="folder of images")
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="data set folder; made if need be")
-    parser.add_argument("--split", required=True, help="name of the split: train, test, ...")
-    parser.add_argument("--workers", type=_positive, default=len(os.sched_getaffinity(0)), help="default: all cores")
-    parser.add_argument("--max-side", type=_positive, metavar="PX", help="reduce images whose longer side is longer")
-    parser.add_argument("--jpeg-quality", type=_quality, metavar="Q", help="store changed images as JPEG, not as PNG")
-    parser.add_argument("--max-corrupt-share", type=_share, default=0.05, metavar="S", help="default: %(default)s")
-    parser.add_argument("--shard-size", type=_positive, metavar="N", help="images per shard; default: 512, or "
-                        "more where that would make over 512 shards")  # fmt: skip
     parser.add_argument("--no-labels", action="store_true", help="folders are no classes")
+    command.add_options(parser)
     args = parser.parse_args(argv)
     check_places(args.input, args.output, args.split)
 
     files, ignored = list_images(args.input)
     class_names = None if args.no_labels else class_folders(files)
-    size = args.shard_size or max(_IMAGES_PER_SHARD, -(-len(files) // _MOST_SHARDS))
     options = {"max_side": args.max_side, "jpeg_quality": args.jpeg_quality}
     info = folder.existing_info(args.output)
     dataset = info.name if info else dataset_name(args.output)
-    shards = -(-len(files) // size)
+    shards = command.number_of_shards(args, len(files))
     split = make_split(args.input, args.output, dataset, args.split, files, class_names, shards, options)
-    if folder.already_complete(split, info):
-        print(f"{args.split}: already complete in {args.output}, {info.splits[args.split].records} records")
-        return
-    classes = f"{len(class_names)} classes" if class_names else "no classes"
-    print(f"{args.split}: {len(files)} images, {classes}, {split.shards} shards, {args.workers} workers", flush=True)
-    info, report = folder.write_split(
-        split, functools.partial(convert_file, **options), workers=args.workers,
-        max_corrupt_share=args.max_corrupt_share, ignored=ignored,
-    )  # fmt: skip
-    written = info.splits[args.split]
-    print(f"{args.split}: {written.records} records, {sum(written.shard_bytes) / 1e6:.1f} MB, in {args.output}")
-    print(f"mean {written.mean}, std {written.std}, fingerprint {written.fingerprint[:12]}")
-    if report["corrupt"]:
-        names = args.output / f"{args.split}.report.json"
-        print(f"{len(report['corrupt'])} corrupt images were left out; {names} names them")
-
-
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return int(text)
-
-
-def _quality(text: str) -> int:
-    if not 1 <= int(text) <= 100:
-        raise argparse.ArgumentTypeError(f"{text} is not from 1 to 100")
-    return int(text)
-
-
-def _share(text: str) -> float:
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
-    return float(text)
+    command.write(split, functools.partial(convert_file, **options), args, driver=driver, ignored=ignored)
 
 
 def check_places(source: pathlib.Path, output: pathlib.Path, split: str) -> None:
@@ -102,7 +61,7 @@ def check_places(source: pathlib.Path, output: pathlib.Path, split: str) -> None
         raise UserError(f"--input {source} is no folder; name a folder of images")
     inner, outer = source.resolve(), output.resolve()
     if inner.is_relative_to(outer) or outer.is_relative_to(inner):
-        raise UserError(f"--output {output} and --input {source} lie one in the other; name folders apart")
+        raise UserError(f"--output {output} and {source} lie one in the other; name folders apart")
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", split) or split == "all":
         raise UserError(f"--split {split!r} is no name of a split; use letters, digits and _, and not 'all'")
 

@@ -41,6 +41,7 @@ class Stored:
       data: encoded bytes, as `codecs` says.
       histogram: int64 [C, bins], pixels of each value in each band: `statistics.count`.
       place: JSON text of where on the ground a tile lies, "" for other images.
+      label: index of its class where only the content tells it; None leaves it to the item.
       changes: names of what was done to the pixels or the file; empty where the bytes are those of the source.
     """
 
@@ -48,6 +49,7 @@ class Stored:
     histogram: np.ndarray
     changes: tuple[str, ...]
     place: str = ""
+    label: int | None = None
 
 
 def convert(encoded: bytes, max_side: int | None = None, jpeg_quality: int | None = None) -> Stored:
@@ -70,7 +72,10 @@ def convert(encoded: bytes, max_side: int | None = None, jpeg_quality: int | Non
         raise ImageDecodeError(str(error) or type(error).__name__) from error
     if max_side is not None and max(rgb.size) > max_side:
         scale = max_side / max(rgb.size)
-        rgb = rgb.resize([max(1, round(side * scale)) for side in rgb.size], Image.Resampling.LANCZOS)
+        width, height = (max(1, round(side * scale)) for side in rgb.size)
+        # One direction after the other: the order changes pixels, and Pillow's versions do not agree on it.
+        rgb = rgb.resize((width, rgb.height), Image.Resampling.LANCZOS)
+        rgb = rgb.resize((width, height), Image.Resampling.LANCZOS)
         changes.append("reduced")
     histogram = np.array(rgb.histogram(), np.int64).reshape(3, 256)  # what `statistics.count` gives, in C
     return Stored(_encode(rgb, jpeg_quality) if changes else encoded, histogram, tuple(changes))
