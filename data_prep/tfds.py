@@ -29,6 +29,7 @@ from collections.abc import Callable, Collection
 
 import numpy as np
 import tensorflow_datasets
+from google.protobuf import json_format
 from PIL import Image
 from tensorflow_datasets.core import constants, features, read_only_builder
 
@@ -95,7 +96,7 @@ def open_dataset(name: str, data_dir: str | None) -> read_only_builder.ReadOnlyB
         formats = {form.value for form in read_only_builder.builder_from_directory(place).info.available_file_formats()}
         if _FORMAT in formats:
             return read_only_builder.builder_from_directory(place, file_format=_FORMAT)
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, json_format.ParseError) as error:
         raise UserError(f"{place} cannot be read as a TFDS data set ({_first_line(error)}); prepare it anew") from error
     raise UserError(
         f"{place} is stored as {', '.join(sorted(formats))}, which only TensorFlow reads; where that is installed, run "
@@ -124,7 +125,7 @@ def _prepared(place: pathlib.Path) -> list[str]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def list_examples(builder: read_only_builder.ReadOnlyBuilder, tfds_split: str) -> list[Item]:

@@ -139,13 +139,14 @@ def test_tensors_keep_all_their_bands(data_dir, tmp_path):
 def test_bad_input_is_one_sentence_and_leaves_nothing(data_dir, tmp_path):
     full, bare = (data_dir / "toy_fields" / config / "1.2.0" for config in ("full", "bare"))
     records_only = tmp_path / "copies/tfrecord"
-    cut = tmp_path / "copies/cut"
-    for copy in (records_only, cut):
+    cut, torn = tmp_path / "copies/cut", tmp_path / "copies/torn"
+    for copy in (records_only, cut, torn):
         copy.mkdir(parents=True)
         for file in bare.iterdir():
             (copy / file.name).write_bytes(file.read_bytes())
     facts = json.loads((records_only / "dataset_info.json").read_text())
     (records_only / "dataset_info.json").write_text(json.dumps({**facts, "fileFormat": "tfrecord"}))
+    (torn / "dataset_info.json").write_text('{"name": "x')
     (shard,) = cut.glob("*-train*")
     shard.write_bytes(shard.read_bytes()[:-1])
     one = ["--image-feature", "image", "--label-feature", "label"]
@@ -157,6 +158,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(data_dir, tmp_path):
         "name one of those in it: bare/1.2.0, full/1.2.0": ["--dataset", data_dir / "toy_fields"],
         "is no folder with a dataset_info.json": ["--dataset", tmp_path / "nowhere"],
         "is stored as tfrecord, which only TensorFlow reads": ["--dataset", records_only],
+        "cannot be read as a TFDS data set": ["--dataset", torn],
         "is truncated or damaged": ["--dataset", cut],
         "give --tfds-split of: test (4), train (20)": ["--dataset", full, *one, "--tfds-split", "validation"],
         "'train[:0]' names no examples": ["--dataset", full, *one, "--tfds-split", "train[:0]"],
