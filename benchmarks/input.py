@@ -29,6 +29,7 @@ from pera_jax import config as configs  # noqa: E402
 from pera_jax import errors  # noqa: E402
 from pera_jax.data import crops as geometry  # noqa: E402
 from pera_jax.data import codecs, pipeline, records  # noqa: E402
+from pera_jax.data.mixture import Mixture  # noqa: E402
 from pera_jax.errors import UserError  # noqa: E402
 
 _MADE_IMAGES = 64
@@ -115,7 +116,7 @@ def time_pipeline(
     batch_size = min(batch_size, len(source))
     batches, warm_up = max(images // batch_size, 1), 2 * max(workers, 1)
     began = _cpu()
-    stream = pipeline.make_pipeline(source, crops, batch_size=batch_size, seed=0, workers=workers)
+    stream = pipeline.make_pipeline(Mixture.of(source), crops, batch_size=batch_size, seed=0, workers=workers)
     for _ in range(warm_up):
         next(stream)
     started = _cpu()
@@ -154,7 +155,7 @@ def _make_records(folder: pathlib.Path) -> records.RecordSource:
     print(f"made {_MADE_IMAGES} images of 512 x 512 pixels, {size / _MADE_IMAGES / 1e3:.0f} kB each")
     split = records.SplitInfo(_MADE_IMAGES, [shard.name], [_MADE_IMAGES], [size], [[0.0, 255.0]] * 3, [0.5] * 3, [0.2] * 3, {}, "", "")
     info = records.DatasetInfo("made", list(records.RGB), "uint8", None, False, records.FORMAT_VERSION, {"train": split})
-    return records.RecordSource(folder, info, split)
+    return records.RecordSource(folder, info, "train")
 
 
 def _arguments() -> argparse.Namespace:

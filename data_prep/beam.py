@@ -9,6 +9,7 @@ of Beam. The data set folder is the same, byte for byte, as without Beam; one co
 
 * Inputs and --output lie on a mount that this machine and all workers see under the same path (NFS, Filestore, a bucket
   through gcsfuse): workers write shards there themselves.
+* Of a compressed tar each shard is read from the beginning: unpack it, or make it a plain tar or zip.
 * Workers need this package and its requirements: an image made from requirements-beam.txt and this checkout.
 * The same bytes take the same encoders: what has to be stored anew is written by Pillow, whose versions may differ.
   Pillow 12.3 (requirements-beam.txt) and 13.0 (requirements.txt) write the same bytes; `make test-beam` compares them.

@@ -54,9 +54,11 @@ def run_jobs(
     from apache_beam.options.pipeline_options import PipelineOptions
     from apache_beam.runners.runner import PipelineState
 
-    waiting = {_write_job_file(job, convert): job for job in map(_absolute, jobs)}
+    waiting = {}  # job files -> (folder, shard, number of images); the items of all jobs would fill the memory
     result = None
     try:
+        for job in map(_absolute, jobs):
+            waiting[_write_job_file(job, convert)] = job.folder, job.shard, len(job.items)
         if not waiting:
             return
         try:
@@ -68,17 +70,17 @@ def run_jobs(
         ended = False
         while waiting and not ended:
             ended = PipelineState.is_terminal(result.state)  # asked first: then no shard can come after the last look
-            for file, job in list(waiting.items()):
-                part = _finished(job)
+            for file, (folder, shard, images) in list(waiting.items()):
+                part = _finished(folder, shard)
                 if part is not None:
                     file.unlink(missing_ok=True)
                     del waiting[file]
-                    report(len(job.items), part.corrupt)
+                    report(images, part.corrupt)
                     yield part
             if waiting and not ended:
                 time.sleep(_INTERVAL)
         if waiting:
-            missing = next(iter(waiting.values())).shard
+            _, missing, _ = next(iter(waiting.values()))
             raise UserError(_failure(f"it ended as {result.state} without shard {missing}, the runner's log says why"))
     finally:
         if result is not None and waiting and not PipelineState.is_terminal(result.state):
@@ -104,9 +106,9 @@ def _write_job_file(job: Job, convert: Callable[[Item], Stored]) -> pathlib.Path
     return file
 
 
-def _finished(job: Job) -> Part | None:
-    part, shard = Part.load(job.folder, job.shard), job.folder / job.shard
-    return part if part is not None and shard.is_file() and shard.stat().st_size == part.bytes else None
+def _finished(folder: pathlib.Path, shard: str) -> Part | None:
+    part, file = Part.load(folder, shard), folder / shard
+    return part if part is not None and file.is_file() and file.stat().st_size == part.bytes else None
 
 
 def write_job(file: str) -> str:
@@ -116,7 +118,7 @@ def write_job(file: str) -> str:
     differ, and both would write the same bytes.
     """
     job, convert = pickle.loads(pathlib.Path(file).read_bytes())
-    if _finished(job) is None:
+    if _finished(job.folder, job.shard) is None:
         write_shard(job, convert, _count)
     return job.shard
 

@@ -12,33 +12,27 @@
   stay byte for byte. A `Tensor` [height, width, bands] of uint8, uint16 or float32 is stored with all its bands,
   without loss.
 * Classes: the one `ClassLabel`, or --label-feature; its names are carried over. Images whose label is -1 have no class:
-  they are left out and named in the report, unless --no-labels is given.
+  they are rejected, unless --no-labels is given.
 * Keys: the `tfds_id` of each example, its shard and its place there.
-* Corrupt images, interruptions, workers: as in `data_prep.images`.
+* The report, cleaning, interruptions, workers: as in `data_prep.images`.
 """
 
 import argparse
-import dataclasses
 import functools
 import hashlib
-import io
 import json
-import os
 import pathlib
 from collections.abc import Callable, Collection
 
 import numpy as np
-import tensorflow_datasets
 from google.protobuf import json_format
-from PIL import Image
 from tensorflow_datasets.core import constants, features, read_only_builder
 
-from data_prep import command, folder, images, pixels
-from data_prep.shards import Item, Rejected, run_jobs
-from pera_jax.data import codecs, records, statistics
+from data_prep import command, folder, images, tfds_examples
+from data_prep.shards import run_jobs
+from data_prep.tfds_examples import FORMAT, feature_of, first_line, flat
+from pera_jax.data import codecs, records
 from pera_jax.errors import UserError, run
-
-_FORMAT = "array_record"
 
 
 def main(argv: list[str] | None = None, driver: Callable = run_jobs) -> None:
@@ -55,28 +49,32 @@ def main(argv: list[str] | None = None, driver: Callable = run_jobs) -> None:
     args = parser.parse_args(argv)
 
     builder = open_dataset(args.dataset, args.data_dir)
-    images.check_places(pathlib.Path(builder.data_dir), args.output, args.split)
+    images.check_places([pathlib.Path(builder.data_dir)], args.output, args.split)
     tfds_split = args.tfds_split or args.split
-    items = list_examples(builder, tfds_split)
+    examples = tfds_examples.Examples(builder, tfds_split)
     image = pick_image(builder, args.image_feature)
     label = None if args.no_labels else pick_label(builder, args.label_feature)
-    bands, dtype = bands_of(image, _feature(builder, image), args.bands)
-    options = {"max_side": args.max_side, "jpeg_quality": args.jpeg_quality}
-    if any(options.values()) and not isinstance(_feature(builder, image), features.Image):
-        raise UserError(f"--max-side and --jpeg-quality are for an Image; leave them out for the Tensor {image!r}")
+    bands, dtype = bands_of(image, feature_of(builder, image), args.bands)
+    options = command.conversion(args)
+    if not isinstance(feature_of(builder, image), features.Image):
+        if args.max_side or args.jpeg_quality or set(args.drop) - {"duplicates"}:
+            raise UserError(f"--max-side, --jpeg-quality and --drop small,blank are not for the Tensor {image!r}")
+        options = {}
 
     info = folder.existing_info(args.output)
     reading = {"tfds_split": tfds_split, "image": image, "label": label}
-    class_names = None if label is None else list(_feature(builder, label).names)
-    shards = command.number_of_shards(args, len(items))
+    class_names = None if label is None else list(feature_of(builder, label).names)
+    shards = command.number_of_shards(args, len(examples))
     dataset = info.name if info else images.dataset_name(args.output)
     described = [
-        records.FORMAT_VERSION, dataset, args.split, class_names, shards, options, reading, bands, dtype,
-        builder.info.full_name, [(item.key, item.size) for item in items],
+        records.FORMAT_VERSION, dataset, args.split, class_names, shards, options, reading, args.drop, bands, dtype,
+        builder.info.full_name, examples.pieces,
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode("ascii")).hexdigest()
-    split = folder.Split(args.output, dataset, args.split, bands, dtype, class_names, False, items, shards, digest)
-    command.write(split, functools.partial(convert_example, **reading, **options), args, driver=driver, ignored={})
+    split = folder.Split(args.output, dataset, args.split, bands, dtype, class_names, False, examples, shards, digest)
+    read = functools.partial(tfds_examples.read_bytes, **reading)
+    convert = functools.partial(tfds_examples.convert_example, **reading, **options)
+    command.write(split, read, convert, args, driver=driver)
 
 
 # ---------------------------------------------------------------- the data set
@@ -94,13 +92,13 @@ def open_dataset(name: str, data_dir: str | None) -> read_only_builder.ReadOnlyB
         place = pathlib.Path(_find(name, data_dir))
     try:
         formats = {form.value for form in read_only_builder.builder_from_directory(place).info.available_file_formats()}
-        if _FORMAT in formats:
-            return read_only_builder.builder_from_directory(place, file_format=_FORMAT)
+        if FORMAT in formats:
+            return read_only_builder.builder_from_directory(place, file_format=FORMAT)
     except (ValueError, OSError, KeyError, json_format.ParseError) as error:
-        raise UserError(f"{place} cannot be read as a TFDS data set ({_first_line(error)}); prepare it anew") from error
+        raise UserError(f"{place} cannot be read as a TFDS data set ({first_line(error)}); prepare it anew") from error
     raise UserError(
         f"{place} is stored as {', '.join(sorted(formats))}, which only TensorFlow reads; where that is installed, run "
-        f"tfds convert_format --dataset_version_dir={place} --out_file_format={_FORMAT} --out_dir=FOLDER, "
+        f"tfds convert_format --dataset_version_dir={place} --out_file_format={FORMAT} --out_dir=FOLDER, "
         "and name FOLDER"
     )
 
@@ -114,7 +112,7 @@ def _find(name: str, data_dir: str | None) -> str:
         held = ", ".join(_prepared(where)) or "none"
         raise UserError(
             f"no prepared data set {name!r} in {where}, which holds {held}; prepare it, "
-            f"where TensorFlow is installed, with tfds build {name} --file_format={_FORMAT} --data_dir={where}"
+            f"where TensorFlow is installed, with tfds build {name} --file_format={FORMAT} --data_dir={where}"
         ) from error
 
 
@@ -124,45 +122,7 @@ def _prepared(place: pathlib.Path) -> list[str]:
     return sorted(str(folder.relative_to(place)) for folder in found)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-
-
-def list_examples(builder: read_only_builder.ReadOnlyBuilder, tfds_split: str) -> list[Item]:
-    """The examples of a split or a part of one, in order; `part` holds their index in it. Raises UserError."""
-    try:
-        pieces = builder.info.splits[tfds_split].file_instructions
-    except (ValueError, KeyError) as error:
-        raise UserError(_no_split(builder, tfds_split)) from error
-    items = []
-    for piece in pieces:
-        shard = pathlib.Path(piece.filename)
-        records.check_shard(shard, piece.examples_in_shard)
-        size = os.path.getsize(shard) // piece.examples_in_shard  # the mean: that of each one would mean to read it
-        for place in range(piece.skip, piece.skip + piece.take):
-            items.append(Item(builder.data_dir, f"{shard.name}__{place}", None, size, (len(items),)))
-    if not items:
-        raise UserError(_no_split(builder, tfds_split))
-    return items
-
-
-def _no_split(builder: read_only_builder.ReadOnlyBuilder, tfds_split: str) -> str:
-    held = ", ".join(f"{name} ({split.num_examples})" for name, split in sorted(builder.info.splits.items()))
-    return f"{tfds_split!r} names no examples of {builder.info.full_name}; give --tfds-split of: {held}"
-
-
 # ---------------------------------------------------------------- its features
-
-
-def _flat(feature: features.FeatureConnector, prefix: str = "") -> dict[str, features.FeatureConnector]:
-    """The features by path, OUTER/INNER."""
-    if not isinstance(feature, features.FeaturesDict):
-        return {prefix[:-1]: feature}
-    return {path: inner for name in feature for path, inner in _flat(feature[name], f"{prefix}{name}/").items()}
-
-
-def _feature(builder: read_only_builder.ReadOnlyBuilder, path: str) -> features.FeatureConnector:
-    return _flat(builder.info.features)[path]
 
 
 def _is_image(feature: features.FeatureConnector) -> bool:
@@ -174,7 +134,7 @@ def _is_image(feature: features.FeatureConnector) -> bool:
 
 def pick_image(builder: read_only_builder.ReadOnlyBuilder, wanted: str | None) -> str:
     """The path of the image feature: `wanted`, or the only one, or the only `Image`. Raises UserError."""
-    found = {path: feature for path, feature in _flat(builder.info.features).items() if _is_image(feature)}
+    found = {path: feature for path, feature in flat(builder.info.features).items() if _is_image(feature)}
     encoded = [path for path, feature in found.items() if isinstance(feature, features.Image)]
     if wanted is None and len(encoded) != 1 and len(found) != 1:
         raise UserError(f"{builder.info.full_name} has {_listed('image feature', found)}; choose with --image-feature")
@@ -185,8 +145,8 @@ def pick_image(builder: read_only_builder.ReadOnlyBuilder, wanted: str | None) -
 
 def pick_label(builder: read_only_builder.ReadOnlyBuilder, wanted: str | None) -> str | None:
     """The path of the class: `wanted`, or the only one, None where there is none. Raises UserError."""
-    flat = _flat(builder.info.features)
-    found = [path for path, feature in flat.items() if isinstance(feature, features.ClassLabel)]
+    every = flat(builder.info.features)
+    found = [path for path, feature in every.items() if isinstance(feature, features.ClassLabel)]
     if wanted is None and len(found) > 1:
         has = _listed("ClassLabel", found)
         raise UserError(f"{builder.info.full_name} has {has}; choose with --label-feature, or give --no-labels")
@@ -213,58 +173,6 @@ def bands_of(path: str, feature: features.FeatureConnector, names: str | None) -
     if len(bands) != count or len(set(bands)) != count or not all(bands):
         raise UserError(f"--bands {names} must be {count} different names: feature {path!r} has {count} bands")
     return bands, dtype
-
-
-# ---------------------------------------------------------------- one example
-
-
-@functools.cache
-def _reader(data_dir: str, tfds_split: str, image: str, label: str | None) -> Callable[[int], dict]:
-    """Reads example i of a split: the image's bytes or array, and the label. A process opens it at its first use."""
-    builder = read_only_builder.builder_from_directory(data_dir, file_format=_FORMAT)
-    raw = tensorflow_datasets.decode.DeserializeMethod.RAW_BYTES
-    source = builder.as_data_source(tfds_split, deserialize_method=raw)
-    wanted = {path: _feature(builder, path) for path in (image, label) if path is not None}
-    parser = features.FeaturesDict(wanted)  # of nothing but what is wanted: other features may need TensorFlow
-    encoded = isinstance(wanted[image], features.Image)
-    decoders = {image: tensorflow_datasets.decode.SkipDecoding()} if encoded else None
-    return lambda i: parser.deserialize_example_np(source[i], decoders=decoders)
-
-
-def convert_example(
-    item: Item, *, tfds_split: str, image: str, label: str | None, **options: int | None
-) -> pixels.Stored:
-    """Reads and converts one example. Raises ImageDecodeError, and Rejected for one without a class.
-
-    Args:
-      item: of `list_examples`.
-      tfds_split: what `list_examples` listed.
-      image, label: paths of features.
-      options: of `pixels.convert`.
-    """
-    try:
-        example = _reader(item.path, tfds_split, image, label)(item.part[0])
-    except Exception as error:  # ArrayRecord, protobuf and TFDS raise each their own
-        raise codecs.ImageDecodeError(f"cannot be read: {_first_line(error)}") from error
-    index = None if label is None else int(example[label])
-    if index is not None and index < 0:
-        raise Rejected(f"its {label} is {index}, no class; --no-labels takes such images, too")
-    value = example[image]
-    stored = pixels.convert(value, **options) if isinstance(value, bytes) else _store_array(np.asarray(value))
-    return dataclasses.replace(stored, label=index)
-
-
-def _store_array(values: np.ndarray) -> pixels.Stored:
-    """Stores [H, W, C] without loss. Raises ImageDecodeError where values are not finite."""
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise codecs.ImageDecodeError("holds values that are not finite")
-    if values.dtype == np.uint8 and values.shape[2] == 3:
-        buffer = io.BytesIO()
-        Image.fromarray(values).save(buffer, "PNG")
-        encoded = buffer.getvalue()
-    else:
-        encoded = codecs.encode_tiff(values)
-    return pixels.Stored(encoded, statistics.count(values), ("tensor",))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 RUN/checkpoints/STEP holds four checkpointables: `state` (parameters, optimiser, centre, step), `teacher` (its weights,
 apart, so that evaluation reads only them), `data` (the position in the stream of batches) and `meta` (model shape,
-bands, mean, std, data fingerprint, git revision, resolved config). A step's folder appears whole or not at all.
+bands, their ranges, mean and std, data fingerprint, git revision, resolved config). A step's folder appears whole or not at all.
 
 With several hosts each writes its part, into one folder that all of them see; what is moved or removed, process 0 does.
 """
@@ -24,6 +24,7 @@ from orbax.checkpoint import v1 as ocp
 
 from pera_jax import distributed, run_meta, sharding
 from pera_jax import step as steps
+from pera_jax.bands import Bands
 from pera_jax.errors import UserError
 from pera_jax.objectives import pera
 
@@ -235,7 +236,7 @@ class Weights:
 
 def objective_of(meta: dict[str, Any]) -> pera.PerA:
     """The objective that a checkpoint was trained with."""
-    return pera.from_config(ConfigDict(meta["config"]), meta["mean"], meta["std"], len(meta["bands"]))
+    return pera.from_config(ConfigDict(meta["config"]), Bands.of(meta))
 
 
 def load_weights(

@@ -33,10 +33,15 @@ def default() -> ConfigDict:
         )
     )
     config.data = dict(
-        path="",  # folder of shards
+        path="",  # folder of shards; several, with commas between, are mixed
+        weights=(),  # of several folders: how often to draw from each, as in (3, 1); (): as many as each has records
         split="train",
-        workers=2,  # processes that read, decode and crop
-        normalise="imagenet",  # "imagenet", or "dataset": the mean and std stored with the shards
+        workers=-1,  # processes that read, decode and crop; -1: one for each two cores of the host, 16 at most
+        bands=(),  # names of the bands to use, in this order; (): all that the shards have
+        # What maps to [0, 1], in stored units: ((low, high),) for all bands, or a pair for each; (): what the shards say,
+        # the full range of uint8, percentiles 1 and 99 of others.
+        ranges=(),
+        normalise="imagenet",  # "imagenet", or "dataset": the mean and std of the data
         allow_changed_data=False,  # go on from a checkpoint although the data set's fingerprint is another
     )
     config.crops = dict(
@@ -57,6 +62,9 @@ def default() -> ConfigDict:
         student_change=0.8,  # probability that the student's view is changed at all
         student_grey=0.1,  # share of the changed ones that turn grey; the others are jittered
         teacher_jitter=0.1,  # probability that the teacher's view is jittered
+        # Names of the bands that are red, green and blue, for saturation, hue and grey; (): the bands are just these three,
+        # or the three settings are 0.
+        rgb=(),
     )
     config.masks = dict(student=0.2, teacher=0.6)  # shares of the patches; the rest is learnable
     config.model = dict(
@@ -194,6 +202,8 @@ def check(config: ConfigDict, batch_shards: int, weight_shards: int, hosts: int)
             )
     if crops.global_number < 1 or crops.local_number < 0:
         raise UserError("crops.global_number must be at least 1 and crops.local_number at least 0")
+    if config.data.workers < -1:
+        raise UserError(f"data.workers={config.data.workers} must be at least 0, or -1 for a number by the host's cores")
     if config.stall_seconds < 0:
         raise UserError(f"stall_seconds={config.stall_seconds} must be at least 0, which is never")
     _one_of(config, "objective", ("pera",))

@@ -17,13 +17,14 @@ from pera_jax.objectives import pera
 class Loop:
     """Everything that is done between one step and the next, the same on each host; only process 0 has a writer."""
 
-    def __init__(self, config, mesh, store, meta, writer, watchdog, every, total, position, image_flops):
+    def __init__(self, config, mesh, store, meta, writer, watchdog, every, total, position, image_flops, sets):
         """
         Args:
           writer: None for a host that writes no metrics.
           every: steps between "log" and between "save".
-          position: of a checkpoint: "batches" done before, "replaced" images in them.
+          position: of a checkpoint: "batches" done before, "replaced" images in them, examples "drawn" of each data set.
           image_flops: of a training step, per image.
+          sets: names of the data sets.
         """
         self.config, self.store, self.meta, self.writer, self.watchdog = config, store, meta, writer, watchdog
         self.every, self.total = every, total
@@ -33,11 +34,13 @@ class Loop:
         self.rows = distributed.rows_of(self.where, config.batch_size)
         # Summed on the devices, over all hosts, so that nobody waits for it before it is logged.
         self.add = jax.jit(
-            lambda total, flags: total + jnp.sum(flags, dtype=jnp.int32),
+            lambda total, counts: total + jnp.sum(counts, axis=0, dtype=jnp.uint32),
             out_shardings=NamedSharding(mesh, sharding.P()),
         )
-        self.replaced = np.int32(position["replaced"])
-        # (step, metrics on the device, hyper, replaced): fetched one step late, so that logging stalls nothing.
+        self.sets = sets
+        drawn = position["drawn"] if len(position["drawn"]) == len(sets) else [0] * len(sets)  # changed data, if allowed
+        self.tally = np.uint32([position["replaced"], *drawn])  # images replaced, examples of each data set
+        # (step, metrics on the device, hyper, tally): fetched one step late, so that logging stalls nothing.
         self.pending = None
         self.saved = None
         self.waited, self.since, self.since_step = 0.0, time.perf_counter(), None
@@ -47,14 +50,15 @@ class Loop:
         began = time.perf_counter()
         batch = next(stream)
         self.waited += time.perf_counter() - began
-        wanted = {kind: batch[kind] for kind in (*pera.KINDS, "replaced") if kind in batch}
+        wanted = {kind: batch[kind] for kind in pera.KINDS if kind in batch}
+        wanted["counts"] = np.column_stack([batch["replaced"], batch["set"][:, None] == np.arange(len(self.sets))])
         arrays = distributed.global_arrays(wanted, self.where, self.rows, self.config.batch_size)
-        self.replaced = self.add(self.replaced, arrays.pop("replaced"))
+        self.tally = self.add(self.tally, arrays.pop("counts"))  # [1 + S]
         return arrays
 
     def after(self, step, state, out, hyper):
         self._fetch()
-        self.pending = (step, out, hyper, self.replaced)
+        self.pending = (step, out, hyper, self.tally)
         if step % self.every["save"] == 0 and step != self.total:
             self._save(state)
 
@@ -68,13 +72,14 @@ class Loop:
     def _save(self, state):
         self._fetch()  # a state whose loss is not finite is not worth keeping
         self.saved = int(state.step)
-        self.store.save(state, self.meta, {"batches": self.saved, "replaced": int(self.replaced)})
+        replaced, *drawn = np.asarray(self.tally).tolist()
+        self.store.save(state, self.meta, {"batches": self.saved, "replaced": replaced, "drawn": drawn})
         self.watchdog.fed()
 
     def _fetch(self):
         if self.pending is None:
             return
-        (step, out, hyper, replaced), self.pending = self.pending, None
+        (step, out, hyper, tally), self.pending = self.pending, None
         values = {name: float(value) for name, value in jax.device_get(out).items()}
         self.watchdog.fed()
         self._check_finite(step, values)
@@ -86,7 +91,10 @@ class Loop:
                 rates = self._rates(step - self.since_step, now - self.since)
                 hypers = {f"hyper/{k}": float(v) for k, v in hyper.items() if k != "one_minus_momentum"}
                 hypers["hyper/momentum"] = 1.0 - float(hyper["one_minus_momentum"])
-                extra = {"data/images": step * self.config.batch_size, "data/replaced": int(replaced)}
+                replaced, *drawn = np.asarray(tally).tolist()
+                extra = {"data/images": step * self.config.batch_size, "data/replaced": replaced}
+                if len(drawn) > 1:
+                    extra |= {f"data/drawn/{name}": count for name, count in zip(self.sets, drawn, strict=True)}
                 self.writer.write(step, values | hypers | extra | rates)
             self.since, self.since_step, self.waited = now, step, 0.0
 

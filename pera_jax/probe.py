@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pera_jax import checkpoint, errors
+from pera_jax.bands import Bands
 from pera_jax.data import records
 from pera_jax.errors import UserError
 from pera_jax.probes import colour, features, knn, linear, results
@@ -32,12 +33,17 @@ class Subject:
     batch_size: int
     seed: int
 
+    @property
+    def bands(self) -> Bands:
+        return Bands.of(self.weights.meta)
+
     @functools.cached_property
     def features(self) -> tuple[features.Features, features.Features]:
         """Of the training and of the test split."""
         extractor = features.Extractor(self.weights.backbone, self.weights.meta)
         train, test = (
-            features.extract(extractor, source, self.image_size, self.batch_size) for source in (self.train, self.test)
+            features.extract(extractor, source, self.bands, self.image_size, self.batch_size)
+            for source in (self.train, self.test)
         )
         return train, test
 
@@ -67,8 +73,11 @@ def _linear(subject: Subject) -> dict[str, Any]:
 
 
 def _colour(subject: Subject) -> dict[str, Any]:
+    def summary(image):
+        return colour.statistics(subject.bands.mapped(image))
+
     def measured(source):
-        parts = list(features.read(source, colour.statistics, subject.batch_size, "colours"))
+        parts = list(features.read(source, subject.bands, summary, subject.batch_size, "colours"))
         values, labels = zip(*parts, strict=True)
         return np.concatenate(values), np.concatenate(labels)
 
@@ -117,11 +126,8 @@ def probe(
     train, test = (records.open_split(data, split) for split in (train_split, test_split))
     weights = checkpoint.load_weights(run, step, untrained=untrained)
     meta = weights.meta
-    if train.info.bands != meta["bands"]:
-        raise UserError(
-            f"{data} has the bands {', '.join(train.info.bands)}, the checkpoint was trained on "
-            f"{', '.join(meta['bands'])}; probe it on data with the same bands"
-        )
+    for source in (train, test):
+        Bands.of(meta).places(source.info, source.path)  # raises where a band is missing
     image_size = meta["model"]["image_size"] if image_size is None else image_size
     features.check_image_size(image_size, meta)
     _check_labels(train, test, train_split, test_split)

@@ -13,6 +13,7 @@ import numpy as np
 from pera_jax import config as configs
 from pera_jax import sharding
 from pera_jax import step as steps
+from pera_jax.bands import RGB, Bands
 from pera_jax.objectives import pera
 
 HYPER = {
@@ -25,16 +26,17 @@ class Program:
     """The step that training runs, over a mesh.
 
     Attributes:
-      crops: shapes of a batch, uint8 [B, V, H, W, bands] of each kind.
+      crops: shapes and dtype of a batch, [B, V, H, W, bands] of each kind.
       hyper: a value for each scalar that a step takes.
     """
 
-    def __init__(self, config, devices: list | None = None, bands: int = 3, make: Callable = pera.from_config):
+    def __init__(self, config, devices: list | None = None, bands: Bands | None = None, make: Callable = pera.from_config):
         """
         Args:
           config: checked here as training would.
           devices: all of them by default; those of a topology that is not there will do.
-          make: the objective from (config, mean, std, bands).
+          bands: uint8 of the names in config.data.bands by default, or red, green and blue.
+          make: the objective from (config, bands).
 
         Raises:
           UserError: as `config.check` and `pera.from_config`.
@@ -42,11 +44,12 @@ class Program:
         self.config = config
         self.mesh = sharding.make_mesh(**config.mesh, devices=devices)
         configs.check(config, sharding.batch_shards(self.mesh), sharding.weight_shards(self.mesh), 1)
-        self.objective = make(config, (0.4,) * bands, (0.2,) * bands, bands)
+        bands = bands or Bands.plain(config.data.bands or RGB)
+        self.objective = make(config, bands)
         self.optimiser = steps.make_optimiser(config.optimiser)
         self.hyper = {name: np.asarray(value, config.parameter_precision) for name, value in HYPER.items()}
         self.crops = {
-            kind: jax.ShapeDtypeStruct((config.batch_size, number, side, side, bands), np.uint8)
+            kind: jax.ShapeDtypeStruct((config.batch_size, number, side, side, len(bands)), np.dtype(bands.dtype))
             for kind, (number, side) in self.objective.crops.items() if number
         }  # fmt: skip
 

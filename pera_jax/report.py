@@ -4,7 +4,7 @@
 
 writes pairs.png: each row is one pair, in columns
 
-    crop              the 8-bit crop that both looks are made from
+    crop              the crop that both looks are made from
     masks             whose each patch is: student, learnable, teacher, in three tints
     student sees      the student's look at its patches
     teacher sees      the teacher's look at its patches
@@ -23,7 +23,9 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont
 
 from pera_jax import checkpoint, errors
+from pera_jax.bands import Bands, rgb_places
 from pera_jax.data import pipeline, records
+from pera_jax.data.mixture import Mixture
 from pera_jax.errors import UserError
 from pera_jax.probes import results
 
@@ -47,7 +49,8 @@ def pairs(
       learnable patches' pixels that the guess explains, over these pairs: 0 for always guessing their mean colour.
     """
     objective, config = checkpoint.objective_of(weights.meta), ConfigDict(weights.meta["config"])
-    stream = pipeline.make_pipeline(source, config.crops, batch_size=number, seed=seed)
+    bands = objective.bands
+    stream = pipeline.make_pipeline(Mixture.of(source, bands), config.crops, batch_size=number, seed=seed)
     batch = next(stream)
     stream.close()
 
@@ -60,8 +63,9 @@ def pairs(
     view, guess, target = jax.device_get(jax.jit(look_and_guess)(weights.params, crops))
     explained = 1.0 - np.mean((guess - target) ** 2) / np.mean((target - _plain(target, objective.vit.bands)) ** 2)
 
+    shown = _shown(bands, config.views.rgb)
     first = slice(None, None, objective.crops["global"][0])  # the first pair of each image; crops are batch-major
-    student, teacher = (_bytes(look[first], objective.mean, objective.std) for look in (view.student, view.teacher))
+    student, teacher = (_bytes(look[first] * bands.std + bands.mean, shown) for look in (view.student, view.teacher))
     masks = {kind: getattr(view.masks, kind)[first] for kind in TINTS}
     patch = objective.vit.patch
     rows, columns = np.arange(number)[:, None], student.shape[2] // patch
@@ -78,14 +82,14 @@ def pairs(
             shown[rows, masks[kind]] = patches[rows, masks[kind]]
         return join(shown)
 
-    crop = batch["global"][:, 0]
+    crop = _bytes(bands.mapped(batch["global"][:, 0]), shown)
     tinted = cut(crop).astype(np.float32)
     for kind, tint in TINTS.items():
         tinted[rows, masks[kind]] = 0.5 * tinted[rows, masks[kind]] + 0.5 * np.float32(tint)
     wanted = only(student, "student", "learnable")
     guessed = cut(wanted)
     pixels = rearrange(guess[first], "n l (p q c) -> n l p q c", p=patch, q=patch)
-    guessed[rows, masks["learnable"]] = _bytes(pixels, objective.mean, objective.std)
+    guessed[rows, masks["learnable"]] = _bytes(pixels * bands.std + bands.mean, shown)
     seen = only(student, "student"), only(teacher, "teacher")
     tiles = (crop, join(tinted.astype(np.uint8)), *seen, wanted, join(guessed))
     return dict(zip(COLUMNS, tiles, strict=True)), float(explained)
@@ -97,10 +101,15 @@ def _plain(target: np.ndarray, bands: int) -> np.ndarray:
     return np.tile(colour, target.shape[-1] // bands)
 
 
-def _bytes(normalised: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """Normalised values [..., C] as uint8."""
-    values = normalised.astype(np.float32) * np.float32(std) + np.float32(mean)
-    return np.round(255.0 * np.clip(values, 0.0, 1.0)).astype(np.uint8)
+def _shown(bands: Bands, rgb: tuple[str, ...]) -> tuple[int, int, int]:
+    """The channels that a picture shows as red, green and blue: these where they are known, else the first three, or one
+    band as grey."""
+    return rgb_places(rgb, bands.names) or ((0, 1, 2) if len(bands) > 2 else (0, 0, 0))
+
+
+def _bytes(values: np.ndarray, shown: tuple[int, int, int]) -> np.ndarray:
+    """Values in [0, 1], [..., C], as uint8 [..., 3] for a picture."""
+    return np.round(255.0 * np.clip(values[..., shown], 0.0, 1.0)).astype(np.uint8)
 
 
 def draw(columns: dict[str, np.ndarray], caption: str) -> Image.Image:
@@ -157,11 +166,7 @@ def report(
     weights = checkpoint.load_weights(run, step, which="student")
     meta = weights.meta
     source = records.open_split(data, meta["config"]["data"]["split"] if split is None else split)
-    if source.info.bands != meta["bands"]:
-        raise UserError(
-            f"{data} has the bands {', '.join(source.info.bands)}, the checkpoint was trained on "
-            f"{', '.join(meta['bands'])}; use data with the same bands"
-        )
+    Bands.of(meta).places(source.info, source.path)  # raises where a band is missing
     if number > len(source):
         raise UserError(f"--pairs is {number}, but the split of {data} holds {len(source)} images; ask for fewer")
     columns, explained = pairs(weights, source, number, seed)

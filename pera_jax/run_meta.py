@@ -12,7 +12,7 @@ from pera_jax.errors import UserError
 from pera_jax.models import vit
 from pera_jax.objectives import pera
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def git_revision() -> str:
@@ -24,19 +24,16 @@ def git_revision() -> str:
         return "unknown"
 
 
-def describe(config: ConfigDict, objective: pera.PerA, data: dict[str, Any], bands: list[str]) -> dict[str, Any]:
+def describe(config: ConfigDict, objective: pera.PerA, data: dict[str, Any]) -> dict[str, Any]:
     """The `meta` of a run's checkpoints: JSON, enough to use the weights without the config's file.
 
     Args:
-      data: name, fingerprint, class_names and number of records of the data set.
-      bands: names of the channels, in order.
+      data: the data set's card, from `Mixture.card`.
     """
     return {
         "format_version": FORMAT_VERSION,
         "model": vit.description(objective.vit),
-        "bands": list(bands),
-        "mean": list(objective.mean),
-        "std": list(objective.std),
+        **objective.bands.described(),
         "data": data,
         "git": git_revision(),
         "config": json.loads(config.to_json()),
@@ -79,7 +76,7 @@ def check_same_run(found: dict[str, Any], wanted: dict[str, Any], workdir: str, 
     """
     other = f"the checkpoint in {workdir} is of another"
     mend = "use another --workdir, or the config that began it"
-    for name in ("model", "bands", "mean", "std"):
+    for name in ("model", "bands", "dtype", "ranges", "mean", "std"):
         if found[name] != wanted[name]:
             raise UserError(f"{other} model: its {name} is {found[name]}, this config gives {wanted[name]}; {mend}")
     for name in ("objective", "heads", "seed", "batch_size", "crops", "parameter_precision"):

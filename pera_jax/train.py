@@ -22,13 +22,11 @@ from ml_collections import config_flags
 from pera_jax import checkpoint, distributed, errors, flops, metrics, profiling, run_meta, schedules, sharding
 from pera_jax import config as configs
 from pera_jax import step as steps
-from pera_jax.data import pipeline, records
+from pera_jax.data import mixture, pipeline
 from pera_jax.errors import UserError
 from pera_jax.loop import Loop, StopSignal
 from pera_jax.objectives import pera
 from pera_jax.watchdog import Watchdog
-
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/: configs/demo.py, configs/demo.py:smoke")
 _WORKDIR = flags.DEFINE_string("workdir", None, "for checkpoints, metrics, config.json; resumed when not empty")
@@ -53,12 +51,11 @@ def train(config, workdir: str, profile: str | None = None) -> None:
     configs.check(config, sharding.batch_shards(mesh), sharding.weight_shards(mesh), jax.process_count())
 
     # ---- data set
-    source = records.open_split(config.data.path, config.data.split)
-    statistics = _statistics(config, source.info)
-    steps_per_epoch = len(source) // config.batch_size
+    data = mixture.open_mixture(config.data)
+    steps_per_epoch = len(data) // config.batch_size
     if steps_per_epoch < 1:
         raise UserError(
-            f"{config.data.path} holds {len(source)} images in split {config.data.split!r}, fewer than "
+            f"{config.data.path} holds {len(data)} images in split {config.data.split!r}, fewer than "
             f"batch_size={config.batch_size}; make the batch smaller"
         )
 
@@ -82,7 +79,7 @@ def train(config, workdir: str, profile: str | None = None) -> None:
     )
 
     # ---- objective, optimiser, step
-    objective = pera.from_config(config, statistics["mean"], statistics["std"], len(source.info.bands))
+    objective = pera.from_config(config, data.bands)
     optimiser = steps.make_optimiser(config.optimiser)
     abstract = steps.abstract_state(objective, optimiser, mesh)
     train_step = steps.jit_step(
@@ -90,14 +87,7 @@ def train(config, workdir: str, profile: str | None = None) -> None:
         jax.tree.map(lambda leaf: leaf.sharding, abstract),
         mesh,
     )
-    data_card = {
-        "name": source.info.name,
-        "split": config.data.split,
-        "records": len(source),
-        "fingerprint": source.split_info.fingerprint,
-        "class_names": source.info.class_names,
-    }
-    meta = run_meta.describe(config, objective, data_card, source.info.bands)
+    meta = run_meta.describe(config, objective, data.card())
 
     # ---- state: (1) checkpoint in the workdir, else (2) resume_from, else (3) init_from (weights), else (4) scratch
     state, position = _first_state(config, workdir, meta, objective, optimiser, abstract, mesh)
@@ -112,8 +102,9 @@ def train(config, workdir: str, profile: str | None = None) -> None:
         stop = stack.enter_context(StopSignal()) if jax.process_count() == 1 else distributed.SharedStop()
         watchdog = stack.enter_context(Watchdog(config.stall_seconds))
         stream = pipeline.make_pipeline(
-            source, config.crops, batch_size=config.batch_size, seed=config.seed, start_batch=position["batches"],
-            workers=config.data.workers, rows=distributed.rows_of(jax.sharding.NamedSharding(mesh, sharding.BATCH), config.batch_size),
+            data, config.crops, batch_size=config.batch_size, seed=config.seed, start_batch=position["batches"],
+            workers=pipeline.workers_of(config.data.workers),
+            rows=distributed.rows_of(jax.sharding.NamedSharding(mesh, sharding.BATCH), config.batch_size),
         )
         stack.callback(stream.close)
         stack.callback(gc.collect)  # before it: JAX lets go of the last batch, which lies in the workers' memory
@@ -131,7 +122,7 @@ def train(config, workdir: str, profile: str | None = None) -> None:
         stack.enter_context(distributed.ends_alone())
 
         image_flops = sum(flops.per_image(objective).values())
-        loop = Loop(config, mesh, store, meta, writer, watchdog, every, total, position, image_flops)
+        loop = Loop(config, mesh, store, meta, writer, watchdog, every, total, position, image_flops, data.names())
         for step in range(start, total):
             hyper = {k: np.asarray(v, config.parameter_precision) for k, v in schedule.at(step).items()}
             tracer.before(step + 1, state)
@@ -145,17 +136,6 @@ def train(config, workdir: str, profile: str | None = None) -> None:
             run_meta.mark_finished(workdir, total)
         if stop.asked:
             distributed.say(f"stopped by {stop.asked} at step {int(state.step)} of {total}; checkpoint saved")
-
-
-def _statistics(config, info) -> dict:
-    if config.data.normalise == "dataset":
-        return {"mean": info.mean, "std": info.std}
-    if len(info.bands) != 3:
-        raise UserError(
-            f"data.normalise=imagenet is for 3 bands, {config.data.path} has {len(info.bands)}: "
-            f"{', '.join(info.bands)}; use data.normalise=dataset"
-        )
-    return IMAGENET
 
 
 def _first_state(config, workdir, meta, objective, optimiser, abstract, mesh):
@@ -187,7 +167,7 @@ def _first_state(config, workdir, meta, objective, optimiser, abstract, mesh):
     state = steps.born_sharded(objective, optimiser, mesh, config.seed)
     if config.init_from:
         state = checkpoint.with_weights(state, config.init_from)
-    return state, {"batches": 0, "replaced": 0}
+    return state, {"batches": 0, "replaced": 0, "drawn": []}
 
 
 def main(argv):

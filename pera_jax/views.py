@@ -2,8 +2,11 @@
 
 The student's view is changed with probability 0.8 (one changed crop in ten goes grey, the others get colour jitter),
 the teacher's gets colour jitter with probability 0.1. Geometry is shared and was settled on the host; every crop and,
-for each crop, student and teacher draw independently. Runs inside the jitted step, so one 8-bit crop per pair is all
-that crosses to the device.
+for each crop, student and teacher draw independently. Runs inside the jitted step, so one crop per pair, in the
+stored dtype, is all that crosses to the device.
+
+Brightness and contrast are for all bands; contrast blends the three bands that are red, green and blue with their mean
+luma, any other with its own mean. Saturation, grey and hue are for the three, where the config says which they are.
 
 Brightness, contrast and saturation are one form, `a v + b luma + c`, and grey is saturation 0. They and the hue shift
 are applied in an order of the crop's own, with values clipped to [0, 1] after each. How that is done without paying
@@ -11,13 +14,13 @@ for all 24 orders depends on the platform: see `look`.
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pera_jax.bands import Bands, rgb_places
 from pera_jax.errors import UserError
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
@@ -41,22 +44,27 @@ class Jitter(NamedTuple):
     order: jax.Array
 
 
-def check(settings: Any, bands: int) -> None:
-    """Raises UserError for a field of `settings`, the config's `views`, that is out of its range or asks for saturation,
-    hue or grey of crops that are not red, green, blue.
+Rgb = tuple[int, int, int] | None  # the channels that are red, green and blue, where there are such
+
+
+def check(settings: Any, names: tuple[str, ...]) -> None:
+    """Raises UserError for a field of `settings`, the config's `views`, that is out of its range, or asks for saturation,
+    hue or grey without saying which of the bands `names` are red, green and blue.
 
         brightness, contrast, saturation: factors uniform in 1 +- the value; hue: shift uniform in +- the value, turns
         student_change: share of the student's views that change; student_grey: share of the changed ones
         teacher_jitter: share of the teacher's views that change
+        rgb: names of the three bands; (): the bands are just red, green and blue, or none is
     """
+    rgb = rgb_places(settings["rgb"], names)
     for field in ("brightness", "contrast", "saturation", "hue", "student_change", "student_grey", "teacher_jitter"):
         limit = 0.5 if field == "hue" else 1.0
         if not 0 <= settings[field] <= limit:
             raise UserError(f"views.{field} is {settings[field]}: it must be from 0 to {limit:g}")
-        if bands != 3 and field in ("saturation", "hue", "student_grey") and settings[field]:
+        if rgb is None and field in ("saturation", "hue", "student_grey") and settings[field]:
             raise UserError(
-                f"views.{field} is {settings[field]}, but the images have {bands} bands and it is defined for red, "
-                "green and blue only: set it to 0"
+                f"views.{field} is {settings[field]}, which is for red, green and blue only, and the bands are "
+                f"{', '.join(names)}: set it to 0, or say in views.rgb which three they are"
             )
 
 
@@ -83,63 +91,61 @@ def _draw_colours(key: jax.Array, number: int, settings: Any) -> Jitter:
     return Jitter(_UNCHANGED + reach * draws, order)
 
 
-def look(crops: jax.Array, jitter: Jitter, mean: Sequence[float], std: Sequence[float], dtype=jnp.float32) -> jax.Array:
+def look(crops: jax.Array, jitter: Jitter, bands: Bands, rgb: Rgb, dtype=jnp.float32) -> jax.Array:
     """One look of each crop: its colours changed as its row of `jitter` says, then normalised.
 
     Brightness multiplies; contrast blends with the crop's mean luma and saturation with each pixel's luma:
     f x + (1 - f) y; hue turns in HSV. Values are clipped to [0, 1] after each. A crop whose row changes nothing comes
-    out as (crop / 255 - mean) / std.
+    out as (bands.mapped(crop) - mean) / std.
 
     On CPU a loop over crops runs just the operations that change each crop: a quarter of the work. (Crops sharded over
     several virtual CPU devices are gathered for it.) On other devices, which a loop would leave idle, all crops are
     worked on together, and each keeps what it wants.
 
     Args:
-      crops: uint8 [N, H, W, C]. Where C is not 3, luma is the mean of the bands, and saturation and hue must be
-        unchanged.
-      mean, std: [C], of values in [0, 1].
+      crops: [N, H, W, C] of the bands' dtype.
+      bands: what maps to [0, 1], mean and std.
+      rgb: from `bands.rgb_places`; where it is None saturation and hue must be unchanged.
 
     Returns:
       [N, H, W, C] in `dtype`, computed in float32 or, where `dtype` is wider, in it.
     """
     wide = jnp.promote_types(jnp.float32, dtype)
-    mean, std = jnp.asarray(mean, wide), jnp.asarray(std, wide)
+    settings = dict(bands=bands, rgb=rgb, wide=wide, dtype=dtype)
     return jax.lax.platform_dependent(
         crops,
         jitter._replace(factors=jitter.factors.astype(wide)),
-        mean,
-        std,
-        cpu=functools.partial(look_by_crop, dtype=dtype),
-        default=functools.partial(look_together, dtype=dtype),
+        cpu=functools.partial(look_by_crop, **settings),
+        default=functools.partial(look_together, **settings),
     )
 
 
-def look_by_crop(crops: jax.Array, jitter: Jitter, mean: jax.Array, std: jax.Array, dtype) -> jax.Array:
-    """`look` as a loop over crops; computes in the dtype of `mean`."""
+def look_by_crop(crops: jax.Array, jitter: Jitter, bands: Bands, rgb: Rgb, wide, dtype) -> jax.Array:
+    """`look` as a loop over crops; computes in `wide`."""
 
     def one_crop(crop):
         image, factors, operations = crop  # [H, W, C], [4], [4]
         brightness, contrast, saturation, turn = factors
         branches = [
-            lambda planes: _affine(planes, brightness, None, None),
-            lambda planes: _affine(planes, contrast, None, (1 - contrast) * jnp.mean(_luma(planes))),
-            lambda planes: _affine(planes, saturation, 1 - saturation, None),
+            lambda planes: _affine(planes, rgb, brightness),
+            lambda planes: _affine(planes, rgb, contrast, c=1 - contrast, means=_means(planes, rgb, (0, 1))),
         ]
-        if image.shape[-1] == 3:
-            branches.append(lambda planes: _hue(planes, turn))
+        if rgb:
+            branches.append(lambda planes: _colours(planes, _affine(planes, rgb, saturation, b=1 - saturation), rgb))
+            branches.append(lambda planes: _hue(planes, rgb, turn))
         planes = jax.lax.fori_loop(
             0,
             jnp.sum(operations != _NOTHING),
             lambda step, planes: jax.lax.switch(operations[step], branches, planes),
-            _planes(image, mean.dtype),
+            _planes(image, bands, wide),
         )
-        return _normalise(planes, mean, std, dtype)
+        return _normalise(planes, bands, dtype)
 
     return jax.lax.map(one_crop, (crops, jitter.factors, _operations(jitter)))
 
 
-def look_together(crops: jax.Array, jitter: Jitter, mean: jax.Array, std: jax.Array, dtype) -> jax.Array:
-    """`look` for all crops at once, one place of their orders after the other; computes in the dtype of `mean`.
+def look_together(crops: jax.Array, jitter: Jitter, bands: Bands, rgb: Rgb, wide, dtype) -> jax.Array:
+    """`look` for all crops at once, one place of their orders after the other; computes in `wide`.
 
     At each place every crop gets an affine operation with its own coefficients and a hue shift, and keeps the one that
     is its own. A scan, and not four copies of its body: it keeps the compiler from fusing the places into one kernel,
@@ -147,24 +153,22 @@ def look_together(crops: jax.Array, jitter: Jitter, mean: jax.Array, std: jax.Ar
     """
     operations = _operations(jitter)
 
-    def mean_luma(planes):
-        return jnp.mean(_luma(planes), axis=(1, 2), keepdims=True)  # [N, 1, 1]
-
     def place(state, here):
-        planes, average = state
+        planes, means = state
         operation, a, b, c, turn = (value[:, None, None] for value in here)  # [N, 1, 1]
-        planes_after = _affine(planes, a, b, c * average)
-        if len(planes) == 3:
-            turned = _hue(planes, turn)
-            planes_after = tuple(
-                jnp.where(operation == HUE, hue, other) for hue, other in zip(turned, planes_after, strict=True)
+        after = _affine(planes, rgb, a, b=b if rgb else None, c=c, means=means)
+        if rgb:
+            turned, saturated = _hue(planes, rgb, turn), _colours(planes, after, rgb)
+            after = tuple(
+                jnp.where(operation == HUE, hue, jnp.where(operation == SATURATION, grey, other))
+                for hue, grey, other in zip(turned, saturated, after, strict=True)
             )
-        return (planes_after, mean_luma(planes_after)), None  # measured here, it costs no pass of its own
+        return (after, _means(after, rgb, (1, 2))), None  # measured here, it costs no pass of its own
 
-    planes = _planes(crops, mean.dtype)
+    planes = _planes(crops, bands, wide)
     places = [value.T for value in (operations, *_coefficients(jitter.factors, operations))]  # each [4, N]
-    (planes, _), _ = jax.lax.scan(place, (planes, mean_luma(planes)), places)
-    return _normalise(planes, mean, std, dtype)
+    (planes, _), _ = jax.lax.scan(place, (planes, _means(planes, rgb, (1, 2))), places)
+    return _normalise(planes, bands, dtype)
 
 
 def _operations(jitter: Jitter) -> jax.Array:
@@ -184,32 +188,48 @@ def _coefficients(factors: jax.Array, operations: jax.Array) -> tuple[jax.Array,
     return a, b, c, jnp.where(operations == HUE, factor, 0)
 
 
-def _planes(crops: jax.Array, dtype) -> Planes:
-    return tuple(crops[..., band].astype(dtype) / 255 for band in range(crops.shape[-1]))
+def _planes(crops: jax.Array, bands: Bands, dtype) -> Planes:
+    values = bands.mapped(crops, dtype)
+    return tuple(values[..., band] for band in range(len(bands)))
 
 
-def _normalise(planes: Planes, mean: jax.Array, std: jax.Array, dtype) -> jax.Array:
-    return jnp.stack([(plane - mean[band]) / std[band] for band, plane in enumerate(planes)], axis=-1).astype(dtype)
+def _normalise(planes: Planes, bands: Bands, dtype) -> jax.Array:
+    return jnp.stack(
+        [(plane - mean) / std for plane, mean, std in zip(planes, bands.mean, bands.std, strict=True)], axis=-1
+    ).astype(dtype)
 
 
-def _luma(planes: Planes) -> jax.Array:
-    weights = _LUMA if len(planes) == 3 else (1 / len(planes),) * len(planes)
-    return sum(weight * plane for weight, plane in zip(weights, planes, strict=True))
+def _luma(planes: Planes, rgb: tuple[int, int, int]) -> jax.Array:
+    return sum(weight * planes[at] for weight, at in zip(_LUMA, rgb, strict=True))
 
 
-def _affine(planes: Planes, a: jax.Array, b: jax.Array | None, c: jax.Array | None) -> Planes:
-    """clip(a v + b luma + c): brightness, contrast and saturation, b or c None where it is 0."""
-    shift = 0 if b is None else b * _luma(planes)
-    shift = shift if c is None else shift + c
-    return tuple(jnp.clip(a * plane + shift, 0, 1) for plane in planes)
+def _means(planes: Planes, rgb: Rgb, axes: tuple[int, int]) -> Planes:
+    """What contrast blends each band with: the mean luma of the three colours, the mean of any other band."""
+    luma = jnp.mean(_luma(planes, rgb), axis=axes, keepdims=True) if rgb else None
+    return tuple(
+        luma if rgb and at in rgb else jnp.mean(plane, axis=axes, keepdims=True) for at, plane in enumerate(planes)
+    )
 
 
-def _hue(planes: Planes, turn: jax.Array) -> Planes:
-    """Turns the hue by `turn` (within +-0.5) in HSV, keeping the largest and the smallest of the three values.
+def _affine(planes: Planes, rgb: Rgb, a: jax.Array, *, b=None, c=None, means: Planes | None = None) -> Planes:
+    """clip(a v + b luma + c mean), b or c None where it is 0."""
+    luma = 0 if b is None else b * _luma(planes, rgb)
+    shifts = (luma,) * len(planes) if c is None else tuple(luma + c * mean for mean in means)
+    return tuple(jnp.clip(a * plane + shift, 0, 1) for plane, shift in zip(planes, shifts, strict=True))
+
+
+def _colours(planes: Planes, changed: Planes, rgb: tuple[int, int, int]) -> Planes:
+    """`changed` for the three colours, `planes` for the other bands."""
+    return tuple(changed[at] if at in rgb else plane for at, plane in enumerate(planes))
+
+
+def _hue(planes: Planes, rgb: tuple[int, int, int], turn: jax.Array) -> Planes:
+    """Turns the hue of the three colours by `turn` (within +-0.5) in HSV, keeping the largest and the smallest of the
+    three values.
 
     The hue, in sixths of a turn, is kept times the chroma, which spares the division and its case of no chroma.
     """
-    red, green, blue = planes
+    red, green, blue = (planes[at] for at in rgb)
     high, low = jnp.maximum(jnp.maximum(red, green), blue), jnp.minimum(jnp.minimum(red, green), blue)
     chroma = high - low
     hue = jnp.where(
@@ -218,8 +238,9 @@ def _hue(planes: Planes, turn: jax.Array) -> Planes:
     hue = hue + 6 * turn * chroma
     hue = jnp.where(hue < 0, hue + 6 * chroma, hue)
     hue = jnp.where(hue >= 6 * chroma, hue - 6 * chroma, hue)
-    return (
+    turned = (
         low + jnp.clip(jnp.abs(hue - 3 * chroma) - chroma, 0, chroma),
         low + jnp.clip(2 * chroma - jnp.abs(hue - 2 * chroma), 0, chroma),
         low + jnp.clip(2 * chroma - jnp.abs(hue - 4 * chroma), 0, chroma),
     )
+    return tuple(turned[rgb.index(at)] if at in rgb else plane for at, plane in enumerate(planes))

@@ -21,6 +21,7 @@ from einops import rearrange  # noqa: E402
 from pera_jax import config as configs  # noqa: E402
 from pera_jax import masking, released  # noqa: E402
 from pera_jax import step as steps  # noqa: E402
+from pera_jax.bands import RGB, Bands  # noqa: E402
 from pera_jax.objectives import pera  # noqa: E402
 
 OUTPUT, GRADIENT, CHANGE = 5e-5, 1e-4, 1e-3
@@ -78,7 +79,7 @@ class Reference:
         config.optimiser.beta1, config.optimiser.beta2 = self.meta["betas"]
         config.optimiser.eps = self.meta["eps"]
         self.config = config
-        self.objective = pera.from_config(config, mean=(0.0,) * bands, std=(1.0,) * bands, bands=bands)
+        self.objective = pera.from_config(config, Bands.plain(RGB[:bands], mean=0.0, std=1.0))
         self.optimiser = steps.make_optimiser(config.optimiser)
         self.entries = released.table(cfg["depth"], self.objective.vit.split)
 

@@ -69,11 +69,12 @@ def test_both_drivers_and_both_environments_write_the_same_folder(tree, tmp_path
     convert(tree, tmp_path / "local/set", *extra, "--workers", 1)
     convert(tree, tmp_path / "beam/set", *extra, driver=run_on_beam)
     expected = contents(tmp_path / "local")
-    assert contents(tmp_path / "beam") == expected and len(expected) == 12  # 6 shards and 6 files about them
+    assert contents(tmp_path / "beam") == expected and len(expected) == 13  # 6 shards and 7 files about them
     source = records.open_split(tmp_path / "beam/set", "train")
     found = [records.decode_record(source.read(i)) for i in range(len(source))]
     assert len(found) == 30 and {record.label for record in found} == {0, 1}
-    assert [entry["key"] for entry in json.loads(expected["set/train.report.json"])["corrupt"]] == ["field/00.cut.jpg"]
+    report = json.loads(expected["set/train.report.json"])
+    assert [entry["key"] for entry in report["failed"]["first"]] == ["field/00.cut.jpg"]
     theirs = tensorflow_datasets.builder_from_directory(tmp_path / "beam/set").as_data_source("train")
     for record, example in zip(found, theirs, strict=True):
         np.testing.assert_array_equal(example["image"], codecs.decode_image(record.image))
@@ -105,7 +106,8 @@ def store_bands(item: shards.Item) -> pixels.Stored:
     """A tile of five bands of uint16 that depends on its number only."""
     values = np.random.default_rng(item.part[0]).integers(0, 10_000, (16, 24, 5)).astype(np.uint16)
     place = json.dumps({"crs": "EPSG:32633", "bounds": [item.part[0], 0, 1, 1]})
-    return pixels.Stored(codecs.encode_tiff(values), statistics.count(values), ("tile",), place)
+    content = pixels.content_hash(values.tobytes())
+    return pixels.Stored(codecs.encode_tiff(values), statistics.count(values), ("tile",), content, place=place)
 
 
 def bands_split(output: pathlib.Path) -> folder.Split:
@@ -115,7 +117,7 @@ def bands_split(output: pathlib.Path) -> folder.Split:
 
 
 def write_bands(output: pathlib.Path, run=shards.run_jobs, convert=store_bands) -> None:
-    folder.write_split(bands_split(output), convert, workers=1, run=run, max_corrupt_share=0.05, ignored={})
+    folder.write_split(bands_split(output), convert, workers=1, run=run, max_corrupt_share=0.05)
 
 
 @needs_beam
@@ -206,7 +208,7 @@ def test_runners_that_return_at_once(tree, tmp_path, monkeypatch):
 
 @needs_beam
 def test_a_job_that_is_given_twice_is_written_once(tmp_path):
-    job = bands_split(tmp_path / "tiles").jobs()[1]
+    job = bands_split(tmp_path / "tiles").job(1)
     job.folder.mkdir(parents=True)
     file = str(beam_jobs._write_job_file(job, store_bands))
     assert beam_jobs.write_job(file) == job.shard
@@ -215,7 +217,7 @@ def test_a_job_that_is_given_twice_is_written_once(tmp_path):
     assert (job.folder / job.shard).stat().st_mtime_ns == written
     (job.folder / job.shard).unlink()  # its part file alone is no finished shard
     beam_jobs.write_job(file)
-    assert len(shards.Part.load(job.folder, job.shard).digests) == 5 and (job.folder / job.shard).exists()
+    assert shards.Part.load(job.folder, job.shard).records == 5 and (job.folder / job.shard).exists()
 
 
 @needs_beam

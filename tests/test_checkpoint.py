@@ -9,23 +9,23 @@ import pytest
 
 from pera_jax import checkpoint, run_meta, sharding
 from pera_jax import step as steps
+from pera_jax.bands import Bands
 from pera_jax.errors import UserError
 from pera_jax.objectives import pera
 
 DATA = {"name": "toy", "fingerprint": "f", "class_names": None, "records": 10, "split": "train"}
-BANDS = ["red", "green", "blue"]
 
 
 def parts(**model):
     """(config, objective, optimiser) of a tiny run."""
     config = importlib.import_module("configs.demo").get_config("smoke")
     config.model.update(model)
-    objective = pera.from_config(config, (0.5,) * 3, (0.3,) * 3, 3)
+    objective = pera.from_config(config, Bands.plain())
     return config, objective, steps.make_optimiser(config.optimiser)
 
 
 def meta_of(config, objective):
-    return run_meta.describe(config, objective, DATA, BANDS)
+    return run_meta.describe(config, objective, DATA)
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +117,9 @@ def test_what_is_not_there_is_named(run, tmp_path, state):
         checkpoint.load_weights(tmp_path)
     config, objective, _ = parts()
     store = checkpoint.Store(str(tmp_path), keep_last=1, keep_every=1)
-    store.save(state, meta_of(config, objective) | {"format_version": 2}, {"batches": 0, "replaced": 0})
+    store.save(state, meta_of(config, objective) | {"format_version": 99}, {"batches": 0, "replaced": 0})
     store.close()
-    with pytest.raises(UserError, match="has format version 2, this program reads 1"):
+    with pytest.raises(UserError, match="has format version 99, this program reads 2"):
         checkpoint.load_weights(tmp_path)
 
 

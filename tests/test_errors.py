@@ -14,7 +14,8 @@ from conftest import FAST
 
 from pera_jax import checkpoint, errors, run_meta, train
 from pera_jax import step as steps
-from pera_jax.data import records
+from pera_jax.bands import Bands
+from pera_jax.data import mixture, records
 from pera_jax.errors import UserError
 from pera_jax.objectives import pera
 
@@ -67,6 +68,7 @@ WRONG_SETTINGS = {
     "mesh data=3, fsdp=1, tensor=1 does not fit 8 device": {"mesh.data": 3},
     "total": {"total": "4"},
     "seed=-1 is out of range": {"seed": -1},
+    "data.workers=-2 must be at least 0": {"data.workers": -2},
     "data set folder nowhere does not exist": {"data.path": "nowhere"},
     "has no split 'test'; it has train": {"data.split": "test"},
     "init_from|nowhere is not the folder of a run": {"init_from": "nowhere"},
@@ -96,7 +98,7 @@ def cut_short(folder):
 DAMAGE = {
     "is damaged: it has": cut_short,
     "shard .* is missing": lambda folder: (folder / toy_data.SHARD).unlink(),
-    "has 4 bands of uint8": lambda folder: toy_data.edit_info(folder, bands=["red", "green", "blue", "infrared"]),
+    "names 4 bands and has statistics of 3": lambda folder: toy_data.edit_info(folder, bands=["red", "green", "blue", "infrared"]),
     "has format version 99": lambda folder: toy_data.edit_info(folder, format_version=99),
     "info.json cannot be read": lambda folder: (folder / "info.json").write_text('{"name": '),
 }
@@ -113,13 +115,12 @@ def test_a_damaged_or_foreign_data_set_is_refused(message, config, data, tmp_pat
 
 def begin(config, workdir: pathlib.Path) -> None:
     """Makes `workdir` a run that has done 1 step: the state at birth, saved under that step."""
-    source = records.open_split(config.data.path, config.data.split)
-    objective = pera.from_config(config, source.info.mean, source.info.std, len(source.info.bands))
-    card = {"name": "toy", "fingerprint": source.split_info.fingerprint}
+    data = mixture.open_mixture(config.data)
+    objective = pera.from_config(config, data.bands)
     state = steps.new_state(objective, steps.make_optimiser(config.optimiser), config.seed)
     store = checkpoint.Store(str(workdir), keep_last=3, keep_every=100)
-    meta = run_meta.describe(config, objective, card, source.info.bands)
-    store.save(state.replace(step=state.step + 1), meta, {"batches": 1, "replaced": 0})
+    meta = run_meta.describe(config, objective, data.card())
+    store.save(state.replace(step=state.step + 1), meta, {"batches": 1, "replaced": 0, "drawn": [16]})
     store.close()
 
 
@@ -131,7 +132,7 @@ def test_the_workdir_of_another_run_is_refused_and_left_alone(config, tmp_path):
     refuse(other, workdir, "is of another model: its model is .*'width': 32.*'width': 64")
     other = config.copy_and_resolve_references()
     other.data.path = toy_data.write(tmp_path / "other", fingerprint="other")
-    refuse(other, workdir, "is of another data set: toy with fingerprint toy, this is toy with other")
+    refuse(other, workdir, "is of another data set: toy with fingerprint toy, this is other with other")
     other = config.copy_and_resolve_references()
     other.resume_from = str(workdir)
     other.seed = 5
@@ -209,13 +210,13 @@ def test_a_save_that_fails_half_way_leaves_the_last_checkpoint(config, data, tmp
     begin(config, tmp_path / "run")
     store = checkpoint.Store(str(tmp_path / "run"), keep_last=3, keep_every=100)
     folder, _ = checkpoint.folder_of(tmp_path / "run", 1)
-    objective = pera.from_config(config, (0.5,) * 3, (0.29,) * 3, 3)
+    objective = pera.from_config(config, Bands.plain())
     state = steps.new_state(objective, steps.make_optimiser(config.optimiser), config.seed)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
         with pytest.raises(UserError, match="checkpoint of step 2 could not be written .* last good checkpoint is step 1"):
-            store.save(state.replace(step=state.step + 2), checkpoint.load_meta(folder), {"batches": 2, "replaced": 0})
+            store.save(state.replace(step=state.step + 2), checkpoint.load_meta(folder), {"batches": 2, "replaced": 0, "drawn": [32]})
             store.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

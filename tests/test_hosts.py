@@ -18,6 +18,7 @@ from conftest import FAST
 
 from pera_jax import checkpoint, config as configs, distributed, profiling, sharding, train
 from pera_jax import step as steps
+from pera_jax.bands import Bands
 from pera_jax.errors import UserError
 from pera_jax.objectives import pera
 
@@ -131,7 +132,7 @@ def test_two_hosts_compute_what_one_computes_and_end_where_the_other_is_lost_or_
 def test_a_state_of_eight_devices_is_restored_on_fewer_bit_for_bit(shape, tmp_path_factory, data):
     folder = _saved_on_eight(tmp_path_factory, data)
     config = test_train.smoke("demo", data)
-    objective = pera.from_config(config, (0.5,) * 3, (0.29,) * 3, 3)
+    objective = pera.from_config(config, Bands.plain())
     number = int(np.prod(list(shape.values())))
     mesh = sharding.make_mesh(**{"fsdp": 1, "tensor": 1} | shape, devices=jax.devices()[:number])
     abstract = steps.abstract_state(objective, steps.make_optimiser(config.optimiser), mesh)

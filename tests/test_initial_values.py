@@ -10,6 +10,7 @@ import tiny
 from scipy import stats
 
 from pera_jax import sharding
+from pera_jax.bands import Bands
 from pera_jax.objectives import pera
 
 DEPTH = 4  # of tiny.config
@@ -95,7 +96,7 @@ def test_no_two_matrices_share_their_draws(born):
 )
 def test_the_published_networks_have_their_sizes(name, width, depth, millions):
     config = importlib.import_module(f"configs.{name}").get_config()
-    objective = pera.from_config(config, (0.5,) * 3, (0.3,) * 3, 3)
+    objective = pera.from_config(config, Bands.plain())
     params = jax.eval_shape(objective.init, jax.random.key(0))
     found = sum(leaf.size for leaf in jax.tree.leaves(params["backbone"]))
     block = 12 * width**2 + 13 * width  # 4 D^2 + 4 D of attention, 8 D^2 + 5 D of the MLP, 4 D of norms

@@ -16,6 +16,7 @@ from array_record.python import array_record_module
 from PIL import Image
 
 from pera_jax.data import pipeline, records
+from pera_jax.data.mixture import Mixture
 from pera_jax.errors import UserError
 
 RECORDS, BATCH = 50, 12  # Epochs of four batches; two records are left out of each.
@@ -60,7 +61,7 @@ def write_records(folder: pathlib.Path, images: list[bytes]) -> records.RecordSo
         source="",
     )
     info = records.DatasetInfo("test", list(records.RGB), "uint8", None, False, records.FORMAT_VERSION, {"train": split})
-    return records.RecordSource(folder, info, split)
+    return records.RecordSource(folder, info, "train")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def source(tmp_path_factory, images) -> records.RecordSource:
 
 def take(source, number: int, **settings) -> list[dict[str, np.ndarray]]:
     settings = {"batch_size": BATCH, "seed": 5, **settings}
-    stream = pipeline.make_pipeline(source, CROPS, **settings)
+    stream = pipeline.make_pipeline(Mixture.of(source), CROPS, **settings)
     batches = [{name: value.copy() for name, value in next(stream).items()} for _ in range(number)]
     stream.close()
     return batches
@@ -100,11 +101,12 @@ def test_batches_have_the_shapes_and_types_that_are_promised(source, stream):
         "global": ((BATCH, 2, 32, 32, 3), np.uint8),
         "local": ((BATCH, 3, 16, 16, 3), np.uint8),
         "label": ((BATCH,), np.int32),
+        "set": ((BATCH,), np.int64),
         "index": ((BATCH,), np.int64),
         "replaced": ((BATCH,), np.bool_),
     }
     no_locals = types.SimpleNamespace(**{**vars(CROPS), "local_number": 0})
-    batches = pipeline.make_pipeline(source, no_locals, batch_size=BATCH, seed=5)
+    batches = pipeline.make_pipeline(Mixture.of(source), no_locals, batch_size=BATCH, seed=5)
     assert "local" not in next(batches)
     batches.close()
 
@@ -213,11 +215,12 @@ def test_wrong_settings_end_with_one_sentence(source, settings, message):
 PROGRAM = """
 import multiprocessing, os, pickle, signal, sys, time
 from pera_jax.data import pipeline
+from pera_jax.data.mixture import Mixture
 
 def main():
     with open(sys.argv[1], "rb") as file:
         source, crops = pickle.load(file)
-    stream = pipeline.make_pipeline(source, crops, batch_size=12, seed=0, workers=2)
+    stream = pipeline.make_pipeline(Mixture.of(source), crops, batch_size=12, seed=0, workers=2)
     for _ in range(3):
         next(stream)
     workers = [process.pid for process in multiprocessing.active_children()]

@@ -164,7 +164,7 @@ def test_bootstrap_interval_covers():
 def test_colour_is_the_nearest_mean_and_deviation():
     rng = np.random.default_rng(8)
     images = rng.integers(0, 256, (9, 20, 30, 3), dtype=np.uint8) // rng.integers(1, 9, (9, 1, 1, 3), dtype=np.uint8)
-    measured = np.stack([colour.statistics(image) for image in images])
+    measured = np.stack([colour.statistics(image / np.float32(255)) for image in images])
     pixels = images.reshape(9, -1, 3) / 255.0
     np.testing.assert_allclose(measured, np.concatenate([pixels.mean(1), pixels.std(1)], axis=1), atol=1e-6)
     labels = np.arange(9)

@@ -18,7 +18,9 @@ from tensorboardX.proto import event_pb2
 from pera_jax import checkpoint, errors, probe, report, run_meta
 from pera_jax import config as configs
 from pera_jax import step as steps
+from pera_jax.bands import Bands
 from pera_jax.data import codecs, records
+from pera_jax.data import crops as geometry
 from pera_jax.errors import UserError
 from pera_jax.models import vit
 from pera_jax.objectives import pera
@@ -51,9 +53,11 @@ def write_data(folder: pathlib.Path, labels: dict[str, list], class_names=CLASSE
             writer.write(records.encode_record(file.getvalue(), f"{index}.png", label))
         writer.close()
         size = (folder / name).stat().st_size
-        splits[split] = records.SplitInfo(len(values), [name], [len(values)], [size], [0.4] * 3, [0.1] * 3, split, "")
+        splits[split] = records.SplitInfo(
+            len(values), [name], [len(values)], [size], [[0.0, 255.0]] * 3, [0.4] * 3, [0.1] * 3, {}, split, ""
+        )
     bands = bands or ["red", "green", "blue"]
-    info = records.DatasetInfo("small", bands, "uint8", class_names, [0.4] * 3, [0.1] * 3, 1, splits)
+    info = records.DatasetInfo("small", bands, "uint8", class_names, False, records.FORMAT_VERSION, splits)
     (folder / records.INFO_FILE).write_text(json.dumps(dataclasses.asdict(info)))
     return folder
 
@@ -69,9 +73,9 @@ def run(tmp_path_factory) -> pathlib.Path:
     """A run with checkpoints of steps 4 and 12, both of a network as it is at birth, but for another seed at 12."""
     workdir = tmp_path_factory.mktemp("run")
     config = configs.smoke(configs.default())
-    objective = pera.from_config(config, [0.4] * 3, [0.1] * 3, 3)
+    objective = pera.from_config(config, Bands.plain(mean=0.4, std=0.1))
     card = {"name": "small", "fingerprint": "train", "class_names": CLASSES}
-    meta = run_meta.describe(config, objective, card, ["red", "green", "blue"])
+    meta = run_meta.describe(config, objective, card)
     store = checkpoint.Store(str(workdir), keep_last=5, keep_every=100)
     optimiser = steps.make_optimiser(config.optimiser)
     birth = jax.jit(lambda seed: steps.new_state(objective, optimiser, seed))
@@ -84,11 +88,15 @@ def run(tmp_path_factory) -> pathlib.Path:
 
 def test_features_are_the_networks_tokens(run, data):
     weights, source = checkpoint.load_weights(run), records.open_split(data, "test")
-    found = features.extract(features.Extractor(weights.backbone, weights.meta), source, 40, batch_size=5)
+    extractor = features.Extractor(weights.backbone, weights.meta)
+    found = features.extract(extractor, source, Bands.of(weights.meta), 40, batch_size=5)
     raw = [records.decode_record(source.read(index)) for index in range(len(source))]
     assert found.labels.tolist() == [record.label for record in raw]
-    images = [Image.fromarray(codecs.decode_image(r.image)).resize((40, 40), Image.Resampling.BILINEAR) for r in raw]
-    normalised = (np.stack(images) / 255.0 - 0.4) / 0.1
+    images = np.empty((len(raw), 40, 40, 3), np.uint8)
+    for out, record in zip(images, raw, strict=True):
+        whole = geometry.Image(codecs.decode_image(record.image))
+        geometry.crop_resize(whole, geometry.Box(0, 0, whole.height, whole.width), 40, False, False, out)
+    normalised = (images / 255.0 - 0.4) / 0.1
     model = vit.build(weights.meta["model"])
     encode = jax.jit(lambda images: model.apply({"params": weights.backbone}, images, blocks=4))
     tokens = encode(normalised.astype(np.float32))
@@ -106,7 +114,7 @@ def test_padding_never_counts(run, data):
     for devices in (1, 8):
         extractor = features.Extractor(weights.backbone, weights.meta, jax.devices()[:devices])
         for batch in (7, 32, 100):
-            extracted[devices, batch] = features.extract(extractor, source, 48, batch)
+            extracted[devices, batch] = features.extract(extractor, source, Bands.of(weights.meta), 48, batch)
     first = extracted[1, 7]
     assert first.class_tokens.shape == (45, 4, 32)
     for found in extracted.values():
@@ -200,7 +208,7 @@ def test_results_of_others_are_kept_and_foreign_files_refused(tmp_path):
         (["--train-split", "few", "--test-split", "part", "--tasks", "knn"], "holds 12 images, and k = 20"),
         (["--data", "{unlabelled}"], "has no labels"),
         (["--data", "{strange}"], "holds images without one of its 3 classes"),
-        (["--data", "{bands}"], "has the bands blue, green, red, the checkpoint was trained on red, green, blue"),
+        (["--data", "{bands}"], "has no band 'red'; it has blue, green, infrared"),
         (["--batch-size", "0"], "--batch-size is 0"),
     ],
 )
@@ -213,7 +221,7 @@ def test_bad_input_is_one_sentence(tmp_path, run, data, capsys, arguments, sente
         if arguments[-1] == "{strange}":
             places["strange"] = write({"train": [0, 1, 2, 7], "test": [0, 1]})
         if arguments[-1] == "{bands}":
-            places["bands"] = write({"train": [0, 1], "test": [0, 1]}, bands=["blue", "green", "red"])
+            places["bands"] = write({"train": [0, 1], "test": [0, 1]}, bands=["blue", "green", "infrared"])
     before = sorted(path for path in run.rglob("*") if "checkpoints" not in path.parts)
     with pytest.raises(SystemExit) as ended:
         errors.run(

@@ -48,7 +48,8 @@ class ToyFields(tensorflow_datasets.core.GeneratorBasedBuilder):
         return tensorflow_datasets.core.DatasetInfo(builder=self, features=features.FeaturesDict(chosen))
 
     def _split_generators(self, _):
-        return {"train": self._generate_examples(0, 20), "test": self._generate_examples(20, 24)}
+        ranges = {"train": (0, 20), "test": (20, 24), "unlabelled": (21, 22)}
+        return {name: self._generate_examples(*ends) for name, ends in ranges.items()}
 
     def _generate_examples(self, start, stop):
         for i in range(start, stop):
@@ -56,7 +57,7 @@ class ToyFields(tensorflow_datasets.core.GeneratorBasedBuilder):
                 "image": picture(i), "label": -1 if i == 21 else i % 3, "where": str(i),
                 "scene": {"bands": bands(i), "quick": picture(i + 100), "use": i % 2},
             }  # fmt: skip
-            yield i, full if self.builder_config.name == "full" else {"image": picture(i)}
+            yield i, full if self.builder_config.name == "full" else {"image": picture(i % 23)}
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +100,9 @@ def test_images_keep_their_bytes_classes_and_order(data_dir, tmp_path):
 
     tested = subprocess.run([*program, "--split", "test"], capture_output=True, text=True, timeout=120)
     assert tested.returncode == 0, tested.stderr
-    assert "1 sound images were left out" in tested.stdout and len(records.open_split(out, "test")) == 3
-    (rejected,) = json.loads((out / "test.report.json").read_text())["rejected"]
-    assert "no class" in rejected["reason"]
+    assert "left out: 1 rejected" in tested.stdout and len(records.open_split(out, "test")) == 3
+    ((reason, rejected),) = json.loads((out / "test.report.json").read_text())["rejected"]["reasons"].items()
+    assert "no class" in reason and rejected["number"] == 1
     ours = tensorflow_datasets.builder_from_directory(out).as_data_source("train")  # what TFDS gave, it takes back
     for example, before in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(example["image"], before["image"])
@@ -121,6 +122,16 @@ def test_parts_of_splits_keep_their_keys_and_options_apply(data_dir, tmp_path):
         assert codecs.decode_image(record.image).shape == (6, 8, 3) and record.image.startswith(b"\xff\xd8")
     with pytest.raises(UserError, match="of other images or options"):
         convert(data_dir, tmp_path / "out", *args)
+
+
+def test_cleaning_is_that_of_images(data_dir, tmp_path):
+    args = ["--dataset", "toy_fields/bare", "--tfds-split", "train+test"]
+    assert len(convert(data_dir, tmp_path / "found", *args)) == 24
+    report = json.loads((tmp_path / "found/train.report.json").read_text())["found"]["reasons"]
+    assert (report["small"]["number"], report["duplicate"]["number"]) == (24, 1)
+    assert len(convert(data_dir, tmp_path / "dropped", *args, "--drop", "duplicates")) == 23
+    (twin,) = json.loads((tmp_path / "dropped/train.report.json").read_text())["duplicates"]["first"]
+    assert twin == report["duplicate"]["first"][0] and "-test." in twin
 
 
 def test_tensors_keep_all_their_bands(data_dir, tmp_path):
@@ -160,16 +171,17 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(data_dir, tmp_path):
         "is stored as tfrecord, which only TensorFlow reads": ["--dataset", records_only],
         "cannot be read as a TFDS data set": ["--dataset", torn],
         "is truncated or damaged": ["--dataset", cut],
-        "give --tfds-split of: test (4), train (20)": ["--dataset", full, *one, "--tfds-split", "validation"],
+        "give --tfds-split of: test (4), train (20), unlabelled (1)": ["--dataset", full, *one, "--tfds-split", "val"],
         "'train[:0]' names no examples": ["--dataset", full, *one, "--tfds-split", "train[:0]"],
         "'train[x' names no examples": ["--dataset", full, *one, "--tfds-split", "train[x"],
         "3 image features: image, scene/bands, scene/quick; choose": ["--dataset", full],
         "--image-feature where": ["--dataset", full, "--image-feature", "where"],
         "2 ClassLabels: label, scene/use; choose": ["--dataset", full, "--image-feature", "image"],
+        "none of 1 images is left to be written (the first is": ["--dataset", full, *one, "--tfds-split", "unlabelled"],
         "has no ClassLabel": ["--dataset", bare, "--label-feature", "label"],
         "must be 6 different names": [*tensor, "--bands", "a,b"],
         "--bands is for a Tensor": ["--dataset", full, *one, "--bands", "r,g,b"],
-        "are for an Image": [*tensor, "--max-side", 9],
+        "are not for the Tensor": [*tensor, "--max-side", 9],
     }
     for sentence, args in cases.items():
         with pytest.raises(UserError) as caught:

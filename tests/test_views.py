@@ -1,6 +1,7 @@
 """Views: each colour operation against Pillow's, what is drawn, and that sharding and platform change nothing."""
 
 import colorsys
+import dataclasses
 import functools
 import itertools
 import os
@@ -13,21 +14,24 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from pera_jax import views
+from pera_jax.bands import Bands, rgb_places
 from pera_jax.errors import UserError
 from pera_jax.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, Jitter
 
 PHOTOS = pathlib.Path(os.environ.get("PERA_JAX_PHOTOS", pathlib.Path(__file__).parents[2] / "shared/data/aid"))
 SETTINGS = {
     "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1,
-    "student_change": 0.8, "student_grey": 0.1, "teacher_jitter": 0.1,
+    "student_change": 0.8, "student_grey": 0.1, "teacher_jitter": 0.1, "rgb": (),
 }  # fmt: skip
-NONE = dict.fromkeys(SETTINGS, 0.0)
+NONE = dict.fromkeys(SETTINGS, 0.0) | {"rgb": ()}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 UNCHANGED = (1.0, 1.0, 1.0, 0.0)
 PATHS = {
-    "by crop": jax.jit(functools.partial(views.look_by_crop, dtype=jnp.float32)),
-    "together": jax.jit(functools.partial(views.look_together, dtype=jnp.float32)),
+    name: jax.jit(functools.partial(path, wide=jnp.float32, dtype=jnp.float32), static_argnames=("bands", "rgb"))
+    for name, path in {"by crop": views.look_by_crop, "together": views.look_together}.items()
 }
+COLOURS = (0, 1, 2)
+PLAIN, NORMALISED = Bands.plain(mean=0.0, std=1.0), dataclasses.replace(Bands.plain(), mean=MEAN, std=STD)
 
 
 def changed(**factors):
@@ -35,11 +39,11 @@ def changed(**factors):
     return [factors.get(name, same) for name, same in zip(names, UNCHANGED, strict=True)]
 
 
-def looked_at(crops, factors, orders, path):
+def looked_at(crops, factors, orders, path, rgb=COLOURS):
     """Values in [0, 1] of uint8 crops [N, H, W, C], changed by the code that `make_views` runs on some platform."""
     jitter = Jitter(jnp.asarray(factors, jnp.float32), jnp.asarray(orders, jnp.int32))
-    bands = crops.shape[-1]
-    return np.asarray(PATHS[path](jnp.asarray(crops), jitter, jnp.zeros(bands), jnp.ones(bands)))
+    bands = Bands.plain([f"b{i}" for i in range(crops.shape[-1])], mean=0.0, std=1.0)
+    return np.asarray(PATHS[path](jnp.asarray(crops), jitter, bands=bands, rgb=rgb))
 
 
 @functools.cache
@@ -81,11 +85,11 @@ OPERATIONS = {
 }
 
 
-def make_views(key, crops, settings, mean, std, dtype=jnp.float32):
+def make_views(key, crops, settings, bands=NORMALISED, dtype=jnp.float32):
     """The student's and the teacher's view of each crop, as the objective makes them."""
-    views.check(settings, crops.shape[-1])
-    jitters = views.draw_jitter(key, len(crops), settings)
-    return tuple(views.look(crops, jitter, mean, std, dtype) for jitter in jitters)
+    views.check(settings, bands.names)
+    jitters, rgb = views.draw_jitter(key, len(crops), settings), rgb_places(settings["rgb"], bands.names)
+    return tuple(views.look(crops, jitter, bands, rgb, dtype) for jitter in jitters)
 
 
 @pytest.mark.parametrize("images", [photographs, drawings])
@@ -168,23 +172,23 @@ def test_what_is_drawn():
 def test_views_of_crops_that_stay_change_or_go_grey():
     crops = np.random.default_rng(0).integers(0, 256, (400, 8, 6, 3), dtype=np.uint8)
     key = jax.random.key(5)
-    looks = jax.jit(lambda k, c: make_views(k, c, SETTINGS, MEAN, STD))(key, crops)
+    looks = jax.jit(lambda k, c: make_views(k, c, SETTINGS))(key, crops)
     jitters = views.draw_jitter(key, len(crops), SETTINGS)
     mean, std = jnp.asarray(MEAN), jnp.asarray(STD)
     plain = np.asarray((jnp.asarray(crops, jnp.float32) / 255 - mean) / std)
     for look, jitter in zip(looks, jitters, strict=True):
         stays = (np.asarray(jitter.factors) == UNCHANGED).all(axis=1)
         assert 0 < stays.sum() < len(crops)
-        for seen in (np.asarray(look), np.asarray(PATHS["together"](jnp.asarray(crops), jitter, mean, std))):
+        for seen in (np.asarray(look), np.asarray(PATHS["together"](jnp.asarray(crops), jitter, bands=NORMALISED, rgb=COLOURS))):
             np.testing.assert_array_equal(seen[stays], plain[stays])
             assert (np.abs(seen - plain).max(axis=(1, 2, 3))[~stays] > 1e-3).all()
     grey = (np.asarray(jitters[0].factors) == (1, 1, 0, 0)).all(axis=1)
     values = np.asarray(looks[0])[grey] * STD + MEAN
     luma = crops[grey] @ np.array([0.299, 0.587, 0.114]) / 255
     np.testing.assert_allclose(values, np.repeat(luma[..., None], 3, axis=-1), atol=1e-5)
-    again = make_views(jax.random.key(6), crops, SETTINGS, MEAN, STD)
+    again = make_views(jax.random.key(6), crops, SETTINGS)
     assert np.abs(np.asarray(again[0]) - np.asarray(looks[0])).max() > 0.1
-    half = jax.jit(lambda k, c: make_views(k, c, SETTINGS, MEAN, STD, jnp.bfloat16))(key, crops)
+    half = jax.jit(lambda k, c: make_views(k, c, SETTINGS, dtype=jnp.bfloat16))(key, crops)
     for narrow, wide in zip(half, looks, strict=True):
         assert narrow.dtype == jnp.bfloat16
         np.testing.assert_allclose(narrow.astype(np.float32), wide, rtol=2**-8, atol=1e-6)  # colours were in float32
@@ -198,8 +202,8 @@ def test_sharded_crops_get_the_same_views():
 
     def every_look(key, crops):
         drawn = views.draw_jitter(key, crops.shape[0], SETTINGS)
-        together = views.look_together(crops, drawn[0], jnp.zeros(3), jnp.ones(3), jnp.float32)
-        return drawn, make_views(key, crops, SETTINGS, MEAN, STD), together
+        together = views.look_together(crops, drawn[0], PLAIN, COLOURS, jnp.float32, jnp.float32)
+        return drawn, make_views(key, crops, SETTINGS), together
 
     one = jax.jit(every_look)(key, crops)
     eight = jax.jit(every_look, out_shardings=rows)(jax.device_put(key, whole), jax.device_put(crops, rows))
@@ -213,7 +217,7 @@ def test_sharded_crops_get_the_same_views():
 def test_only_cpu_takes_the_crops_one_by_one():
     crops = jnp.zeros((4, 8, 8, 3), jnp.uint8)
     jitter = Jitter(jnp.ones((4, 4)), jnp.tile(jnp.arange(4), (4, 1)))
-    traced = jax.jit(lambda c, j: views.look(c, j, MEAN, STD)).trace(crops, jitter)
+    traced = jax.jit(lambda c, j: views.look(c, j, NORMALISED, COLOURS)).trace(crops, jitter)
     loops = {
         platform: traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.while")
         for platform in ("cpu", "cuda", "tpu")
@@ -226,22 +230,54 @@ def test_only_cpu_takes_the_crops_one_by_one():
 def test_other_bands_know_brightness_and_contrast(path, bands):
     crops = np.random.default_rng(0).integers(0, 256, (3, 6, 6, bands), dtype=np.uint8)
     factors = [changed(brightness=1.3, contrast=0.7), changed(contrast=1.4), UNCHANGED]
-    got = looked_at(crops, factors, [(BRIGHTNESS, HUE, SATURATION, CONTRAST)] * 3, path)
+    got = looked_at(crops, factors, [(BRIGHTNESS, HUE, SATURATION, CONTRAST)] * 3, path, rgb=None)
     x = crops / 255
-    bright, strong = np.clip(1.3 * x[0], 0, 1), np.clip(1.4 * x[1] - 0.4 * x[1].mean(), 0, 1)
-    np.testing.assert_allclose(got, [0.7 * bright + 0.3 * bright.mean(), strong, x[2]], atol=2e-6)
+    bright, strong = np.clip(1.3 * x[0], 0, 1), np.clip(1.4 * x[1] - 0.4 * x[1].mean(axis=(0, 1)), 0, 1)
+    np.testing.assert_allclose(got, [0.7 * bright + 0.3 * bright.mean(axis=(0, 1)), strong, x[2]], atol=2e-6)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_three_colours_among_five_bands_change_as_if_alone(path):
+    rng = np.random.default_rng(4)
+    crops = rng.integers(0, 256, (24, 8, 8, 5), dtype=np.uint8)
+    factors = rng.uniform([0.6, 0.6, 0.8, -0.1], [1.4, 1.4, 1.2, 0.1], (24, 4)).astype(np.float32)
+    factors[:3, 2:] = (0, 0)  # grey
+    orders = np.array(list(itertools.permutations(range(4))))
+    got = looked_at(crops, factors, orders, path, rgb=(3, 0, 2))
+    alone = looked_at(crops[..., [3, 0, 2]], factors, orders, path)
+    np.testing.assert_allclose(got[..., [3, 0, 2]], alone, atol=1e-6)
+    others = factors.copy()
+    others[:, 2:] = UNCHANGED[2:]
+    np.testing.assert_allclose(got[..., [1, 4]], looked_at(crops[..., [1, 4]], others, orders, path, rgb=None), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_stored_values_are_mapped_by_the_ranges_of_their_bands(dtype):
+    ranges, mean, std = ((1000.0, 3000.0), (0.0, 500.0)), (0.3, 0.4), (0.2, 0.1)
+    bands = Bands(("a", "b"), np.dtype(dtype).name, ranges, mean, std)
+    crops = np.random.default_rng(0).uniform(0, 5000, (4, 6, 6, 2)).astype(dtype)
+    low, high = np.array(ranges).T
+    expected = (np.clip((crops - low) / (high - low), 0, 1) - mean) / std
+    for look in make_views(jax.random.key(0), jnp.asarray(crops), NONE, bands):
+        np.testing.assert_allclose(look, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("field", ["saturation", "hue", "student_grey"])
 def test_fields_for_red_green_blue_only(field):
-    crops = jnp.zeros((2, 4, 4, 5), jnp.uint8)
-    with pytest.raises(UserError, match=rf"views\.{field} is 0\.1, but the images have 5 bands"):
-        make_views(jax.random.key(0), crops, NONE | {"brightness": 0.4, field: 0.1}, [0.5] * 5, [0.2] * 5)
-    student, _ = make_views(jax.random.key(0), crops, NONE | {"brightness": 0.4}, [0.5] * 5, [0.2] * 5)
-    assert student.shape == (2, 4, 4, 5)
+    names = ("B02", "B03", "B04", "B08", "red")
+    crops, bands = jnp.zeros((2, 4, 4, 5), jnp.uint8), Bands.plain(names)
+    for rgb, message in {
+        (): rf"views\.{field} is 0\.1, which is for red, green and blue only, and the bands are B02, .*views\.rgb",
+        ("B04", "B03", "B2"): "views.rgb names 'B2', which is not among the bands B02",
+        ("B04", "B03"): "views.rgb=B04,B03 must name the bands that are red, green and blue",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            make_views(jax.random.key(0), crops, NONE | {"brightness": 0.4, field: 0.1, "rgb": rgb}, bands)
+    for settings in ({"brightness": 0.4}, {field: 0.1, "rgb": ("B04", "B03", "B02")}):
+        assert make_views(jax.random.key(0), crops, NONE | settings, bands)[0].shape == (2, 4, 4, 5)
 
 
 @pytest.mark.parametrize(("field", "value"), [("hue", 0.6), ("brightness", -0.1), ("student_change", 1.2)])
 def test_fields_out_of_range_are_named(field, value):
     with pytest.raises(UserError, match=rf"views\.{field} is {value}"):
-        make_views(jax.random.key(0), jnp.zeros((2, 4, 4, 3), jnp.uint8), SETTINGS | {field: value}, MEAN, STD)
+        make_views(jax.random.key(0), jnp.zeros((2, 4, 4, 3), jnp.uint8), SETTINGS | {field: value})

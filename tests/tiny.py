@@ -1,8 +1,11 @@
 """A PerA so small that its step compiles in seconds, for the tests of models, precision and step."""
 
+import dataclasses
+
 import numpy as np
 
 from pera_jax import config as configs
+from pera_jax.bands import Bands
 from pera_jax.objectives import pera
 
 HYPER = {
@@ -28,7 +31,8 @@ def config(**changes):
 
 
 def objective(settings):
-    return pera.from_config(settings, mean=(0.4, 0.45, 0.5), std=(0.2, 0.22, 0.25), bands=3)
+    bands = dataclasses.replace(Bands.plain(), mean=(0.4, 0.45, 0.5), std=(0.2, 0.22, 0.25))
+    return pera.from_config(settings, bands)
 
 
 def batch(settings, seed=0):

@@ -9,27 +9,44 @@ import numpy as np
 from array_record.python import array_record_module
 from PIL import Image
 
-from pera_jax.data import records
+from pera_jax.data import codecs, records, statistics
 
 SHARD = "toy-train.array_record-00000-of-00001"
 
 
-def write(folder: pathlib.Path, images: int = 48, undecodable: tuple[int, ...] = (), fingerprint: str = "toy") -> str:
+def write(
+    folder: pathlib.Path,
+    images: int = 48,
+    undecodable: tuple[int, ...] = (),
+    fingerprint: str = "toy",
+    bands: tuple[str, ...] = records.RGB,
+    dtype: str = "uint8",
+) -> str:
     """Writes the split `train` of 64 x 60 px images with four classes; returns the folder's path."""
     folder.mkdir(parents=True)
     writer = array_record_module.ArrayRecordWriter(str(folder / SHARD), "group_size:1,uncompressed")
+    coded = (bands, dtype) == (records.RGB, "uint8")
+    counts = 0
     for i in range(images):
+        pixels = np.random.default_rng(i).integers(0, 256 if dtype == "uint8" else 5000, (60, 64, len(bands)))
+        counts = counts + statistics.count(pixels.astype(dtype))
         file = io.BytesIO()
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (60, 64, 3), np.uint8)).save(file, "PNG")
+        if coded:
+            Image.fromarray(pixels.astype(np.uint8)).save(file, "PNG")
+        else:
+            file.write(codecs.encode_tiff(pixels.astype(dtype)))
         encoded = b"no image" if i in undecodable else file.getvalue()
         writer.write(records.encode_record(encoded, f"{i}.png", i % 4))
     writer.close()
+    (folder / statistics.file_name("train")).write_bytes(statistics.to_bytes(counts))
+    ranges = statistics.default_ranges(counts, dtype)
+    mean, std = ([0.5] * 3, [0.29] * 3) if coded else map(list, statistics.moments(counts, dtype, ranges))
     split = records.SplitInfo(
         records=images, shards=[SHARD], shard_records=[images], shard_bytes=[(folder / SHARD).stat().st_size],
-        ranges=[[0.0, 255.0]] * 3, mean=[0.5] * 3, std=[0.29] * 3, percentiles={}, fingerprint=fingerprint, source="",
+        ranges=ranges, mean=mean, std=std, percentiles={}, fingerprint=fingerprint, source="",
     )  # fmt: skip
     info = records.DatasetInfo(
-        name="toy", bands=list(records.RGB), dtype="uint8", class_names=list("abcd"), has_places=False,
+        name=folder.name, bands=list(bands), dtype=dtype, class_names=list("abcd"), has_places=False,
         format_version=records.FORMAT_VERSION, splits={"train": split},
     )  # fmt: skip
     (folder / records.INFO_FILE).write_text(json.dumps(dataclasses.asdict(info)))

@@ -8,6 +8,7 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -38,6 +39,18 @@ def decode_image(encoded: bytes) -> np.ndarray:
             return np.array(image if image.mode == "RGB" else image.convert("RGB"))  # a writable copy
     except DECODE_ERRORS as error:
         raise ImageDecodeError(f"undecodable image: {error}") from error
+
+
+def decode_bands(encoded: bytes, info, places: Sequence[int]) -> np.ndarray:
+    """The bands at `places` of a stored image: [H, W, len(places)].
+
+    Raises ImageDecodeError where it is undecodable, or has other bands or another dtype than `info`, the metadata of its
+    data set, says.
+    """
+    pixels = decode_image(encoded)
+    if pixels.shape[2] != len(info.bands) or pixels.dtype != info.dtype:
+        raise ImageDecodeError(f"{pixels.shape[2]} bands of {pixels.dtype} instead of {len(info.bands)} of {info.dtype}")
+    return pixels if list(places) == list(range(len(info.bands))) else np.ascontiguousarray(pixels[..., list(places)])
 
 
 def encode_tiff(pixels: np.ndarray) -> bytes:

@@ -2,8 +2,9 @@
 
 The stream of global batches is a pure function of (records, crops, seed, batch size). Each epoch is its own shuffle of
 all records, cut to the `floor(records / batch)` batches that fill up: within an epoch no record comes twice, and the
-rest of the shuffle, other records each time, is left out. Where a record's crops lie is drawn from (seed, epoch, place
-in the epoch). So batch k is the same for any number of workers and of hosts and wherever the reading starts, and its
+rest of the shuffle, other records each time, is left out. Of several data sets each has its own shuffles, one after the
+other, whole, and examples are drawn from them in turn by their shares. Where a record's crops lie is drawn from (seed,
+epoch, place in the epoch). So batch k is the same for any number of workers and of hosts and wherever the reading starts, and its
 number is all the position that a checkpoint needs to hold.
 """
 
@@ -22,9 +23,11 @@ from absl import flags
 
 from pera_jax.data import codecs, records
 from pera_jax.data import crops as geometry
+from pera_jax.data.mixture import Mixture
 from pera_jax.errors import UserError
 
 _REPLACEMENTS = 100
+_SEED_STEP = 0x9E3779B9  # between the seeds of the data sets of a run
 _SHARED_MEMORY = "/dev/shm"
 _BATCHES_PER_WORKER = 4  # that lie in shared memory at once: two wait in Grain's buffers, two to be let in
 
@@ -57,7 +60,7 @@ class Crops:
 
 
 def make_pipeline(
-    source: records.RecordSource,
+    data: Mixture,
     crops,
     *,
     batch_size: int,
@@ -69,7 +72,7 @@ def make_pipeline(
     """The endless stream of this host's rows of each global batch, from batch `start_batch` on.
 
     Args:
-      source: the records of one split.
+      data: the data sets.
       crops: `config.crops`.
       batch_size: images in a global batch, of all hosts.
       seed: 0 <= seed < 2**32.
@@ -80,9 +83,10 @@ def make_pipeline(
 
     Returns:
       An iterator over dicts of arrays, b = len(rows):
-        "global" uint8 [b, global_number, global_size, global_size, C],
-        "local" uint8 [b, local_number, local_size, local_size, C], absent where local_number is 0,
-        "label" int32 [b], -1 without classes; "index" int64 [b], the record whose turn it was;
+        "global" [b, global_number, global_size, global_size, C], of the stored dtype: the bands of the run,
+        "local" [b, local_number, local_size, local_size, C], absent where local_number is 0,
+        "label" int32 [b], -1 without classes; "set" int64 [b], the data set, and "index" int64 [b], the record of it, whose
+        turn it was;
         "replaced" bool [b], whether that record could not be read or decoded, so that image and label are those of the
         next record that could.
       `close()` ends its workers. With workers the arrays lie in shared memory, which is given back as they are dropped:
@@ -93,10 +97,10 @@ def make_pipeline(
       ValueError: rows that the batch does not have.
       While iterating: 100 records in a row that cannot be decoded.
     """
-    batches_per_epoch = len(source) // batch_size
+    batches_per_epoch = len(data) // batch_size
     if batches_per_epoch < 1:
         raise UserError(
-            f"one batch takes batch_size={batch_size} images and the split holds {len(source)}; make the batch smaller"
+            f"one batch takes batch_size={batch_size} images and the split holds {len(data)}; make the batch smaller"
         )
     rows = np.arange(batch_size) if rows is None else np.asarray(rows)
     if not rows.size or rows.min() < 0 or rows.max() >= batch_size:
@@ -105,11 +109,17 @@ def make_pipeline(
         raise UserError(f"seed={seed} is out of range; choose one from 0 to {2**32 - 1}")
     crops = Crops.of(crops)
     if workers:
-        _check_shared_memory(crops, len(source.info.bands), len(rows), workers)
+        _check_shared_memory(crops, len(data.bands) * np.dtype(data.bands.dtype).itemsize, len(rows), workers)
 
-    draws = grain.MapDataset.range(len(source)).seed(seed).shuffle()[: batches_per_epoch * batch_size]
-    draws = draws.random_map(_draw).repeat()
-    batches = TakeRows(draws, batch_size, rows).batch(len(rows))[start_batch:].map(ReadBatch(source, crops))
+    draws = [
+        grain.MapDataset.range(len(source)).seed((seed + place * _SEED_STEP) % 2**32).shuffle()
+        for place, source in enumerate(data.sources)
+    ]
+    if len(draws) == 1:
+        draws = [draws[0][: batches_per_epoch * batch_size]]
+    draws = [each.random_map(Draw(place)).repeat() for place, each in enumerate(draws)]
+    draws = draws[0] if len(draws) == 1 else grain.MapDataset.mix(draws, weights=data.shares)
+    batches = TakeRows(draws, batch_size, rows).batch(len(rows))[start_batch:].map(ReadBatch(data, crops))
     if not workers:
         keep_memory()
         return Batches(iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))))
@@ -161,36 +171,38 @@ class TakeRows(grain.MapDataset):
 class ReadBatch(grain.transforms.Map):
     """Reads, decodes and crops the records of one batch, straight into the batch's arrays."""
 
-    def __init__(self, source: records.RecordSource, crops: Crops):
-        self._source = source
+    def __init__(self, data: Mixture, crops: Crops):
+        self._data = data
         self._crops = crops
 
     def map(self, draws: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Takes "index" int64 [b] and "seed" int64 [b]; returns a batch as `make_pipeline` says."""
-        size, channels = len(draws["index"]), len(self._source.info.bands)
+        """Takes "set", "index" and "seed", int64 [b]; returns a batch as `make_pipeline` says."""
+        size, bands = len(draws["index"]), self._data.bands
         batch = {
-            name: np.empty((size, number, pixels, pixels, channels), np.uint8)
+            name: np.empty((size, number, pixels, pixels, len(bands)), bands.dtype)
             for name, number, pixels, _ in self._crops.kinds()
         }
         label, replaced = np.empty(size, np.int32), np.empty(size, bool)
-        for i, (index, seed) in enumerate(zip(draws["index"], draws["seed"], strict=True)):
-            pixels, label[i], replaced[i] = self._read(int(index))
+        for i, seed in enumerate(draws["seed"]):
+            pixels, label[i], replaced[i] = self._read(int(draws["set"][i]), int(draws["index"][i]))
             image = geometry.Image(pixels)
             for name, drawn in draw_crops(np.random.default_rng(seed), image.height, image.width, self._crops).items():
                 for place, crop in zip(batch[name][i], drawn, strict=True):
                     geometry.crop_resize(image, *crop, place)
-        return batch | {"label": label, "index": draws["index"], "replaced": replaced}
+        return batch | {"label": label, "set": draws["set"], "index": draws["index"], "replaced": replaced}
 
-    def _read(self, index: int) -> tuple[np.ndarray, int, bool]:
-        """The image at `index`, or the next one that can be decoded; its label; whether it is another one."""
+    def _read(self, place: int, index: int) -> tuple[np.ndarray, int, bool]:
+        """The image `index` of data set `place`, or the next one that can be decoded; its label; whether it is another."""
+        source = self._data.sources[place]
         for skipped in range(_REPLACEMENTS):
             try:
-                record = records.decode_record(self._source.read((index + skipped) % len(self._source)))
-                return codecs.decode_image(record.image), record.label, skipped > 0
+                record = records.decode_record(source.read((index + skipped) % len(source)))
+                pixels = codecs.decode_bands(record.image, source.info, self._data.places[place])
+                return pixels, record.label, skipped > 0
             except (RuntimeError, ValueError):  # A damaged shard, record or image.
                 continue
         raise UserError(
-            f"{_REPLACEMENTS} records in a row from number {index} on cannot be decoded; the data set is damaged: "
+            f"{_REPLACEMENTS} records in a row from number {index} on cannot be decoded; {source.path} is damaged: "
             "convert it again"
         )
 
@@ -211,9 +223,19 @@ def draw_crops(rng: np.random.Generator, height: int, width: int, crops: Crops) 
     }
 
 
-def _draw(index: int, rng: np.random.Generator) -> dict[str, np.int64]:
-    """A record's turn: its number, and the seed of its crops, from the generator that Grain keys by (seed, turn)."""
-    return {"index": np.int64(index), "seed": rng.integers(2**63)}
+class Draw(grain.transforms.RandomMap):
+    """A record's turn: its data set and number, and the seed of its crops, from a generator keyed by (seed, turn)."""
+
+    def __init__(self, place: int):
+        self._place = np.int64(place)
+
+    def random_map(self, index: int, rng: np.random.Generator) -> dict[str, np.int64]:
+        return {"set": self._place, "index": np.int64(index), "seed": rng.integers(2**63)}
+
+
+def workers_of(wanted: int) -> int:
+    """`config.data.workers` as a number: -1 is one for each two cores that this process may use, from 1 to 16."""
+    return wanted if wanted >= 0 else max(1, min(len(os.sched_getaffinity(0)) // 2, 16))
 
 
 def keep_memory() -> None:
@@ -239,11 +261,11 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _check_shared_memory(crops: Crops, channels: int, local_batch: int, workers: int) -> None:
+def _check_shared_memory(crops: Crops, pixel_bytes: int, local_batch: int, workers: int) -> None:
     """Workers hand batches over in shared memory, and a full one would end them without a word."""
     if not os.path.isdir(_SHARED_MEMORY):
         return
-    images = sum(number * size**2 * channels for _, number, size, _ in crops.kinds())
+    images = sum(number * size**2 * pixel_bytes for _, number, size, _ in crops.kinds())
     needed = (_BATCHES_PER_WORKER * workers + 1) * local_batch * images
     system = os.statvfs(_SHARED_MEMORY)
     free = system.f_bavail * system.f_frsize

@@ -20,12 +20,12 @@ import pathlib
 
 from array_record.python import array_record_module
 
+from pera_jax.bands import RGB as RGB
 from pera_jax.data import codecs
 from pera_jax.errors import UserError
 
 FORMAT_VERSION = 2
 INFO_FILE = "info.json"
-RGB = ("red", "green", "blue")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -196,11 +196,12 @@ def load_info(path: str | pathlib.Path) -> DatasetInfo:
 class RecordSource:
     """Random access to the records of one split. Picklable: a copy opens the shards itself, each at its first read."""
 
-    def __init__(self, path: str | pathlib.Path, info: DatasetInfo, split_info: SplitInfo):
+    def __init__(self, path: str | pathlib.Path, info: DatasetInfo, split: str):
         self.path = pathlib.Path(path)
         self.info = info
-        self.split_info = split_info
-        self._ends = list(itertools.accumulate(split_info.shard_records))
+        self.split = split
+        self.split_info = info.splits[split]
+        self._ends = list(itertools.accumulate(self.split_info.shard_records))
         self._readers = {}
 
     def __len__(self) -> int:
@@ -260,6 +261,8 @@ def open_split(path: str | pathlib.Path, split: str) -> RecordSource:
     if info.dtype not in codecs.DTYPES:
         raise UserError(f"{path} holds {info.dtype}; this program reads {', '.join(codecs.DTYPES)}")
     split_info = info.splits[split]
+    if not len(info.bands) == len(split_info.ranges) == len(split_info.mean) == len(split_info.std):
+        raise UserError(f"{path} names {len(info.bands)} bands and has statistics of {len(split_info.ranges)}; convert it anew")
     for name, records, size in zip(split_info.shards, split_info.shard_records, split_info.shard_bytes, strict=True):
         check_shard(pathlib.Path(path) / name, records, size)
-    return RecordSource(path, info, split_info)
+    return RecordSource(path, info, split)

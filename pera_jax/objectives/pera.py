@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from pera_jax import losses, masking, sharding, views
+from pera_jax.bands import Bands, rgb_places
 from pera_jax.models.heads import Head
 from pera_jax.models.stochastic_depth import Depth
 from pera_jax.models.vit import ViT, build, patchify
@@ -64,8 +65,7 @@ class PerA:
     pixel_weight: float
     center_momentum: float
     views: Any
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    bands: Bands
 
     # The sub-trees of the parameters that the teacher follows.
     teacher_keys = ("backbone", "prototype_head")
@@ -88,7 +88,7 @@ class PerA:
         return {"center": jnp.zeros((self.prototype_head.outputs,), self.precision.wide)}
 
     def examples(self, key: jax.Array, batch: dict[str, jax.Array]) -> dict[str, Any]:
-        """The batch, uint8 crops [B, V, H, W, C] of each kind, with all that is drawn for it.
+        """The batch, crops [B, V, H, W, C] of each kind in the stored dtype, with all that is drawn for it.
 
         Every leaf has the batch as axis 0, so that the whole can be worked on in parts: what is drawn for an image
         depends on its place in the batch and not on the part.
@@ -107,9 +107,10 @@ class PerA:
     def make_views(self, examples: dict[str, Any]) -> dict[str, Views]:
         """Two looks of each crop, with its masks, from (a part of) `examples`."""
 
+        rgb = rgb_places(self.views["rgb"], self.bands.names)
+
         def look(crops, jitter):
-            mean, std = jnp.asarray(self.mean), jnp.asarray(self.std)
-            return views.look(crops, jitter, mean, std, self.precision.wide)  # [B V, H, W, C]
+            return views.look(crops, jitter, self.bands, rgb, self.precision.wide)  # [B V, H, W, C]
 
         result = {}
         for kind, draws in examples["draws"].items():
@@ -241,8 +242,8 @@ class PerA:
         return jnp.take_along_axis(patches, view.masks.learnable[:, :, None], axis=1)
 
 
-def from_config(config, mean, std, bands: int) -> PerA:
-    """The objective that a config describes, for images of `bands` channels normalised by `mean` and `std`.
+def from_config(config, bands: Bands) -> PerA:
+    """The objective that a config describes, for images of these bands.
 
     Raises:
       UserError: crops that the patch does not divide, masks with an empty part, sizes that do not fit together.
@@ -252,7 +253,7 @@ def from_config(config, mean, std, bands: int) -> PerA:
     vit = build(
         dict(
             width=model.width, depth=model.depth, heads=model.heads, patch=model.patch, image_size=crops.global_size,
-            bands=bands, split=model.depth // 2, mlp_ratio=model.mlp_ratio,
+            bands=len(bands), split=model.depth // 2, mlp_ratio=model.mlp_ratio,
         ),
         precision, scan=model.scan, remat=model.remat, attention=model.attention,
     )
@@ -263,11 +264,11 @@ def from_config(config, mean, std, bands: int) -> PerA:
         )
         for kind, (number, size) in sizes.items() if number
     }
-    views.check(config.views, bands)
+    views.check(config.views, bands.names)
     return PerA(
         vit=vit,
         prototype_head=Head(heads.hidden, heads.bottleneck, heads.prototypes, precision),
-        pixel_head=Head(heads.hidden, heads.bottleneck, model.patch**2 * bands, precision),
+        pixel_head=Head(heads.hidden, heads.bottleneck, model.patch**2 * len(bands), precision),
         precision=precision,
         crops=sizes,
         parts=parts,
@@ -278,6 +279,5 @@ def from_config(config, mean, std, bands: int) -> PerA:
         pixel_weight=config.loss.pixel_weight,
         center_momentum=config.loss.center_momentum,
         views=config.views,
-        mean=tuple(mean),
-        std=tuple(std),
+        bands=bands,
     )

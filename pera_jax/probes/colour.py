@@ -11,8 +11,8 @@ from pera_jax.probes import scores
 
 
 def statistics(image: np.ndarray) -> np.ndarray:
-    """Mean and standard deviation of each band of a uint8 image [H, W, C]: float32 [2 C], in [0, 1]."""
-    bands = np.ascontiguousarray(image.reshape(-1, image.shape[-1]).T, np.float32) / 255.0  # [C, H W]
+    """Mean and standard deviation of each band of an image [H, W, C] of values in [0, 1]: float32 [2 C]."""
+    bands = np.ascontiguousarray(image.reshape(-1, image.shape[-1]).T, np.float32)  # [C, H W]
     return np.concatenate([bands.mean(axis=1), bands.std(axis=1)])
 
 

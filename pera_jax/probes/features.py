@@ -14,10 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from pera_jax import sharding
+from pera_jax.bands import Bands
 from pera_jax.data import codecs, records
+from pera_jax.data import crops as geometry
 from pera_jax.errors import UserError
 from pera_jax.metrics import Progress
 from pera_jax.models import vit
@@ -45,7 +46,7 @@ class Extractor:
 
     Args:
       backbone: the parameters of the ViT.
-      meta: `model`, `mean` and `std` of the checkpoint.
+      meta: of the checkpoint.
       devices: the devices to use, all by default.
     """
 
@@ -56,10 +57,11 @@ class Extractor:
         everywhere = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
         self._backbone = jax.device_put(backbone, everywhere)
         model = vit.build(meta["model"])  # float32 throughout
-        mean, std = np.float32(meta["mean"]), np.float32(meta["std"])
+        bands = Bands.of(meta)
+        mean, std = np.float32(bands.mean), np.float32(bands.std)
 
-        def encode(backbone, images):  # uint8 [B, H, W, C] -> [B, 2, n, D]
-            normalised = (images.astype(jnp.float32) / 255.0 - mean) / std
+        def encode(backbone, images):  # [B, H, W, C] -> [B, 2, n, D]
+            normalised = (bands.mapped(images) - mean) / std
             tokens = model.apply({"params": backbone}, normalised, blocks=min(BLOCKS, model.depth))["blocks"]
             tokens = jnp.stack(tokens, axis=1)  # [B, n, 1 + L, D]
             return jnp.stack([tokens[:, :, 0], tokens[:, :, 1:].mean(axis=2)], axis=1)
@@ -67,12 +69,12 @@ class Extractor:
         self._encode = jax.jit(encode, in_shardings=(everywhere, self._where), out_shardings=self._where)
 
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 [B, H, W, C], H and W multiples of the patch -> (class tokens, patch means), float32 [B, n, D]."""
+        """Stored values [B, H, W, C], H and W multiples of the patch -> (class tokens, patch means), float32 [B, n, D]."""
         results = []
         with jax.set_mesh(self._mesh):
             for first in range(0, len(images), self._step):
                 part = images[first : first + self._step]
-                padded = np.zeros((self._step, *images.shape[1:]), np.uint8)
+                padded = np.zeros((self._step, *images.shape[1:]), images.dtype)
                 padded[: len(part)] = part
                 results.append(self._encode(self._backbone, jax.device_put(padded, self._where)))
         tokens = np.concatenate([np.asarray(result) for result in results])[: len(images)]  # only the end is padded
@@ -89,7 +91,9 @@ def check_image_size(image_size: int, meta: dict[str, Any]) -> None:
         )
 
 
-def extract(extractor: Extractor, source: records.RecordSource, image_size: int, batch_size: int) -> Features:
+def extract(
+    extractor: Extractor, source: records.RecordSource, bands: Bands, image_size: int, batch_size: int
+) -> Features:
     """The features of every image of a split, each resized as a whole to `image_size` x `image_size` px.
 
     Args:
@@ -99,11 +103,14 @@ def extract(extractor: Extractor, source: records.RecordSource, image_size: int,
       UserError: a record that cannot be read or decoded; features that are not finite.
     """
 
-    def resize(pixels):  # Pillow's bilinear filter grows with the reduction, that is, it antialiases
-        return np.asarray(Image.fromarray(pixels).resize((image_size, image_size), Image.Resampling.BILINEAR))
+    def resize(pixels):
+        image = geometry.Image(pixels)
+        out = np.empty((image_size, image_size, len(bands)), pixels.dtype)
+        geometry.crop_resize(image, geometry.Box(0, 0, image.height, image.width), image_size, False, False, out)
+        return out
 
     class_tokens, patch_means, labels = [], [], []
-    for images, batch_labels in read(source, resize, batch_size, "features"):
+    for images, batch_labels in read(source, bands, resize, batch_size, "features"):
         classes, means = extractor(images)
         if not (np.isfinite(classes).all() and np.isfinite(means).all()):
             raise UserError("the checkpoint gives features that are not finite; probe an earlier step with --step")
@@ -114,22 +121,28 @@ def extract(extractor: Extractor, source: records.RecordSource, image_size: int,
 
 
 def read(
-    source: records.RecordSource, transform: Callable[[np.ndarray], np.ndarray], batch_size: int, label: str
+    source: records.RecordSource,
+    bands: Bands,
+    transform: Callable[[np.ndarray], np.ndarray],
+    batch_size: int,
+    label: str,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields (transformed images [b, ...], labels int32 [b]) of all records in order, decoded by a pool of threads.
 
     Args:
-      transform: takes uint8 [H, W, C]; runs in the threads and gives equal shapes.
+      bands: those to hand over.
+      transform: takes stored values [H, W, C]; runs in the threads and gives equal shapes.
       label: what the line of progress begins with.
 
     Raises:
-      UserError: a record that cannot be read or decoded.
+      UserError: a record that cannot be read or decoded; a band that is missing.
     """
+    places = bands.places(source.info, source.path)
 
     def decode(raw):
         record = records.decode_record(raw)
         try:
-            return transform(codecs.decode_image(record.image)), record.label
+            return transform(codecs.decode_bands(record.image, source.info, places)), record.label
         except codecs.ImageDecodeError as error:
             raise UserError(f"image {record.key} of {source.path} cannot be decoded; convert it anew") from error
 

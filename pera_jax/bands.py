@@ -1,0 +1,93 @@
+"""Which bands a network sees, in which order, and how their values map to [0, 1] and are normalised.
+
+Settled once, when a run begins, from the config and the data set; stored with the weights, so that whoever uses them maps
+raw values as the training did.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pera_jax.errors import UserError
+
+RGB = ("red", "green", "blue")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bands:
+    """
+    Attributes:
+      names: of the bands, in the order of the channels.
+      dtype: of the stored values: uint8, uint16 or float32.
+      ranges: (low, high) of each band in stored units, mapped to 0 and 1; what lies outside is clipped.
+      mean, std: of each band after that mapping: what is subtracted, then divided by.
+    """
+
+    names: tuple[str, ...]
+    dtype: str
+    ranges: tuple[tuple[float, float], ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def plain(cls, names: Sequence[str] = RGB, mean: float = 0.5, std: float = 0.25) -> "Bands":
+        """uint8 of full range, the same mean and std for all bands: for programs without data."""
+        n = len(names)
+        return cls(tuple(names), "uint8", ((0.0, 255.0),) * n, (mean,) * n, (std,) * n)
+
+    @classmethod
+    def of(cls, meta: dict[str, Any]) -> "Bands":
+        """Those of a checkpoint's `meta`."""
+        ranges = tuple((low, high) for low, high in meta["ranges"])
+        return cls(tuple(meta["bands"]), meta["dtype"], ranges, tuple(meta["mean"]), tuple(meta["std"]))
+
+    def described(self) -> dict[str, Any]:
+        """The inverse of `of`, as JSON knows it."""
+        return {
+            "bands": list(self.names), "dtype": self.dtype, "ranges": [list(pair) for pair in self.ranges],
+            "mean": list(self.mean), "std": list(self.std),
+        }  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def mapped(self, values, dtype=np.float32):
+        """Stored values [..., C], of NumPy or JAX, to [0, 1] in `dtype`."""
+        low, high = np.asarray(self.ranges, dtype).T  # [C] each
+        return ((values.astype(dtype) - low) / (high - low)).clip(0, 1)
+
+    def places(self, info, folder) -> list[int]:
+        """Where these bands stand among those of a data set (a `records.DatasetInfo`).
+
+        Raises:
+          UserError: a band that the data set lacks, values of another dtype.
+        """
+        for name in self.names:
+            if name not in info.bands:
+                raise UserError(f"{folder} has no band {name!r}; it has {', '.join(info.bands)}")
+        if info.dtype != self.dtype:
+            raise UserError(f"{folder} holds {info.dtype}, and {self.dtype} is needed; convert it to the same dtype")
+        return [info.bands.index(name) for name in self.names]
+
+
+def rgb_places(wanted: Sequence[str], names: Sequence[str]) -> tuple[int, int, int] | None:
+    """The channels that are red, green and blue.
+
+    Args:
+      wanted: `config.views.rgb`: the names of the three, or (): the bands are just red, green and blue, or none is.
+      names: of the channels.
+
+    Raises:
+      UserError: not three names, or one that is no band.
+    """
+    wanted = tuple(wanted) or (RGB if tuple(names) == RGB else ())
+    if not wanted:
+        return None
+    for name in wanted:
+        if name not in names:
+            raise UserError(f"views.rgb names {name!r}, which is not among the bands {', '.join(names)}")
+    if len(wanted) != 3 or len(set(wanted)) != 3:
+        raise UserError(f"views.rgb={','.join(wanted)} must name the bands that are red, green and blue")
+    return tuple(names.index(name) for name in wanted)
