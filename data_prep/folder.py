@@ -263,7 +263,7 @@ def _write_shards(split: Split, run: Callable, max_corrupt_share: float) -> list
     if not any(part.records for part in parts.values()):
         key, reason = next(entry for part in parts.values() for entry in (*part.rejected, *part.corrupt))
         shutil.rmtree(split.partial)  # nothing that another try could go on from
-        raise UserError(f"none of {len(split)} images is left (the first is {key}: {reason}); choose others, or reject less")
+        raise UserError(f"none of {len(split)} images is left to be written (the first is {key}: {reason}); choose others, or reject less")
     return [parts[name] for name in names]
 
 
@@ -281,10 +281,6 @@ def _finish(
     """Moves the shards to their place and writes the metadata, info.json last."""
     from data_prep import tfds_metadata  # its import takes half a second, which worker processes need not spend
 
-    if not any(part.records for part in parts):
-        shutil.rmtree(split.partial)  # to go on after it would lead nowhere
-        key, reason = next(row for part in parts for row in (*part.rejected, *part.corrupt))
-        raise UserError(f"none of {len(split)} images is left to be written (the first is {key}: {reason})")
     for part in parts:
         if (split.partial / part.shard).exists():
             os.replace(split.partial / part.shard, split.folder / part.shard)
