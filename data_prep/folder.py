@@ -263,7 +263,7 @@ def _write_shards(split: Split, run: Callable, max_corrupt_share: float) -> list
     if not any(part.records for part in parts.values()):
         key, reason = next(entry for part in parts.values() for entry in (*part.rejected, *part.corrupt))
         shutil.rmtree(split.partial)  # nothing that another try could go on from
-        raise UserError(f"none of {len(split)} images is left to be written (the first is {key}: {reason}); choose others, or reject less")
+        raise UserError(f"none of {len(split)} images is left (the first is {key}: {reason}); choose others, or reject less")
     return [parts[name] for name in names]
 
 

@@ -177,7 +177,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(data_dir, tmp_path):
         "3 image features: image, scene/bands, scene/quick; choose": ["--dataset", full],
         "--image-feature where": ["--dataset", full, "--image-feature", "where"],
         "2 ClassLabels: label, scene/use; choose": ["--dataset", full, "--image-feature", "image"],
-        "none of 1 images is left to be written (the first is": ["--dataset", full, *one, "--tfds-split", "unlabelled"],
+        "none of 1 images is left (the first is": ["--dataset", full, *one, "--tfds-split", "unlabelled"],
         "has no ClassLabel": ["--dataset", bare, "--label-feature", "label"],
         "must be 6 different names": [*tensor, "--bands", "a,b"],
         "--bands is for a Tensor": ["--dataset", full, *one, "--bands", "r,g,b"],
