@@ -281,6 +281,10 @@ def _finish(
     """Moves the shards to their place and writes the metadata, info.json last."""
     from data_prep import tfds_metadata  # its import takes half a second, which worker processes need not spend
 
+    if not any(part.records for part in parts):
+        shutil.rmtree(split.partial)  # to go on after it would lead nowhere
+        key, reason = next(row for part in parts for row in (*part.rejected, *part.corrupt))
+        raise UserError(f"none of {len(split)} images is left to be written (the first is {key}: {reason})")
     for part in parts:
         if (split.partial / part.shard).exists():
             os.replace(split.partial / part.shard, split.folder / part.shard)

@@ -16,6 +16,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pathlib
+import secrets
 import signal
 from collections.abc import Callable, Iterable, Iterator
 
@@ -109,8 +110,9 @@ def _part_file(folder: pathlib.Path, shard: str) -> pathlib.Path:
 
 
 def _temporary(path: pathlib.Path) -> pathlib.Path:
-    """A name of this process's own: workers of a killed conversion may live on for a moment beside their successors."""
-    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    """A name that no other writer has, on this machine or another one: workers of a killed conversion may live on beside
+    their successors, and some runners of pipelines have two workers write the same shard."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 def write_file(path: pathlib.Path, content: bytes, staging: pathlib.Path | None = None) -> None:
@@ -155,7 +157,8 @@ def write_shard(
         except Rejected as error:
             rejected.append((item.key, str(error)))
         else:
-            record = records.encode_record(stored.data, item.key, item.label, stored.place)
+            label = item.label if stored.label is None else stored.label
+            record = records.encode_record(stored.data, item.key, label, stored.place)
             writer.write(record)
             digests += hashlib.sha256(record).digest()
             contents += stored.content

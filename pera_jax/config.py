@@ -41,6 +41,7 @@ def default() -> ConfigDict:
         # What maps to [0, 1], in stored units: ((low, high),) for all bands, or a pair for each; (): what the shards say,
         # the full range of uint8, percentiles 1 and 99 of others.
         ranges=(),
+        skip_damaged=False,  # go on without shards that are missing or damaged: their records are replaced by others
         normalise="imagenet",  # "imagenet", or "dataset": the mean and std of the data
         allow_changed_data=False,  # go on from a checkpoint although the data set's fingerprint is another
     )

@@ -52,6 +52,10 @@ def train(config, workdir: str, profile: str | None = None) -> None:
 
     # ---- data set
     data = mixture.open_mixture(config.data)
+    for source in data.sources:
+        if source.damaged:
+            lost = sum(source.split_info.shard_records[number] for number in source.damaged)
+            distributed.say(f"{source.path}: {len(source.damaged)} damaged shard(s); others replace their {lost} records")
     steps_per_epoch = len(data) // config.batch_size
     if steps_per_epoch < 1:
         raise UserError(

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import folder, images, shards, sources
+from data_prep import command, folder, images, shards, sources
 from pera_jax.data import codecs, records
 from pera_jax.errors import UserError
 
@@ -85,7 +85,7 @@ def convert(inputs: list[pathlib.Path], out: pathlib.Path, **options):
     split = images.make_split(inventory, out, "set", "train", 5, options)
     duplicates = []
     if "duplicates" in options.get("drop", ()):
-        hashes = images._hashes(inventory[:])
+        hashes = command._hashes(inventory[:], sources.read)
         duplicates = folder.later_equals(hashes).tolist()
     _, report = folder.write_split(
         folder.without(split, duplicates), None, workers=1, run=lambda jobs, report, **_: run(jobs, report),
@@ -141,7 +141,7 @@ def test_folders(tmp_path, seed):
     strange = os.fsencode(root) + b"/rejected/\xff.png"
     pathlib.Path(os.fsdecode(strange)).write_bytes(encode(SECRET))
     names = {*files, *links, "rejected/pipe.png", "rejected/\\udcff.png"}
-    drop = (images.DROPS, ())[seed % 2]
+    drop = (command.DROPS, ())[seed % 2]
     check(*convert([root], tmp_path / "out", min_side=2, drop=drop), names, drop)
 
 

@@ -77,7 +77,7 @@ def open_mixture(settings) -> Mixture:
     paths = [path.strip() for path in settings.path.split(",")]
     if len(set(paths)) < len(paths):
         raise UserError(f"data.path={settings.path} names a data set twice; give it a larger weight instead")
-    sources = tuple(records.open_split(path, settings.split) for path in paths)
+    sources = tuple(records.open_split(path, settings.split, settings.skip_damaged) for path in paths)
     weights = tuple(settings.weights) or tuple(len(source) for source in sources)
     if len(weights) != len(sources) or not all(weight > 0 for weight in weights):
         raise UserError(
