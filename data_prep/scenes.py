@@ -30,16 +30,13 @@ import pathlib
 import numpy as np
 from PIL import Image
 
-from data_prep import folder, images, scene_plan, scene_reader
+from data_prep import command, folder, images, scene_plan, scene_reader
 from data_prep.pixels import Rejected, Stored, content_hash
 from data_prep.scene_grid import length
 from data_prep.scene_reader import Tile
 from data_prep.shards import Item
 from pera_jax.data import codecs, records, statistics
 from pera_jax.errors import run
-
-_TILES_PER_SHARD = 512  # as in data_prep.images
-_MOST_SHARDS = 512
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -52,8 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     choices = scene_plan.choose_bands(scenes, args.bands, args.band_names)
     items = scene_plan.plan_tiles(files, scenes, unreadable, choices, args.tile, args.stride or args.tile, args.gsd)
     names, dtype = next(iter(choices.values())).names, next(iter(scenes.values())).dtype
-    size = args.shard_size or max(_TILES_PER_SHARD, -(-len(items) // _MOST_SHARDS))
-    shards = -(-len(items) // size)
+    shards = command.number_of_shards(args, len(items))
     info = folder.existing_info(args.output)
     dataset = info.name if info else images.dataset_name(args.output)
     split = scene_plan.make_split(args.output, dataset, args.split, names, dtype, items, shards, args.max_nodata)
@@ -73,11 +69,13 @@ def main(argv: list[str] | None = None) -> None:
     written = info.splits[args.split]
     print(f"{args.split}: {written.records} records, {sum(written.shard_bytes) / 1e6:.1f} MB, in {args.output}")
     print_bands(names, written)
-    left_out = [f"{report[name]['number']} {name}" for name in ("rejected", "failed") if report[name]["number"]]
-    if left_out:
-        print(
-            f"left out: {', '.join(left_out)}; {args.output / args.split}.report.json and {args.split}.inputs.csv say why"
-        )
+    named = [f"{report[name]['number']} {name}" for name in ("rejected", "failed") if report[name]["number"]]
+    if named:
+        print(f"left out: {', '.join(named)}")
+    if twins := report["found"]["number"]:
+        print(f"written, but the same pixels as a tile before them: {twins}")
+    if named or twins:
+        print(f"{args.output / args.split}.report.json and {args.split}.inputs.csv name them")
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
