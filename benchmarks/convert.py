@@ -9,6 +9,7 @@ lie in a folder of their own below --folder, which is deleted.
 """
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -22,6 +23,7 @@ import tempfile
 import time
 
 import numpy as np
+import psutil
 from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
@@ -56,19 +58,24 @@ def make(path: pathlib.Path, number: int) -> None:
 
 
 def convert(archive: pathlib.Path, folder: pathlib.Path, workers: int) -> dict[str, float]:
-    """Seconds, CPU seconds and largest memory (bytes) of one conversion: main process, and the largest of its workers."""
-    code = (
-        "import resource, sys; from data_prep import images; images.main(sys.argv[1:]); "
-        "print(*(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))"
-    )
-    command = [sys.executable, "-c", code, "--input", archive, "--output", folder, "--split", "train",
+    """Seconds, CPU seconds and largest resident memory (bytes) of one conversion: of its main process and of a worker, as
+    seen ten times a second."""
+    command = [sys.executable, "-m", "data_prep.images", "--input", archive, "--output", folder, "--split", "train",
                "--workers", workers]  # fmt: skip
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    done = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True)
+    largest = {"main": 0, "worker": 0}
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL) as process:
+        watched = psutil.Process(process.pid)
+        while process.poll() is None:
+            with contextlib.suppress(psutil.Error):
+                largest["main"] = max(largest["main"], watched.memory_info().rss)
+                largest["worker"] = max([largest["worker"], *(child.memory_info().rss for child in watched.children(True))])
+            time.sleep(0.1)
+    if process.returncode:
+        raise errors.UserError("the conversion failed; its message is above")
     seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
-    main, worker = (1024 * int(kilobytes) for kilobytes in done.stdout.split()[-2:])
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"seconds": seconds, "cpu_seconds": cpu, "main_bytes": main, "worker_bytes": worker}
+    return {"seconds": seconds, "cpu_seconds": cpu, "main_bytes": largest["main"], "worker_bytes": largest["worker"]}
 
 
 def start(folder: pathlib.Path) -> dict[str, float]:
