@@ -57,6 +57,12 @@ def make(path: pathlib.Path, number: int) -> None:
             progress.update()
 
 
+def peak(process: int) -> int:
+    """The largest resident memory so far of a running process, bytes."""
+    status = pathlib.Path(f"/proc/{process}/status").read_text().splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in status if line.startswith("VmHWM"))  # 0 once it has ended
+
+
 def convert(archive: pathlib.Path, folder: pathlib.Path, workers: int) -> dict[str, float]:
     """Seconds, CPU seconds and largest resident memory (bytes) of one conversion: of its main process and of a worker, as
     seen ten times a second."""
@@ -67,9 +73,9 @@ def convert(archive: pathlib.Path, folder: pathlib.Path, workers: int) -> dict[s
     with subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL) as process:
         watched = psutil.Process(process.pid)
         while process.poll() is None:
-            with contextlib.suppress(psutil.Error):
-                largest["main"] = max(largest["main"], watched.memory_info().rss)
-                largest["worker"] = max([largest["worker"], *(child.memory_info().rss for child in watched.children(True))])
+            with contextlib.suppress(psutil.Error, OSError):
+                largest["main"] = max(largest["main"], peak(process.pid))
+                largest["worker"] = max([largest["worker"], *(peak(child.pid) for child in watched.children())])
             time.sleep(0.1)
     if process.returncode:
         raise errors.UserError("the conversion failed; its message is above")
