@@ -58,8 +58,12 @@ def dense(config, bands):
 
 
 def measure(config, devices, batches: tuple[int, int], make) -> dict:
-    """Bytes of the step on a device for two batches, and what follows from them."""
-    small, large = (plan.compile_step(config, devices, images, make).memory for images in batches)
+    """Bytes of the step on a device for two batches, and what follows from them; "refused" where a batch found no room."""
+    trials = [plan.compile_step(config, devices, images, make) for images in batches]
+    for trial in trials:
+        if not trial.text:  # what the compiler says it wanted is after it gave up on speed, and not to be compared
+            return {"refused": trial.per_device, "wanted": trial.memory.temporaries if trial.memory else None}
+    small, large = (trial.memory for trial in trials)
     each = (large.temporaries - small.temporaries) / (batches[1] - batches[0])
     fixed = large.total - each * batches[1]
     return {
@@ -88,11 +92,16 @@ def main() -> None:
             began = time.perf_counter()
             row = {"input": name, "remat": remat} | measure(config, devices, tuple(arguments.batches), make)
             rows.append(row)
-            largest = ", ".join(f"{images:,}" for images in row["largest"].values())
-            print(
-                f"{name:8}{remat:8}{row['arguments'] / _GB:7.2f} GB{row['temporaries'] / _GB:10.2f} GB"
-                f"{row['per_image'] / 1e6:8.1f} MB   {largest}   ({time.perf_counter() - began:.0f} s)", flush=True
-            )  # fmt: skip
+            said = f"({time.perf_counter() - began:.0f} s)"
+            if "refused" in row:
+                wanted = f": it wanted {row['wanted'] / _GB:.1f} GB" if row["wanted"] else ""
+                print(f"{name:8}{remat:8}no room for {row['refused']} images a chip{wanted}   {said}", flush=True)
+            else:
+                largest = ", ".join(f"{images:,}" for images in row["largest"].values())
+                print(
+                    f"{name:8}{remat:8}{row['arguments'] / _GB:7.2f} GB{row['temporaries'] / _GB:10.2f} GB"
+                    f"{row['per_image'] / 1e6:8.1f} MB   {largest}   {said}", flush=True
+                )  # fmt: skip
             if arguments.json:
                 part = arguments.json.with_name(arguments.json.name + ".part")
                 part.write_text(json.dumps(rows, indent=1) + "\n")

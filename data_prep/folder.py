@@ -13,7 +13,9 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
 
 from data_prep import summary
 from data_prep.pixels import Stored
@@ -24,7 +26,7 @@ from pera_jax.metrics import Progress
 
 _PLAN_FILE = "plan.json"
 # What a folder may hold beside info.json, or without one after a crash.
-_OWN_FILES = ("*.array_record-*-of-*", "*.report.json", "*.histogram.npz", "dataset_info.json", "features.json", "label.labels.txt")
+_OWN_FILES = ("*.array_record-*-of-*", "*.report.json", "*.inputs.csv", "*.histogram.npz", "dataset_info.json", "features.json", "label.labels.txt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +39,10 @@ class Split:
       bands, dtype: of the images.
       class_names: names of the classes, which the items' labels index; None without classes.
       has_places: whether records say where on the ground their image lies.
-      items: the images in the order of the records.
+      items: the images in the order of the records; may make them one by one.
       shards: number of shards.
       source: a hash of what the records depend on: items, classes, shards and options of the conversion.
+      kept: int64, the places in `items` of those that are converted; None: all.
     """
 
     folder: pathlib.Path
@@ -49,9 +52,10 @@ class Split:
     dtype: str
     class_names: list[str] | None
     has_places: bool
-    items: list[Item]
+    items: Sequence[Item]
     shards: int
     source: str
+    kept: np.ndarray | None = None
 
     @property
     def partial(self) -> pathlib.Path:
@@ -60,13 +64,28 @@ class Split:
     def shard_name(self, shard: int) -> str:
         return f"{self.dataset}-{self.name}.array_record-{shard:05d}-of-{self.shards:05d}"
 
-    def jobs(self) -> list[Job]:
-        """The same division of the items whoever asks: shard k holds items n k / K to n (k + 1) / K."""
-        count = len(self.items)
-        bounds = [count * k // self.shards for k in range(self.shards + 1)]
-        return [
-            Job(self.partial, self.shard_name(k), self.items[bounds[k] : bounds[k + 1]]) for k in range(self.shards)
-        ]
+    def __len__(self) -> int:
+        """Images to convert."""
+        return len(self.items) if self.kept is None else len(self.kept)
+
+    def job_size(self, shard: int) -> int:
+        """Images of one shard, of n in K: those from n k / K to n (k + 1) / K, whoever asks."""
+        return len(self) * (shard + 1) // self.shards - len(self) * shard // self.shards
+
+    def job(self, shard: int) -> Job:
+        """What one shard is made of."""
+        first = len(self) * shard // self.shards
+        places = slice(first, first + self.job_size(shard))
+        items = self.items[places] if self.kept is None else [self.items[i] for i in self.kept[places]]
+        return Job(self.partial, self.shard_name(shard), items)
+
+
+def without(split: Split, places: list[int]) -> Split:
+    """The split without the items at these places."""
+    if not places:
+        return split
+    kept = np.delete(np.arange(len(split.items)), places)
+    return dataclasses.replace(split, kept=kept, shards=min(split.shards, len(kept)))
 
 
 def existing_info(folder: pathlib.Path) -> records.DatasetInfo | None:
@@ -118,7 +137,8 @@ def write_split(
     workers: int,
     run: Callable = run_jobs,
     max_corrupt_share: float,
-    ignored: dict[str, int],
+    rejected: list[tuple[str, str]] = (),
+    duplicates: list[str] = (),
 ) -> tuple[records.DatasetInfo, dict]:
     """Writes a split, or what is missing of it, and returns (metadata, report).
 
@@ -128,7 +148,8 @@ def write_split(
       workers: number of processes.
       run: what runs the jobs: `run_jobs`, or something with its arguments and results.
       max_corrupt_share: a larger share of undecodable images ends the conversion.
-      ignored: number of files that were no candidates, by ending; goes into the report.
+      rejected: (name, reason) of files that are no candidates; duplicates: keys of those that were left out. Both go
+        into the report.
 
     Raises:
       UserError: too many corrupt images, a disk that refuses, an unfinished conversion of something else. Finished
@@ -141,7 +162,7 @@ def write_split(
             try:
                 _write_plan(split)
                 parts = _write_shards(split, functools.partial(run, convert=convert, workers=workers), max_corrupt_share)
-                info, report = _finish(split, parts, ignored)
+                info, report = _finish(split, parts, rejected, duplicates)
                 shutil.rmtree(split.partial)
                 return info, report
             finally:
@@ -211,9 +232,9 @@ def _write_plan(split: Split) -> None:
 
 def _write_shards(split: Split, run: Callable, max_corrupt_share: float) -> list[Part]:
     """Returns the parts of all shards, in order; those that an earlier try finished are not written again."""
-    jobs = split.jobs()
-    parts = {job.shard: part for job in jobs if (part := _finished(split, job.shard)) is not None}
-    missing = [job for job in jobs if job.shard not in parts]
+    names = [split.shard_name(k) for k in range(split.shards)]
+    parts = {name: part for name in names if (part := _finished(split, name)) is not None}
+    missing = [k for k, name in enumerate(names) if name not in parts]
     corrupt = [entry for part in parts.values() for entry in part.corrupt]
 
     def check_corrupt(total: int) -> None:
@@ -228,18 +249,22 @@ def _write_shards(split: Split, run: Callable, max_corrupt_share: float) -> list
     def on_images(done: int, new_corrupt: list[tuple[str, str]]) -> None:
         corrupt.extend(new_corrupt)
         progress.update(done)
-        check_corrupt(len(split.items))
+        check_corrupt(len(split))
 
     if parts and missing:
-        print(f"{split.name}: going on after {len(parts)} of {len(jobs)} shards", flush=True)
-    check_corrupt(len(split.items))
+        print(f"{split.name}: going on after {len(parts)} of {len(names)} shards", flush=True)
+    check_corrupt(len(split))
     with (
-        Progress(sum(len(job.items) for job in missing), "images", f"convert {split.name}") as progress,
-        contextlib.closing(run(missing, report=on_images)) as finished,
+        Progress(sum(map(split.job_size, missing)), "images", f"convert {split.name}") as progress,
+        contextlib.closing(run((split.job(k) for k in missing), report=on_images)) as finished,
     ):
         for part in finished:
             parts[part.shard] = part
-    return [parts[job.shard] for job in jobs]
+    if not any(part.records for part in parts.values()):
+        key, reason = next(entry for part in parts.values() for entry in (*part.rejected, *part.corrupt))
+        shutil.rmtree(split.partial)  # nothing that another try could go on from
+        raise UserError(f"none of {len(split)} images is left (the first is {key}: {reason}); choose others, or reject less")
+    return [parts[name] for name in names]
 
 
 def _finished(split: Split, shard: str) -> Part | None:
@@ -250,7 +275,9 @@ def _finished(split: Split, shard: str) -> Part | None:
     return part if any(file.is_file() and file.stat().st_size == part.bytes for file in places) else None
 
 
-def _finish(split: Split, parts: list[Part], ignored: dict[str, int]) -> tuple[records.DatasetInfo, dict]:
+def _finish(
+    split: Split, parts: list[Part], rejected: list[tuple[str, str]], duplicates: list[str]
+) -> tuple[records.DatasetInfo, dict]:
     """Moves the shards to their place and writes the metadata, info.json last."""
     from data_prep import tfds_metadata  # its import takes half a second, which worker processes need not spend
 
@@ -266,7 +293,9 @@ def _finish(split: Split, parts: list[Part], ignored: dict[str, int]) -> tuple[r
         name=split.dataset, bands=split.bands, dtype=split.dtype, class_names=split.class_names, has_places=split.has_places,
         format_version=records.FORMAT_VERSION, splits=splits,
     )  # fmt: skip
-    report = summary.report(split.name, parts, ignored)
+    twins = [] if duplicates else _twins(split, parts)
+    report, table = summary.report(split.name, parts, rejected, duplicates, twins)
+    write_file(split.folder / f"{split.name}.inputs.csv", table, split.partial)
     write_file(split.folder / f"{split.name}.report.json", _json(report), split.partial)
     write_file(split.folder / statistics.file_name(split.name), statistics.to_bytes(counts), split.partial)
     staging = split.partial / "tfds"
@@ -275,6 +304,29 @@ def _finish(split: Split, parts: list[Part], ignored: dict[str, int]) -> tuple[r
         write_file(split.folder / file.name, file.read_bytes(), split.partial)
     write_file(split.folder / records.INFO_FILE, _json(dataclasses.asdict(info)), split.partial)
     return info, report
+
+
+def _twins(split: Split, parts: list[Part]) -> list[str]:
+    """The keys of records that were made from the same bytes as one before them."""
+    contents = b"".join(part.contents for part in parts)
+    later = later_equals(contents)
+    keys, first = [], 0
+    for shard, part in enumerate(parts):
+        here = later[(later >= first) & (later < first + part.records)] - first
+        if len(here):
+            out = {key for key, _ in (*part.corrupt, *part.rejected)}
+            written = [item.key for item in split.job(shard).items if item.key not in out]
+            keys.extend(written[i] for i in here)
+        first += part.records
+    return keys
+
+
+def later_equals(hashes: bytes) -> np.ndarray:
+    """The places, in order, of those hashes of 16 bytes that stand at an earlier place, too: int64."""
+    halves = np.frombuffer(hashes, np.uint64).reshape(-1, 2)
+    order = np.lexsort(halves.T)  # stable: of equal ones the first stays first
+    equal = (halves[order[1:]] == halves[order[:-1]]).all(axis=1)
+    return np.sort(order[1:][equal])
 
 
 def _json(value: dict) -> bytes:

@@ -1,155 +1,65 @@
-"""Converts a folder of images into one split of a data set folder of ArrayRecord shards.
+"""Converts a folder of images, or archives of them, into one split of a data set folder of ArrayRecord shards.
 
     python -m data_prep.images --input aid/train --output shards/aid --split train
-    python -m data_prep.images --input aid/test --output shards/aid --split test
+    python -m data_prep.images --input million_aid.zip --output shards/million --split train --drop duplicates,blank
 
-* Images: files below --input, in folders of any depth, whose names end in jpg, jpeg, png, tif, tiff or webp, in any
-  case. Names that begin with a dot are passed over; files with other endings are counted in the report.
-* Classes: where every image lies in a folder below --input, the names of the topmost folders become the labels. All
-  splits of a data set have the same classes.
+* Input: a folder, or tar, tar.gz, tar.bz2, tar.xz and zip archives, which are read as streams and never unpacked.
+* Images: names that end in jpg, jpeg, png, tif, tiff or webp, in any case, in folders of any depth. Names that begin with
+  a dot are passed over. Links that lead out of the folder, and members of archives that are links or whose names lead
+  elsewhere, are rejected.
+* Classes: where every image lies in a folder, the names of the topmost folders become the labels (in an archive, of the
+  topmost ones below a folder that holds everything). All splits of a data set have the same classes.
 * Pixels: see `data_prep.pixels`. Each image is decoded once, to check it. JPEG and PNG files that need no change are
   stored byte for byte.
-* Corrupt images are left out, named with the reason in OUTPUT/SPLIT.report.json, and counted; more than
-  --max-corrupt-share of them is an error.
+* OUTPUT/SPLIT.report.json accounts for every input as written, duplicate, rejected or failed, and names images that are
+  exact duplicates, smaller than --min-side, or blank; --drop leaves these out. OUTPUT/SPLIT.inputs.csv has the whole
+  list. More than --max-corrupt-share of failed images is an error.
 * Killed or out of space: the same command goes on after the shards that are finished. "The same" means the same
   relative paths, sizes in bytes and options; --workers and --max-corrupt-share may differ. A split that is complete is
   left alone.
 """
 
 import argparse
-import collections
 import functools
-import hashlib
-import json
-import os
 import pathlib
 import re
+from collections.abc import Callable
 
-from data_prep import folder, pixels
-from data_prep.shards import Item
-from pera_jax.data import codecs, records
+from data_prep import command, folder, pixels, sources
+from data_prep.shards import Item, run_jobs
+from pera_jax.data import records
 from pera_jax.errors import UserError, run
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
-_IMAGES_PER_SHARD = 512  # enough shards for several workers, little lost with an unfinished one
-_MOST_SHARDS = 512  # readers keep every shard open: stay below the usual limit of 1,024 open files
 
-
-def main(argv: list[str] | None = None) -> None:
-    """The command. Raises UserError."""
+def main(argv: list[str] | None = None, driver: Callable = run_jobs) -> None:
+    """The command; `driver` runs its jobs, as `folder.write_split` says of `run`. Raises UserError."""
     parser = argparse.ArgumentParser(prog="python -m data_prep.images", description=__doc__.splitlines()[0])
-    parser.add_argument("--input", type=pathlib.Path, required=True, help="folder of images")
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="data set folder; made if need be")
-    parser.add_argument("--split", required=True, help="name of the split: train, test, ...")
-    parser.add_argument("--workers", type=_positive, default=len(os.sched_getaffinity(0)), help="default: all cores")
-    parser.add_argument("--max-side", type=_positive, metavar="PX", help="reduce images whose longer side is longer")
-    parser.add_argument("--jpeg-quality", type=_quality, metavar="Q", help="store changed images as JPEG, not as PNG")
-    parser.add_argument("--max-corrupt-share", type=_share, default=0.05, metavar="S", help="default: %(default)s")
-    parser.add_argument("--shard-size", type=_positive, metavar="N", help="images per shard; default: 512, or "
-                        "more where that would make over 512 shards")  # fmt: skip
+    parser.add_argument("--input", type=pathlib.Path, required=True, nargs="+", help="folder of images, or archives")
     parser.add_argument("--no-labels", action="store_true", help="folders are no classes")
+    command.add_options(parser)
     args = parser.parse_args(argv)
     check_places(args.input, args.output, args.split)
 
-    files, ignored = list_images(args.input)
-    class_names = None if args.no_labels else class_folders(files)
-    size = args.shard_size or max(_IMAGES_PER_SHARD, -(-len(files) // _MOST_SHARDS))
-    options = {"max_side": args.max_side, "jpeg_quality": args.jpeg_quality}
+    inventory = sources.take_stock(args.input)
+    if not args.no_labels:
+        inventory.label()
+    options = command.conversion(args)
     info = folder.existing_info(args.output)
     dataset = info.name if info else dataset_name(args.output)
-    shards = -(-len(files) // size)
-    split = make_split(args.input, args.output, dataset, args.split, files, class_names, shards, options)
-    if folder.already_complete(split, info):
-        print(f"{args.split}: already complete in {args.output}, {info.splits[args.split].records} records")
-        return
-    classes = f"{len(class_names)} classes" if class_names else "no classes"
-    print(f"{args.split}: {len(files)} images, {classes}, {split.shards} shards, {args.workers} workers", flush=True)
-    info, report = folder.write_split(
-        split, functools.partial(convert_file, **options), workers=args.workers,
-        max_corrupt_share=args.max_corrupt_share, ignored=ignored,
-    )  # fmt: skip
-    written = info.splits[args.split]
-    print(f"{args.split}: {written.records} records, {sum(written.shard_bytes) / 1e6:.1f} MB, in {args.output}")
-    print(f"mean {written.mean}, std {written.std}, fingerprint {written.fingerprint[:12]}")
-    if report["corrupt"]:
-        names = args.output / f"{args.split}.report.json"
-        print(f"{len(report['corrupt'])} corrupt images were left out; {names} names them")
+    shards = command.number_of_shards(args, len(inventory))
+    split = make_split(inventory, args.output, dataset, args.split, shards, options)
+    convert = functools.partial(convert_file, **options)
+    command.write(split, sources.read, convert, args, driver=driver, rejected=inventory.rejected)
 
 
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return int(text)
-
-
-def _quality(text: str) -> int:
-    if not 1 <= int(text) <= 100:
-        raise argparse.ArgumentTypeError(f"{text} is not from 1 to 100")
-    return int(text)
-
-
-def _share(text: str) -> float:
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
-    return float(text)
-
-
-def check_places(source: pathlib.Path, output: pathlib.Path, split: str) -> None:
-    """Raises UserError for an input that is no folder, an output inside it or around it, or a bad name of a split."""
-    if not source.exists():
-        raise UserError(f"--input {source} does not exist; name a folder of images")
-    if not source.is_dir():
-        raise UserError(f"--input {source} is no folder; name a folder of images")
-    inner, outer = source.resolve(), output.resolve()
-    if inner.is_relative_to(outer) or outer.is_relative_to(inner):
-        raise UserError(f"--output {output} and --input {source} lie one in the other; name folders apart")
+def check_places(inputs: list[pathlib.Path], output: pathlib.Path, split: str) -> None:
+    """Raises UserError for an output inside the input or around it, or a bad name of a split."""
+    for source in inputs:
+        inner, outer = source.resolve(), output.resolve()
+        if inner.is_relative_to(outer) or outer.is_relative_to(inner):
+            raise UserError(f"--output {output} and {source} lie one in the other; name folders apart")
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", split) or split == "all":
         raise UserError(f"--split {split!r} is no name of a split; use letters, digits and _, and not 'all'")
-
-
-def list_images(source: pathlib.Path) -> tuple[list[tuple[str, int]], dict[str, int]]:
-    """Returns ((path relative to `source` with /, size in bytes) of every image, sorted; other files by ending).
-
-    Follows symbolic links, but no folder into itself. A link that leads nowhere counts as an image: it will be listed
-    as corrupt. Raises UserError if there is no image, a folder cannot be read, or a name is not valid UTF-8.
-    """
-    files, ignored = [], collections.Counter()
-
-    def walk(path: pathlib.Path, prefix: str, ancestors: frozenset[pathlib.Path]) -> None:
-        real = path.resolve()
-        if real in ancestors:
-            return
-        with os.scandir(path) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                ending = os.path.splitext(entry.name)[1].lower()
-                if entry.is_dir():
-                    walk(path / entry.name, f"{prefix}{entry.name}/", ancestors | {real})
-                elif ending in ENDINGS:
-                    files.append((prefix + entry.name, entry.stat().st_size if entry.is_file() else -1))
-                else:
-                    ignored[ending] += 1
-
-    try:
-        walk(source, "", frozenset())
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
-    if not files:
-        raise UserError(f"--input {source} holds no image (names ending in {' '.join(e[1:] for e in ENDINGS)})")
-    for name, _ in files:
-        try:
-            name.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise UserError(f"the name {name!r} in {source} is not valid UTF-8; rename it") from error
-    return sorted(files), dict(sorted(ignored.items()))
-
-
-def class_folders(files: list[tuple[str, int]]) -> list[str] | None:
-    """The sorted names of the topmost folders if every image lies in one, else None."""
-    if any("/" not in name for name, _ in files):
-        return None
-    return sorted({name.split("/", 1)[0] for name, _ in files})
 
 
 def dataset_name(output: pathlib.Path) -> str:
@@ -159,32 +69,18 @@ def dataset_name(output: pathlib.Path) -> str:
 
 
 def make_split(
-    source: pathlib.Path,
-    output: pathlib.Path,
-    dataset: str,
-    name: str,
-    files: list[tuple[str, int]],
-    class_names: list[str] | None,
-    shards: int,
-    options: dict,
+    inventory: sources.Inventory, output: pathlib.Path, dataset: str, name: str, shards: int, options: dict
 ) -> folder.Split:
     """The plan of a conversion."""
-    labels = {class_name: i for i, class_name in enumerate(class_names or ())}
-    items = [
-        Item(os.path.join(source, *key.split("/")), key, labels.get(key.split("/", 1)[0]), size) for key, size in files
-    ]
-    described = [records.FORMAT_VERSION, dataset, name, class_names, shards, options, files]
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode("ascii")).hexdigest()
-    return folder.Split(output, dataset, name, list(records.RGB), "uint8", class_names, False, items, shards, digest)
+    digest = inventory.digest([records.FORMAT_VERSION, dataset, name, inventory.class_names, shards, options])
+    bands = list(records.RGB)
+    return folder.Split(output, dataset, name, bands, "uint8", inventory.class_names, False, inventory, shards, digest)
 
 
-def convert_file(item: Item, **options: int | None) -> pixels.Stored:
-    """Reads and converts one file. Raises ImageDecodeError, also where the file cannot be read."""
-    try:
-        encoded = pathlib.Path(item.path).read_bytes()
-    except OSError as error:
-        raise codecs.ImageDecodeError(f"cannot be read: {error.strerror}") from error
-    return pixels.convert(encoded, **options)
+def convert_file(item: Item, **options) -> pixels.Stored:
+    """Reads and converts one file; options as of `pixels.convert`. Raises ImageDecodeError, also where the file cannot be
+    read, and Rejected."""
+    return pixels.convert(sources.read(item), **options)
 
 
 if __name__ == "__main__":

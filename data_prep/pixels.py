@@ -20,17 +20,23 @@ stored as PNG, which keeps every pixel, or as JPEG where the caller names a qual
 """
 
 import dataclasses
+import hashlib
 import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pera_jax.data.codecs import DECODE_ERRORS, ImageDecodeError
 
+_BLANK = 2
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF")
 _ORIENTATION = 0x0112  # the EXIF tag
 _PNG_BIT_DEPTH = 24  # position of the byte in the file: signature 8, chunk head 8, width 4, height 4
+
+
+class Rejected(Exception):
+    """An image that is sound but not wanted; its text is the reason."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,40 +46,80 @@ class Stored:
     Attributes:
       data: encoded bytes, as `codecs` says.
       histogram: int64 [C, bins], pixels of each value in each band: `statistics.count`.
+      content: a hash of what it was made from, 16 bytes: equal ones are exact duplicates.
+      found: what cleaning looks for: "small", "blank".
       place: JSON text of where on the ground a tile lies, "" for other images.
+      label: index of its class where only the content tells it; None leaves it to the item.
       changes: names of what was done to the pixels or the file; empty where the bytes are those of the source.
     """
 
     data: bytes
     histogram: np.ndarray
     changes: tuple[str, ...]
+    content: bytes = b""
+    found: tuple[str, ...] = ()
     place: str = ""
+    label: int | None = None
 
 
-def convert(encoded: bytes, max_side: int | None = None, jpeg_quality: int | None = None) -> Stored:
+def convert(
+    encoded: bytes,
+    max_side: int | None = None,
+    jpeg_quality: int | None = None,
+    min_side: int = 1,
+    drop: tuple[str, ...] = (),
+) -> Stored:
     """Converts the content of one image file.
 
     Args:
       encoded: the file's bytes.
       max_side: where the longer side has more pixels than this, the image is reduced to it (Lanczos, antialiased).
       jpeg_quality: changed images are stored as JPEG of this quality (1 to 100, full colour resolution), not as PNG.
+      min_side: an image whose shorter side has fewer pixels is "small".
+      drop: names of what is to be refused, of "small" and "blank": no band of it spans more than 2 of 255 values.
 
     Raises:
-      ImageDecodeError: the bytes cannot be decoded, or hold values without a known range.
+      ImageDecodeError: the bytes cannot be decoded, claim more pixels than Pillow takes for sane (179 million), or hold
+        values without a known range.
+      Rejected: an image of a kind that `drop` names.
     """
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata, thousands of them in a large folder
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # told by the header, before any allocation
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ImageDecodeError(f"{image.width} x {image.height} pixels; cut it into scenes first")
             image.load()
             rgb, changes = _to_rgb(image, encoded)
-    except DECODE_ERRORS as error:
+    except ImageDecodeError:
+        raise
+    except UnidentifiedImageError as error:  # its own text names an address in memory
+        raise ImageDecodeError("no image of a known format, or cut off in its header") from error
+    except (*DECODE_ERRORS, Image.DecompressionBombWarning) as error:
         raise ImageDecodeError(str(error) or type(error).__name__) from error
     if max_side is not None and max(rgb.size) > max_side:
         scale = max_side / max(rgb.size)
-        rgb = rgb.resize([max(1, round(side * scale)) for side in rgb.size], Image.Resampling.LANCZOS)
+        width, height = (max(1, round(side * scale)) for side in rgb.size)
+        # One direction after the other: the order changes pixels, and Pillow's versions do not agree on it.
+        rgb = rgb.resize((width, rgb.height), Image.Resampling.LANCZOS)
+        rgb = rgb.resize((width, height), Image.Resampling.LANCZOS)
         changes.append("reduced")
     histogram = np.array(rgb.histogram(), np.int64).reshape(3, 256)  # what `statistics.count` gives, in C
-    return Stored(_encode(rgb, jpeg_quality) if changes else encoded, histogram, tuple(changes))
+    found = (["small"] if min(rgb.size) < min_side else []) + (["blank"] if _blank(histogram) else [])
+    for kind in found:
+        if kind in drop:
+            raise Rejected(kind)
+    return Stored(_encode(rgb, jpeg_quality) if changes else encoded, histogram, tuple(changes), content_hash(encoded), tuple(found))
+
+
+def content_hash(encoded: bytes) -> bytes:
+    """By which exact duplicates are found: 16 bytes of BLAKE2b."""
+    return hashlib.blake2b(encoded, digest_size=16).digest()
+
+
+def _blank(histogram: np.ndarray) -> bool:
+    """Whether no band spans more than 2 values, which leaves room for the noise of a JPEG."""
+    return all(np.ptp(np.flatnonzero(band)) <= _BLANK for band in histogram)
 
 
 def _to_rgb(image: Image.Image, encoded: bytes) -> tuple[Image.Image, list[str]]:

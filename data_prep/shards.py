@@ -10,27 +10,26 @@ import collections
 import dataclasses
 import errno
 import hashlib
+import itertools
 import json
 import multiprocessing
 import multiprocessing.connection
 import os
 import pathlib
+import secrets
 import signal
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from array_record.python import array_record_module
 
-from data_prep.pixels import Stored
+from data_prep.pixels import Rejected, Stored
 from pera_jax.data import codecs, records, statistics
 from pera_jax.errors import UserError
 
 WRITER_OPTIONS = "group_size:1,uncompressed"  # one record per chunk: random access reads no other; JPEG does not shrink
+_PACKED = ("digests", "contents", "histogram")  # bytes, which JSON does not know
 _REPORT_EVERY = 16  # images between two messages of a worker
-
-
-class Rejected(Exception):
-    """Raised by a conversion for an image that is sound but not wanted; its text is the reason."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -54,7 +53,7 @@ class Item:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Job:
-    """One shard to write into `folder`, under the name `shard`."""
+    """One shard to write into `folder`, under the name `shard`, from `items`."""
 
     folder: pathlib.Path
     shard: str
@@ -68,26 +67,32 @@ class Part:
     Attributes:
       shard: its file name.
       bytes: its size.
-      digests: SHA-256 of each record, in order.
+      records: number of its records.
+      digests: SHA-256 of each record, in order, 32 bytes each.
+      contents: a hash of what each record was made from, in order, 16 bytes each.
       histogram: pixels of each value in each band, packed by `statistics.to_bytes`: of 13 bands of uint16 an array would be
         7 MB for each shard.
       corrupt: (key, reason) of the images that could not be decoded.
       rejected: (key, reason) of those that were not wanted.
+      found: (key, kind) of those that cleaning has something to say of.
       changes: number of images by what was done to them.
     """
 
     shard: str
     bytes: int
-    digests: list[bytes]
+    records: int
+    digests: bytes
+    contents: bytes
     histogram: bytes
     corrupt: list[tuple[str, str]]
     rejected: list[tuple[str, str]]
+    found: list[tuple[str, str]]
     changes: dict[str, int]
 
     def save(self, folder: pathlib.Path) -> None:
         fields = dataclasses.asdict(self)
-        fields["digests"] = base64.b64encode(b"".join(self.digests)).decode("ascii")
-        fields["histogram"] = base64.b64encode(self.histogram).decode("ascii")
+        for name in _PACKED:
+            fields[name] = base64.b64encode(fields[name]).decode("ascii")
         write_file(_part_file(folder, self.shard), json.dumps(fields).encode("ascii"))
 
     @classmethod
@@ -97,9 +102,7 @@ class Part:
         if not file.is_file():
             return None
         fields = json.loads(file.read_text(encoding="ascii"))
-        joined = base64.b64decode(fields.pop("digests"))
-        digests = [joined[i : i + 32] for i in range(0, len(joined), 32)]
-        return cls(**{**fields, "digests": digests, "histogram": base64.b64decode(fields["histogram"])})
+        return cls(**{**fields, **{name: base64.b64decode(fields[name]) for name in _PACKED}})
 
 
 def _part_file(folder: pathlib.Path, shard: str) -> pathlib.Path:
@@ -107,8 +110,9 @@ def _part_file(folder: pathlib.Path, shard: str) -> pathlib.Path:
 
 
 def _temporary(path: pathlib.Path) -> pathlib.Path:
-    """A name of this process's own: workers of a killed conversion may live on for a moment beside their successors."""
-    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    """A name that no other writer has, on this machine or another one: workers of a killed conversion may live on beside
+    their successors, and some runners of pipelines have two workers write the same shard."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 def write_file(path: pathlib.Path, content: bytes, staging: pathlib.Path | None = None) -> None:
@@ -142,7 +146,8 @@ def write_shard(
     temporary = _temporary(job.folder / job.shard)
     writer = array_record_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
     histogram = np.zeros((), np.int64)  # takes the shape of the first image that is added
-    digests, corrupt, rejected, changes = [], [], [], collections.Counter()
+    digests, contents, corrupt, rejected, found = bytearray(), bytearray(), [], [], []
+    changes = collections.Counter()
     reported = 0
     for i, item in enumerate(job.items, 1):
         try:
@@ -152,9 +157,12 @@ def write_shard(
         except Rejected as error:
             rejected.append((item.key, str(error)))
         else:
-            record = records.encode_record(stored.data, item.key, item.label, stored.place)
+            label = item.label if stored.label is None else stored.label
+            record = records.encode_record(stored.data, item.key, label, stored.place)
             writer.write(record)
-            digests.append(hashlib.sha256(record).digest())
+            digests += hashlib.sha256(record).digest()
+            contents += stored.content
+            found.extend((item.key, kind) for kind in stored.found)
             histogram = histogram + stored.histogram
             changes.update(stored.changes)
         if i % _REPORT_EVERY == 0 or i == len(job.items):
@@ -162,14 +170,17 @@ def write_shard(
             reported = len(corrupt)
     writer.close()  # errors of all writes so far surface here, as RuntimeError
     try:
-        records.check_shard(temporary, len(digests))
+        records.check_shard(temporary, len(digests) // 32)
     except UserError as error:
         raise RuntimeError(str(error)) from error
     sync(temporary)
     os.replace(temporary, job.folder / job.shard)
     sync(job.folder)
     size = (job.folder / job.shard).stat().st_size
-    part = Part(job.shard, size, digests, statistics.to_bytes(histogram), corrupt, rejected, dict(sorted(changes.items())))
+    part = Part(
+        job.shard, size, len(digests) // 32, bytes(digests), bytes(contents), statistics.to_bytes(histogram), corrupt,
+        rejected, found, dict(sorted(changes.items())),
+    )  # fmt: skip
     part.save(job.folder)
     return part
 
@@ -207,23 +218,25 @@ def run_jobs(
     Raises UserError when a worker cannot write, or dies. Workers end when the iterator is closed or exhausted.
     """
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of the writer's threads
-    pending = collections.deque(jobs)
-    missing = len(pending)
+    pending = iter(jobs)  # they are made one by one: the items of all would fill the memory
+    missing = 0
     processes = {}  # connection -> process
     try:
-        for _ in range(min(workers, len(pending))):
+        for job in itertools.islice(pending, workers):
+            missing += 1
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, convert), daemon=True)
             process.start()
             theirs.close()  # so that the death of the worker closes the pipe
             processes[ours] = process
-            ours.send(pending.popleft())
+            ours.send(job)
         while missing:
             for connection in multiprocessing.connection.wait(list(processes)):
                 try:
                     kind, *content = connection.recv()
-                    if kind == "shard" and pending:
-                        connection.send(pending.popleft())
+                    if kind == "shard" and (job := next(pending, None)) is not None:
+                        missing += 1
+                        connection.send(job)
                 except (EOFError, ConnectionError) as error:
                     raise UserError(
                         "a conversion worker died, perhaps for want of memory; give the command again with --workers 1"

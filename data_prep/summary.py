@@ -1,12 +1,16 @@
 """What the parts of a split add up to: its entry in info.json, and the report of its conversion."""
 
 import collections
+import csv
 import hashlib
+import io
 
 import numpy as np
 
 from data_prep.shards import Part
 from pera_jax.data import records, statistics
+
+_SHOWN = 20  # of a long list in the report
 
 
 def histogram(parts: list[Part]) -> np.ndarray:
@@ -19,11 +23,11 @@ def split_info(parts: list[Part], counts: np.ndarray, dtype: str, source: str) -
     ranges = statistics.default_ranges(counts, dtype)
     mean, std = statistics.moments(counts, dtype, ranges)
     found = statistics.percentiles(counts, dtype, statistics.PERCENTILES)  # [S, C]
-    fingerprint = hashlib.sha256(b"".join(digest for part in parts for digest in part.digests)).hexdigest()
+    fingerprint = hashlib.sha256(b"".join(part.digests for part in parts)).hexdigest()
     return records.SplitInfo(
-        records=sum(len(part.digests) for part in parts),
+        records=sum(part.records for part in parts),
         shards=[part.shard for part in parts],
-        shard_records=[len(part.digests) for part in parts],
+        shard_records=[part.records for part in parts],
         shard_bytes=[part.bytes for part in parts],
         ranges=ranges,
         mean=[round(float(value), 6) for value in mean],
@@ -34,24 +38,54 @@ def split_info(parts: list[Part], counts: np.ndarray, dtype: str, source: str) -
     )
 
 
-def report(split: str, parts: list[Part], ignored: dict[str, int]) -> dict:
-    """What the conversion found: the content of SPLIT.report.json.
+def report(
+    split: str,
+    parts: list[Part],
+    rejected: list[tuple[str, str]],
+    duplicates: list[str],
+    twins: list[str],
+) -> tuple[dict, bytes]:
+    """What became of every input: the content of SPLIT.report.json and of SPLIT.inputs.csv.
 
-    `changed` counts images by what was done to them, and one image may count under several names; `ignored_files`
-    counts files that were no candidates, by the ending of their name.
+    Each input is in one of `written`, `duplicates` (left out), `rejected` and `failed`, which add up to `inputs`. `found`
+    says which written images cleaning would have something to say of, `changed` what was done to images; one image may
+    count under several names there. Of long lists the report shows the first; the table has every input that was not
+    written, and every find.
+
+    Args:
+      rejected: (name, reason) of files that were no candidates; the parts have more.
+      duplicates: keys of exact duplicates that were left out; twins: of such that were written.
     """
-    changes = collections.Counter()
+    changes, found = collections.Counter(), [(key, "duplicate") for key in twins]
+    refused, failed = list(rejected), []
     for part in parts:
         changes.update(part.changes)
-    corrupt = [{"key": key, "reason": reason} for part in parts for key, reason in part.corrupt]
-    rejected = [{"key": key, "reason": reason} for part in parts for key, reason in part.rejected]
-    written = sum(len(part.digests) for part in parts)
+        refused += part.rejected
+        failed += part.corrupt
+        found += part.found
+    written = sum(part.records for part in parts)
+    rows = [("failed", *row) for row in failed] + [("rejected", *row) for row in refused]
+    rows += [("duplicate", key, "") for key in duplicates] + [("written", *row) for row in found]
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows([("outcome", "input", "reason"), *rows])
     return {
         "split": split,
-        "images": written + len(corrupt) + len(rejected),
-        "records": written,
-        "corrupt": corrupt,
-        "rejected": rejected,
+        "inputs": written + len(duplicates) + len(refused) + len(failed),
+        "written": written,
+        "duplicates": {"number": len(duplicates), "first": duplicates[:_SHOWN]},
+        "rejected": _counted(refused),
+        "failed": {"number": len(failed), "first": [{"key": key, "reason": reason} for key, reason in failed[:_SHOWN]]},
+        "found": _counted(found),
         "changed": dict(sorted(changes.items())),
-        "ignored_files": ignored,
+    }, table.getvalue().encode("utf-8")
+
+
+def _counted(rows: list[tuple[str, str]]) -> dict:
+    """By reason, how many there are and the first of them."""
+    by_reason = collections.defaultdict(list)
+    for key, reason in rows:
+        by_reason[reason].append(key)
+    return {
+        "number": len(rows),
+        "reasons": {reason: {"number": len(keys), "first": keys[:_SHOWN]} for reason, keys in sorted(by_reason.items())},
     }

@@ -36,11 +36,12 @@ def default() -> ConfigDict:
         path="",  # folder of shards; several, with commas between, are mixed
         weights=(),  # of several folders: how often to draw from each, as in (3, 1); (): as many as each has records
         split="train",
-        workers=2,  # processes that read, decode and crop
+        workers=-1,  # processes that read, decode and crop; -1: one for each two cores of the host, 16 at most
         bands=(),  # names of the bands to use, in this order; (): all that the shards have
         # What maps to [0, 1], in stored units: ((low, high),) for all bands, or a pair for each; (): what the shards say,
         # the full range of uint8, percentiles 1 and 99 of others.
         ranges=(),
+        skip_damaged=False,  # go on without shards that are missing or damaged: their records are replaced by others
         normalise="imagenet",  # "imagenet", or "dataset": the mean and std of the data
         allow_changed_data=False,  # go on from a checkpoint although the data set's fingerprint is another
     )
@@ -202,6 +203,8 @@ def check(config: ConfigDict, batch_shards: int, weight_shards: int, hosts: int)
             )
     if crops.global_number < 1 or crops.local_number < 0:
         raise UserError("crops.global_number must be at least 1 and crops.local_number at least 0")
+    if config.data.workers < -1:
+        raise UserError(f"data.workers={config.data.workers} must be at least 0, or -1 for a number by the host's cores")
     if config.stall_seconds < 0:
         raise UserError(f"stall_seconds={config.stall_seconds} must be at least 0, which is never")
     _one_of(config, "objective", ("pera",))

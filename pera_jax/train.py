@@ -52,6 +52,10 @@ def train(config, workdir: str, profile: str | None = None) -> None:
 
     # ---- data set
     data = mixture.open_mixture(config.data)
+    for source in data.sources:
+        if source.damaged:
+            lost = sum(source.split_info.shard_records[number] for number in source.damaged)
+            distributed.say(f"{source.path}: {len(source.damaged)} damaged shard(s); others replace their {lost} records")
     steps_per_epoch = len(data) // config.batch_size
     if steps_per_epoch < 1:
         raise UserError(
@@ -103,7 +107,8 @@ def train(config, workdir: str, profile: str | None = None) -> None:
         watchdog = stack.enter_context(Watchdog(config.stall_seconds))
         stream = pipeline.make_pipeline(
             data, config.crops, batch_size=config.batch_size, seed=config.seed, start_batch=position["batches"],
-            workers=config.data.workers, rows=distributed.rows_of(jax.sharding.NamedSharding(mesh, sharding.BATCH), config.batch_size),
+            workers=pipeline.workers_of(config.data.workers),
+            rows=distributed.rows_of(jax.sharding.NamedSharding(mesh, sharding.BATCH), config.batch_size),
         )
         stack.callback(stream.close)
         stack.callback(gc.collect)  # before it: JAX lets go of the last batch, which lies in the workers' memory

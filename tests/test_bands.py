@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from pera_jax import bands as bands_of
 from pera_jax import checkpoint, train
 from pera_jax import config as configs
+from pera_jax.bands import Bands
 from pera_jax.data import mixture, pipeline, records, statistics
 from pera_jax.errors import UserError
 from pera_jax.probes import features
@@ -52,7 +52,7 @@ def test_chosen_bands_come_in_their_order_with_statistics_of_their_ranges(folder
     assert batch["global"].dtype == np.uint16 and batch["global"].shape == (8, 2, 32, 32, 2)
     level = wanted.mean(axis=(1, 2))[batch["index"]]
     np.testing.assert_allclose(batch["global"].mean(axis=(1, 2, 3)), level, rtol=0.05)  # these bands, of these records
-    plain = bands_of.choose(settings(folders, "deep", data__normalise="dataset").data, data.sources, (1.0,))
+    plain = mixture.choose_bands(settings(folders, "deep", data__normalise="dataset").data, data.sources, (1.0,))
     assert plain.names == NAMES and plain.ranges == tuple(map(tuple, source.split_info.ranges))
 
 
@@ -120,7 +120,7 @@ def test_thirteen_bands_of_uint16_train_and_resume_and_their_features_are_extrac
     assert [rows[-1][f"data/drawn/{name}"] for name in ("deep", "other")] == [80, 240]
     weights = checkpoint.load_weights(workdir)
     assert weights.meta["bands"] == list(NAMES) and weights.meta["ranges"] == [[0.0, 10000.0]] * 13
-    bands, source = bands_of.Bands.of(weights.meta), records.open_split(folders["other"], "train")
+    bands, source = Bands.of(weights.meta), records.open_split(folders["other"], "train")
     extractor = features.Extractor(weights.backbone, weights.meta)
     found = features.extract(extractor, source, bands, 48, batch_size=10)
     same = features.extract(extractor, records.open_split(folders["deep"], "train"), bands, 48, batch_size=10)

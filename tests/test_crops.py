@@ -89,7 +89,7 @@ def pictures(height: int, width: int) -> dict[str, np.ndarray]:
 
 
 def resize(image: np.ndarray, box: crops.Box, size: int, horizontal=False, vertical=False) -> np.ndarray:
-    out = np.full((size, size, image.shape[-1]), 77, np.uint8)
+    out = np.full((size, size, image.shape[-1]), 77, image.dtype)
     crops.crop_resize(crops.Image(image), box, size, horizontal, vertical, out)
     return out
 
@@ -140,3 +140,25 @@ def test_each_channel_is_resampled_by_itself(channels):
     box = crops.Box(4, 6, 60, 40)
     alone = [resize(np.ascontiguousarray(image[..., c : c + 1]), box, 32) for c in range(channels)]
     np.testing.assert_array_equal(resize(image, box, 32), np.concatenate(alone, axis=-1))
+
+
+def dense(source: int, target: int) -> np.ndarray:
+    """The resampling of one axis as a matrix, float64 [target, source]: a triangle as wide as the reduction."""
+    scale = source / target
+    centre = (np.arange(target)[:, None] + 0.5) * scale
+    kernel = np.maximum(1 - np.abs(np.arange(source) + 0.5 - centre) / max(scale, 1), 0)
+    return kernel / kernel.sum(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("box", [crops.Box(3, 5, 40, 31), crops.Box(0, 0, 120, 90), crops.Box(60, 10, 17, 80)], ids=str)
+@pytest.mark.parametrize("channels", [1, 2, 6, 13])
+def test_wide_values_are_resampled_to_their_rounding(channels, box):
+    rng = np.random.default_rng(channels)
+    for dtype, error in ((np.uint8, 2.0), (np.uint16, 0.51), (np.float32, 0.02)):
+        top = np.iinfo(dtype).max if dtype != np.float32 else 9000.0
+        image = (rng.random((120, 90, channels)) * top).astype(dtype)
+        cut = image[box.top : box.top + box.height, box.left : box.left + box.width].astype(np.float64)
+        wanted = np.einsum("yh,xw,hwc->yxc", dense(box.height, 32), dense(box.width, 32), cut)
+        found = resize(image, box, 32, horizontal=True)
+        assert found.dtype == dtype
+        assert np.abs(found[:, ::-1] - wanted).max() <= error

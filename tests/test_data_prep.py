@@ -184,7 +184,8 @@ def test_round_trip_ours_and_tfds_with_statistics_and_classes(tree, tmp_path):
         assert (record.image == original) == record.key.lower().endswith(("jpg", "jpeg", "png"))
         np.testing.assert_array_equal(codecs.decode_image(record.image), np.array(Image.open(io.BytesIO(original))))
     report = json.loads((out / "train.report.json").read_text())
-    assert report["ignored_files"] == {".txt": 1} and report["images"] == 20 and report["corrupt"] == []
+    assert report["rejected"]["reasons"] == {"ending .txt": {"number": 1, "first": ["field/notes.txt"]}}
+    assert (report["inputs"], report["written"], report["failed"]["number"]) == (21, 20, 0)
     assert report["changed"] == {"format TIFF": 6, "format WEBP": 2}
 
     theirs = tfds.builder_from_directory(out).as_data_source(split="train")
@@ -246,15 +247,17 @@ def test_corrupt_images_are_named_and_fatal_above_the_share(tree, tmp_path):
     root = write_tree(tmp_path / "in", {**contents(tree), **bad, "field/bmp.jpg": photograph(4, "BMP")})
     (root / "town/gone.tif").symlink_to(root / "nowhere")
     args = ["--input", root, "--output", tmp_path / "deep/out", "--split", "train"]
-    refused = command(*args, "--max-corrupt-share", 0.15)
-    assert refused.returncode == 1 and "25 images cannot be decoded" in refused.stderr
+    refused = command(*args, "--max-corrupt-share", 0.12)
+    assert refused.returncode == 1 and "24 images cannot be decoded" in refused.stderr
     assert refused.stderr.count("Traceback") == 0 and not (tmp_path / "deep").exists()
-    done = command(*args, "--max-corrupt-share", 0.16)
+    done = command(*args, "--max-corrupt-share", 0.13)
     assert done.returncode == 0, done.stderr
-    assert "4 corrupt images were left out" in done.stdout
+    assert "left out: 2 rejected, 3 failed" in done.stdout
     report = json.loads((tmp_path / "deep/out/train.report.json").read_text())
-    assert sorted(entry["key"] for entry in report["corrupt"]) == sorted([*bad, "town/gone.tif"])
-    assert report["records"] == 21 and all(entry["reason"] for entry in report["corrupt"])
+    assert sorted(entry["key"] for entry in report["failed"]["first"]) == sorted(bad)
+    assert report["written"] == 21 and all(entry["reason"] for entry in report["failed"]["first"])
+    table = (tmp_path / "deep/out/train.inputs.csv").read_text().splitlines()
+    assert "rejected,town/gone.tif,a link that leads nowhere" in table and sum(r.startswith("failed") for r in table) == 3
     source = records.open_split(tmp_path / "deep/out", "train")
     keys = [records.decode_record(source.read(i)).key for i in range(len(source))]
     assert len(keys) == 21 and "field/bmp.jpg" in keys  # judged by its content
@@ -268,7 +271,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tree, tmp_path):
     out = tmp_path / "out"
     cases = {
         "does not exist": (tmp_path / "nowhere", out, "train"),
-        "is no folder": (texts / "a/b.txt", out, "train"),
+        "neither a folder nor an archive": (texts / "a/b.txt", out, "train"),
         "holds no image": (tmp_path / "empty", out, "train"),
         "holds no image (": (texts, out, "train"),
         "2 of 2 images cannot be decoded": (lies, out, "train"),

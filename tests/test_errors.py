@@ -68,6 +68,7 @@ WRONG_SETTINGS = {
     "mesh data=3, fsdp=1, tensor=1 does not fit 8 device": {"mesh.data": 3},
     "total": {"total": "4"},
     "seed=-1 is out of range": {"seed": -1},
+    "data.workers=-2 must be at least 0": {"data.workers": -2},
     "data set folder nowhere does not exist": {"data.path": "nowhere"},
     "has no split 'test'; it has train": {"data.split": "test"},
     "init_from|nowhere is not the folder of a run": {"init_from": "nowhere"},

@@ -1,6 +1,8 @@
 """The stream of batches: what it may depend on, and what a damaged record does to it."""
 
+import dataclasses
 import io
+import json
 import os
 import pathlib
 import pickle
@@ -15,7 +17,7 @@ import pytest
 from array_record.python import array_record_module
 from PIL import Image
 
-from pera_jax.data import pipeline, records
+from pera_jax.data import codecs, pipeline, records
 from pera_jax.data.mixture import Mixture
 from pera_jax.errors import UserError
 
@@ -189,9 +191,41 @@ def test_damaged_records_are_replaced_and_leave_the_others_alone(tmp_path, image
             np.testing.assert_array_equal(actual[name][intact], wanted[name][intact])
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_random_damage_to_shards_is_counted_and_leaves_good_records_alone(tmp_path, images, stream, seed):
+    """Bits flipped anywhere in one shard, also in its head and foot; every other seed cuts the other shard off."""
+    rng, source = np.random.default_rng(seed), write_records(tmp_path, images)
+    for name in ("a.array_record", "b.array_record"):
+        content = bytearray((tmp_path / name).read_bytes())
+        for place in rng.integers(len(content), size=4):
+            content[place] ^= 1 << rng.integers(8)
+        if seed % 2 and name[0] == "b":
+            content = content[: rng.integers(len(content))]
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / records.INFO_FILE).write_text(json.dumps(dataclasses.asdict(source.info)))
+    try:
+        source = records.open_split(tmp_path, "train", skip_damaged=True)
+    except UserError as error:  # no shard at all can be opened
+        assert "damaged" in str(error)
+        return
+    bad = set()
+    for i in range(RECORDS):
+        try:
+            codecs.decode_image(records.decode_record(source.read(i)).image)
+        except (RuntimeError, ValueError):
+            bad.add(i)
+    assert bool(source.damaged) <= bool(bad)
+    for actual, wanted in zip(take(source, 9), stream, strict=True):
+        np.testing.assert_array_equal(actual["index"], wanted["index"])
+        np.testing.assert_array_equal(actual["replaced"], np.isin(wanted["index"], list(bad)))
+        good = ~actual["replaced"]
+        np.testing.assert_array_equal(actual["global"][good], wanted["global"][good])
+        assert not bad & set(actual["label"])  # what replaces a bad record is a good one
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_data_set_without_a_good_image_ends_with_one_sentence(tmp_path, workers):
-    with pytest.raises(UserError, match="in a row from number"):
+    with pytest.raises(UserError, match="100 records that were tried, from number"):
         take(write_records(tmp_path, [b"no image"] * RECORDS), 1, workers=workers)
 
 

@@ -1,11 +1,11 @@
 """Random crops on the host: where they lie, and how their pixels become the network's (arXiv:2505.19447).
 
-One uint8 crop is made per positive pair, since the two views of a pair share their geometry: a box drawn by rejection,
+One crop is made per positive pair, in the stored dtype, since the two views of a pair share their geometry: a box drawn by rejection,
 antialiased bilinear resampling to the size of the network, flips. Colour changes come later, on the device.
 
-The resampling is separable, in 16-bit fixed point: each pass weighs and adds whole rows of memory, which numpy does
-with vector instructions, and a transposition between the passes turns columns into rows. It takes about half the time
-of a general-purpose resize, and integers give the same bits on every machine.
+The resampling is separable: each pass weighs and adds whole rows of memory, which numpy does with vector instructions,
+and a transposition between the passes turns columns into rows. uint8 is worked on in 16-bit fixed point, which takes about
+half the time of a general-purpose resize and gives the same bits on every machine; uint16 and float32 in float32.
 """
 
 import functools
@@ -54,14 +54,19 @@ def sample_box(
 
 
 class Image:
-    """One decoded image, laid out for many crops: column by column, channels padded to whole words.
+    """One decoded image, laid out for many crops: column by column; of uint8 the channels padded to whole words.
 
     It lies in memory that the next `Image` of the same thread takes over.
     """
 
     def __init__(self, pixels: np.ndarray):
-        """Takes `pixels`, uint8 [H, W, C]."""
+        """Takes `pixels`, uint8, uint16 or float32 [H, W, C]."""
         self.height, self.width, self.channels = pixels.shape
+        self.dtype = pixels.dtype
+        if pixels.dtype != np.uint8:
+            self.columns = _scratch("wide", (self.width, self.height, self.channels), np.float32)
+            self.columns[...] = pixels.transpose(1, 0, 2)
+            return
         lanes = -(-self.channels // _LANES) * _LANES
         # Each pixel is read as whole words, beyond its own channels: the lanes that pad it hold what comes next.
         flat = _scratch("flat", (pixels.size + lanes,), np.uint8)
@@ -76,52 +81,60 @@ class Image:
 
 
 def crop_resize(image: Image, box: Box, size: int, flip_horizontal: bool, flip_vertical: bool, out: np.ndarray) -> None:
-    """Cuts `box` out of `image`, resizes it to `size` x `size` and flips it: `out`, uint8 [size, size, C], is filled.
+    """Cuts `box` out of `image`, resizes it to `size` x `size` and flips it: `out` [size, size, C], of the image's dtype, is filled.
 
     Bilinear with antialiasing: the triangle kernel is widened by the scale where the box is larger than `size`, and
-    pixels outside the box have no influence. Agrees with the same in floating point to about half a grey level.
+    pixels outside the box have no influence. Agrees with the same in float64 to about half a grey level, and for uint16 and
+    float32 to their rounding.
     """
-    across, across_weights = _taps(box.width, size, flip_horizontal)
-    down, down_weights = _taps(box.height, size, flip_vertical)
-    lanes = image.columns.shape[-1]
+    fixed = image.dtype == np.uint8
+    across, across_weights = _taps(box.width, size, flip_horizontal, fixed)
+    down, down_weights = _taps(box.height, size, flip_vertical, fixed)
+    lanes, number = image.columns.shape[-1], np.uint16 if fixed else np.float32
+    word = np.uint64 if fixed else np.float32  # what is transposed
 
-    source = _scratch("source", (box.width, box.height * lanes), np.uint16)
+    source = _scratch("source", (box.width, box.height * lanes), number)
     cut = image.columns[box.left : box.left + box.width, box.top : box.top + box.height]  # [w, h, lanes]
     source.reshape(cut.shape)[...] = cut
-    half = _scratch("half", (box.height, size, lanes), np.uint16)
+    half = _scratch("half", (box.height, size, lanes), number)
     for start in range(0, size, _BLOCK):
         stop = min(start + _BLOCK, size)
         block = _weigh_rows(source, across[:, start:stop], across_weights[:, start:stop])  # [block, h * lanes]
-        words = block.reshape(stop - start, box.height, lanes).view(np.uint64)
-        half.view(np.uint64)[:, start:stop] = words.transpose(1, 0, 2)
+        words = block.reshape(stop - start, box.height, lanes).view(word)
+        half.view(word)[:, start:stop] = words.transpose(1, 0, 2)
 
     rows = half.reshape(box.height, size * lanes)
     for start in range(0, size, _BLOCK):
         stop = min(start + _BLOCK, size)
         block = _weigh_rows(rows, down[:, start:stop], down_weights[:, start:stop])  # [block, size * lanes]
         pixels = block.reshape(stop - start, size, lanes)
+        if out.dtype == np.uint16:
+            np.rint(pixels, out=pixels)
         for channel in range(image.channels):
             out[start:stop, :, channel] = pixels[..., channel]
 
 
 def _weigh_rows(rows: np.ndarray, taps: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Sums weighted rows: `rows` uint16 [R, M], `taps` and `weights` [K, N] -> values 0 .. 255, uint16 [N, M]."""
-    total = _scratch("total", (taps.shape[1], rows.shape[1]), np.uint16)
-    term = _scratch("term", total.shape, np.uint16)
+    """Sums weighted rows: `rows` uint16 [R, M], `taps` and `weights` [K, N] -> values 0 .. 255, uint16 [N, M]; or all of
+    them float32."""
+    total = _scratch("total", (taps.shape[1], rows.shape[1]), rows.dtype)
+    term = _scratch("term", total.shape, rows.dtype)
     rows.take(taps[0], axis=0, out=total, mode="clip")  # Mode "raise" would go through a buffer.
     total *= weights[0, :, None]
     for tap, weight in zip(taps[1:], weights[1:], strict=True):
         rows.take(tap, axis=0, out=term, mode="clip")
         term *= weight[:, None]
         total += term
-    total += _ONE // 2
-    total //= _ONE
+    if total.dtype == np.uint16:
+        total += _ONE // 2
+        total //= _ONE
     return total
 
 
 @functools.lru_cache(maxsize=2048)
-def _taps(source: int, target: int, flip: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The rows that each of `target` rows is made of: indices int64 [K, target], weights uint16 [K, target]."""
+def _taps(source: int, target: int, flip: bool, fixed: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that each of `target` rows is made of: indices int64 [K, target], weights [K, target],
+    uint16 in fixed point or float32."""
     scale = source / target
     support = max(scale, 1.0)
     centre = (np.arange(target) + 0.5) * scale
@@ -132,6 +145,8 @@ def _taps(source: int, target: int, flip: bool) -> tuple[np.ndarray, np.ndarray]
     # Rounding the running sum, not the weights: they always add up to one, and none is off by more than 1 / 256.
     running = np.rint(np.cumsum(kernel, axis=0) / kernel.sum(axis=0) * _ONE)
     weights = np.diff(running, axis=0, prepend=0).astype(np.uint16)
+    if not fixed:
+        weights = (kernel / kernel.sum(axis=0)).astype(np.float32)
     taps = taps.clip(0, source - 1)
     return (taps[:, ::-1].copy(), weights[:, ::-1].copy()) if flip else (taps, weights)
 

@@ -26,7 +26,7 @@ from pera_jax.data import crops as geometry
 from pera_jax.data.mixture import Mixture
 from pera_jax.errors import UserError
 
-_REPLACEMENTS = 100
+_REPLACEMENTS, _NEIGHBOURS, _LEAP = 100, 4, 0x9E3779B1
 _SEED_STEP = 0x9E3779B9  # between the seeds of the data sets of a run
 _SHARED_MEMORY = "/dev/shm"
 _BATCHES_PER_WORKER = 4  # that lie in shared memory at once: two wait in Grain's buffers, two to be let in
@@ -195,15 +195,17 @@ class ReadBatch(grain.transforms.Map):
         """The image `index` of data set `place`, or the next one that can be decoded; its label; whether it is another."""
         source = self._data.sources[place]
         for skipped in range(_REPLACEMENTS):
+            # The neighbours first; then anywhere, since a shard may be damaged as a whole.
+            other = (index + (skipped if skipped < _NEIGHBOURS else skipped * _LEAP)) % len(source)
             try:
-                record = records.decode_record(source.read((index + skipped) % len(source)))
+                record = records.decode_record(source.read(other))
                 pixels = codecs.decode_bands(record.image, source.info, self._data.places[place])
                 return pixels, record.label, skipped > 0
             except (RuntimeError, ValueError):  # A damaged shard, record or image.
                 continue
         raise UserError(
-            f"{_REPLACEMENTS} records in a row from number {index} on cannot be decoded; {source.path} is damaged: "
-            "convert it again"
+            f"{_REPLACEMENTS} records that were tried, from number {index} on, cannot be decoded; {source.path} is "
+            "damaged: convert it again"
         )
 
 
@@ -231,6 +233,11 @@ class Draw(grain.transforms.RandomMap):
 
     def random_map(self, index: int, rng: np.random.Generator) -> dict[str, np.int64]:
         return {"set": self._place, "index": np.int64(index), "seed": rng.integers(2**63)}
+
+
+def workers_of(wanted: int) -> int:
+    """`config.data.workers` as a number: -1 is one for each two cores that this process may use, from 1 to 16."""
+    return wanted if wanted >= 0 else max(1, min(len(os.sched_getaffinity(0)) // 2, 16))
 
 
 def keep_memory() -> None:

@@ -196,10 +196,11 @@ def load_info(path: str | pathlib.Path) -> DatasetInfo:
 class RecordSource:
     """Random access to the records of one split. Picklable: a copy opens the shards itself, each at its first read."""
 
-    def __init__(self, path: str | pathlib.Path, info: DatasetInfo, split: str):
+    def __init__(self, path: str | pathlib.Path, info: DatasetInfo, split: str, damaged: frozenset[int] = frozenset()):
         self.path = pathlib.Path(path)
         self.info = info
         self.split = split
+        self.damaged = damaged  # shards that are passed over: reading from them is an error
         self.split_info = info.splits[split]
         self._ends = list(itertools.accumulate(self.split_info.shard_records))
         self._readers = {}
@@ -212,6 +213,8 @@ class RecordSource:
         if not 0 <= i < len(self):
             raise IndexError(f"record {i} of {len(self)}")
         shard = bisect.bisect_right(self._ends, i)
+        if shard in self.damaged:
+            raise RuntimeError(f"shard {self.split_info.shards[shard]} is damaged")
         if shard not in self._readers:
             self._readers[shard] = open_shard(self.path / self.split_info.shards[shard])
         first = self._ends[shard] - self.split_info.shard_records[shard]
@@ -249,8 +252,11 @@ def check_shard(file: pathlib.Path, records: int, size: int | None = None) -> No
         raise UserError(f"shard {file} holds {held} records instead of {records}; copy or convert it anew")
 
 
-def open_split(path: str | pathlib.Path, split: str) -> RecordSource:
+def open_split(path: str | pathlib.Path, split: str, skip_damaged: bool = False) -> RecordSource:
     """Opens one split of a data set folder and checks every shard.
+
+    Args:
+      skip_damaged: go on without the shards that are missing or damaged, as long as there is a good one.
 
     Raises UserError: the folder or the split is missing, the dtype is unknown, or a shard is missing, truncated or holds
     another number of records than info.json says.
@@ -263,6 +269,13 @@ def open_split(path: str | pathlib.Path, split: str) -> RecordSource:
     split_info = info.splits[split]
     if not len(info.bands) == len(split_info.ranges) == len(split_info.mean) == len(split_info.std):
         raise UserError(f"{path} names {len(info.bands)} bands and has statistics of {len(split_info.ranges)}; convert it anew")
-    for name, records, size in zip(split_info.shards, split_info.shard_records, split_info.shard_bytes, strict=True):
-        check_shard(pathlib.Path(path) / name, records, size)
-    return RecordSource(path, info, split)
+    damaged = set()
+    shards = zip(split_info.shards, split_info.shard_records, split_info.shard_bytes, strict=True)
+    for number, (name, records, size) in enumerate(shards):
+        try:
+            check_shard(pathlib.Path(path) / name, records, size)
+        except UserError:
+            damaged.add(number)
+            if not skip_damaged or len(damaged) == len(split_info.shards):
+                raise
+    return RecordSource(path, info, split, frozenset(damaged))
