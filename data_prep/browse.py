@@ -3,10 +3,10 @@
     python -m data_prep.browse shards/aid --output aid.html
     python -m data_prep.browse shards/sentinel2 --output sentinel2.html --bands nir,red,green --images 96
 
-The page: what the data set is; and of each split a sample of its images, classes and sizes counted, where and when the tiles
-of scenes were taken, the statistics of each band with their histograms, and the report of the conversion. It needs no network
-and holds no script. Sizes, classes and places are counted over all records, of a split of over 100,000 over a random sample
-of that number, which the page says.
+The page: what the data set is; and of each split a sample of its images, classes and sizes counted, where and when the
+tiles of scenes were taken, the statistics of each band with their histograms, and the report of the conversion. It
+needs no network and holds no script. Sizes, classes and places are counted over all records; of a split of over
+100,000, over a random sample of that number, which the page says.
 """
 
 import argparse
@@ -71,9 +71,11 @@ def _heading(folder: pathlib.Path, info: records.DatasetInfo, names: list[str]) 
     return f"<h1>{page.escaped(info.name)}</h1><nav>{links}</nav>{page.facts(card)}<h3>Splits</h3>{page.table(rows)}"
 
 
-def _split(folder: pathlib.Path, info: records.DatasetInfo, name: str, places: list[int], images: int, seed: int) -> str:
+def _split(
+    folder: pathlib.Path, info: records.DatasetInfo, name: str, places: list[int], images: int, seed: int
+) -> str:
     """The section of one split."""
-    source = records.open_split(folder, name)
+    source = records.open_split(folder, name, skip_damaged=True)
     counts = folder_info.histogram(folder, info, name)
     found = survey(source, seed)
     sample = thumbnails(source, places, images, seed)
@@ -81,8 +83,14 @@ def _split(folder: pathlib.Path, info: records.DatasetInfo, name: str, places: l
     names = [info.bands[place] for place in places]
     shown = f"{names[0]} as grey" if len(set(names)) == 1 else f"{', '.join(names)} as red, green, blue"
     low_high = sorted({tuple(info.splits[name].ranges[place]) for place in places})
-    stretch = f"{stats.number(low_high[0][0])} to {stats.number(low_high[0][1])}" if len(low_high) == 1 else "the range of each"
-    of = f"{found.total:,}" if found.looked == found.total else f"a random sample of {found.looked:,} of {found.total:,}"
+    stretch = (
+        f"{stats.number(low_high[0][0])} to {stats.number(low_high[0][1])}"
+        if len(low_high) == 1
+        else "the range of each"
+    )
+    of = (
+        f"{found.total:,}" if found.looked == found.total else f"a random sample of {found.looked:,} of {found.total:,}"
+    )
     parts = [
         f'<h2 id="{page.escaped(name)}">{page.escaped(name)}</h2>',
         f'<p class="quiet">{len(sample)} of {found.total:,} images, drawn with seed {seed}: {page.escaped(shown)}, '
@@ -90,7 +98,9 @@ def _split(folder: pathlib.Path, info: records.DatasetInfo, name: str, places: l
         page.sheet(sample, info.class_names, THUMBNAIL),
     ]
     if found.unreadable:
-        parts.append(f'<p class="warn">{found.unreadable:,} records are damaged; python -m data_prep.verify names them.</p>')
+        parts.append(
+            f'<p class="warn">{found.unreadable:,} records are damaged; python -m data_prep.verify names them.</p>'
+        )
     if info.class_names is not None:
         parts.append(f"<h3>Classes, over {of} records</h3>{page.bars(_classes(info.class_names, found))}")
     parts.append(f"<h3>Sizes, over {of} records</h3>{_sizes(found)}")
@@ -124,8 +134,12 @@ def _sizes(found: Survey) -> str:
     counts, edges = np.histogram(sides, _LISTED, weights=list(found.sizes.values()))
     edges = np.ceil(edges).astype(int)
     edges[-1] += 1
-    steps = [(f"{low} to {high - 1}", int(n)) for low, high, n in zip(edges, edges[1:], counts, strict=False) if high > low]
-    spans = [f"{kind} {min(values)} to {max(values)} px" for kind, values in zip(("width", "height"), zip(*found.sizes))]
+    steps = [
+        (f"{low} to {high - 1}", int(n)) for low, high, n in zip(edges, edges[1:], counts, strict=False) if high > low
+    ]
+    spans = [
+        f"{kind} {min(values)} to {max(values)} px" for kind, values in zip(("width", "height"), zip(*found.sizes))
+    ]
     return f"<p>{len(found.sizes):,} sizes: {', '.join(spans)}. The longer side, px:</p>{page.bars(steps)}"
 
 
@@ -153,7 +167,7 @@ def _report(file: pathlib.Path) -> str:
         return page.report(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return f'<p class="quiet">There is no {page.escaped(file.name)}.</p>'
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f'<p class="warn">{page.escaped(file.name)} cannot be read: {page.escaped(error)}</p>'
 
 

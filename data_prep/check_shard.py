@@ -1,7 +1,7 @@
 """What `data_prep.verify` does with one shard, and the processes that do it.
 
-The shards are read in processes of their own: whatever damaged bytes do to a decoder, the command lives on and names the
-shard whose reader died.
+The shards are read in processes of their own: whatever damaged bytes do to a decoder, the command lives on and names
+the shard whose reader died.
 """
 
 import collections
@@ -76,7 +76,9 @@ class Findings:
             self.counts += counts
         self.decoded += 1
         self.lossy += lossy
-        self.heights, self.widths = (span(old, (side, side)) for old, side in zip((self.heights, self.widths), pixels.shape))
+        self.heights, self.widths = (
+            span(old, (side, side)) for old, side in zip((self.heights, self.widths), pixels.shape)
+        )
 
 
 def span(one: tuple[int, int] | None, other: tuple[int, int] | None) -> tuple[int, int] | None:
@@ -86,8 +88,10 @@ def span(one: tuple[int, int] | None, other: tuple[int, int] | None) -> tuple[in
 
 
 def check(task: Task, report: Callable[[int], None]) -> Findings:
-    """Reads and decodes every record of a shard. `report(done)` is called every few records; the calls add up to the number
-    of records that info.json names. Raises nothing for damage."""
+    """Reads and decodes every record of a shard. Raises nothing for damage.
+
+    `report(done)` is called every few records; the calls add up to the number of records that info.json names.
+    """
     found, done = Findings(), 0
     for number, raw in _read(task, found):
         if isinstance(raw, bytes):

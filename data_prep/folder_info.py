@@ -16,7 +16,9 @@ def load(folder: Path, split: str | None = None) -> tuple[records.DatasetInfo, l
     info = records.load_info(folder)
     fault = _fault(info)
     if fault:
-        raise UserError(f"{folder / records.INFO_FILE} is damaged: {fault}; copy it again, or convert the data set anew")
+        raise UserError(
+            f"{folder / records.INFO_FILE} is damaged: {fault}; copy it again, or convert the data set anew"
+        )
     if split is not None and split not in info.splits:
         raise UserError(f"{folder} has no split {split!r}; it has {', '.join(sorted(info.splits))}")
     return info, list(info.splits) if split is None else [split]
@@ -39,7 +41,9 @@ def _fault(info: records.DatasetInfo) -> str | None:
         if len({*map(len, lists)}) > 1 or len(set(split.shards)) < len(split.shards):
             return f"split {name!r} has {len(split.shards)} shards and other numbers of sizes, or names one twice"
         if min(split.shard_records, default=0) < 0 or sum(split.shard_records) != split.records:
-            return f"the shards of split {name!r} hold {sum(split.shard_records)} records, and the split {split.records!r}"
+            return (
+                f"the shards of split {name!r} hold {sum(split.shard_records)} records, and the split {split.records!r}"
+            )
         per_band = (split.ranges, split.mean, split.std)
         if any(not isinstance(values, list) or len(values) != len(info.bands) for values in per_band):
             return f"split {name!r} has no statistics of {len(info.bands)} bands"
@@ -56,7 +60,7 @@ def _all(values, kind) -> bool:
 
 
 def histogram(folder: Path, info: records.DatasetInfo, split: str) -> np.ndarray:
-    """The values of each band of a split, counted: int64 [C, bins]. Raises UserError: missing, damaged, of other bands."""
+    """The histogram of each band of a split, int64 [C, bins]. Raises UserError: missing, damaged, of other bands."""
     file = folder / statistics.file_name(split)
     try:
         counts = statistics.load(folder, split)
@@ -66,5 +70,7 @@ def histogram(folder: Path, info: records.DatasetInfo, split: str) -> np.ndarray
         raise UserError(f"{file} is damaged ({error}); copy it again, or convert the data set anew") from error
     expected = (len(info.bands), statistics.bins(info.dtype))
     if counts.shape != expected or counts.dtype != np.int64 or counts.min() < 0 or not counts.any(axis=1).all():
-        raise UserError(f"{file} does not count {expected[0]} bands of {info.dtype}; copy it again, or convert the data set anew")
+        raise UserError(
+            f"{file} does not count {expected[0]} bands of {info.dtype}; copy it again, or convert the data set anew"
+        )
     return counts

@@ -18,7 +18,7 @@ _FILL = (92, 104, 120)
 
 @functools.cache
 def _values(dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """(bool [bins], the bins of a histogram that finite numbers fall into; float64 [their number], the middle of each)."""
+    """(bool [bins]: the bins of a histogram that finite numbers fall into, float64 [their number]: their middles)."""
     if dtype != "float32":
         return np.ones(statistics.bins(dtype), bool), np.arange(statistics.bins(dtype), dtype=np.float64)
     upper = np.arange(statistics.bins(dtype), dtype=np.uint32)  # a bin holds what agrees in the upper 16 bits
@@ -45,7 +45,7 @@ def densities(counts: np.ndarray, dtype: str, low: float, high: float, columns: 
 
 
 def _window(counts: np.ndarray, info: records.DatasetInfo, low: float, high: float) -> tuple[float, float]:
-    """The values that a panel shows: all of uint8, else percentiles 0.1 and 99.9 and the range, with a little around."""
+    """The values that a panel shows: all of uint8, else percentiles 0.1 and 99.9 and the range, and a bit around."""
     if info.dtype == "uint8":
         return -0.5, 255.5
     least, most = statistics.percentiles(counts[None], info.dtype, (0.1, 99.9))[:, 0]
@@ -91,7 +91,9 @@ def _panel(pen, corner: tuple[int, int], name: str, info, counts: np.ndarray, lo
     for column, height in enumerate(heights):
         if height > 0:
             pen.rectangle(
-                _scaled(left + column, bottom - _HEIGHT * min(1.0, height / tallest), left + column + 1 - 1 / SCALE, bottom),
+                _scaled(
+                    left + column, bottom - _HEIGHT * min(1.0, height / tallest), left + column + 1 - 1 / SCALE, bottom
+                ),
                 fill=_FILLS.get(name.lower(), _FILL),
             )
     pen.line(_scaled(left, bottom, left + _WIDTH, bottom), fill=_INK, width=SCALE)

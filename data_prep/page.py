@@ -1,10 +1,9 @@
 """The parts of the page that `data_prep.browse` writes: HTML with everything in it, and nothing that runs.
 
-Whatever comes from the data goes through `escaped`. A policy in the head forbids scripts and all that is not in the page.
+Whatever comes from the data goes through `escaped`. A policy in the head forbids scripts and all that lies elsewhere.
 """
 
 import base64
-import collections
 import html
 import json
 from collections.abc import Iterable, Sequence
@@ -27,7 +26,8 @@ td.text { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 figure { margin: 0; min-width: 0; }
 .frame { display: flex; align-items: center; justify-content: center; height: 164px; background: #f1f3f5; }
 .frame img { width: 160px; height: 160px; object-fit: contain; } .small img { image-rendering: pixelated; }
-.frame span { padding: 8px; color: #a33030; font-size: 13px; overflow: hidden; overflow-wrap: anywhere; max-height: 140px; }
+.frame span { padding: 8px; color: #a33030; font-size: 13px; overflow: hidden; overflow-wrap: anywhere;
+  max-height: 140px; }
 figcaption { font-size: 12.5px; line-height: 1.35; margin-top: 4px; }
 figcaption div { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .bars { display: grid; grid-template-columns: minmax(0, max-content) minmax(80px, 460px) max-content; gap: 2px 12px;
@@ -55,12 +55,12 @@ def document(title: str, body: Iterable[str]) -> bytes:
     return (head + "\n".join(body) + "\n</body></html>\n").encode("utf-8", errors="replace")  # lone surrogates of JSON
 
 
-def table(rows: Sequence[Sequence], text: bool = False) -> str:
-    """A table; `rows[0]` holds the names of the columns. `text`: the columns are words, else numbers but for the first."""
-    first, *others = ("".join(f"<{kind}>{escaped(cell)}</{kind[:2]}>" for cell in row)
-                      for kind, row in zip(["th", *["td class=text" if text else "td"] * (len(rows) - 1)], rows))  # fmt: skip
-    body = "".join(f"<tr>{row}</tr>" for row in others)
-    return f'<div class="scroll"><table><tr>{first}</tr>{body}</table></div>'
+def table(rows: Sequence[Sequence]) -> str:
+    """A table of numbers; `rows[0]` holds the names of the columns, and the first column words."""
+    head, *body = ("".join(f"<{kind}>{escaped(cell)}</{kind}>" for cell in row)
+                   for kind, row in zip(["th", *["td"] * (len(rows) - 1)], rows, strict=True))  # fmt: skip
+    lines = "".join(f"<tr>{line}</tr>" for line in (head, *body))
+    return f'<div class="scroll"><table>{lines}</table></div>'
 
 
 def facts(pairs: Sequence[tuple[str, object]]) -> str:
@@ -82,7 +82,9 @@ def bars(counts: Sequence[tuple[str, int]]) -> str:
 def image(content: bytes, kind: str, alt: str, width: int | None = None) -> str:
     """An image that lies in the page; `kind` is png or jpeg, `width` in px on the page."""
     size = "" if width is None else f' class="picture" width="{width}"'
-    return f'<img alt="{escaped(alt)}"{size} src="data:image/{kind};base64,{base64.b64encode(content).decode("ascii")}">'
+    return (
+        f'<img alt="{escaped(alt)}"{size} src="data:image/{kind};base64,{base64.b64encode(content).decode("ascii")}">'
+    )
 
 
 def sheet(thumbnails, class_names: list[str] | None, enlarge_below: int) -> str:
@@ -104,32 +106,53 @@ def sheet(thumbnails, class_names: list[str] | None, enlarge_below: int) -> str:
 
 
 def report(content) -> str:
-    """What a conversion reported, whatever it holds: numbers and words as facts, mappings and lists below them."""
+    """What a conversion reported, whatever fields it has: a line for each, and below what they hold beside a number."""
     if not isinstance(content, dict):
-        return f"<p>{escaped(json.dumps(content))}</p>"
-    plain = [(_words(name), _plain(value)) for name, value in content.items() if not isinstance(value, (dict, list))]
-    plain += [(_words(name), f"{len(value):,}") for name, value in content.items() if isinstance(value, list)]
-    plain += [(_words(name), "none") for name, value in content.items() if value == {}]
-    parts = [facts(plain)]
+        return f"<p>{escaped(_plain(content))}</p>"
+    lines, parts = [], []
     for name, value in content.items():
-        if isinstance(value, dict) and value:
-            parts.append(f"<h3>{escaped(_words(name))}</h3>{facts([(key, _plain(inner)) for key, inner in value.items()])}")
-        elif isinstance(value, list) and value:
-            parts.append(f"<h3>{escaped(_words(name))}: {len(value):,}</h3>{_entries(value)}")
+        if isinstance(value, (dict, list)):
+            count = len(value) if isinstance(value, list) else _count(value)
+            detail = _detail(value)
+            lines.append((_words(name), ("see below" if detail else "none") if count is None else f"{count:,}"))
+            parts += [f"<h3>{escaped(_words(name))}</h3>{detail}"] if detail else []
+        else:
+            lines.append((_words(name), _plain(value)))
+    return facts(lines) + "".join(parts)
+
+
+def _count(value) -> int | None:
+    """The number that an entry is or holds."""
+    value = value.get("number") if isinstance(value, dict) else value
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _detail(value: dict | list) -> str:
+    """Bars of all that is counted, and lists folded; "" where there is neither."""
+    if isinstance(value, list):
+        return _entries(value)
+    others = {name: inner for name, inner in value.items() if name != "number"}
+    counted = {name: count for name, inner in others.items() if (count := _count(inner)) is not None}
+    parts = [bars(list(counted.items()))] if counted else []
+    for name, inner in others.items():
+        if isinstance(inner, (dict, list)):
+            parts.append(_detail(inner) if name not in counted else _detail({name: inner.get("first", [])}))
+        elif name not in counted:
+            parts.append(facts([(_words(name), _plain(inner))]))
     return "".join(parts)
 
 
 def _entries(entries: list) -> str:
-    """How often each reason is given where entries have one, and the entries themselves, folded."""
-    reasons = collections.Counter(str(entry["reason"]) for entry in entries if isinstance(entry, dict) and "reason" in entry)
-    top = bars(reasons.most_common(12)) if reasons else ""
-    listed = [
-        [entry["key"], _plain({k: v for k, v in entry.items() if k not in ("key", "reason")} or entry.get("reason", ""))]
-        if isinstance(entry, dict) and "key" in entry else ["", _plain(entry)]
+    if not entries:
+        return ""
+    lines = [
+        (entry["key"], _plain({name: inner for name, inner in entry.items() if name not in ("key", "reason")} or
+                              entry.get("reason", "")))
+        if isinstance(entry, dict) and "key" in entry else (_plain(entry), "")
         for entry in entries[:_LISTED]
     ]  # fmt: skip
-    more = f", the first {_LISTED} of {len(entries):,}" if len(entries) > _LISTED else ""
-    return f"{top}<details><summary>Entries{more}</summary>{facts(listed)}</details>"
+    which = f"the first {_LISTED} of {len(entries):,}" if len(entries) > _LISTED else f"{len(entries):,} named"
+    return f"<details><summary>{which}</summary>{facts(lines)}</details>"
 
 
 def _words(name: str) -> str:

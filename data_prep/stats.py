@@ -6,8 +6,9 @@
 prints a table for each split; with --output it also writes SPLIT.statistics.csv, SPLIT.statistics.json and
 SPLIT.histograms.png into that folder, which is made if need be.
 
-All is in stored units, over the pixels that hold data. `low` and `high` are the range that maps to [0, 1] where a config
-chooses nothing else, `mean in range` and `std in range` those after it. Of float32 the histogram knows values to 1/128.
+All is in stored units, over the pixels that hold data. `low` and `high` are the range that maps to [0, 1] where a
+config chooses nothing else, `mean in range` and `std in range` those after it. Of float32 the histogram knows values to
+1/128.
 """
 
 import argparse
@@ -61,7 +62,7 @@ class BandStatistics:
 
 
 def describe(info: records.DatasetInfo, split: str, counts: np.ndarray) -> list[BandStatistics]:
-    """The statistics of each band. `counts` is the histogram of the split, int64 [C, bins], at least one pixel a band."""
+    """The statistics of each band; `counts` is the histogram of the split, int64 [C, bins], one or more pixels a band."""
     ranges = info.splits[split].ranges
     shares = (_LEAST, *statistics.PERCENTILES, 100.0)
     found = statistics.percentiles(counts, info.dtype, shares)  # [S, C]

@@ -82,7 +82,9 @@ def image_size(encoded: bytes) -> tuple[int, int]:
 def survey(source: records.RecordSource, seed: int) -> Survey:
     """Looks at every record, or at a random sample of `MOST_RECORDS`."""
     found = Survey(len(source))
-    chosen = range(len(source)) if len(source) <= MOST_RECORDS else _sample(len(source), MOST_RECORDS, seed, _STREAM_SURVEY)
+    chosen = (
+        range(len(source)) if len(source) <= MOST_RECORDS else _sample(len(source), MOST_RECORDS, seed, _STREAM_SURVEY)
+    )
     with Progress(len(chosen), "records", f"survey {source.split}") as progress:
         for i in chosen:
             try:
@@ -124,8 +126,8 @@ def shown_bands(info: records.DatasetInfo, wanted: str | None) -> list[int]:
     """Where the bands stand that pictures show as red, green and blue; one place three times for grey.
 
     Args:
-      wanted: --bands: three names, or one for grey; None for red, green, blue where the bands are so named, else the first
-        three, or the first as grey where there are fewer.
+      wanted: --bands: three names, or one for grey; None for red, green, blue where the bands are so named, else the
+        first three, or the first as grey where there are fewer.
 
     Raises:
       UserError: no such band, or another number of them.
@@ -138,12 +140,14 @@ def shown_bands(info: records.DatasetInfo, wanted: str | None) -> list[int]:
         if name not in info.bands:
             raise UserError(f"--bands names {name!r}, and the data set has {', '.join(info.bands)}")
     if len(names) not in (1, 3):
-        raise UserError(f"--bands={wanted} names {len(names)} bands; name three, for red, green and blue, or one for grey")
+        raise UserError(
+            f"--bands={wanted} names {len(names)} bands; name three, for red, green and blue, or one for grey"
+        )
     return [info.bands.index(name) for name in names] * (3 // len(names))
 
 
 def thumbnails(source: records.RecordSource, places: list[int], number: int, seed: int) -> list[Thumbnail]:
-    """A random sample of `number` images, in the order of the records; the ranges stored with the split map to 0 and 255."""
+    """A random sample of `number` images, in the order of the records; the ranges of the split map to 0 and 255."""
     return [_thumbnail(source, int(i), places) for i in _sample(len(source), number, seed, _STREAM_SAMPLE)]
 
 

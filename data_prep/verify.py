@@ -6,14 +6,14 @@
 * Shards: are there, have the size and the number of records that info.json names, and can be read.
 * Records: fit their checksum, are images of the bands and the dtype of the data set, with a label among its classes.
 * Fingerprint: of all records in their order, computed anew.
-* Histogram and statistics: SPLIT.histogram.npz is compared with the pixels, and info.json with it. What can be compared:
-  every value where all images are stored without loss; of JPEG, whose decoders differ by a grey level, the number of
-  pixels and their mean to two grey levels; of tiles of scenes every value but 0, which is what pixels without data hold,
-  and those are not counted.
+* Histogram and statistics: SPLIT.histogram.npz is compared with the pixels, and info.json with it. What can be
+  compared: every value where all images are stored without loss; of JPEG, whose decoders differ by a grey level, the
+  number of pixels and their mean to two grey levels; of tiles of scenes every value but 0, which is what pixels
+  without data hold, and those are not counted.
 * Files for TensorFlow Datasets: are there and name the same splits, shards and classes.
 
-Every fault is named with its shard and the number of the record in it, counted from 0; the exit status is 1 where there is
-one. A changed bit that no record depends on, in the padding of a shard, does no harm and is not found.
+Every fault is named with its shard and the number of the record in it, counted from 0; the exit status is 1 where there
+is one. A changed bit that no record depends on, in the padding of a shard, does no harm and is not found.
 """
 
 import argparse
@@ -68,8 +68,8 @@ def verify(folder: pathlib.Path, split: str | None, workers: int) -> dict:
     """Checks a folder, or one split of it.
 
     Returns:
-      What --json writes: `splits`, what was found of each by name; and `problems`, each with "text" and, where it has one,
-      "split", "shard" and "records": [first, last], counted from 0 within the shard.
+      What --json writes: `splits`, what was found of each by name; and `problems`, each with "text" and, where it has
+      one, "split", "shard" and "records": [first, last], counted from 0 within the shard.
 
     Raises:
       UserError: info.json cannot be used, so that there is nothing to compare with.
@@ -108,7 +108,9 @@ def _check_split(folder, info, name: str, parts: list[Findings], counts) -> tupl
     if len(digests) == split.records:
         computed = hashlib.sha256(b"".join(digests)).hexdigest()
         if computed != split.fingerprint:
-            faults.append(f"the fingerprint of the records is {computed[:12]}, and info.json says {split.fingerprint[:12]}")
+            faults.append(
+                f"the fingerprint of the records is {computed[:12]}, and info.json says {split.fingerprint[:12]}"
+            )
     decoded, lossy = sum(part.decoded for part in parts), sum(part.lossy for part in parts)
     try:
         stored = folder_info.histogram(folder, info, name)
@@ -146,7 +148,10 @@ def compare(counts: np.ndarray, stored: np.ndarray, info: records.DatasetInfo, l
             return f"equal ({int(more.sum()):,} without data)", None
     for band, difference in zip(info.bands, more, strict=True):
         if not lossy and difference.any():
-            return "differs", f"{int(np.abs(difference).sum()):,} pixels of band {band} are too many or too few of their value"
+            return (
+                "differs",
+                f"{int(np.abs(difference).sum()):,} pixels of band {band} are too many or too few of their value",
+            )
         if difference.sum():
             return "differs", f"band {band} has {int(-difference.sum()):+,} pixels"
     full = [[0.0, 255.0]] * len(counts)
@@ -195,7 +200,11 @@ def _check_tfds(folder: pathlib.Path, info: records.DatasetInfo) -> list[str]:
             theirs = None
         if theirs != ours:
             faults.append("dataset_info.json names other splits or shards than info.json")
-    wanted = {"image", "key"} | ({"label"} if info.class_names is not None else set()) | ({"place"} if info.has_places else set())
+    wanted = (
+        {"image", "key"}
+        | ({"label"} if info.class_names is not None else set())
+        | ({"place"} if info.has_places else set())
+    )
     if features is not None:
         try:
             held = set(features["featuresDict"]["features"])
