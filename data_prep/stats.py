@@ -62,7 +62,7 @@ class BandStatistics:
 
 
 def describe(info: records.DatasetInfo, split: str, counts: np.ndarray) -> list[BandStatistics]:
-    """The statistics of each band; `counts` is the histogram of the split, int64 [C, bins], one or more pixels a band."""
+    """The statistics of each band; `counts` is the histogram of the split, int64 [C, bins], a pixel or more a band."""
     ranges = info.splits[split].ranges
     shares = (_LEAST, *statistics.PERCENTILES, 100.0)
     found = statistics.percentiles(counts, info.dtype, shares)  # [S, C]
