@@ -99,7 +99,7 @@ def _split(
     ]
     if found.unreadable:
         parts.append(
-            f'<p class="warn">{found.unreadable:,} records are damaged; python -m data_prep.verify names them.</p>'
+            f'<p class="warn">Damaged records: {found.unreadable:,}; python -m data_prep.verify names them.</p>'
         )
     if info.class_names is not None:
         parts.append(f"<h3>Classes, over {of} records</h3>{page.bars(_classes(info.class_names, found))}")
