@@ -4,11 +4,11 @@
     python -m data_prep.images --input million_aid.zip --output shards/million --split train --drop duplicates,blank
 
 * Input: a folder, or tar, tar.gz, tar.bz2, tar.xz and zip archives, which are read as streams and never unpacked.
-* Images: names that end in jpg, jpeg, png, tif, tiff or webp, in any case, in folders of any depth. Names that begin with
-  a dot are passed over. Links that lead out of the folder, and members of archives that are links or whose names lead
-  elsewhere, are rejected.
-* Classes: where every image lies in a folder, the names of the topmost folders become the labels (in an archive, of the
-  topmost ones below a folder that holds everything). All splits of a data set have the same classes.
+* Images: names that end in jpg, jpeg, png, tif, tiff or webp, in any case, in folders of any depth. All others are
+  rejected, and so are hidden ones, links that lead out of the folder, members of archives that are links or whose names
+  lead elsewhere. Links that stay in the folder are followed.
+* Classes: where every image lies in a folder, the names of the topmost folders become the labels; in an archive, those
+  below the folders that hold all of its images. All splits of a data set have the same classes.
 * Pixels: see `data_prep.pixels`. Each image is decoded once, to check it. JPEG and PNG files that need no change are
   stored byte for byte.
 * OUTPUT/SPLIT.report.json accounts for every input as written, duplicate, rejected or failed, and names images that are
@@ -20,24 +20,19 @@
 """
 
 import argparse
-import collections
-import concurrent.futures
 import functools
-import multiprocessing
 import os
 import pathlib
 import re
 
-from data_prep import folder, pixels, sources
+from data_prep import duplicates, folder, pixels, sources
 from data_prep.shards import Item
-from pera_jax.data import codecs, records
+from pera_jax.data import records
 from pera_jax.errors import UserError, run
-from pera_jax.metrics import Progress
 
 DROPS = ("duplicates", "small", "blank")
 _IMAGES_PER_SHARD = 512  # enough shards for several workers, little lost with an unfinished one
 _MOST_SHARDS = 512  # readers keep every shard open: stay below the usual limit of 1,024 open files
-_HASHED_AT_ONCE = 256
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -49,8 +44,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=_positive, default=len(os.sched_getaffinity(0)), help="default: all cores")
     parser.add_argument("--max-side", type=_positive, metavar="PX", help="reduce images whose longer side is longer")
     parser.add_argument("--jpeg-quality", type=_quality, metavar="Q", help="store changed images as JPEG, not as PNG")
-    parser.add_argument("--min-side", type=_positive, default=32, metavar="PX", help="images whose shorter side is shorter "
-                        "are small (%(default)s)")  # fmt: skip
+    parser.add_argument("--min-side", type=_positive, default=32, metavar="PX", help="images whose shorter side is "
+                        "shorter are small (%(default)s)")  # fmt: skip
     parser.add_argument("--drop", type=_drops, default=(), metavar="KINDS", help=f"leave out, of {','.join(DROPS)}")
     parser.add_argument("--max-corrupt-share", type=_share, default=0.05, metavar="S", help="default: %(default)s")
     parser.add_argument("--shard-size", type=_positive, metavar="N", help="images per shard; default: 512, or "
@@ -62,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     inventory = sources.take_stock(args.input)
     if not args.no_labels:
         inventory.label()
-    options = {"max_side": args.max_side, "jpeg_quality": args.jpeg_quality, "min_side": args.min_side, "drop": args.drop}
+    options = {name: getattr(args, name) for name in ("max_side", "jpeg_quality", "min_side", "drop")}
     info = folder.existing_info(args.output)
     dataset = info.name if info else dataset_name(args.output)
     size = args.shard_size or max(_IMAGES_PER_SHARD, -(-len(inventory) // _MOST_SHARDS))
@@ -72,12 +67,13 @@ def main(argv: list[str] | None = None) -> None:
         return
     classes = f"{len(inventory.class_names)} classes" if inventory.class_names else "no classes"
     print(f"{args.split}: {len(inventory)} images, {classes}, {split.shards} shards, {args.workers} workers", flush=True)
-    duplicates = find_duplicates(inventory, args.workers) if "duplicates" in args.drop else []
-    split = folder.without(split, duplicates)
+    folder.check_unfinished(split)  # before the search for duplicates, which takes its time
+    again = duplicates.find(inventory, sources.read, args.workers) if "duplicates" in args.drop else []
+    split = folder.without(split, again)
     info, report = folder.write_split(
         split, functools.partial(convert_file, **options), workers=args.workers,
         max_corrupt_share=args.max_corrupt_share, rejected=inventory.rejected,
-        duplicates=[inventory.keys[i] for i in duplicates],
+        duplicates=[inventory.keys[i] for i in again],
     )  # fmt: skip
     show(args.output, info.splits[args.split], report)
 
@@ -150,34 +146,9 @@ def make_split(
     return folder.Split(output, dataset, name, bands, "uint8", inventory.class_names, False, inventory, shards, digest)
 
 
-def find_duplicates(inventory: sources.Inventory, workers: int) -> list[int]:
-    """The places in the inventory of files with the same bytes as one before them. Reads everything once."""
-    hashes, waiting = bytearray(), collections.deque()
-    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-    with Progress(len(inventory), "files", "duplicates") as progress, pool:
-        for start in range(0, len(inventory), _HASHED_AT_ONCE):
-            waiting.append(pool.submit(_hashes, inventory[start : start + _HASHED_AT_ONCE]))
-            while len(waiting) > 2 * workers or (waiting and start + _HASHED_AT_ONCE >= len(inventory)):
-                found = waiting.popleft().result()
-                hashes += found
-                progress.update(len(found) // 16)
-    return folder.later_equals(bytes(hashes)).tolist()
-
-
-def _hashes(items: list[Item]) -> bytes:
-    """The content hash of each; of what cannot be read one of its own, so that it is no duplicate."""
-    found = bytearray()
-    for item in items:
-        try:
-            found += pixels.content_hash(sources.read(item))
-        except codecs.ImageDecodeError:
-            found += pixels.content_hash(f"unread {item.path} {item.key}".encode())
-    return bytes(found)
-
-
 def convert_file(item: Item, **options) -> pixels.Stored:
-    """Reads and converts one file; options as of `pixels.convert`. Raises ImageDecodeError, also where the file cannot be
-    read, and Rejected."""
+    """Reads and converts one file; options as of `pixels.convert`. Raises ImageDecodeError, also where the file cannot
+    be read, and Rejected."""
     return pixels.convert(sources.read(item), **options)
 
 
