@@ -4,8 +4,8 @@
     python -m data_prep.beam tfds --dataset /mnt/tfds/eurosat/rgb/2.0.0 --output /mnt/shards/eurosat --split train \\
         -- --runner=FlinkRunner --flink_master=HOST:8081 --environment_type=DOCKER --environment_config=IMAGE
 
-First the command and its own options, as in `python -m data_prep.images` and `python -m data_prep.tfds`; after -- those
-of Beam. The data set folder is the same, byte for byte, as without Beam; one command may finish what the other began.
+First the command (images, scenes or tfds) and its own options, as in `python -m data_prep.COMMAND`; after -- those of
+Beam. The data set folder is the same, byte for byte, as without Beam; one command may finish what the other began.
 
 * Inputs and --output lie on a mount that this machine and all workers see under the same path (NFS, Filestore, a bucket
   through gcsfuse): workers write shards there themselves.
@@ -23,7 +23,7 @@ import sys
 from data_prep import beam_jobs
 from pera_jax.errors import UserError, run
 
-COMMANDS = ("images", "tfds")  # modules of this package with `main(argv, driver)`
+COMMANDS = ("images", "scenes", "tfds")  # modules of this package with `main(argv, driver)`
 
 
 def main(argv: list[str] | None = None) -> None:

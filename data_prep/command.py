@@ -1,22 +1,17 @@
 """What the commands that convert images share: their options, the search for duplicates, the run and what it prints."""
 
 import argparse
-import collections
-import concurrent.futures
-import multiprocessing
 import os
 import pathlib
 from collections.abc import Callable, Sequence
 
-from data_prep import folder, pixels
+from data_prep import duplicates, folder, pixels
 from data_prep.shards import Item, run_jobs
-from pera_jax.data import codecs, records
-from pera_jax.metrics import Progress
+from pera_jax.data import records
 
 DROPS = ("duplicates", "small", "blank")
 _IMAGES_PER_SHARD = 512  # enough shards for several workers, little lost with an unfinished one
 _MOST_SHARDS = 512  # readers keep every shard open: stay below the usual limit of 1,024 open files
-_HASHED_AT_ONCE = 256
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -97,11 +92,12 @@ def write(
     classes = f"{len(split.class_names)} classes" if split.class_names else "no classes"
     workers = f", {args.workers} workers" if driver is run_jobs else ""
     print(f"{split.name}: {len(split)} images, {classes}, {split.shards} shards{workers}", flush=True)
-    duplicates = find_duplicates(split.items, read, args.workers) if "duplicates" in args.drop else []
+    folder.check_unfinished(split)  # before the search for duplicates, which takes its time
+    again = duplicates.find(split.items, read, args.workers) if "duplicates" in args.drop else []
     info, report = folder.write_split(
-        folder.without(split, duplicates), convert, workers=args.workers, run=driver,
+        folder.without(split, again), convert, workers=args.workers, run=driver,
         max_corrupt_share=args.max_corrupt_share, rejected=rejected,
-        duplicates=[item.key for item in map(split.items.__getitem__, duplicates)],
+        duplicates=[item.key for item in map(split.items.__getitem__, again)],
     )  # fmt: skip
     show(args.output, info.splits[split.name], report)
 
@@ -120,28 +116,3 @@ def show(output: pathlib.Path, written: records.SplitInfo, report: dict) -> None
         print(f"written, but look at them (--drop leaves them out): {', '.join(found)}")
     if named or found:
         print(f"{output / split}.report.json and {split}.inputs.csv name them")
-
-
-def find_duplicates(items: Sequence[Item], read: Callable[[Item], bytes], workers: int) -> list[int]:
-    """The places of items with the same bytes as one before them. Reads everything once, on `workers` processes."""
-    hashes, waiting = bytearray(), collections.deque()
-    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-    with Progress(len(items), "files", "duplicates") as progress, pool:
-        for start in range(0, len(items), _HASHED_AT_ONCE):
-            waiting.append(pool.submit(_hashes, items[start : start + _HASHED_AT_ONCE], read))
-            while len(waiting) > 2 * workers or (waiting and start + _HASHED_AT_ONCE >= len(items)):
-                found = waiting.popleft().result()
-                hashes += found
-                progress.update(len(found) // 16)
-    return folder.later_equals(bytes(hashes)).tolist()
-
-
-def _hashes(items: list[Item], read: Callable[[Item], bytes]) -> bytes:
-    """The content hash of each; of what cannot be read one of its own, so that it is no duplicate."""
-    found = bytearray()
-    for item in items:
-        try:
-            found += pixels.content_hash(read(item))
-        except codecs.ImageDecodeError:
-            found += pixels.content_hash(f"unread {item.path} {item.key}".encode())
-    return bytes(found)

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from data_prep import duplicates as duplicates_of
 from data_prep import summary
 from data_prep.pixels import Stored
 from data_prep.shards import Item, Job, Part, run_jobs, sync, write_file
@@ -158,7 +160,8 @@ def write_split(
     made = _missing_folders(split.folder)
     try:
         with lock(split.folder):
-            _check_unfinished(split)
+            check_unfinished(split)
+            _check_kept(split)
             try:
                 _write_plan(split)
                 parts = _write_shards(split, functools.partial(run, convert=convert, workers=workers), max_corrupt_share)
@@ -209,7 +212,7 @@ def _tidy(split: Split) -> None:
         shutil.rmtree(split.partial)
 
 
-def _check_unfinished(split: Split) -> None:
+def check_unfinished(split: Split) -> None:
     """Raises UserError if the folder holds an unfinished conversion of something else, or shards of none."""
     plan = split.partial / _PLAN_FILE
     if plan.is_file():
@@ -224,10 +227,22 @@ def _check_unfinished(split: Split) -> None:
         raise UserError(f"{strays[0]} belongs to no finished split; remove it, or name another --output")
 
 
+def _check_kept(split: Split) -> None:
+    """Raises UserError if the unfinished conversion left out other items: shards would then lack images, or share them."""
+    plan = split.partial / _PLAN_FILE
+    if plan.is_file() and json.loads(plan.read_text(encoding="ascii")).get("kept") != _kept_hash(split):
+        raise UserError(f"images were changed since {split.partial} was begun; remove it, and begin again")
+
+
+def _kept_hash(split: Split) -> str:
+    return hashlib.sha256(b"" if split.kept is None else split.kept.tobytes()).hexdigest()
+
+
 def _write_plan(split: Split) -> None:
     split.partial.mkdir(exist_ok=True)
     _remove_half_written(split)
-    write_file(split.partial / _PLAN_FILE, json.dumps({"source": split.source}).encode("ascii"))
+    plan = {"source": split.source, "kept": _kept_hash(split)}
+    write_file(split.partial / _PLAN_FILE, json.dumps(plan).encode("ascii"))
 
 
 def _write_shards(split: Split, run: Callable, max_corrupt_share: float) -> list[Part]:
@@ -309,7 +324,7 @@ def _finish(
 def _twins(split: Split, parts: list[Part]) -> list[str]:
     """The keys of records that were made from the same bytes as one before them."""
     contents = b"".join(part.contents for part in parts)
-    later = later_equals(contents)
+    later = duplicates_of.later_equals(contents)
     keys, first = [], 0
     for shard, part in enumerate(parts):
         here = later[(later >= first) & (later < first + part.records)] - first
@@ -319,14 +334,6 @@ def _twins(split: Split, parts: list[Part]) -> list[str]:
             keys.extend(written[i] for i in here)
         first += part.records
     return keys
-
-
-def later_equals(hashes: bytes) -> np.ndarray:
-    """The places, in order, of those hashes of 16 bytes that stand at an earlier place, too: int64."""
-    halves = np.frombuffer(hashes, np.uint64).reshape(-1, 2)
-    order = np.lexsort(halves.T)  # stable: of equal ones the first stays first
-    equal = (halves[order[1:]] == halves[order[:-1]]).all(axis=1)
-    return np.sort(order[1:][equal])
 
 
 def _json(value: dict) -> bytes:

@@ -4,11 +4,11 @@
     python -m data_prep.images --input million_aid.zip --output shards/million --split train --drop duplicates,blank
 
 * Input: a folder, or tar, tar.gz, tar.bz2, tar.xz and zip archives, which are read as streams and never unpacked.
-* Images: names that end in jpg, jpeg, png, tif, tiff or webp, in any case, in folders of any depth. Names that begin with
-  a dot are passed over. Links that lead out of the folder, and members of archives that are links or whose names lead
-  elsewhere, are rejected.
-* Classes: where every image lies in a folder, the names of the topmost folders become the labels (in an archive, of the
-  topmost ones below a folder that holds everything). All splits of a data set have the same classes.
+* Images: names that end in jpg, jpeg, png, tif, tiff or webp, in any case, in folders of any depth. All others are
+  rejected, and so are hidden ones, links that lead out of the folder, members of archives that are links or whose names
+  lead elsewhere. Links that stay in the folder are followed.
+* Classes: where every image lies in a folder, the names of the topmost folders become the labels; in an archive, those
+  below the folders that hold all of its images. All splits of a data set have the same classes.
 * Pixels: see `data_prep.pixels`. Each image is decoded once, to check it. JPEG and PNG files that need no change are
   stored byte for byte.
 * OUTPUT/SPLIT.report.json accounts for every input as written, duplicate, rejected or failed, and names images that are
@@ -78,8 +78,8 @@ def make_split(
 
 
 def convert_file(item: Item, **options) -> pixels.Stored:
-    """Reads and converts one file; options as of `pixels.convert`. Raises ImageDecodeError, also where the file cannot be
-    read, and Rejected."""
+    """Reads and converts one file; options as of `pixels.convert`. Raises ImageDecodeError, also where the file cannot
+    be read, and Rejected."""
     return pixels.convert(sources.read(item), **options)
 
 

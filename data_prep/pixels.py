@@ -27,7 +27,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pera_jax.data.codecs import DECODE_ERRORS, ImageDecodeError
+from pera_jax.data.codecs import ImageDecodeError
 
 _BLANK = 2
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF")
@@ -84,19 +84,20 @@ def convert(
       Rejected: an image of a kind that `drop` names.
     """
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata, thousands of them in a large folder
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # told by the header, before any allocation
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise ImageDecodeError(f"{image.width} x {image.height} pixels; cut it into scenes first")
-            image.load()
-            rgb, changes = _to_rgb(image, encoded)
+            with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+                image.load()
+                rgb, changes = _to_rgb(image, encoded)
     except ImageDecodeError:
         raise
     except UnidentifiedImageError as error:  # its own text names an address in memory
         raise ImageDecodeError("no image of a known format, or cut off in its header") from error
-    except (*DECODE_ERRORS, Image.DecompressionBombWarning) as error:
+    except Image.DecompressionBombError as error:  # told by the header, before any memory is taken
+        raise ImageDecodeError(f"claims more than {2 * Image.MAX_IMAGE_PIXELS} pixels; cut it into tiles first") from error
+    except Exception as error:  # on damaged bytes Pillow's many readers raise nearly anything
         raise ImageDecodeError(str(error) or type(error).__name__) from error
+    found = ["small"] if min(rgb.size) < min_side else []
     if max_side is not None and max(rgb.size) > max_side:
         scale = max_side / max(rgb.size)
         width, height = (max(1, round(side * scale)) for side in rgb.size)
@@ -105,7 +106,7 @@ def convert(
         rgb = rgb.resize((width, height), Image.Resampling.LANCZOS)
         changes.append("reduced")
     histogram = np.array(rgb.histogram(), np.int64).reshape(3, 256)  # what `statistics.count` gives, in C
-    found = (["small"] if min(rgb.size) < min_side else []) + (["blank"] if _blank(histogram) else [])
+    found += ["blank"] if _blank(histogram) else []
     for kind in found:
         if kind in drop:
             raise Rejected(kind)

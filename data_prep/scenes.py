@@ -26,6 +26,7 @@ import functools
 import io
 import os
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
@@ -34,13 +35,13 @@ from data_prep import command, folder, images, scene_plan, scene_reader
 from data_prep.pixels import Rejected, Stored, content_hash
 from data_prep.scene_grid import length
 from data_prep.scene_reader import Tile
-from data_prep.shards import Item
+from data_prep.shards import Item, run_jobs
 from pera_jax.data import codecs, records, statistics
 from pera_jax.errors import run
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command. Raises UserError."""
+def main(argv: list[str] | None = None, driver: Callable = run_jobs) -> None:
+    """The command; `driver` runs its jobs, as `folder.write_split` says of `run`. Raises UserError."""
     args = _arguments(argv)
     scene_reader.require_rasterio()
     images.check_places(args.input, args.output, args.split)
@@ -56,14 +57,15 @@ def main(argv: list[str] | None = None) -> None:
     if folder.already_complete(split, info):
         print(f"{args.split}: already complete in {args.output}, {info.splits[args.split].records} records")
         return
-    print(f"{args.split}: {len(items)} tiles of {len(files)} scenes, {', '.join(names)} of {dtype}, {split.shards} shards, "
-          f"{args.workers} workers", flush=True)  # fmt: skip
+    workers = f", {args.workers} workers" if driver is run_jobs else ""
+    print(f"{args.split}: {len(items)} tiles of {len(files)} scenes, {', '.join(names)} of {dtype}, {split.shards} shards"
+          f"{workers}", flush=True)  # fmt: skip
     if number := sum(choice.alpha for choice in choices.values()):
         print(
             f"the alpha band of {number} scenes says where there is data; if it is a band like others, name it in --band-names"
         )
     info, report = folder.write_split(
-        split, functools.partial(convert_tile, max_nodata=args.max_nodata), workers=args.workers,
+        split, functools.partial(convert_tile, max_nodata=args.max_nodata), workers=args.workers, run=driver,
         max_corrupt_share=args.max_corrupt_share, rejected=rejected,
     )  # fmt: skip
     written = info.splits[args.split]

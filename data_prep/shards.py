@@ -7,22 +7,21 @@ worker starts, so neither the number nor the content of the shards depends on th
 
 import base64
 import collections
+import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
-import itertools
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
 import pathlib
 import secrets
-import signal
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 from array_record.python import array_record_module
 
+from data_prep import processes
 from data_prep.pixels import Rejected, Stored
 from pera_jax.data import codecs, records, statistics
 from pera_jax.errors import UserError
@@ -185,22 +184,9 @@ def write_shard(
     return part
 
 
-def _work(connection: multiprocessing.connection.Connection, convert: Callable[[Item], Stored]) -> None:
-    """A worker process: takes jobs until the main process ends it or is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the main process decides what ends
-    try:
-        while True:
-            job = connection.recv()
-            try:
-                part = write_shard(job, convert, lambda done, corrupt: connection.send(("images", done, corrupt)))
-            except (ConnectionError, EOFError):
-                raise
-            except (OSError, RuntimeError) as error:
-                connection.send(("failed", str(error)))
-            else:
-                connection.send(("shard", part))
-    except (ConnectionError, EOFError):
-        return  # the main process was killed; the next one removes what is left under temporary names
+def _write(job: Job, say: Callable, convert: Callable[[Item], Stored]) -> Part:
+    """The work of one worker process on one shard."""
+    return write_shard(job, convert, lambda *news: say(news))
 
 
 def _write_failure(reason: str) -> str:
@@ -217,39 +203,13 @@ def run_jobs(
 
     Raises UserError when a worker cannot write, or dies. Workers end when the iterator is closed or exhausted.
     """
-    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of the writer's threads
-    pending = iter(jobs)  # they are made one by one: the items of all would fill the memory
-    missing = 0
-    processes = {}  # connection -> process
-    try:
-        for job in itertools.islice(pending, workers):
-            missing += 1
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, convert), daemon=True)
-            process.start()
-            theirs.close()  # so that the death of the worker closes the pipe
-            processes[ours] = process
-            ours.send(job)
-        while missing:
-            for connection in multiprocessing.connection.wait(list(processes)):
-                try:
-                    kind, *content = connection.recv()
-                    if kind == "shard" and (job := next(pending, None)) is not None:
-                        missing += 1
-                        connection.send(job)
-                except (EOFError, ConnectionError) as error:
-                    raise UserError(
-                        "a conversion worker died, perhaps for want of memory; give the command again with --workers 1"
-                    ) from error
-                if kind == "failed":
-                    raise UserError(_write_failure(content[0]))
-                if kind == "images":
+    # Jobs are made one by one: the items of all would fill the memory.
+    with contextlib.closing(processes.run(jobs, functools.partial(_write, convert=convert), workers)) as messages:
+        try:
+            for kind, content in messages:
+                if kind == processes.SAID:
                     report(*content)
                 else:
-                    missing -= 1
-                    yield content[0]
-    finally:
-        for connection, process in processes.items():
-            process.terminate()
-            process.join()
-            connection.close()
+                    yield content
+        except processes.WorkFailed as error:
+            raise UserError(_write_failure(str(error))) from error

@@ -10,7 +10,7 @@ import numpy as np
 from data_prep.shards import Part
 from pera_jax.data import records, statistics
 
-_SHOWN = 20  # of a long list in the report
+_SHOWN, _REASONS = 20, 50  # of a long list in the report, and lists
 
 
 def histogram(parts: list[Part]) -> np.ndarray:
@@ -81,11 +81,14 @@ def report(
 
 
 def _counted(rows: list[tuple[str, str]]) -> dict:
-    """By reason, how many there are and the first of them."""
+    """By reason, the commonest first, how many there are and the first of them; reasons may be as many as inputs."""
     by_reason = collections.defaultdict(list)
     for key, reason in rows:
         by_reason[reason].append(key)
-    return {
+    common = sorted(by_reason.items(), key=lambda item: (-len(item[1]), item[0]))[:_REASONS]
+    counted = {
         "number": len(rows),
-        "reasons": {reason: {"number": len(keys), "first": keys[:_SHOWN]} for reason, keys in sorted(by_reason.items())},
+        "reasons": {reason: {"number": len(keys), "first": keys[:_SHOWN]} for reason, keys in common},
     }
+    others = len(rows) - sum(len(keys) for _, keys in common)
+    return counted | ({"other_reasons": {"number": others}} if others else {})

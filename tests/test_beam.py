@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import beam, beam_jobs, folder, images, pixels, shards
+from data_prep import beam, beam_jobs, folder, images, pixels, scenes, shards
 from pera_jax.data import codecs, records, statistics
 from pera_jax.errors import UserError
 
@@ -87,6 +87,22 @@ def test_both_drivers_and_both_environments_write_the_same_folder(tree, tmp_path
     command = [str(arg) for arg in (program, "-m", "data_prep.images", *args)]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     assert contents(tmp_path / "main") == expected
+
+
+@needs_beam
+def test_scenes_come_out_the_same(tmp_path):
+    import rasterio
+
+    values = np.random.default_rng(8).integers(1, 9000, (4, 90, 130)).astype(np.uint16)
+    profile = {"driver": "GTiff", "width": 130, "height": 90, "count": 4, "dtype": "uint16", "crs": "EPSG:32633",
+               "transform": rasterio.Affine(10, 0, 500_000, 0, -10, 4_000_000)}  # fmt: skip
+    with rasterio.open(tmp_path / "a.tif", "w", **profile) as file:
+        file.write(values)
+    args = ["--input", tmp_path / "a.tif", "--split", "train", "--tile", 32, "--gsd", 15, "--shard-size", 2, "--output"]
+    scenes.main([str(arg) for arg in (*args, tmp_path / "local/set", "--workers", 1)])
+    beam.main(["scenes", *map(str, args), str(tmp_path / "beam/set"), "--", *DIRECT])
+    assert contents(tmp_path / "beam") == contents(tmp_path / "local")
+    assert len(records.open_split(tmp_path / "beam/set", "train")) == 6
 
 
 @needs_beam

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import demo_scenes, folder, images, pixels
+from data_prep import demo_scenes, folder, images, pixels, sources
 from pera_jax.data import codecs, records
 from pera_jax.errors import UserError
 
@@ -184,8 +184,11 @@ def test_round_trip_ours_and_tfds_with_statistics_and_classes(tree, tmp_path):
         assert (record.image == original) == record.key.lower().endswith(("jpg", "jpeg", "png"))
         np.testing.assert_array_equal(codecs.decode_image(record.image), np.array(Image.open(io.BytesIO(original))))
     report = json.loads((out / "train.report.json").read_text())
-    assert report["rejected"]["reasons"] == {"ending .txt": {"number": 1, "first": ["field/notes.txt"]}}
-    assert (report["inputs"], report["written"], report["failed"]["number"]) == (21, 20, 0)
+    assert report["rejected"]["reasons"] == {
+        "ending .txt": {"number": 1, "first": ["field/notes.txt"]},
+        sources.HIDDEN: {"number": 1, "first": ["town/.hidden.jpg"]},
+    }
+    assert (report["inputs"], report["written"], report["failed"]["number"]) == (22, 20, 0)
     assert report["changed"] == {"format TIFF": 6, "format WEBP": 2}
 
     theirs = tfds.builder_from_directory(out).as_data_source(split="train")
@@ -252,7 +255,7 @@ def test_corrupt_images_are_named_and_fatal_above_the_share(tree, tmp_path):
     assert refused.stderr.count("Traceback") == 0 and not (tmp_path / "deep").exists()
     done = command(*args, "--max-corrupt-share", 0.13)
     assert done.returncode == 0, done.stderr
-    assert "left out: 2 rejected, 3 failed" in done.stdout
+    assert "left out: 3 rejected, 3 failed" in done.stdout
     report = json.loads((tmp_path / "deep/out/train.report.json").read_text())
     assert sorted(entry["key"] for entry in report["failed"]["first"]) == sorted(bad)
     assert report["written"] == 21 and all(entry["reason"] for entry in report["failed"]["first"])

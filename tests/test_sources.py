@@ -6,71 +6,17 @@ import io
 import json
 import os
 import pathlib
-import struct
-import tarfile
-import zipfile
-import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
+from toy_files import contents, encode, pack, twins
 
-from data_prep import command, folder, images, shards, sources
+from data_prep import command, folder, images, pixels, shards, sources
+from data_prep import duplicates as duplicate_files
 from pera_jax.data import codecs, records
-from pera_jax.errors import UserError
 
 SECRET = np.full((40, 40, 3), 123, np.uint8)  # lies outside; must never come in
-
-
-def encode(pixels, kind="PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def bomb() -> bytes:
-    """A PNG of a few bytes that claims 60,000 x 60,000 pixels."""
-
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    head = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
-
-
-def contents(rng) -> dict[str, bytes]:
-    """One file of each kind, by a name that says what must become of it."""
-    colours = rng.integers(0, 256, (40, 48, 3), np.uint8)
-    photo, exif = Image.fromarray(colours), Image.Exif()
-    exif[0x0112] = 6
-    jpeg, palette = encode(photo, "JPEG"), photo.quantize(8)
-    return {
-        "written/jpeg.jpg": jpeg,
-        "written/cmyk.jpg": encode(photo.convert("CMYK"), "JPEG"),
-        "written/deep.png": encode(rng.integers(0, 65536, (33, 32), np.uint16)),
-        "written/palette.png": encode(palette, transparency=0),
-        "written/turned.jpeg": encode(photo, "JPEG", exif=exif),
-        "written/wrongly named.tif": encode(photo, "WEBP", lossless=True),
-        "written/ünïcödé 🛰.PNG": encode(rng.integers(0, 256, (40, 40, 3), np.uint8)),
-        f"written/{'long' * 50}.jpg": encode(photo, "JPEG", quality=50),
-        "small/1 pixel.png": encode(colours[:1, :1]),
-        "blank/blank.png": encode(np.full((50, 60, 3), int(rng.integers(256)), np.uint8)),
-        "failed/cut.jpg": jpeg[: int(rng.integers(10, len(jpeg) // 2))],
-        "failed/zero.png": b"",
-        "failed/text.jpg": b"<html>404</html>",
-        "failed/bomb.png": bomb(),
-        "failed/noise.webp": rng.bytes(300),
-        "rejected/notes.txt": b"hello",
-        "rejected/no ending": b"",
-        "rejected/archive.zip": b"PK",
-    }
-
-
-def twins(files: dict[str, bytes], rng) -> dict[str, bytes]:
-    """Copies of some images that can be written, under names that come later."""
-    names = [name for name in files if name.startswith("written/")]
-    chosen = rng.choice(names, 3, replace=False)
-    return {f"zz twin/{i}{os.path.splitext(name)[1]}": files[name] for i, name in enumerate(chosen)}
 
 
 def convert(inputs: list[pathlib.Path], out: pathlib.Path, **options):
@@ -85,8 +31,7 @@ def convert(inputs: list[pathlib.Path], out: pathlib.Path, **options):
     split = images.make_split(inventory, out, "set", "train", 5, options)
     duplicates = []
     if "duplicates" in options.get("drop", ()):
-        hashes = command._hashes(inventory[:], sources.read)
-        duplicates = folder.later_equals(hashes).tolist()
+        duplicates = duplicate_files.find(inventory, sources.read, 1)
     _, report = folder.write_split(
         folder.without(split, duplicates), None, workers=1, run=lambda jobs, report, **_: run(jobs, report),
         max_corrupt_share=0.99, rejected=inventory.rejected, duplicates=[inventory.keys[i] for i in duplicates],
@@ -105,11 +50,11 @@ def check(report, written, rows, names: set[str], drop=()) -> None:
     assert report["inputs"] == len(names) == report["written"] + sum(
         report[kind]["number"] for kind in ("duplicates", "rejected", "failed")
     )
-    wanted = {"written": "written", "failed": "failed", "rejected": "rejected", "zz twin": "written"}
+    wanted = {name: name for name in ("written", "failed", "rejected")} | {".store": "rejected", "zz twin": "written"}
     wanted |= {kind: "rejected" if kind in drop else "written" for kind in ("small", "blank")}
     outcomes = {name: outcome for outcome, name, _ in rows if outcome != "written"} | dict.fromkeys(written, "written")
     for name, outcome in outcomes.items():
-        kind = next(part for part in name.split("/") if part in wanted)
+        kind = next(part for part in reversed(name.split("/")) if part in wanted)
         expected = "duplicate" if kind == "zz twin" and "duplicates" in drop else wanted[kind]
         assert outcome == expected, name
     finds = {(name, reason) for outcome, name, reason in rows if outcome == "written"}
@@ -133,36 +78,21 @@ def test_folders(tmp_path, seed):
     links = {
         "rejected/secret.png": outside / "secret.png", "rejected/up": outside, "rejected/loop": root,
         "rejected/gone.png": root / "nowhere.png", "rejected/self.png": root / "rejected/self.png",
-        "zz twin/link.jpg": root / "written/jpeg.jpg",
+        "rejected/parent": root / "rejected", "zz twin/link.jpg": root / "written/jpeg.jpg",
+        "zz twin/more": root / ".store",
     }  # fmt: skip
+    (root / ".store/deep").mkdir(parents=True)
+    (root / ".store/deep/copy.jpg").write_bytes(files["written/jpeg.jpg"])
+    (root / ".store/deep/rejected").symlink_to(root / ".store")
     for name, target in links.items():
         (root / name).symlink_to(target)
     os.mkfifo(root / "rejected/pipe.png")
     strange = os.fsencode(root) + b"/rejected/\xff.png"
     pathlib.Path(os.fsdecode(strange)).write_bytes(encode(SECRET))
-    names = {*files, *links, "rejected/pipe.png", "rejected/\\udcff.png"}
+    names = {*files, *links, "rejected/pipe.png", "rejected/\\udcff.png", ".store"} - {"zz twin/more"}
+    names |= {"zz twin/more/deep/copy.jpg", "zz twin/more/deep/rejected"}
     drop = (command.DROPS, ())[seed % 2]
     check(*convert([root], tmp_path / "out", min_side=2, drop=drop), names, drop)
-
-
-def pack(path: pathlib.Path, files: dict[str, bytes]) -> None:
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name, content in files.items():
-                archive.writestr(name, content)
-            link = zipfile.ZipInfo("all/rejected/link.png")
-            link.external_attr = 0o120777 << 16
-            archive.writestr(link, "../../outside/secret.png")
-        return
-    with tarfile.open(path, f"w:{path.suffix[1:].replace('tar', '')}") as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-        for name, kind in (("link.png", tarfile.SYMTYPE), ("hard.png", tarfile.LNKTYPE), ("device.png", tarfile.CHRTYPE)):
-            member = tarfile.TarInfo(f"all/rejected/{name}")
-            member.type, member.linkname = kind, "../../outside/secret.png"
-            archive.addfile(member)
 
 
 @pytest.mark.parametrize("ending", ["tar", "tar.gz", "tar.xz", "zip"])
@@ -207,30 +137,6 @@ def test_the_same_images_give_the_same_records_from_any_archive(tmp_path):
     assert len(prints) == 1
 
 
-def test_damaged_archives_are_one_sentence_and_damaged_members_fail(tmp_path):
-    rng = np.random.default_rng(0)
-    files = {f"a/{i}.png": encode(rng.integers(0, 256, (40, 40, 3), np.uint8)) for i in range(20)}
-    for ending in ("tar.gz", "tar.xz", "zip"):
-        pack(tmp_path / f"in.{ending}", files)
-        whole = (tmp_path / f"in.{ending}").read_bytes()
-        for cut in (0, 5, len(whole) // 2, len(whole) - 5):
-            (tmp_path / f"in.{ending}").write_bytes(whole[:cut])
-            with pytest.raises(UserError, match=f"archive .*in.{ending} cannot be read"):
-                sources.take_stock([tmp_path / f"in.{ending}"])
-    pack(tmp_path / "flip.zip", files)
-    content = bytearray((tmp_path / "flip.zip").read_bytes())
-    content[content.index(b"a/7.png") + 300] ^= 4
-    (tmp_path / "flip.zip").write_bytes(content)
-    report, written, _ = convert([tmp_path / "flip.zip"], tmp_path / "out")
-    assert report["failed"]["number"] == 1 and len(written) == 19
-    pack(tmp_path / "short.tar", files)
-    whole = (tmp_path / "short.tar").read_bytes()
-    for cut in (40_000, 40_960, 512 * 13, 100):
-        (tmp_path / "short.tar").write_bytes(whole[:cut])
-        with pytest.raises(UserError, match="archive .*short.tar cannot be read"):
-            sources.take_stock([tmp_path / "short.tar"])
-
-
 def test_dropping_does_not_depend_on_workers(tmp_path):
     rng = np.random.default_rng(2)
     files = contents(rng)
@@ -242,3 +148,46 @@ def test_dropping_does_not_depend_on_workers(tmp_path):
                      "--max-corrupt-share", "0.6"])  # fmt: skip
     one, three = ({p.name: p.read_bytes() for p in (tmp_path / w / "set").iterdir()} for w in "13")
     assert one == three and json.loads(one["train.report.json"])["duplicates"]["number"] == 3
+
+
+def test_links_to_folders_come_to_an_end(tmp_path):
+    """Twelve folders that all link to each other and to the folder around them: some 10^9 paths."""
+    for i in range(12):
+        (tmp_path / f"{i}").mkdir()
+        (tmp_path / f"{i}/image.png").write_bytes(b"")
+        for j in range(12):
+            (tmp_path / f"{i}/to{j}").symlink_to(tmp_path / f"{j}")
+        (tmp_path / f"{i}/up").symlink_to(tmp_path)
+    inventory = sources.take_stock([tmp_path])
+    real = [os.path.realpath(item.path) for item in inventory]
+    assert len(set(real)) == 12 and all(real.count(path) == 2 for path in real)
+    assert len(set(inventory.keys)) == len(real)
+    again = sources.take_stock([tmp_path])
+    assert list(again.keys) == list(inventory.keys) and again.rejected == inventory.rejected
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP"])
+def test_damaged_images_are_pixels_or_undecodable(kind):
+    rng = np.random.default_rng(4)
+    whole = encode(rng.integers(0, 256, (20, 20, 3), np.uint8), kind)
+    outcomes = set()
+    for _ in range(150):
+        damaged = bytearray(whole)
+        for place in rng.integers(min(len(whole), 200), size=rng.integers(4)):
+            damaged[place] = rng.integers(256)
+        try:
+            outcomes.add(len(pixels.convert(bytes(damaged[: rng.integers(len(whole) // 2, 2 * len(whole))])).data) > 0)
+        except codecs.ImageDecodeError as error:
+            assert str(error)
+            outcomes.add(False)
+    assert outcomes == {True, False}
+
+
+def test_report_stays_short_and_the_table_is_whole(tmp_path):
+    files = {f"a/{i}.ending{i % 300}": b"" for i in range(1000)} | {"a/1.png": encode(np.zeros((40, 40, 3), np.uint8))}
+    pack(tmp_path / "in.tar", files)
+    report, _, rows = convert([tmp_path / "in.tar"], tmp_path / "out")
+    rejected = report["rejected"]
+    shown = sum(reason["number"] for reason in rejected["reasons"].values())
+    assert len(rejected["reasons"]) == 50 and shown + rejected["other_reasons"]["number"] == rejected["number"] == 1003
+    assert sum(outcome == "rejected" for outcome, _, _ in rows) == 1003

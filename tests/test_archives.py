@@ -1,0 +1,97 @@
+"""Archives that are damaged, cut off, or made to do harm."""
+
+import numpy as np
+import pytest
+from toy_files import encode, pack
+
+from data_prep import archives, sources
+from pera_jax.data import codecs
+from pera_jax.errors import UserError
+
+
+def test_classes_of_several_archives_are_the_folders_in_them(tmp_path):
+    paths = [tmp_path / name for name in ("one.tar", "two.tar.gz", "three.zip")]
+    held = (
+        ["AID/port/1.jpg", "AID/farm/1.jpg"],
+        ["port/2.jpg", "wood/x/3.jpg"],
+        ["./top/in/wood/4.jpg", "top/in/farm/4.jpg"],
+    )
+    for path, names in zip(paths, held, strict=True):
+        pack(path, dict.fromkeys(names, b"?"))
+    inventory = sources.take_stock(paths)
+    inventory.label()
+    found = {item.key: inventory.class_names[item.label] for item in inventory}
+    assert found == {
+        "one.tar/AID/port/1.jpg": "port", "one.tar/AID/farm/1.jpg": "farm", "two.tar.gz/port/2.jpg": "port",
+        "two.tar.gz/wood/x/3.jpg": "wood", "three.zip/top/in/wood/4.jpg": "wood", "three.zip/top/in/farm/4.jpg": "farm",
+    }  # fmt: skip
+
+
+def test_damaged_archives_are_one_sentence_and_damaged_members_fail(tmp_path):
+    rng = np.random.default_rng(0)
+    files = {f"a/{i}.png": encode(rng.integers(0, 256, (40, 40, 3), np.uint8)) for i in range(20)}
+    for ending in ("tar.gz", "tar.xz", "zip"):
+        pack(tmp_path / f"in.{ending}", files)
+        whole = (tmp_path / f"in.{ending}").read_bytes()
+        for cut in (0, 5, len(whole) // 2, len(whole) - 5):
+            (tmp_path / f"in.{ending}").write_bytes(whole[:cut])
+            with pytest.raises(UserError, match=f"archive .*in.{ending} cannot be read"):
+                sources.take_stock([tmp_path / f"in.{ending}"])
+    pack(tmp_path / "flip.zip", files)
+    content = bytearray((tmp_path / "flip.zip").read_bytes())
+    content[content.index(b"a/7.png") + 300] ^= 4
+    (tmp_path / "flip.zip").write_bytes(content)
+    failed = []
+    for item in sources.take_stock([tmp_path / "flip.zip"]):
+        try:
+            assert sources.read(item) == files[item.key]
+        except codecs.ImageDecodeError:
+            failed.append(item.key)
+    assert failed == ["a/7.png"]
+    pack(tmp_path / "short.tar", files)
+    whole = (tmp_path / "short.tar").read_bytes()
+    for cut in (40_000, 40_960, 512 * 13, 100):
+        (tmp_path / "short.tar").write_bytes(whole[:cut])
+        with pytest.raises(UserError, match="archive .*short.tar cannot be read"):
+            sources.take_stock([tmp_path / "short.tar"])
+
+
+@pytest.mark.parametrize("ending", ["zip", "tar.gz", "tar.bz2", "tar.xz"])
+def test_packed_bombs_are_never_unpacked_into_memory(tmp_path, ending):
+    good, zeros = encode(np.arange(300, dtype=np.uint8).reshape(10, 10, 3)), bytes(70 << 20)
+    pack(tmp_path / f"in.{ending}", {"bomb.png": zeros, "good.png": good, "bomb too.png": zeros})
+    inventory = sources.take_stock([tmp_path / f"in.{ending}"])
+    assert [(item.key, sources.read(item)) for item in inventory] == [("good.png", good)]
+    bombs = [(name, reason) for name, reason in inventory.rejected if "bomb" in name]
+    assert len(bombs) == 2 and all("packed to less than" in reason for _, reason in bombs)
+
+
+def test_damaged_bytes_of_archives_are_a_sentence_or_failed_images(tmp_path):
+    """Whatever byte is damaged, the listing and the reading know no other errors, and read no more than was claimed."""
+    rng = np.random.default_rng(3)
+    files = {f"a/{i}.png": encode(rng.integers(0, 256, (9, 9, 3), np.uint8)) for i in range(3)}
+    refused = failed = 0
+    for ending in ("tar", "tar.gz", "tar.bz2", "zip"):
+        pack(tmp_path / f"whole.{ending}", files | {"a/\u00fc" + "long" * 40 + ".png": files["a/0.png"]})
+        whole = (tmp_path / f"whole.{ending}").read_bytes()
+        path = tmp_path / f"in.{ending}"
+        for _ in range(300):
+            damaged = bytearray(whole)
+            for place in rng.integers(len(whole), size=rng.integers(1, 4)):
+                damaged[place] = rng.integers(256)
+            path.unlink(missing_ok=True)
+            path.write_bytes(damaged)
+            try:
+                inventory = sources.take_stock([path])
+                inventory.label()
+            except UserError as error:
+                assert "cannot be read" in str(error) or "holds no image" in str(error)
+                refused += 1
+                continue
+            for item in inventory:
+                try:
+                    assert len(sources.read(item)) <= item.size
+                except codecs.ImageDecodeError:
+                    failed += 1
+            archives.close_all()
+    assert refused > 300 and failed > 20
