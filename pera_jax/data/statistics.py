@@ -8,14 +8,21 @@ table per split, and counts of parts add up.
 import functools
 import io
 import pathlib
+import struct
+import tokenize
 import zipfile
+import zlib
 
 import numpy as np
 
 from pera_jax.errors import UserError
 
 PERCENTILES = (0.1, 1.0, 50.0, 99.0, 99.9)  # that info.json names
+# What NumPy raises on a damaged npz.
+_DAMAGE = (OSError, ValueError, KeyError, EOFError, NotImplementedError, MemoryError, zipfile.BadZipFile, zlib.error,
+           tokenize.TokenError, SyntaxError, struct.error)  # fmt: skip
 _RANGE = (1.0, 99.0)  # percentiles that map to 0 and 1 where nobody chose a range
+_TINY = 1e-38  # below the least normal float32
 _SIGN, _HALF_BIN = np.uint32(1 << 31), np.uint32(1 << 15)
 
 
@@ -51,7 +58,8 @@ def _centres(dtype: str) -> np.ndarray:
         return np.arange(bins(dtype), dtype=np.float64)
     ordered = (np.arange(bins(dtype), dtype=np.uint32) << 16) | _HALF_BIN
     values = np.where(ordered & _SIGN, ordered & ~_SIGN, ~ordered).view(np.float32)
-    return np.where(np.isfinite(values), values, 0).astype(np.float64)  # no stored value has the other patterns
+    values = np.where(np.isfinite(values), values, 0).astype(np.float64)  # no stored value has the other patterns
+    return np.where(np.abs(values) < _TINY, 0.0, values)  # the bin of 0 begins with it
 
 
 def percentiles(counts: np.ndarray, dtype: str, shares: tuple[float, ...]) -> np.ndarray:
@@ -114,5 +122,5 @@ def load(path: str | pathlib.Path, split: str) -> np.ndarray:
     file = pathlib.Path(path) / file_name(split)
     try:
         return from_bytes(file.read_bytes())
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         raise UserError(f"{file} cannot be read ({error}); copy the data set folder whole, or convert it anew") from error
