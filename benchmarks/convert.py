@@ -11,6 +11,7 @@ any one worker, and of the training's start. The files need about 6 kB an image 
 """
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -75,18 +76,32 @@ def make(path: pathlib.Path, number: int) -> None:
                     progress.update()
 
 
+def peak(process: int | str) -> int:
+    """The largest resident size that a process has had, in bytes; 0 where it is gone. (`ru_maxrss` would not do: it also
+    counts the process that this one was forked from.)"""
+    try:
+        lines = pathlib.Path(f"/proc/{process}/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        return 0
+
+
 def convert(source: pathlib.Path, folder: pathlib.Path, workers: int, drop: str | None) -> dict[str, float]:
     """Seconds, CPU seconds and largest memory (bytes) of one conversion: main process, and largest of its workers."""
-    code = (
-        "import resource, sys; from data_prep import images; images.main(sys.argv[1:]); "
-        "print(*(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))"
-    )
-    command = [sys.executable, "-c", code, "--input", source, "--output", folder, "--split", "train",
+    command = [sys.executable, "-m", "data_prep.images", "--input", source, "--output", folder, "--split", "train",
                "--workers", workers, *(["--drop", drop] if drop else [])]  # fmt: skip
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    done = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True, cwd=_ROOT)
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, cwd=_ROOT)
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    main = worker = 0
+    while process.poll() is None:
+        main = max(main, peak(process.pid))
+        with contextlib.suppress(OSError):
+            worker = max([worker, *map(peak, children.read_text().split())])
+        time.sleep(0.05)
+    if process.returncode:
+        raise errors.UserError(f"the conversion of {source} failed; its message is above")
     seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
-    main, worker = (1024 * int(kilobytes) for kilobytes in done.stdout.split()[-2:])
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {"seconds": seconds, "cpu_seconds": cpu, "main_bytes": main, "worker_bytes": worker}
 
@@ -105,7 +120,7 @@ def start(folder: pathlib.Path) -> dict[str, float]:
         "shards": len(source.split_info.shards),
         "open_seconds": opened - began,
         "first_batch_seconds": ended - opened,
-        "start_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "start_bytes": peak("self"),
     }
 
 
