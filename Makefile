@@ -1,14 +1,16 @@
 # `make demo` runs the main job from nothing to scores and pictures; `make test` runs the tests.
-# Both make what they need in .venv from the pinned requirements.
+# Both make what they need in .venv from the pinned requirements. `make test-beam` runs the tests that need Apache Beam,
+# in .venv-beam: Beam does not go with the newest Pillow.
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+BEAM := .venv-beam
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
 DEMO := demo
 
-.PHONY: demo test clean
+.PHONY: demo test test-beam clean
 
 demo: $(VENV)/ready
 	@date +%s > .demo-began
@@ -25,7 +27,10 @@ demo: $(VENV)/ready
 	@rm -f .demo-began
 
 test: $(VENV)/ready-test
-	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
+	$(PY) -m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder tests
+
+test-beam: $(VENV)/ready $(BEAM)/ready
+	$(BEAM)/bin/python -m pytest -q tests/test_beam.py
 
 $(VENV)/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is %d.%d; set PYTHON=" % sys.version_info[:2])'
@@ -35,6 +40,11 @@ $(VENV)/ready: requirements.txt
 
 $(VENV)/ready-test: requirements-test.txt $(VENV)/ready
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	@touch $@
+
+$(BEAM)/ready: requirements-beam.txt
+	$(PYTHON) -m venv $(BEAM)
+	$(BEAM)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-beam.txt
 	@touch $@
 
 clean:

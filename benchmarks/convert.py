@@ -25,6 +25,7 @@ import time
 import zipfile
 
 import numpy as np
+import psutil
 from PIL import Image
 
 _ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -76,34 +77,31 @@ def make(path: pathlib.Path, number: int) -> None:
                     progress.update()
 
 
-def peak(process: int | str) -> int:
-    """The largest resident size that a process has had, in bytes; 0 where it is gone. (`ru_maxrss` would not do: it also
-    counts the process that this one was forked from.)"""
-    try:
-        lines = pathlib.Path(f"/proc/{process}/status").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        return 0
+def peak(process: int) -> int:
+    """The largest resident memory so far of a running process, bytes."""
+    status = pathlib.Path(f"/proc/{process}/status").read_text().splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in status if line.startswith("VmHWM"))  # 0 once it has ended
 
 
 def convert(source: pathlib.Path, folder: pathlib.Path, workers: int, drop: str | None) -> dict[str, float]:
-    """Seconds, CPU seconds and largest memory (bytes) of one conversion: main process, and largest of its workers."""
+    """Seconds, CPU seconds and largest resident memory (bytes) of one conversion: of its main process and of a worker, as
+    seen ten times a second."""
     command = [sys.executable, "-m", "data_prep.images", "--input", source, "--output", folder, "--split", "train",
                "--workers", workers, *(["--drop", drop] if drop else [])]  # fmt: skip
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, cwd=_ROOT)
-    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    main = worker = 0
-    while process.poll() is None:
-        main = max(main, peak(process.pid))
-        with contextlib.suppress(OSError):
-            worker = max([worker, *map(peak, children.read_text().split())])
-        time.sleep(0.05)
+    largest = {"main": 0, "worker": 0}
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, cwd=_ROOT) as process:
+        watched = psutil.Process(process.pid)
+        while process.poll() is None:
+            with contextlib.suppress(psutil.Error, OSError):
+                largest["main"] = max(largest["main"], peak(process.pid))
+                largest["worker"] = max([largest["worker"], *(peak(child.pid) for child in watched.children())])
+            time.sleep(0.1)
     if process.returncode:
-        raise errors.UserError(f"the conversion of {source} failed; its message is above")
+        raise errors.UserError("the conversion failed; its message is above")
     seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"seconds": seconds, "cpu_seconds": cpu, "main_bytes": main, "worker_bytes": worker}
+    return {"seconds": seconds, "cpu_seconds": cpu, "main_bytes": largest["main"], "worker_bytes": largest["worker"]}
 
 
 def start(folder: pathlib.Path) -> dict[str, float]:
@@ -120,7 +118,7 @@ def start(folder: pathlib.Path) -> dict[str, float]:
         "shards": len(source.split_info.shards),
         "open_seconds": opened - began,
         "first_batch_seconds": ended - opened,
-        "start_bytes": peak("self"),
+        "start_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }
 
 

@@ -49,6 +49,7 @@ class Stored:
       content: a hash of what it was made from, 16 bytes: equal ones are exact duplicates.
       found: what cleaning looks for: "small", "blank".
       place: JSON text of where on the ground a tile lies, "" for other images.
+      label: index of its class where only the content tells it; None leaves it to the item.
       changes: names of what was done to the pixels or the file; empty where the bytes are those of the source.
     """
 
@@ -58,6 +59,7 @@ class Stored:
     content: bytes = b""
     found: tuple[str, ...] = ()
     place: str = ""
+    label: int | None = None
 
 
 def convert(
@@ -98,7 +100,10 @@ def convert(
     found = ["small"] if min(rgb.size) < min_side else []
     if max_side is not None and max(rgb.size) > max_side:
         scale = max_side / max(rgb.size)
-        rgb = rgb.resize([max(1, round(side * scale)) for side in rgb.size], Image.Resampling.LANCZOS)
+        width, height = (max(1, round(side * scale)) for side in rgb.size)
+        # One direction after the other: the order changes pixels, and Pillow's versions do not agree on it.
+        rgb = rgb.resize((width, rgb.height), Image.Resampling.LANCZOS)
+        rgb = rgb.resize((width, height), Image.Resampling.LANCZOS)
         changes.append("reduced")
     histogram = np.array(rgb.histogram(), np.int64).reshape(3, 256)  # what `statistics.count` gives, in C
     found += ["blank"] if _blank(histogram) else []

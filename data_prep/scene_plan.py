@@ -33,7 +33,9 @@ def list_scenes(places: list[pathlib.Path]) -> tuple[dict[str, tuple[str, int]],
             rejected += others
         for name, path, size in found:
             if name in scenes:
-                raise UserError(f"{scenes[name][0]} and {path} would have the same name; rename one, or name their folder")
+                raise UserError(
+                    f"{scenes[name][0]} and {path} would have the same name; rename one, or name their folder"
+                )
             scenes[name] = (path, size)
     if not scenes:
         endings = " ".join(ending[1:] for ending in ENDINGS)
@@ -71,7 +73,11 @@ def look_at(files: dict[str, tuple[str, int]], max_corrupt_share: float) -> tupl
             progress.update()
     if len(unreadable) > max_corrupt_share * len(files) or not scenes:
         name, reason = next(iter(unreadable.items()))
-        mend = f"mend them, or allow a larger --max-corrupt-share than {max_corrupt_share:g}" if scenes else "name GeoTIFFs"
+        mend = (
+            f"mend them, or allow a larger --max-corrupt-share than {max_corrupt_share:g}"
+            if scenes
+            else "name GeoTIFFs"
+        )
         raise UserError(
             f"{len(unreadable)} of {len(files)} scenes cannot be read (the first is {files[name][0]}: {reason}); {mend}"
         )
@@ -85,23 +91,34 @@ def look_at(files: dict[str, tuple[str, int]], max_corrupt_share: float) -> tupl
     return scenes, unreadable
 
 
-def choose_bands(
-    scenes: dict[str, Scene], wanted: list[str] | None, band_names: list[str] | None
-) -> dict[str, tuple[tuple[int, ...], list[str]]]:
-    """The bands of each scene: {name of the scene: (GDAL's numbers, names)}.
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The bands that are taken of a scene: GDAL's numbers, their names, and whether an alpha band says where there is data."""
+
+    numbers: tuple[int, ...]
+    names: list[str]
+    alpha: bool
+
+
+def choose_bands(scenes: dict[str, Scene], wanted: list[str] | None, band_names: list[str] | None) -> dict[str, Choice]:
+    """The bands of each scene, by its name.
 
     Args:
       wanted: --bands; None takes all in the order of the file.
-      band_names: --band-names.
+      band_names: --band-names: with or without one for an alpha band, which then is a band like others.
 
     Raises UserError where a scene lacks one, or scenes differ.
     """
     choices = {}
     for scene_name, scene in scenes.items():
-        names = scene.names
+        names, alpha = scene.names, scene.alpha
         if band_names is not None:
+            if alpha is not None and len(band_names) == len(names) + 1:
+                names, alpha = dict.fromkeys(sorted([*names, alpha])), None
             if len(band_names) != len(names):
-                raise UserError(f"{scene_name} has {len(names)} bands, --band-names has {len(band_names)}; name all of them")
+                raise UserError(
+                    f"{scene_name} has {len(names)} bands, --band-names has {len(band_names)}; name all of them"
+                )
             names = dict(zip(names, band_names, strict=True))
         numbers = {name: number for number, name in names.items()}
         chosen = []
@@ -113,12 +130,12 @@ def choose_bands(
             chosen.append(number)
         if len(set(chosen)) < len(chosen):
             raise UserError(f"--bands {','.join(wanted)} chooses a band of {scene_name} twice; name each once")
-        choices[scene_name] = (tuple(chosen), [names[number] for number in chosen])
+        choices[scene_name] = Choice(tuple(chosen), [names[number] for number in chosen], alpha is not None)
     first = next(iter(choices))
-    for scene_name, (_, names) in choices.items():
-        if names != choices[first][1]:
+    for scene_name, choice in choices.items():
+        if choice.names != choices[first].names:
             raise UserError(
-                f"{scene_name} has the bands {', '.join(names)}, and {first} {', '.join(choices[first][1])}; choose --bands "
+                f"{scene_name} has the bands {', '.join(choice.names)}, and {first} {', '.join(choices[first].names)}; choose --bands "
                 "that both have, give --band-names, or convert them to data sets of their own"
             )
     return choices
@@ -128,7 +145,7 @@ def plan_tiles(
     files: dict[str, tuple[str, int]],
     scenes: dict[str, Scene],
     unreadable: dict[str, str],
-    choices: dict[str, tuple[tuple[int, ...], list[str]]],
+    choices: dict[str, Choice],
     tile: Length,
     stride: Length,
     gsd: float | None,
@@ -153,7 +170,7 @@ def plan_tiles(
             raise UserError(f"{files[name][0]} is smaller than a pixel of --gsd {gsd:g}; give a smaller one")
         for column, row, width, height in grid.tiles():
             window = _window(grid, scene, column, row, width, height)
-            part = Tile(window, width, height, choices[name][0])
+            part = Tile(window, width, height, choices[name].numbers, choices[name].alpha)
             items.append(Item(files[name][0], f"{name}/{row:06d}_{column:06d}", None, files[name][1], part))
     if not any(grid.whole for grid in grids.values()):
         name = max(grids, key=lambda name: min(grids[name].sides))
@@ -165,7 +182,9 @@ def plan_tiles(
     return items
 
 
-def _window(grid: Grid, scene: Scene, column: int, row: int, width: int, height: int) -> tuple[float, float, float, float]:
+def _window(
+    grid: Grid, scene: Scene, column: int, row: int, width: int, height: int
+) -> tuple[float, float, float, float]:
     """A tile [column, row, width, height] in pixels of the file, inside of which it lies to the last bit."""
     (across, down), (right, bottom) = grid.step, scene.sides
     left, top = column * across, row * down

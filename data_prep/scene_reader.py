@@ -3,7 +3,8 @@
 * A scene is whatever rasterio opens; of a TIFF with several pages, the first. Overviews in a file are never read: many
   were made by leaving pixels out, and would alias.
 * Names of bands: the file's descriptions, else the colours that the file gives its bands (red, green, blue, nir, ...),
-  else band_1, band_2, ...; an alpha band is no band but says where there is data.
+  else band_1, band_2, ... An alpha band is no band but says where there is data, unless it has a description: programs
+  that write four bands often call the fourth alpha, though it is infrared.
 * No data: where the file's nodata value, mask or alpha band (0) says so, and where a float is no finite number; each band
   by itself. Such values come out as 0.
 * Other pixel sizes: GDAL's `average` where both sides of a pixel grow, which weighs every pixel of the file by the area it
@@ -21,7 +22,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,7 +32,9 @@ from pera_jax.errors import UserError
 _OPEN_SCENES = 16  # that a process keeps open
 _CACHE = 256  # MB
 _NO_NAMES = ("undefined", "gray", "palette")  # "gray" is what GDAL says of the first band where the file says nothing
-_TRUE_SCALE = 0.02  # where a projection's pixels differ by more than this from their size on the ground, the latter counts
+_TRUE_SCALE = (
+    0.02  # where a projection's pixels differ by more than this from their size on the ground, the latter counts
+)
 _EQUATOR, _ECCENTRICITY = 6378137.0, 0.0066943799901413165  # of WGS84: radius in metres, first eccentricity squared
 _DAY = re.compile(r"(?<!\d)((?:19|20)\d\d)([-_.]?)(\d\d)\2(\d\d)(?!\d)")
 _DAY_OF_YEAR = re.compile(r"(?<!\d)((?:19|20)\d{5})T")  # HLS: 2020208T154911
@@ -39,12 +42,14 @@ _DAY_OF_YEAR = re.compile(r"(?<!\d)((?:19|20)\d{5})T")  # HLS: 2020208T154911
 
 class Tile(NamedTuple):
     """A part of a scene: the window [column, row, width, height] in pixels of the file, which may be fractions; the
-    columns and rows of the image that is made of it; and the bands by GDAL's numbers, which begin at 1."""
+    columns and rows of the image that is made of it; the bands by GDAL's numbers, which begin at 1; and whether an alpha
+    band says where there is data."""
 
     window: tuple[float, float, float, float]
     columns: int
     rows: int
     bands: tuple[int, ...]
+    alpha: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +58,15 @@ class Scene:
 
     Attributes:
       sides: width and height in pixels.
-      names: of the bands by GDAL's number, alpha left out, in the order of the file.
+      names: of the bands by GDAL's number, in the order of the file.
+      alpha: the number of the band that says where there is data, which has no name; None where there is none.
       dtype: of the values.
       metres: width and height of a pixel on the ground, None where the file does not say where it lies.
     """
 
     sides: tuple[int, int]
     names: dict[int, str]
+    alpha: int | None
     dtype: str
     metres: tuple[float, float] | None
 
@@ -79,9 +86,15 @@ def describe(path: str) -> Scene:
       ImageDecodeError: the file cannot be read.
       UserError: its values are not of a dtype that is stored, or numbers of a palette.
     """
-    dataset = _open(path)
+    dataset = _open(path).dataset
     colours = [colour.name for colour in dataset.colorinterp]
-    numbers = [number for number, colour in zip(dataset.indexes, colours, strict=True) if colour != "alpha"]
+    described = [(text or "").strip() for text in dataset.descriptions]
+    alphas = [
+        number
+        for number in dataset.indexes
+        if colours[number - 1] == "alpha" and described[number - 1].lower() in ("", "alpha")
+    ]
+    numbers = [number for number in dataset.indexes if number not in alphas]
     if not numbers:
         raise codecs.ImageDecodeError("holds no band")
     dtypes = {dataset.dtypes[number - 1] for number in numbers}
@@ -93,13 +106,14 @@ def describe(path: str) -> Scene:
     if "palette" in colours:
         raise UserError(f"{path} holds numbers of a palette, no brightness; convert it with gdal_translate -expand rgb")
     names = {
-        number: (dataset.descriptions[number - 1] or "").strip()
+        number: described[number - 1]
         or (colours[number - 1] if colours[number - 1] not in _NO_NAMES else f"band_{number}")
         for number in numbers
     }
     counts = list(names.values())
     unique = {number: name if counts.count(name) == 1 else f"band_{number}" for number, name in names.items()}
-    return Scene((dataset.width, dataset.height), unique, dtypes.pop(), _metres(path))
+    alpha = alphas[0] if alphas else None
+    return Scene((dataset.width, dataset.height), unique, alpha, dtypes.pop(), _metres(path))
 
 
 def read(path: str, tile: Tile) -> tuple[np.ndarray, np.ndarray]:
@@ -110,7 +124,7 @@ def read(path: str, tile: Tile) -> tuple[np.ndarray, np.ndarray]:
     from rasterio.enums import MaskFlags, Resampling
     from rasterio.windows import Window
 
-    dataset = _open(path)
+    dataset = _open(path).dataset
     column, row, width, height = tile.window
     options = {"window": Window(column, row, width, height)}
     if (tile.columns, tile.rows) != (width, height):
@@ -121,7 +135,8 @@ def read(path: str, tile: Tile) -> tuple[np.ndarray, np.ndarray]:
     with _reasons():
         pixels = dataset.read(bands, **options)
         valid = np.ones(pixels.shape, bool)
-        if any(dataset.mask_flag_enums[band - 1] != [MaskFlags.all_valid] for band in bands):
+        flags = {flag for band in bands for flag in dataset.mask_flag_enums[band - 1]}
+        if flags != {MaskFlags.all_valid} and (tile.alpha or MaskFlags.alpha not in flags):
             valid = dataset.read_masks(bands, **options) > 0
     if pixels.dtype.kind == "f":
         valid &= np.isfinite(pixels)
@@ -137,22 +152,21 @@ def place(path: str, tile: Tile, source: str) -> str:
     y = d column + e row + f, of the tile's pixels), `pixel_metres` [width, height], and `date` of the scene
     (2020-08-31): the first one in the name of the file, else that of the TIFF.
     """
-    from rasterio import Affine
-
-    dataset = _open(path)
     column, row, width, height = tile.window
     facts = {"source": source, "window": [_whole(side) for side in tile.window]}
-    if not dataset.transform.is_identity:
-        step = (width / tile.columns, height / tile.rows)
-        transform = dataset.transform * Affine.translation(column, row) * Affine.scale(*step)
-        corners = [transform * corner for corner in ((0, 0), (tile.columns, 0), (0, tile.rows), (tile.columns, tile.rows))]
-        xs, ys = zip(*corners, strict=True)
-        facts |= {"bounds": [min(xs), min(ys), max(xs), max(ys)], "transform": list(transform[:6])}
+    scene = _open(path)
+    if not scene.transform.is_identity:
+        across, down = width / tile.columns, height / tile.rows
+        a, b, _, d, e, _ = scene.transform[:6]
+        left, top = scene.at(column, row)
+        xs, ys = zip(*(scene.at(column + i * width, row + j * height) for i in (0, 1) for j in (0, 1)), strict=True)
+        facts["bounds"] = [min(xs), min(ys), max(xs), max(ys)]
+        facts["transform"] = [a * across, b * down, left, d * across, e * down, top]
         if crs := _crs(path):
             facts["crs"] = crs
         if metres := _metres(path):
-            facts["pixel_metres"] = [round(side * ratio, 6) for side, ratio in zip(metres, step, strict=True)]
-    if date := _date(os.path.basename(path), dataset.tags().get("TIFFTAG_DATETIME", "")):
+            facts["pixel_metres"] = [round(metres[0] * across, 6), round(metres[1] * down, 6)]
+    if date := _date(os.path.basename(path), scene.dataset.tags().get("TIFFTAG_DATETIME", "")):
         facts["date"] = date
     return json.dumps(facts, separators=(",", ":"), allow_nan=False)
 
@@ -161,8 +175,20 @@ def _whole(side: float) -> int | float:
     return int(side) if side == int(side) else round(side, 6)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+    """An open file, and its transform from (column, row) to (x, y)."""
+
+    dataset: Any
+    transform: Any
+
+    def at(self, column: float, row: float) -> tuple[float, float]:
+        a, b, c, d, e, f = self.transform[:6]
+        return a * column + b * row + c, d * column + e * row + f
+
+
 @functools.lru_cache(maxsize=_OPEN_SCENES)
-def _open(path: str):
+def _open(path: str) -> _Opened:
     # GDAL's cache of decoded blocks, of all open scenes: by default a twentieth of the memory, for each process.
     os.environ.setdefault("GDAL_CACHEMAX", str(_CACHE))
     import rasterio
@@ -171,17 +197,25 @@ def _open(path: str):
         raise codecs.ImageDecodeError("is empty")
     with _reasons(), warnings.catch_warnings():
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-        return rasterio.open(path, OVERVIEW_LEVEL="NONE")
+        dataset = rasterio.open(path)
+        transform = dataset.transform  # opened without overviews, files without a transform give random numbers
+        if dataset.count and dataset.overviews(1):
+            dataset.close()
+            dataset = rasterio.open(path, OVERVIEW_LEVEL="NONE")
+        return _Opened(dataset, transform)
 
 
 @contextlib.contextmanager
 def _reasons() -> Iterator[None]:
-    """Turns what rasterio raises on files that are missing or damaged into ImageDecodeError, with GDAL's first line."""
+    """Turns what rasterio raises on files that are missing or damaged into ImageDecodeError, with GDAL's first line, and
+    keeps GDAL's warnings from the terminal."""
+    import rasterio
     from rasterio._err import CPLE_BaseError
     from rasterio.errors import RasterioError
 
     try:
-        yield
+        with rasterio.Env():
+            yield
     except (RasterioError, CPLE_BaseError, OSError) as error:
         cause = error.__cause__ or error  # rasterio itself says "Read failed. See previous exception for details."
         raise codecs.ImageDecodeError((str(cause) or type(cause).__name__).splitlines()[0]) from error
@@ -189,7 +223,7 @@ def _reasons() -> Iterator[None]:
 
 @functools.lru_cache(maxsize=_OPEN_SCENES)
 def _crs(path: str) -> str | None:
-    crs = _open(path).crs
+    crs = _open(path).dataset.crs
     return crs.to_string() if crs else None
 
 
@@ -203,12 +237,11 @@ def _metres(path: str) -> tuple[float, float] | None:
     from rasterio import warp
     from rasterio.errors import RasterioError
 
-    dataset = _open(path)
-    crs, transform = dataset.crs, dataset.transform
+    scene = _open(path)
+    crs, transform, middle = scene.dataset.crs, scene.transform, (scene.dataset.width / 2, scene.dataset.height / 2)
     if not crs or transform.is_identity or not (crs.is_projected or crs.is_geographic):
         return None
-    middle = (dataset.width / 2, dataset.height / 2)
-    points = [transform * (middle[0] + right, middle[1] + down) for right, down in ((0, 0), (1, 0), (0, 1))]
+    points = [scene.at(middle[0] + right, middle[1] + down) for right, down in ((0, 0), (1, 0), (0, 1))]
     try:
         longitudes, latitudes = warp.transform(crs, "EPSG:4326", *zip(*points, strict=True))[:2]
     except RasterioError:
@@ -228,7 +261,9 @@ def _distance(longitudes: list[float], latitudes: list[float], other: int) -> fl
     shrink = 1 - _ECCENTRICITY * math.sin(latitude) ** 2
     east = (longitudes[other] - longitudes[0] + 180) % 360 - 180
     along = math.radians(east) * _EQUATOR / math.sqrt(shrink) * math.cos(latitude)
-    return math.hypot(along, math.radians(latitudes[other] - latitudes[0]) * _EQUATOR * (1 - _ECCENTRICITY) / shrink**1.5)
+    return math.hypot(
+        along, math.radians(latitudes[other] - latitudes[0]) * _EQUATOR * (1 - _ECCENTRICITY) / shrink**1.5
+    )
 
 
 def _date(name: str, stamp: str) -> str | None:

@@ -10,7 +10,7 @@
 * Tiles: `data_prep.scene_grid` says where they lie. A tile of which more than --max-nodata holds no data, in the band that
   has least, or that has a band without any, is left out.
 * Bands: --bands chooses and orders them by number (from 1) or name; --band-names names all bands of the files, in their
-  order. All scenes must have the chosen bands and the same dtype: uint8, uint16 or float32, which is kept.
+  order, an alpha band too where it is none. All scenes must have the chosen bands and the same dtype: uint8, uint16 or float32, which is kept.
 * Records: three bands of uint8 as PNG, everything else as TIFF. What is no data is stored as 0 and does not count in the
   histogram. The key is SCENE/ROW_COLUMN, in pixels of the grid; `place` is what `scene_reader.place` says.
 * Order: a hash of the key deals the tiles to the shards, so that none is a single place; within a shard they lie as in
@@ -26,24 +26,22 @@ import functools
 import io
 import os
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
 
-from data_prep import folder, images, scene_plan, scene_reader
+from data_prep import command, folder, images, scene_plan, scene_reader
 from data_prep.pixels import Rejected, Stored, content_hash
 from data_prep.scene_grid import length
 from data_prep.scene_reader import Tile
-from data_prep.shards import Item
+from data_prep.shards import Item, run_jobs
 from pera_jax.data import codecs, records, statistics
 from pera_jax.errors import run
 
-_TILES_PER_SHARD = 512  # as in data_prep.images
-_MOST_SHARDS = 512
 
-
-def main(argv: list[str] | None = None) -> None:
-    """The command. Raises UserError."""
+def main(argv: list[str] | None = None, driver: Callable = run_jobs) -> None:
+    """The command; `driver` runs its jobs, as `folder.write_split` says of `run`. Raises UserError."""
     args = _arguments(argv)
     scene_reader.require_rasterio()
     images.check_places(args.input, args.output, args.split)
@@ -51,27 +49,35 @@ def main(argv: list[str] | None = None) -> None:
     scenes, unreadable = scene_plan.look_at(files, args.max_corrupt_share)
     choices = scene_plan.choose_bands(scenes, args.bands, args.band_names)
     items = scene_plan.plan_tiles(files, scenes, unreadable, choices, args.tile, args.stride or args.tile, args.gsd)
-    names, dtype = next(iter(choices.values()))[1], next(iter(scenes.values())).dtype
-    size = args.shard_size or max(_TILES_PER_SHARD, -(-len(items) // _MOST_SHARDS))
-    shards = -(-len(items) // size)
+    names, dtype = next(iter(choices.values())).names, next(iter(scenes.values())).dtype
+    shards = command.number_of_shards(args, len(items))
     info = folder.existing_info(args.output)
     dataset = info.name if info else images.dataset_name(args.output)
     split = scene_plan.make_split(args.output, dataset, args.split, names, dtype, items, shards, args.max_nodata)
     if folder.already_complete(split, info):
         print(f"{args.split}: already complete in {args.output}, {info.splits[args.split].records} records")
         return
-    print(f"{args.split}: {len(items)} tiles of {len(files)} scenes, {', '.join(names)} of {dtype}, {split.shards} shards, "
-          f"{args.workers} workers", flush=True)  # fmt: skip
+    workers = f", {args.workers} workers" if driver is run_jobs else ""
+    print(f"{args.split}: {len(items)} tiles of {len(files)} scenes, {', '.join(names)} of {dtype}, {split.shards} shards"
+          f"{workers}", flush=True)  # fmt: skip
+    if number := sum(choice.alpha for choice in choices.values()):
+        print(
+            f"the alpha band of {number} scenes says where there is data; if it is a band like others, name it in --band-names"
+        )
     info, report = folder.write_split(
-        split, functools.partial(convert_tile, max_nodata=args.max_nodata), workers=args.workers,
+        split, functools.partial(convert_tile, max_nodata=args.max_nodata), workers=args.workers, run=driver,
         max_corrupt_share=args.max_corrupt_share, rejected=rejected,
     )  # fmt: skip
     written = info.splits[args.split]
     print(f"{args.split}: {written.records} records, {sum(written.shard_bytes) / 1e6:.1f} MB, in {args.output}")
     print_bands(names, written)
-    left_out = [f"{report[name]['number']} {name}" for name in ("rejected", "failed") if report[name]["number"]]
-    if left_out:
-        print(f"left out: {', '.join(left_out)}; {args.output / args.split}.report.json and {args.split}.inputs.csv say why")
+    named = [f"{report[name]['number']} {name}" for name in ("rejected", "failed") if report[name]["number"]]
+    if named:
+        print(f"left out: {', '.join(named)}")
+    if twins := report["found"]["number"]:
+        print(f"written, but the same pixels as a tile before them: {twins}")
+    if named or twins:
+        print(f"{args.output / args.split}.report.json and {args.split}.inputs.csv name them")
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -79,11 +85,13 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--input", type=pathlib.Path, required=True, nargs="+", help="folders of GeoTIFFs, or files")
     parser.add_argument("--output", type=pathlib.Path, required=True, help="data set folder; made if need be")
     parser.add_argument("--split", required=True, help="name of the split: train, test, ...")
-    parser.add_argument("--tile", type=length, required=True, metavar="L", help="side of a tile: pixels (256) or metres (2560m)")
+    parser.add_argument(
+        "--tile", type=length, required=True, metavar="L", help="side of a tile: pixels (256) or metres (2560m)"
+    )
     parser.add_argument("--stride", type=length, metavar="L", help="from tile to tile; default: the side of a tile")
     parser.add_argument("--gsd", type=_positive, metavar="M", help="metres a pixel; default: as in the scene")
     parser.add_argument("--bands", type=_names, metavar="B,B", help="numbers (from 1) or names; default: all but alpha")
-    parser.add_argument("--band-names", type=_names, metavar="N,N", help="names of all bands of the files but alpha")
+    parser.add_argument("--band-names", type=_names, metavar="N,N", help="names of all bands of the files")
     parser.add_argument("--max-nodata", type=_share, default=0.1, metavar="S", help="default: %(default)s")
     parser.add_argument("--workers", type=_count, default=len(os.sched_getaffinity(0)), help="default: all cores")
     parser.add_argument("--max-corrupt-share", type=_share, default=0.05, metavar="S", help="default: %(default)s")

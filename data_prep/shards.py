@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import pathlib
+import secrets
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -108,8 +109,9 @@ def _part_file(folder: pathlib.Path, shard: str) -> pathlib.Path:
 
 
 def _temporary(path: pathlib.Path) -> pathlib.Path:
-    """A name of this process's own: workers of a killed conversion may live on for a moment beside their successors."""
-    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    """A name that no other writer has, on this machine or another one: workers of a killed conversion may live on beside
+    their successors, and some runners of pipelines have two workers write the same shard."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 def write_file(path: pathlib.Path, content: bytes, staging: pathlib.Path | None = None) -> None:
@@ -154,7 +156,8 @@ def write_shard(
         except Rejected as error:
             rejected.append((item.key, str(error)))
         else:
-            record = records.encode_record(stored.data, item.key, item.label, stored.place)
+            label = item.label if stored.label is None else stored.label
+            record = records.encode_record(stored.data, item.key, label, stored.place)
             writer.write(record)
             digests += hashlib.sha256(record).digest()
             contents += stored.content

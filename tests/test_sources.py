@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 from toy_files import contents, encode, pack, twins
 
+from data_prep import command, folder, images, pixels, shards, sources
 from data_prep import duplicates as duplicate_files
-from data_prep import folder, images, pixels, shards, sources
 from pera_jax.data import codecs, records
 
 SECRET = np.full((40, 40, 3), 123, np.uint8)  # lies outside; must never come in
@@ -91,7 +91,7 @@ def test_folders(tmp_path, seed):
     pathlib.Path(os.fsdecode(strange)).write_bytes(encode(SECRET))
     names = {*files, *links, "rejected/pipe.png", "rejected/\\udcff.png", ".store"} - {"zz twin/more"}
     names |= {"zz twin/more/deep/copy.jpg", "zz twin/more/deep/rejected"}
-    drop = (images.DROPS, ())[seed % 2]
+    drop = (command.DROPS, ())[seed % 2]
     check(*convert([root], tmp_path / "out", min_side=2, drop=drop), names, drop)
 
 

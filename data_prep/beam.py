@@ -1,0 +1,46 @@
+"""Runs a conversion as an Apache Beam pipeline: on this machine, or on Dataflow, Flink or Spark.
+
+    python -m data_prep.beam images --input aid/train --output shards/aid --split train -- --runner=DirectRunner
+    python -m data_prep.beam tfds --dataset /mnt/tfds/eurosat/rgb/2.0.0 --output /mnt/shards/eurosat --split train \\
+        -- --runner=FlinkRunner --flink_master=HOST:8081 --environment_type=DOCKER --environment_config=IMAGE
+
+First the command (images, scenes or tfds) and its own options, as in `python -m data_prep.COMMAND`; after -- those of
+Beam. The data set folder is the same, byte for byte, as without Beam; one command may finish what the other began.
+
+* Inputs and --output lie on a mount that this machine and all workers see under the same path (NFS, Filestore, a bucket
+  through gcsfuse): workers write shards there themselves.
+* Of a compressed tar each shard is read from the beginning: unpack it, or make it a plain tar or zip.
+* Workers need this package and its requirements: an image made from requirements-beam.txt and this checkout.
+* The same bytes take the same encoders: what has to be stored anew is written by Pillow, whose versions may differ.
+  Pillow 12.3 (requirements-beam.txt) and 13.0 (requirements.txt) write the same bytes; `make test-beam` compares them.
+"""
+
+import argparse
+import functools
+import importlib
+import sys
+
+from data_prep import beam_jobs
+from pera_jax.errors import UserError, run
+
+COMMANDS = ("images", "scenes", "tfds")  # modules of this package with `main(argv, driver)`
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command. Raises UserError."""
+    given = sys.argv[1:] if argv is None else argv
+    at = given.index("--") if "--" in given else len(given)
+    own, options = given[:at], given[at + 1 :]
+    usage = "python -m data_prep.beam COMMAND OPTIONS -- BEAM'S OPTIONS"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=COMMANDS)
+    command = parser.parse_args(own[:1]).command
+    if any(option.split("=")[0] == "--workers" for option in own):
+        raise UserError("--workers is for local processes; give the runner's own option after --")
+    beam_jobs.check_installed()
+    driver = functools.partial(beam_jobs.run_jobs, options=options)
+    importlib.import_module(f"data_prep.{command}").main(own[1:], driver=driver)
+
+
+if __name__ == "__main__":
+    run(main)

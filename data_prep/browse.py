@@ -1,0 +1,161 @@
+"""Shows a data set folder on one page of HTML that has everything in it.
+
+    python -m data_prep.browse shards/aid --output aid.html
+    python -m data_prep.browse shards/sentinel2 --output sentinel2.html --bands nir,red,green --images 96
+
+The page: what the data set is; and of each split a sample of its images, classes and sizes counted, where and when the tiles
+of scenes were taken, the statistics of each band with their histograms, and the report of the conversion. It needs no network
+and holds no script. Sizes, classes and places are counted over all records, of a split of over 100,000 over a random sample
+of that number, which the page says.
+"""
+
+import argparse
+import io
+import json
+import pathlib
+
+import numpy as np
+
+from data_prep import folder_info, histogram_picture, page, stats
+from data_prep.shards import write_file
+from data_prep.survey import THUMBNAIL, Survey, shown_bands, survey, thumbnails
+from pera_jax.data import records
+from pera_jax.errors import UserError, run
+
+_LISTED = 12  # sizes, sources, dates and so on that are listed before the rest is summed up
+_MOST_IMAGES = 1000  # 8 kB each
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command. Raises UserError."""
+    parser = argparse.ArgumentParser(prog="python -m data_prep.browse", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=pathlib.Path, help="data set folder")
+    parser.add_argument("--output", type=pathlib.Path, required=True, help="the page, name.html; replaced if it exists")
+    parser.add_argument("--split", help="this split only")
+    parser.add_argument("--bands", metavar="R,G,B", help="what to show as red, green, blue; or one band, as grey")
+    parser.add_argument("--images", type=int, default=48, metavar="N", help="of each split; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample; default: %(default)s")
+    args = parser.parse_args(argv)
+    if not 0 <= args.images <= _MOST_IMAGES:
+        raise UserError(f"--images is {args.images}; choose 0 to {_MOST_IMAGES:,}")
+    if args.seed < 0:
+        raise UserError(f"--seed is {args.seed}; it must be at least 0")
+    if args.output.is_dir() or not args.output.resolve().parent.is_dir():
+        raise UserError(f"--output {args.output} is a folder or lies in none; name a file in a folder that exists")
+
+    info, names = folder_info.load(args.folder, args.split)
+    places = shown_bands(info, args.bands)
+    parts = [_heading(args.folder, info, names)]
+    for name in names:
+        parts.append(_split(args.folder, info, name, places, args.images, args.seed))
+    try:
+        write_file(args.output, content := page.document(info.name, parts))
+    except OSError as error:
+        raise UserError(f"cannot write {args.output}: {error.strerror}; make room or name another file") from error
+    print(f"written to {args.output}, {len(content) / 1e6:.1f} MB")
+
+
+def _heading(folder: pathlib.Path, info: records.DatasetInfo, names: list[str]) -> str:
+    rows = [["split", "records", "shards", "MB", "fingerprint"]]
+    for name in names:
+        split = info.splits[name]
+        size = f"{sum(split.shard_bytes) / 1e6:,.1f}"
+        rows.append([name, f"{split.records:,}", len(split.shards), size, split.fingerprint[:16]])
+    classes = "none" if info.class_names is None else f"{len(info.class_names):,}"
+    card = [
+        ("folder", folder.resolve()), ("bands", f"{len(info.bands)}: {', '.join(info.bands)}"), ("values", info.dtype),
+        ("classes", classes), ("places on the ground", "yes" if info.has_places else "no"),
+        ("format version", info.format_version),
+    ]  # fmt: skip
+    links = "".join(f'<a href="#{page.escaped(name)}">{page.escaped(name)}</a>' for name in names)
+    return f"<h1>{page.escaped(info.name)}</h1><nav>{links}</nav>{page.facts(card)}<h3>Splits</h3>{page.table(rows)}"
+
+
+def _split(folder: pathlib.Path, info: records.DatasetInfo, name: str, places: list[int], images: int, seed: int) -> str:
+    """The section of one split."""
+    source = records.open_split(folder, name)
+    counts = folder_info.histogram(folder, info, name)
+    found = survey(source, seed)
+    sample = thumbnails(source, places, images, seed)
+    source.close()
+    names = [info.bands[place] for place in places]
+    shown = f"{names[0]} as grey" if len(set(names)) == 1 else f"{', '.join(names)} as red, green, blue"
+    low_high = sorted({tuple(info.splits[name].ranges[place]) for place in places})
+    stretch = f"{stats.number(low_high[0][0])} to {stats.number(low_high[0][1])}" if len(low_high) == 1 else "the range of each"
+    of = f"{found.total:,}" if found.looked == found.total else f"a random sample of {found.looked:,} of {found.total:,}"
+    parts = [
+        f'<h2 id="{page.escaped(name)}">{page.escaped(name)}</h2>',
+        f'<p class="quiet">{len(sample)} of {found.total:,} images, drawn with seed {seed}: {page.escaped(shown)}, '
+        f"{stretch} stretched from black to white.</p>",
+        page.sheet(sample, info.class_names, THUMBNAIL),
+    ]
+    if found.unreadable:
+        parts.append(f'<p class="warn">{found.unreadable:,} records are damaged; python -m data_prep.verify names them.</p>')
+    if info.class_names is not None:
+        parts.append(f"<h3>Classes, over {of} records</h3>{page.bars(_classes(info.class_names, found))}")
+    parts.append(f"<h3>Sizes, over {of} records</h3>{_sizes(found)}")
+    if info.has_places:
+        parts.append(f"<h3>Places, over {of} records</h3>{_places(found)}")
+    described = stats.describe(info, name, counts)
+    picture = io.BytesIO()
+    drawn = histogram_picture.draw(info, name, counts)
+    drawn.save(picture, "PNG", optimize=True)
+    parts += [
+        "<h3>Bands, in stored units, over the pixels that hold data</h3>", page.table(stats.cells(described)),
+        page.image(picture.getvalue(), "png", "histograms of the bands", drawn.width // histogram_picture.SCALE),
+        "<h3>Report of the conversion</h3>", _report(folder / f"{name}.report.json"),
+    ]  # fmt: skip
+    return "\n".join(parts)
+
+
+def _classes(names: list[str], found: Survey) -> list[tuple[str, int]]:
+    odd = sum(count for label, count in found.labels.items() if not 0 <= label < len(names))
+    counts = [(name, found.labels[i]) for i, name in enumerate(names)]
+    return counts + ([("(no class of the data set)", odd)] if odd else [])
+
+
+def _sizes(found: Survey) -> str:
+    """Every size where they are few, else the longer sides in a dozen steps."""
+    if not found.sizes:
+        return "<p>no image</p>"
+    if len(found.sizes) <= _LISTED:
+        return page.bars([(f"{width} × {height}", count) for (width, height), count in found.sizes.most_common()])
+    sides = np.array([max(size) for size in found.sizes])
+    counts, edges = np.histogram(sides, _LISTED, weights=list(found.sizes.values()))
+    edges = np.ceil(edges).astype(int)
+    edges[-1] += 1
+    steps = [(f"{low} to {high - 1}", int(n)) for low, high, n in zip(edges, edges[1:], counts, strict=False) if high > low]
+    spans = [f"{kind} {min(values)} to {max(values)} px" for kind, values in zip(("width", "height"), zip(*found.sizes))]
+    return f"<p>{len(found.sizes):,} sizes: {', '.join(spans)}. The longer side, px:</p>{page.bars(steps)}"
+
+
+def _places(found: Survey) -> str:
+    known = found.looked - found.unreadable
+    parts = []
+    for title, counter in zip(("Scenes", "CRS", "Dates"), found.facts.values(), strict=True):
+        listed = counter.most_common(_LISTED)
+        rest = len(counter) - len(listed)
+        span = f", {min(counter)} to {max(counter)}" if title == "Dates" and len(counter) > 1 else ""
+        without = known - sum(counter.values())
+        parts.append(f"<h3>{title}: {len(counter):,}{page.escaped(span)}</h3>")
+        parts.append(page.bars(listed))
+        remarks = ([f"and {rest:,} more"] if rest else []) + ([f"{without:,} records without"] if without else [])
+        parts += [f'<p class="quiet">{"; ".join(remarks)}</p>'] if remarks else []
+    if found.bounds:
+        rows = [["CRS", "left", "bottom", "right", "top"]]
+        rows += [[crs[:60], *(f"{side:,.10g}" for side in box)] for crs, box in list(found.bounds.items())[:_LISTED]]
+        parts.append(f"<h3>Bounds of all tiles</h3>{page.table(rows)}")
+    return "".join(parts)
+
+
+def _report(file: pathlib.Path) -> str:
+    try:
+        return page.report(json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return f'<p class="quiet">There is no {page.escaped(file.name)}.</p>'
+    except (OSError, ValueError) as error:
+        return f'<p class="warn">{page.escaped(file.name)} cannot be read: {page.escaped(error)}</p>'
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,221 @@
+"""What `data_prep.verify` does with one shard, and the processes that do it.
+
+The shards are read in processes of their own: whatever damaged bytes do to a decoder, the command lives on and names the
+shard whose reader died.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import multiprocessing.connection
+import pathlib
+import signal
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from pera_jax.data import codecs, records, statistics
+
+_REPORT_EVERY = 32  # records between two messages of a worker
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One shard to check: number `index` of its split, and what info.json says of it."""
+
+    folder: pathlib.Path
+    split: str
+    index: int
+    info: records.DatasetInfo
+
+    @property
+    def shard(self) -> str:
+        return self.info.splits[self.split].shards[self.index]
+
+    @property
+    def records(self) -> int:
+        return self.info.splits[self.split].shard_records[self.index]
+
+
+@dataclasses.dataclass
+class Findings:
+    """What was found in one shard.
+
+    Attributes:
+      digests: SHA-256 of each record that could be read, in order.
+      counts: int64 [C, bins], the values of all pixels of the images that could be decoded; None without one.
+      decoded: number of images that could be decoded and have the right bands and dtype; lossy: those of them in JPEG.
+      heights, widths: least and greatest, px.
+      shard_problems: sentences on the shard as a whole.
+      record_problems: [first, last, text] of records in a row with the same fault, counted from 0 within the shard.
+    """
+
+    digests: list[bytes] = dataclasses.field(default_factory=list)
+    counts: np.ndarray | None = None
+    decoded: int = 0
+    lossy: int = 0
+    heights: tuple[int, int] | None = None
+    widths: tuple[int, int] | None = None
+    shard_problems: list[str] = dataclasses.field(default_factory=list)
+    record_problems: list[list] = dataclasses.field(default_factory=list)
+
+    def bad_record(self, number: int, text: str) -> None:
+        if self.record_problems and self.record_problems[-1][1:] == [number - 1, text]:
+            self.record_problems[-1][1] = number
+        else:
+            self.record_problems.append([number, number, text])
+
+    def add_image(self, pixels: np.ndarray, lossy: bool) -> None:
+        counts = statistics.count(pixels)
+        if self.counts is None:
+            self.counts = counts
+        else:
+            self.counts += counts
+        self.decoded += 1
+        self.lossy += lossy
+        self.heights, self.widths = (span(old, (side, side)) for old, side in zip((self.heights, self.widths), pixels.shape))
+
+
+def span(one: tuple[int, int] | None, other: tuple[int, int] | None) -> tuple[int, int] | None:
+    """The least and the greatest of two such pairs; None for a pair of nothing."""
+    pairs = [pair for pair in (one, other) if pair]
+    return (min(low for low, _ in pairs), max(high for _, high in pairs)) if pairs else None
+
+
+def check(task: Task, report: Callable[[int], None]) -> Findings:
+    """Reads and decodes every record of a shard. `report(done)` is called every few records; the calls add up to the number
+    of records that info.json names. Raises nothing for damage."""
+    found, done = Findings(), 0
+    for number, raw in _read(task, found):
+        if isinstance(raw, bytes):
+            found.digests.append(hashlib.sha256(raw).digest())
+            try:
+                _check_record(raw, task.info, found)
+            except Exception as error:  # on damaged bytes decoders raise nearly anything
+                found.bad_record(number, str(error) or type(error).__name__)
+        else:
+            found.bad_record(number, raw)
+        if (number + 1) % _REPORT_EVERY == 0 and number < task.records:
+            report(number + 1 - done)
+            done = number + 1
+    report(task.records - done)
+    return found
+
+
+def _read(task: Task, found: Findings) -> Iterator[tuple[int, bytes | str]]:
+    """Yields (number, the record, or why it cannot be read) of each; notes what is wrong with the shard as a whole."""
+    file, size = task.folder / task.shard, task.info.splits[task.split].shard_bytes[task.index]
+    if not file.is_file():
+        found.shard_problems.append("is missing")
+        return
+    if file.stat().st_size != size:
+        found.shard_problems.append(f"has {file.stat().st_size:,} bytes instead of {size:,}")
+    reader = records.open_shard(file)
+    if not reader.ok():
+        found.shard_problems.append("cannot be read: it is truncated, or its index is damaged")
+    held = reader.num_records() if reader.ok() else 0
+    if reader.ok() and held != task.records:
+        found.shard_problems.append(f"holds {held:,} records instead of {task.records:,}")
+    for number in range(held):
+        try:
+            yield number, reader.read([number])[0]
+        except (RuntimeError, IndexError):
+            yield number, "its bytes are damaged: the checksum does not fit"
+    with contextlib.suppress(RuntimeError):  # of a damaged file, which has been named by now
+        reader.close()
+
+
+def _check_record(raw: bytes, info: records.DatasetInfo, found: Findings) -> None:
+    """Adds the image to the findings. Raises ValueError with what is wrong, or whatever a decoder raises."""
+    record = records.decode_record(raw)
+    found.add_image(codecs.decode_bands(record.image, info, range(len(info.bands))), record.image[:2] == b"\xff\xd8")
+    if not record.key:
+        raise ValueError("its key is empty")
+    if info.class_names is None and record.label != -1:
+        raise ValueError(f"it has the label {record.label}, and the data set has no classes")
+    if info.class_names is not None and not 0 <= record.label < len(info.class_names):
+        what = "no label" if record.label == -1 else f"the label {record.label}"
+        raise ValueError(f"it has {what}, and the data set has {len(info.class_names)} classes")
+    if info.has_places != bool(record.place):
+        raise ValueError("it has no place" if info.has_places else "it has a place, and the data set has none")
+    if record.place and not isinstance(json.loads(record.place), dict):
+        raise ValueError("its place is no JSON object")
+
+
+# ---------------------------------------------------------------- processes
+
+
+def _work(connection: multiprocessing.connection.Connection) -> None:
+    """A worker process: takes tasks until the main process ends it or is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the main process decides what ends
+    with contextlib.suppress(ConnectionError, EOFError):
+        while True:
+            found = check(connection.recv(), lambda done: connection.send(("records", done)))
+            connection.send(("shard", found))
+
+
+def check_all(tasks: Sequence[Task], workers: int, report: Callable[[int], None]) -> Iterator[tuple[Task, Findings]]:
+    """Yields each task with what was found, as they finish, from `workers` processes; `report(done)` counts records.
+
+    A worker that dies is a finding of its shard, and another takes its place.
+    """
+    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of the threads of ArrayRecord
+    pending = collections.deque(tasks)
+    busy = {}  # connection -> [process, its task, the records it has reported]
+
+    def start() -> None:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_work, args=(theirs,), daemon=True)
+        process.start()
+        theirs.close()  # so that the death of the worker closes the pipe
+        busy[ours] = [process, None, 0]
+        give(ours)
+
+    def give(connection) -> None:
+        busy[connection][1:] = pending.popleft(), 0
+        with contextlib.suppress(ConnectionError):  # it died just now; its pipe says so when it is read
+            connection.send(busy[connection][1])
+
+    try:
+        for _ in range(min(workers, len(pending))):
+            start()
+        while busy:
+            for connection in multiprocessing.connection.wait(list(busy)):
+                process, task, done = busy[connection]
+                try:
+                    kind, content = connection.recv()
+                except (EOFError, ConnectionError):
+                    process.join()
+                    _end(connection, busy)
+                    report(task.records - done)
+                    if pending:
+                        start()
+                    why = f"cannot be checked: the process that read it {_exit_text(process.exitcode)}"
+                    yield task, Findings(shard_problems=[why])
+                    continue
+                if kind == "records":
+                    busy[connection][2] += content
+                    report(content)
+                    continue
+                if pending:
+                    give(connection)
+                else:
+                    _end(connection, busy)
+                yield task, content
+    finally:
+        for connection in list(busy):
+            _end(connection, busy)
+
+
+def _end(connection, busy: dict) -> None:
+    process = busy.pop(connection)[0]
+    process.terminate()
+    process.join()
+    connection.close()
+
+
+def _exit_text(status: int) -> str:
+    return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"

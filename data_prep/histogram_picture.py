@@ -1,0 +1,125 @@
+"""A picture of the histograms of a split: one small panel for each band, all values in stored units."""
+
+import functools
+import math
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from pera_jax.data import records, statistics
+
+SCALE = 2  # pixels of the picture for each of the sizes below, so that it is sharp on fine screens
+_WIDTH, _HEIGHT = 256, 96  # of the plot in a panel; one column for each value of uint8
+_MARGIN, _HEAD, _FOOT, _TITLE = 20, 24, 26, 30
+_PAPER, _INK, _PALE, _RANGE = (255, 255, 255), (45, 50, 56), (135, 142, 150), (226, 236, 247)
+_FILLS = {"red": (196, 62, 58), "green": (60, 142, 78), "blue": (52, 104, 192)}
+_FILL = (92, 104, 120)
+
+
+@functools.cache
+def _values(dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """(bool [bins], the bins of a histogram that finite numbers fall into; float64 [their number], the middle of each)."""
+    if dtype != "float32":
+        return np.ones(statistics.bins(dtype), bool), np.arange(statistics.bins(dtype), dtype=np.float64)
+    upper = np.arange(statistics.bins(dtype), dtype=np.uint32)  # a bin holds what agrees in the upper 16 bits
+    values = np.sort((upper << 16 | 1 << 15).view(np.float32))
+    values = values[np.isfinite(values)]
+    return statistics.count(values[:, None, None])[0] > 0, values.astype(np.float64)
+
+
+def densities(counts: np.ndarray, dtype: str, low: float, high: float, columns: int) -> np.ndarray:
+    """Pixels of one band in equal steps of its value.
+
+    Args:
+      counts: int64 [bins].
+      low, high: the values that the steps divide.
+
+    Returns:
+      float64 [columns]. Pixels of a bin are spread evenly between the middles of the ways to its neighbours.
+    """
+    held, values = _values(dtype)
+    middles = (values[1:] + values[:-1]) / 2
+    edges = np.concatenate([[2 * values[0] - middles[0]], middles, [2 * values[-1] - middles[-1]]])
+    below = np.concatenate([[0], np.cumsum(counts[held])])
+    return np.diff(np.interp(np.linspace(low, high, columns + 1), edges, below))
+
+
+def _window(counts: np.ndarray, info: records.DatasetInfo, low: float, high: float) -> tuple[float, float]:
+    """The values that a panel shows: all of uint8, else percentiles 0.1 and 99.9 and the range, with a little around."""
+    if info.dtype == "uint8":
+        return -0.5, 255.5
+    least, most = statistics.percentiles(counts[None], info.dtype, (0.1, 99.9))[:, 0]
+    least, most = min(least, low), max(most, high)
+    around = max(0.03 * (most - least), 0.5 if info.dtype == "uint16" else 0.0)  # half a value: it is drawn as a step
+    return least - around, most + around
+
+
+def draw(info: records.DatasetInfo, split: str, counts: np.ndarray) -> Image.Image:
+    """One picture of all bands.
+
+    Args:
+      counts: the histogram of the split, int64 [C, bins], at least one pixel a band.
+    """
+    across = min(3, len(info.bands))
+    down = -(-len(info.bands) // across)
+    panel = _WIDTH + 2 * _MARGIN, _HEAD + _HEIGHT + _FOOT
+    size = across * panel[0], _TITLE + down * panel[1] + 8
+    picture = Image.new("RGB", (SCALE * size[0], SCALE * size[1]), _PAPER)
+    pen = ImageDraw.Draw(picture)
+    title = f"{info.name}, {split}: share of pixels by value ({info.dtype}); shaded: what maps to [0, 1]"
+    small = ImageFont.load_default(size=SCALE * (11 if across > 1 else 8))
+    _text(pen, (_MARGIN, _TITLE / 2), title, small, _PALE, "lm", size[0] - 2 * _MARGIN)
+    for i, name in enumerate(info.bands):
+        left, top = i % across * panel[0] + _MARGIN, _TITLE + i // across * panel[1]
+        _panel(pen, (left, top), name, info, counts[i], *info.splits[split].ranges[i])
+    return picture
+
+
+def _panel(pen, corner: tuple[int, int], name: str, info, counts: np.ndarray, low: float, high: float) -> None:
+    left, top = corner[0], corner[1] + _HEAD
+    bottom = top + _HEIGHT
+    font, small = ImageFont.load_default(size=SCALE * 12), ImageFont.load_default(size=SCALE * 10)
+    first, last = _window(counts, info, low, high)
+
+    def x(value: float) -> float:
+        return left + _WIDTH * (min(max(value, first), last) - first) / (last - first)
+
+    pen.rectangle(_scaled(x(low), top, x(high), bottom), fill=_RANGE)
+    heights = densities(counts, info.dtype, first, last, _WIDTH)
+    ordered = np.sort(heights)
+    tallest = min(ordered[-1], 4 * ordered[-4] or ordered[-1])  # a lone value (saturation) would flatten all others
+    for column, height in enumerate(heights):
+        if height > 0:
+            pen.rectangle(
+                _scaled(left + column, bottom - _HEIGHT * min(1.0, height / tallest), left + column + 1 - 1 / SCALE, bottom),
+                fill=_FILLS.get(name.lower(), _FILL),
+            )
+    pen.line(_scaled(left, bottom, left + _WIDTH, bottom), fill=_INK, width=SCALE)
+    median = float(statistics.percentiles(counts[None], info.dtype, (50.0,))[0, 0])
+    pen.line(_scaled(x(median), top, x(median), bottom), fill=_INK, width=1)
+    outside = 1.0 - heights.sum() / counts.sum()
+    _text(pen, (left, corner[1] + _HEAD / 2), name, font, _INK, "lm", _WIDTH - 110)
+    remark = f"median {_number(median)}" + (f", {outside:.1%} not shown" if outside > 5e-4 else "")
+    _text(pen, (left + _WIDTH, corner[1] + _HEAD / 2), remark, small, _PALE, "rm", _WIDTH)
+    ticks = (0, 128, 255) if info.dtype == "uint8" else (first, (first + last) / 2, last)
+    for value, anchor in zip(ticks, ("la", "ma", "ra"), strict=True):
+        _text(pen, (x(value), bottom + 5), _number(value), small, _PALE, anchor, _WIDTH)
+
+
+def _scaled(*places: float) -> tuple[int, ...]:
+    return tuple(round(SCALE * place) for place in places)
+
+
+def _text(pen, at: tuple[float, float], text: str, font, ink, anchor: str, width: float) -> None:
+    """Writes what fits into `width`."""
+    if pen.textlength(text, font) > SCALE * width:
+        while text and pen.textlength(text + "...", font) > SCALE * width:
+            text = text[:-1]
+        text += "..."
+    pen.text(_scaled(*at), text, ink, font, anchor)
+
+
+def _number(value: float) -> str:
+    """Three digits, whole numbers whole."""
+    digits = 0 if value == 0 else 2 - math.floor(math.log10(abs(value)))
+    return f"{value:,.0f}" if digits <= 0 else f"{value:.3g}"

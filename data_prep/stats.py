@@ -1,0 +1,141 @@
+"""Statistics of every band of a data set folder, from its histograms alone.
+
+    python -m data_prep.stats shards/aid
+    python -m data_prep.stats shards/aid --split train --output statistics
+
+prints a table for each split; with --output it also writes SPLIT.statistics.csv, SPLIT.statistics.json and
+SPLIT.histograms.png into that folder, which is made if need be.
+
+All is in stored units, over the pixels that hold data. `low` and `high` are the range that maps to [0, 1] where a config
+chooses nothing else, `mean in range` and `std in range` those after it. Of float32 the histogram knows values to 1/128.
+"""
+
+import argparse
+import csv
+import dataclasses
+import io
+import json
+import pathlib
+
+import numpy as np
+
+from data_prep import folder_info, histogram_picture, tables
+from data_prep.shards import write_file
+from pera_jax.data import records, statistics
+from pera_jax.errors import UserError, run
+
+_LEAST = 1e-300  # percent: more than nothing, and less than one pixel
+_TINY = 1e-37
+
+
+@dataclasses.dataclass(frozen=True)
+class BandStatistics:
+    """One band of one split, in stored units.
+
+    Attributes:
+      band: its name; pixels: number of those that hold data.
+      minimum, maximum, mean, std: of them.
+      percentiles: by name, as in info.json.
+      low, high: the range that maps to [0, 1] by default; mean_in_range, std_in_range: after it, clipped.
+    """
+
+    band: str
+    pixels: int
+    minimum: float
+    percentiles: dict[str, float]
+    maximum: float
+    mean: float
+    std: float
+    low: float
+    high: float
+    mean_in_range: float
+    std_in_range: float
+
+    def row(self) -> dict[str, str | int | float]:
+        """The numbers by the name of their column."""
+        fields = dataclasses.asdict(self)
+        shares = {f"p{share}": value for share, value in fields.pop("percentiles").items()}
+        names = list(fields)
+        first = names.index("minimum") + 1
+        return {name: fields[name] for name in names[:first]} | shares | {name: fields[name] for name in names[first:]}
+
+
+def describe(info: records.DatasetInfo, split: str, counts: np.ndarray) -> list[BandStatistics]:
+    """The statistics of each band. `counts` is the histogram of the split, int64 [C, bins], at least one pixel a band."""
+    ranges = info.splits[split].ranges
+    shares = (_LEAST, *statistics.PERCENTILES, 100.0)
+    found = statistics.percentiles(counts, info.dtype, shares)  # [S, C]
+    found[np.abs(found) < _TINY] = 0.0  # the bin of zero holds the smallest floats too
+    least, most = found[0], found[-1]
+    whole = [[low, high if high > low else low + 1.0] for low, high in zip(least, most)]  # nothing is clipped by these
+    mean, std = statistics.moments(counts, info.dtype, whole)
+    extent = np.array([high - low for low, high in whole])
+    in_range = statistics.moments(counts, info.dtype, ranges)
+    return [
+        BandStatistics(
+            band=name, pixels=int(counts[i].sum()), minimum=float(least[i]),
+            percentiles={f"{share:g}": float(found[1 + k, i]) for k, share in enumerate(statistics.PERCENTILES)},
+            maximum=float(most[i]), mean=float(least[i] + extent[i] * mean[i]), std=float(extent[i] * std[i]),
+            low=float(ranges[i][0]), high=float(ranges[i][1]),
+            mean_in_range=float(in_range[0][i]), std_in_range=float(in_range[1][i]),
+        )
+        for i, name in enumerate(info.bands)
+    ]  # fmt: skip
+
+
+def cells(described: list[BandStatistics]) -> list[list[str]]:
+    """The rows of a table, the first with the names of the columns."""
+    rows = [[name.replace("_", " ").replace("minimum", "min").replace("maximum", "max") for name in described[0].row()]]
+    for band in described:
+        rows.append([value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else number(value)
+                     for value in band.row().values()])  # fmt: skip
+    return rows
+
+
+def number(value: float) -> str:
+    """Whole numbers whole, others to five digits."""
+    return f"{value:.0f}" if value == round(value) and abs(value) < 1e9 else f"{value:.5g}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command. Raises UserError."""
+    parser = argparse.ArgumentParser(prog="python -m data_prep.stats", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=pathlib.Path, help="data set folder")
+    parser.add_argument("--split", help="this split only")
+    parser.add_argument("--output", type=pathlib.Path, help="folder for CSV, JSON and a picture of each split")
+    args = parser.parse_args(argv)
+    info, names = folder_info.load(args.folder, args.split)
+    counts = {name: folder_info.histogram(args.folder, info, name) for name in names}
+    for name in names:
+        described = describe(info, name, counts[name])
+        print(f"{info.name}, {name}: {info.splits[name].records:,} images of {info.dtype}")
+        print(tables.text(cells(described)))
+        if args.output:
+            _write(args.output, info, name, counts[name], described)
+    if args.output:
+        print(f"written to {args.output}")
+
+
+def _write(output: pathlib.Path, info, split: str, counts: np.ndarray, described: list[BandStatistics]) -> None:
+    rows = [band.row() for band in described]
+    table, picture = io.StringIO(), io.BytesIO()
+    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    histogram_picture.draw(info, split, counts).save(picture, "PNG")
+    facts = {"name": info.name, "split": split, "dtype": info.dtype, "records": info.splits[split].records}
+    content = {
+        "statistics.csv": table.getvalue().encode("utf-8"),
+        "statistics.json": (json.dumps({**facts, "bands": rows}, indent=1) + "\n").encode("ascii"),
+        "histograms.png": picture.getvalue(),
+    }
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for name, bytes_ in content.items():
+            write_file(output / f"{split}.{name}", bytes_)
+    except OSError as error:
+        raise UserError(f"cannot write to {output}: {error.strerror}; make room or name another --output") from error
+
+
+if __name__ == "__main__":
+    run(main)
