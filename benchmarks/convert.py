@@ -118,7 +118,7 @@ def start(folder: pathlib.Path) -> dict[str, float]:
         "shards": len(source.split_info.shards),
         "open_seconds": opened - began,
         "first_batch_seconds": ended - opened,
-        "start_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "start_bytes": peak(os.getpid()),
     }
 
 

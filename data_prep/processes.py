@@ -1,5 +1,6 @@
 """Worker processes for a long row of tasks, which end when the main process ends, however that comes."""
 
+import contextlib
 import itertools
 import multiprocessing
 import multiprocessing.connection
@@ -29,29 +30,28 @@ def run(tasks: Iterable, work: Callable[[Any, Callable], Any], workers: int) -> 
       WorkFailed; UserError when a worker dies. Workers end when the iterator is closed or exhausted.
     """
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of the shard writer's threads
-    pending, busy, processes = iter(tasks), 0, {}  # processes: connection -> process
+    pending, processes = iter(tasks), {}  # connection -> process
     try:
-        for task in itertools.islice(pending, workers):
+        first = list(itertools.islice(pending, workers))
+        for _ in first:  # all are started before one gets a task, for which it must be there
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, work), daemon=True)
             process.start()
             theirs.close()  # so that the death of the worker closes the pipe
             processes[ours] = process
-            ours.send(task)
-            busy += 1
+        for connection, task in zip(processes, first, strict=True):
+            with _alive():
+                connection.send(task)
+        busy = len(first)
         while busy:
             for connection in multiprocessing.connection.wait(list(processes)):
-                try:
+                with _alive():
                     kind, content = connection.recv()
                     if kind == DONE:
                         busy -= 1
                         if (task := next(pending, None)) is not None:
                             connection.send(task)
                             busy += 1
-                except (EOFError, ConnectionError) as error:
-                    raise UserError(
-                        "a conversion worker died, perhaps for want of memory; give the command again with --workers 1"
-                    ) from error
                 if kind not in (SAID, DONE):
                     raise WorkFailed(content)
                 yield kind, content
@@ -60,6 +60,16 @@ def run(tasks: Iterable, work: Callable[[Any, Callable], Any], workers: int) -> 
             process.terminate()
             process.join()
             connection.close()
+
+
+@contextlib.contextmanager
+def _alive() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, ConnectionError) as error:
+        raise UserError(
+            "a conversion worker died, perhaps for want of memory; give the command again with --workers 1"
+        ) from error
 
 
 def _work(connection: multiprocessing.connection.Connection, work: Callable) -> None:

@@ -39,7 +39,7 @@ def convert(inputs: list[pathlib.Path], out: pathlib.Path, **options):
     assert report == json.loads((out / "train.report.json").read_text())
     source = records.open_split(out, "train")
     found = [records.decode_record(source.read(i)) for i in range(len(source))]
-    rows = list(csv.reader(io.StringIO((out / "train.inputs.csv").read_text(encoding="utf-8"))))[1:]
+    rows = list(csv.reader(io.StringIO((out / "train.inputs.csv").read_bytes().decode("utf-8"), newline="")))[1:]
     return report, {record.key: codecs.decode_image(record.image) for record in found}, rows
 
 
@@ -148,6 +148,45 @@ def test_dropping_does_not_depend_on_workers(tmp_path):
                      "--max-corrupt-share", "0.6"])  # fmt: skip
     one, three = ({p.name: p.read_bytes() for p in (tmp_path / w / "set").iterdir()} for w in "13")
     assert one == three and json.loads(one["train.report.json"])["duplicates"]["number"] == 3
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_folders_of_files_and_links(tmp_path, seed):
+    """Whatever lies where, and whatever links to whatever: every entry once, and nothing from outside."""
+    rng = np.random.default_rng(100 + seed)
+    pieces, secret = contents(rng), encode(SECRET)
+    outside, root = tmp_path / "outside", tmp_path / "in"
+    (outside / "deep").mkdir(parents=True)
+    for name in ("secret.png", "deep/secret.png"):
+        (outside / name).write_bytes(secret)
+    folders, files = [root], []
+    steps = ["a", "b.png", ".c", "ü 🛰", "new\nline", "x" * 200]
+    for _ in range(12):
+        folders.append(folders[rng.integers(len(folders))] / f"{rng.choice(steps)}{len(folders)}")
+        folders[-1].mkdir(parents=True)
+    for i in range(40):
+        content = pieces[rng.choice(sorted(pieces))]
+        name = f"{rng.choice(steps)}{i}.{rng.choice(['png', 'JPG', 'tif', 'txt'])}"
+        files.append(folders[rng.integers(len(folders))] / name)
+        files[-1].write_bytes(content)
+    targets = [*folders, *files, outside, outside / "deep", outside / "secret.png", root / "nowhere", pathlib.Path("/")]
+    links = []
+    for i in range(20):
+        links.append(folders[rng.integers(len(folders))] / f"link{i}.png")
+        target = targets[rng.integers(len(targets))] if rng.random() < 0.7 else links[rng.integers(len(links))]
+        links[-1].symlink_to(target if rng.random() < 0.5 else os.path.relpath(target, links[-1].parent))
+    report, written, rows = convert([root], tmp_path / "out")
+    out = [name for outcome, name, _ in rows if outcome != "written"]
+    names = [*written, *out]
+    assert len(set(names)) == len(names) == report["inputs"]
+    hidden = {path for path in (*files, *links) if "/." in str(path)[len(str(root)) :]}
+    assert {path.relative_to(root).as_posix() for path in files if path not in hidden} <= set(names)
+    for link in set(links) - hidden:  # itself, or what lies behind it
+        name = link.relative_to(root).as_posix()
+        behind = link.is_dir() and link.resolve().is_relative_to(root)
+        assert name in names or (behind and (any(n.startswith(name + "/") for n in names) or not any(link.iterdir())))
+    for name, image in written.items():
+        assert (root / name).resolve().is_relative_to(root) and not (image == 123).all()
 
 
 def test_links_to_folders_come_to_an_end(tmp_path):
