@@ -1,11 +1,13 @@
-"""CPU time of the host's input pipeline, by part.
+"""What the host's input pipeline costs: CPU time by part, and images that are delivered.
 
-    python benchmarks/input.py                                        # published crops, 512 px JPEG of quality 90
-    python benchmarks/input.py --config configs/aid_small.py --data shards/aid --workers 2 --json input.json
+    python benchmarks/input.py                                 # published crops; JPEGs of quality 90, 512 and 2,000 px
+    python benchmarks/input.py --config configs/aid_small.py --data shards/aid --workers 1 2 --json input.json
 
-The parts are timed one after the other in this process. Then the real pipeline runs, and the CPU time of all its
-processes, start-up aside, is divided by the images delivered: what it takes beyond the parts goes into batches, into
-handing them to the main process and into Grain. All times are CPU time, so other work on the machine matters little.
+The parts are timed one after the other in this process, in CPU time, so other work on the machine matters little; of
+made images for two sizes, whose costs are compared. Then the real pipeline runs with each number of workers. The CPU
+time of all its processes, start-up aside, divided by the images delivered, says what batches, the hand-over to the main
+process and Grain take beyond the parts. Images per second are by the clock and need a machine that does nothing else:
+the load before is printed with them.
 """
 
 import argparse
@@ -28,16 +30,14 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from pera_jax import config as configs  # noqa: E402
 from pera_jax import errors  # noqa: E402
 from pera_jax.data import crops as geometry  # noqa: E402
-from pera_jax.data import codecs, pipeline, records  # noqa: E402
+from pera_jax.data import codecs, decode, pipeline, records  # noqa: E402
 from pera_jax.data.mixture import Mixture  # noqa: E402
 from pera_jax.errors import UserError  # noqa: E402
 
-_MADE_IMAGES = 64
+_MADE_SIZES = {512: 64, 2000: 8}  # pixels along a side: images
 _PARTS = {
     "read": "read the record",
-    "decode": "decode",
-    "lay_out": "lay out for cropping",
-    "boxes": "draw boxes and flips",
+    "decode": "draw boxes, decode, lay out",
     "global": "global crops",
     "local": "local crops",
 }
@@ -48,83 +48,102 @@ def main() -> None:
     crops = pipeline.Crops.of((configs.load(arguments.config) if arguments.config else configs.default()).crops)
     with tempfile.TemporaryDirectory() as folder:
         if arguments.data:
-            source = records.open_split(arguments.data, arguments.split)
+            sources = {arguments.data: records.open_split(arguments.data, arguments.split)}
         else:
-            source = _make_records(pathlib.Path(folder))
-        parts = time_parts(source, crops, arguments.images)
-        whole, startup = time_pipeline(source, crops, arguments.images, arguments.batch_size, arguments.workers)
+            sources = {
+                f"{side} px": _make_records(pathlib.Path(folder) / str(side), side, number)
+                for side, number in _MADE_SIZES.items()
+            }
+        parts = {name: time_parts(source, crops, arguments.images) for name, source in sources.items()}
+        first = next(iter(sources))
+        runs = {
+            workers: time_pipeline(sources[first], crops, arguments.images, arguments.batch_size, workers)
+            for workers in arguments.workers
+        }
 
-    rows = [(_PARTS[name], 1e3 * seconds) for name, seconds in parts.items()]
-    total = sum(parts.values())
-    rows += [
-        ("decode and crops together", 1e3 * (total - parts["read"])),
-        ("all parts", 1e3 * total),
-        (f"the pipeline with {arguments.workers} workers", 1e3 * whole),
-        ("  beyond the parts: batches, hand-over, Grain", 1e3 * (whole - total)),
-    ]
-    print(f"{'part':48}{'CPU ms per image':>18}")
-    for name, milliseconds in rows:
-        print(f"{name:48}{milliseconds:18.3f}")
-    print(f"{'start-up of the workers, once, CPU s':48}{startup:18.2f}")
+    totals = {name: sum(spent[part] for part in _PARTS if part in spent) for name, spent in parts.items()}
+    print(f"{'CPU ms per image':48}" + "".join(f"{name:>14}" for name in parts))
+    for part, words in _PARTS.items():
+        print(f"{words:48}" + "".join(f"{spent.get(part, 0.0):14.3f}" for spent in parts.values()))
+    print(f"{'all but the record':48}" + "".join(f"{totals[n] - spent['read']:14.3f}" for n, spent in parts.items()))
+    print(f"{'for comparison: decode as a whole':48}" + "".join(f"{spent['whole']:14.3f}" for spent in parts.values()))
+    if not arguments.data:
+        small, large = (totals[name] - parts[name]["read"] for name in parts)
+        pixels = (max(_MADE_SIZES) / min(_MADE_SIZES)) ** 2
+        print(f"the larger image costs {large / small:.1f} times the smaller one, for {pixels:.1f} times the pixels")
+
+    print(f"\npipeline, {first}; {os.cpu_count()} cores")
+    headings = f"{'images/s':>12}{'CPU ms/image':>15}{'beyond parts':>15}{'start-up, s':>15}"
+    print(f"{'workers':>8}{'load before':>14}{headings}")
+    for workers, run in runs.items():
+        print(
+            f"{workers:8}{run['load']:14.1f}{run['images_per_second']:12.1f}{run['ms_per_image']:15.3f}"
+            f"{run['ms_per_image'] - totals[first]:15.3f}{run['startup_seconds']:15.2f}"
+        )
+    fewest, most = runs[min(runs)], runs[max(runs)]
+    if most is not fewest:
+        ratio = most["images_per_second"] / fewest["images_per_second"]
+        print(f"{max(runs)} workers deliver {ratio:.2f} times the images of {min(runs)}")
     if arguments.json:
         result = {
             "crops": vars(crops),
             "images": arguments.images,
             "batch_size": arguments.batch_size,
-            "workers": arguments.workers,
-            "ms_per_image": {name: 1e3 * seconds for name, seconds in parts.items()},
-            "decode_and_crops_ms_per_image": 1e3 * (total - parts["read"]),
-            "pipeline_ms_per_image": 1e3 * whole,
-            "startup_seconds": startup,
+            "cpu_ms_per_image": parts,
+            "pipeline": runs,
         }
         _write(arguments.json, json.dumps(result, indent=1) + "\n")
 
 
 def time_parts(source: records.RecordSource, crops: pipeline.Crops, images: int) -> dict[str, float]:
-    """CPU seconds per image of each part, without workers."""
+    """CPU milliseconds per image of each part, without workers; "whole" is Pillow's decode, which is none of them."""
     pipeline.keep_memory()
     rng = np.random.default_rng(0)
-    channels = len(source.info.bands)
-    out = {name: np.empty((number, size, size, channels), np.uint8) for name, number, size, _ in crops.kinds()}
+    info, places = source.info, tuple(range(len(source.info.bands)))
+    out = {name: np.empty((number, size, size, len(places)), info.dtype) for name, number, size, _ in crops.kinds()}
     spent = defaultdict(float)
+    images = min(images, 8 * len(source))
     warm_up = images // 4
     for i in range(-warm_up, images):
         if i == 0:
             spent.clear()
         clock = [time.thread_time()]
-        raw = source.read(i % len(source))
+        encoded = records.decode_record(source.read(i % len(source))).image
         clock.append(time.thread_time())
-        pixels = codecs.decode_image(records.decode_record(raw).image)
-        clock.append(time.thread_time())
-        image = geometry.Image(pixels)
-        clock.append(time.thread_time())
-        drawn = pipeline.draw_crops(rng, image.height, image.width, crops)
+        image, drawn = decode.read_image(encoded, info, places, rng, crops)
         clock.append(time.thread_time())
         for name in out:
             for place, crop in zip(out[name], drawn[name], strict=True):
                 geometry.crop_resize(image, *crop, place)
             clock.append(time.thread_time())
-        for name, start, stop in zip(["read", "decode", "lay_out", "boxes", *out], clock, clock[1:]):
+        codecs.decode_image(encoded)
+        clock.append(time.thread_time())
+        for name, start, stop in zip(["read", "decode", *out, "whole"], clock, clock[1:], strict=False):
             spent[name] += stop - start
-    return {name: seconds / images for name, seconds in spent.items()}
+    return {name: 1e3 * seconds / images for name, seconds in spent.items()}
 
 
 def time_pipeline(
     source: records.RecordSource, crops: pipeline.Crops, images: int, batch_size: int, workers: int
-) -> tuple[float, float]:
-    """CPU seconds per image of the pipeline with all its processes; CPU seconds of its start and first batches."""
+) -> dict[str, float]:
+    """Images delivered per second, CPU milliseconds per image of all processes, CPU seconds of their start."""
     batch_size = min(batch_size, len(source))
-    batches, warm_up = max(images // batch_size, 1), 2 * max(workers, 1)
-    began = _cpu()
+    batches, warm_up = max(images // batch_size, 1), 4 * max(workers, 1)
+    load, began = os.getloadavg()[0], _cpu()
     stream = pipeline.make_pipeline(Mixture.of(source), crops, batch_size=batch_size, seed=0, workers=workers)
     for _ in range(warm_up):
         next(stream)
-    started = _cpu()
+    started, clock = _cpu(), time.perf_counter()
     for _ in range(batches):
         next(stream)
-    ended = _cpu()
+    seconds, ended = time.perf_counter() - clock, _cpu()
     stream.close()
-    return (ended - started) / (batches * batch_size), started - began
+    return {
+        "load": load,
+        "images_per_second": batches * batch_size / seconds,
+        "ms_per_image": 1e3 * (ended - started) / (batches * batch_size),
+        "startup_seconds": started - began,
+    }
 
 
 def _cpu() -> float:
@@ -136,39 +155,43 @@ def _cpu() -> float:
     return seconds
 
 
-def _make_records(folder: pathlib.Path) -> records.RecordSource:
-    """Images of 512 x 512 pixels with the spectrum of natural ones, as JPEG of quality 90 and about 100 kB."""
+def _make_records(folder: pathlib.Path, side: int, number: int) -> records.RecordSource:
+    """Images of `side` x `side` pixels with the spectrum of natural ones, as JPEG of quality 90: 100 kB for 512 px."""
+    folder.mkdir()
     rng = np.random.default_rng(0)
     shard = folder / "made.array_record"
     writer = array_record_module.ArrayRecordWriter(str(shard), "group_size:1,uncompressed")
-    frequency = np.hypot(np.fft.fftfreq(512)[:, None], np.fft.rfftfreq(512)) + 1 / 512
-    for i in range(_MADE_IMAGES):
-        noise = rng.normal(size=(2, 512, 512))
+    frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)) + 1 / 512
+    for i in range(number):
+        noise = rng.normal(size=(2, side, side))
         grey, tint = (np.fft.irfft2(np.fft.rfft2(n) / frequency**p) for n, p in zip(noise, (1.45, 1.6), strict=True))
         grey, tint = (50 * grey / grey.std())[..., None], (15 * tint / tint.std())[..., None]
-        pixels = (127 + grey + tint * np.array([1.0, 0.2, -1.0])).clip(0, 255).astype(np.uint8)  # [512, 512, 3]
+        pixels = (127 + grey + tint * np.array([1.0, 0.2, -1.0])).clip(0, 255).astype(np.uint8)  # [side, side, 3]
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "JPEG", quality=90)
         writer.write(records.encode_record(file.getvalue(), f"{i}.jpg", None))
     writer.close()
     size = shard.stat().st_size
-    print(f"made {_MADE_IMAGES} images of 512 x 512 pixels, {size / _MADE_IMAGES / 1e3:.0f} kB each")
-    split = records.SplitInfo(_MADE_IMAGES, [shard.name], [_MADE_IMAGES], [size], [[0.0, 255.0]] * 3, [0.5] * 3, [0.2] * 3, {}, "", "")
-    info = records.DatasetInfo("made", list(records.RGB), "uint8", None, False, records.FORMAT_VERSION, {"train": split})
+    print(f"made {number} images of {side} x {side} pixels, {size / number / 1e3:.0f} kB each")
+    split = records.SplitInfo(
+        number, [shard.name], [number], [size], [[0.0, 255.0]] * 3, [0.5] * 3, [0.2] * 3, {}, "", ""
+    )
+    version = records.FORMAT_VERSION
+    info = records.DatasetInfo("made", list(records.RGB), "uint8", None, False, version, {"train": split})
     return records.RecordSource(folder, info, "train")
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", help="a file of configs/, for its crops (default: the published crops)")
-    parser.add_argument("--data", help="a data set folder (default: 512 px JPEG images made for the purpose)")
+    parser.add_argument("--data", help="a data set folder (default: JPEGs of two sizes made for the purpose)")
     parser.add_argument("--split", default="train")
     parser.add_argument("--images", type=int, default=400, help="images to time, for each of the two measurements")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="numbers of workers to run with")
     parser.add_argument("--json", help="file to write the numbers to")
     arguments = parser.parse_args()
-    if min(arguments.images, arguments.batch_size) < 1 or arguments.workers < 0:
+    if min(arguments.images, arguments.batch_size) < 1 or min(arguments.workers) < 0:
         raise UserError("--images and --batch-size must be at least 1, --workers at least 0")
     return arguments
 

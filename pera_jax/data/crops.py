@@ -1,11 +1,12 @@
 """Random crops on the host: where they lie, and how their pixels become the network's (arXiv:2505.19447).
 
-One crop is made per positive pair, in the stored dtype, since the two views of a pair share their geometry: a box drawn by rejection,
-antialiased bilinear resampling to the size of the network, flips. Colour changes come later, on the device.
+One crop is made per positive pair, in the stored dtype, since the two views of a pair share their geometry: a box drawn
+by rejection, antialiased bilinear resampling to the size of the network, flips. Colour changes come later, on the
+device.
 
 The resampling is separable: each pass weighs and adds whole rows of memory, which numpy does with vector instructions,
-and a transposition between the passes turns columns into rows. uint8 is worked on in 16-bit fixed point, which takes about
-half the time of a general-purpose resize and gives the same bits on every machine; uint16 and float32 in float32.
+and a transposition between the passes turns columns into rows. uint8 is worked on in 16-bit fixed point, which takes
+about half the time of a general-purpose resize and gives the same bits on every machine; uint16 and float32 in float32.
 """
 
 import functools
@@ -19,6 +20,10 @@ _ATTEMPTS = 10
 _ONE = 256  # Fixed-point 1 of the weights: 255 * 256 plus the half that rounds still fits 16 bits.
 _LANES = 4  # Channels are padded to a multiple of four, so that a pixel moves as whole 32- or 64-bit words.
 _BLOCK = 112  # Rows of output made at a time, so that accumulators stay in the cache.
+_STRIP = 16  # Rows transposed at a time, for the same reason.
+# Of numpy, in numbers: with its default it spreads out the weight of a row over its buffer, to multiply many rows at
+# once, which takes longer than the product.
+_BUFFER = 1024
 
 
 class Box(NamedTuple):
@@ -54,69 +59,103 @@ def sample_box(
 
 
 class Image:
-    """One decoded image, laid out for many crops: column by column; of uint8 the channels padded to whole words.
+    """One decoded image, laid out for many crops: column by column, uint8 in whole words, other dtypes as float32.
 
     It lies in memory that the next `Image` of the same thread takes over.
     """
 
-    def __init__(self, pixels: np.ndarray):
-        """Takes `pixels`, uint8, uint16 or float32 [H, W, C]."""
-        self.height, self.width, self.channels = pixels.shape
-        self.dtype = pixels.dtype
-        if pixels.dtype != np.uint8:
-            self.columns = _scratch("wide", (self.width, self.height, self.channels), np.float32)
-            self.columns[...] = pixels.transpose(1, 0, 2)
-            return
-        lanes = -(-self.channels // _LANES) * _LANES
+    def __init__(self, pixels: np.ndarray, channels: int | None = None, reduction: int = 1):
+        """
+        Args:
+          pixels: uint8, uint16 or float32 [H, W, at least C].
+          channels: C, those that count, the first ones; all by default.
+          reduction: of how many pixels of the image, along each axis, one of `pixels` is the mean. Boxes are in pixels
+            of the image all the same.
+        """
+        self.height, self.width, given = pixels.shape
+        self.channels = given if channels is None else channels
+        self.dtype, self.reduction = pixels.dtype, reduction
+        if pixels.dtype == np.uint8:
+            self.columns = _columns_uint8(pixels, self.channels)
+        else:
+            self.columns = _scratch("columns", (self.width, self.height, self.channels), np.float32)
+            self.columns[...] = pixels[:, :, : self.channels].transpose(1, 0, 2)
+
+
+def _columns_uint8(pixels: np.ndarray, channels: int) -> np.ndarray:
+    """`pixels` uint8 [H, W, at least C] -> uint8 [W, H, lanes], C padded with whatever follows to whole words."""
+    height, width, given = pixels.shape
+    lanes = -(-channels // _LANES) * _LANES
+    if given % _LANES:
         # Each pixel is read as whole words, beyond its own channels: the lanes that pad it hold what comes next.
         flat = _scratch("flat", (pixels.size + lanes,), np.uint8)
         flat[: pixels.size].reshape(pixels.shape)[...] = pixels
-        words = np.lib.stride_tricks.as_strided(
-            flat[:_LANES].view(np.uint32),
-            shape=(self.width, self.height, lanes // _LANES),
-            strides=(self.channels, self.channels * self.width, _LANES),
-        )
-        self.columns = _scratch("columns", (self.width, self.height, lanes), np.uint8)
-        self.columns.view(np.uint32)[...] = words
+    else:
+        flat = np.ascontiguousarray(pixels).reshape(-1)
+    words = np.lib.stride_tricks.as_strided(
+        flat[:_LANES].view(np.uint32),
+        shape=(width, height, lanes // _LANES),
+        strides=(given, given * width, _LANES),
+    )
+    columns = _scratch("columns", (width, height, lanes), np.uint8)
+    for start in range(0, height, _STRIP):
+        columns.view(np.uint32)[:, start : start + _STRIP] = words[:, start : start + _STRIP]
+    return columns
 
 
 def crop_resize(image: Image, box: Box, size: int, flip_horizontal: bool, flip_vertical: bool, out: np.ndarray) -> None:
-    """Cuts `box` out of `image`, resizes it to `size` x `size` and flips it: `out` [size, size, C], of the image's dtype, is filled.
+    """Cuts `box` out of `image`, resizes it to `size` x `size`, flips it and fills `out` [size, size, C] of its dtype.
 
     Bilinear with antialiasing: the triangle kernel is widened by the scale where the box is larger than `size`, and
-    pixels outside the box have no influence. Agrees with the same in float64 to about half a grey level, and for uint16 and
-    float32 to their rounding.
+    pixels outside the box have no influence. Agrees with the same in float64 to about half a grey level, and for uint16
+    and float32 to their rounding; of an image that was reduced, see `_taps`.
     """
-    fixed = image.dtype == np.uint8
-    across, across_weights = _taps(box.width, size, flip_horizontal, fixed)
-    down, down_weights = _taps(box.height, size, flip_vertical, fixed)
-    lanes, number = image.columns.shape[-1], np.uint16 if fixed else np.float32
-    word = np.uint64 if fixed else np.float32  # what is transposed
+    before = np.setbufsize(_BUFFER)
+    try:
+        _crop_resize(image, box, size, flip_horizontal, flip_vertical, out)
+    finally:
+        np.setbufsize(before)
 
-    source = _scratch("source", (box.width, box.height * lanes), number)
-    cut = image.columns[box.left : box.left + box.width, box.top : box.top + box.height]  # [w, h, lanes]
-    source.reshape(cut.shape)[...] = cut
-    half = _scratch("half", (box.height, size, lanes), number)
+
+def _crop_resize(image: Image, box: Box, size: int, flip_horizontal: bool, flip_vertical: bool, out: np.ndarray):
+    """`crop_resize`, with numpy's buffer as it is."""
+    fixed, reduction = image.dtype == np.uint8, image.reduction
+    across, across_weights = _taps(box.width, size, flip_horizontal, fixed, box.left % reduction, reduction)
+    down, down_weights = _taps(box.height, size, flip_vertical, fixed, box.top % reduction, reduction)
+    lanes = image.columns.shape[-1]
+
+    left, right = box.left // reduction, -(-(box.left + box.width) // reduction)
+    top, bottom = box.top // reduction, -(-(box.top + box.height) // reduction)
+    height = bottom - top
+    cut = image.columns[left:right, top:bottom]  # [w, h, lanes]
+    columns = _scratch("cut", (right - left, height * lanes), np.uint16 if fixed else np.float32)
+    columns.reshape(cut.shape)[...] = cut
+    half = _scratch("half", (height, size, lanes), columns.dtype)
+    word = np.dtype((np.void, lanes * half.itemsize))  # All lanes of a pixel are transposed at once.
     for start in range(0, size, _BLOCK):
         stop = min(start + _BLOCK, size)
-        block = _weigh_rows(source, across[:, start:stop], across_weights[:, start:stop])  # [block, h * lanes]
-        words = block.reshape(stop - start, box.height, lanes).view(word)
-        half.view(word)[:, start:stop] = words.transpose(1, 0, 2)
+        block = _weigh_rows(columns, across[:, start:stop], across_weights[:, start:stop])  # [block, h * lanes]
+        half.view(word)[:, start:stop, 0] = block.reshape(stop - start, height, lanes).view(word)[..., 0].T
 
-    rows = half.reshape(box.height, size * lanes)
+    rows = half.reshape(height, size * lanes)
     for start in range(0, size, _BLOCK):
         stop = min(start + _BLOCK, size)
         block = _weigh_rows(rows, down[:, start:stop], down_weights[:, start:stop])  # [block, size * lanes]
+        if image.dtype == np.uint16:
+            np.rint(block, out=block)
         pixels = block.reshape(stop - start, size, lanes)
-        if out.dtype == np.uint16:
-            np.rint(pixels, out=pixels)
-        for channel in range(image.channels):
-            out[start:stop, :, channel] = pixels[..., channel]
+        if lanes == image.channels:
+            out[start:stop] = pixels
+        else:
+            for channel in range(image.channels):  # Faster than all at once, where lanes are left out.
+                out[start:stop, :, channel] = pixels[..., channel]
 
 
 def _weigh_rows(rows: np.ndarray, taps: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Sums weighted rows: `rows` uint16 [R, M], `taps` and `weights` [K, N] -> values 0 .. 255, uint16 [N, M]; or all of
-    them float32."""
+    """Sums weighted rows: `rows` [R, M], `taps` and `weights` [K, N] -> [N, M].
+
+    Either uint16 with weights in fixed point, values and sums 0 .. 255, or float32.
+    """
     total = _scratch("total", (taps.shape[1], rows.shape[1]), rows.dtype)
     term = _scratch("term", total.shape, rows.dtype)
     rows.take(taps[0], axis=0, out=total, mode="clip")  # Mode "raise" would go through a buffer.
@@ -132,22 +171,42 @@ def _weigh_rows(rows: np.ndarray, taps: np.ndarray, weights: np.ndarray) -> np.n
 
 
 @functools.lru_cache(maxsize=2048)
-def _taps(source: int, target: int, flip: bool, fixed: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The rows that each of `target` rows is made of: indices int64 [K, target], weights [K, target],
-    uint16 in fixed point or float32."""
+def _taps(
+    source: int, target: int, flip: bool, fixed: bool, before: int, reduction: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rows that each of `target` rows is made of: indices int64 [K, target], weights [K, target].
+
+    Args:
+      source: length of the box, in pixels of the whole image.
+      fixed: weights uint16 in fixed point, else float32.
+      before: pixels of the first row that lie before the box, fewer than `reduction`.
+      reduction: pixels that one row is the mean of. The weights are then those of the whole image's pixels, each of
+        which is taken to be the mean plus a slope, half the difference of the row's neighbours; so edges of boxes need
+        not be edges of rows, and nothing shifts. Where that would subtract a row, the row is left out.
+    """
     scale = source / target
     support = max(scale, 1.0)
-    centre = (np.arange(target) + 0.5) * scale
-    first = np.floor(centre - support + 0.5).astype(np.int64)
-    taps = first + np.arange(math.ceil(2 * support))[:, None]  # [K, target]
-    kernel = np.maximum(1 - np.abs(taps + 0.5 - centre) / support, 0)
-    kernel[(taps < 0) | (taps >= source)] = 0
-    # Rounding the running sum, not the weights: they always add up to one, and none is off by more than 1 / 256.
-    running = np.rint(np.cumsum(kernel, axis=0) / kernel.sum(axis=0) * _ONE)
-    weights = np.diff(running, axis=0, prepend=0).astype(np.uint16)
-    if not fixed:
-        weights = (kernel / kernel.sum(axis=0)).astype(np.float32)
-    taps = taps.clip(0, source - 1)
+    centre = before + (np.arange(target) + 0.5) * scale
+    first = np.floor((centre - support + 0.5) / reduction).astype(np.int64)
+    number = math.ceil(2 * support) if reduction == 1 else math.ceil(2 * support / reduction) + 1
+    taps = first + np.arange(number)[:, None]  # [K, target]
+    inner = np.arange(reduction)[:, None]
+    pixels = taps[:, None] * reduction + inner  # [K, reduction, target]
+    kernel = np.maximum(1 - np.abs(pixels + 0.5 - centre) / support, 0)
+    kernel[(pixels < before) | (pixels >= before + source)] = 0
+    weights = kernel.sum(axis=1)  # [K, target]
+    if reduction > 1:
+        slope = (kernel * ((inner + 0.5) / reduction - 0.5)).sum(axis=1) / 2
+        weights[1:] += slope[:-1]
+        weights[:-1] -= slope[1:]
+        weights = np.maximum(weights, 0)
+    if fixed:
+        # Rounding the running sum, not the weights: they always add up to one, and none is off by more than 1 / 256.
+        running = np.rint(np.cumsum(weights, axis=0) / weights.sum(axis=0) * _ONE)
+        weights = np.diff(running, axis=0, prepend=0).astype(np.uint16)
+    else:
+        weights = (weights / weights.sum(axis=0)).astype(np.float32)
+    taps = taps.clip(0, -(-(before + source) // reduction) - 1)
     return (taps[:, ::-1].copy(), weights[:, ::-1].copy()) if flip else (taps, weights)
 
 
