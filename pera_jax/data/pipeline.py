@@ -21,8 +21,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from pera_jax.data import codecs, records
-from pera_jax.data import crops as geometry
+from pera_jax.data import decode, records
 from pera_jax.data.mixture import Mixture
 from pera_jax.errors import UserError
 
@@ -183,46 +182,29 @@ class ReadBatch(grain.transforms.Map):
             for name, number, pixels, _ in self._crops.kinds()
         }
         label, replaced = np.empty(size, np.int32), np.empty(size, bool)
-        for i, seed in enumerate(draws["seed"]):
-            pixels, label[i], replaced[i] = self._read(int(draws["set"][i]), int(draws["index"][i]))
-            image = geometry.Image(pixels)
-            for name, drawn in draw_crops(np.random.default_rng(seed), image.height, image.width, self._crops).items():
-                for place, crop in zip(batch[name][i], drawn, strict=True):
-                    geometry.crop_resize(image, *crop, place)
+        for i, (place, index, seed) in enumerate(zip(draws["set"], draws["index"], draws["seed"], strict=True)):
+            out = {name: values[i] for name, values in batch.items()}
+            label[i], replaced[i] = self._fill(int(place), int(index), int(seed), out)
         return batch | {"label": label, "set": draws["set"], "index": draws["index"], "replaced": replaced}
 
-    def _read(self, place: int, index: int) -> tuple[np.ndarray, int, bool]:
-        """The image `index` of data set `place`, or the next one that can be decoded; its label; whether it is another."""
+    def _fill(self, place: int, index: int, seed: int, out: dict[str, np.ndarray]) -> tuple[int, bool]:
+        """Fills `out`, by kind [number, size, size, C], from the image `index` of data set `place`, or the next one that
+        can be decoded; returns its label, and whether it is another."""
         source = self._data.sources[place]
         for skipped in range(_REPLACEMENTS):
             # The neighbours first; then anywhere, since a shard may be damaged as a whole.
             other = (index + (skipped if skipped < _NEIGHBOURS else skipped * _LEAP)) % len(source)
             try:
                 record = records.decode_record(source.read(other))
-                pixels = codecs.decode_bands(record.image, source.info, self._data.places[place])
-                return pixels, record.label, skipped > 0
+                rng = np.random.default_rng(seed)
+                decode.fill_crops(record.image, source.info, self._data.places[place], rng, self._crops, out)
+                return record.label, skipped > 0
             except (RuntimeError, ValueError):  # A damaged shard, record or image.
                 continue
         raise UserError(
             f"{_REPLACEMENTS} records that were tried, from number {index} on, cannot be decoded; {source.path} is "
             "damaged: convert it again"
         )
-
-
-def draw_crops(rng: np.random.Generator, height: int, width: int, crops: Crops) -> dict[str, list[tuple]]:
-    """Draws the geometry of all crops of one image: by kind, (box, size, flip horizontally, flip vertically)."""
-    return {
-        name: [
-            (
-                geometry.sample_box(rng, height, width, area, crops.aspect),
-                size,
-                rng.random() < crops.flip,
-                rng.random() < crops.flip,
-            )
-            for _ in range(number)
-        ]
-        for name, number, size, area in crops.kinds()
-    }
 
 
 class Draw(grain.transforms.RandomMap):
