@@ -21,9 +21,7 @@ _ONE = 256  # Fixed-point 1 of the weights: 255 * 256 plus the half that rounds 
 _LANES = 4  # Channels are padded to a multiple of four, so that a pixel moves as whole 32- or 64-bit words.
 _BLOCK = 112  # Rows of output made at a time, so that accumulators stay in the cache.
 _STRIP = 16  # Rows transposed at a time, for the same reason.
-# Of numpy, in numbers: with its default it spreads out the weight of a row over its buffer, to multiply many rows at
-# once, which takes longer than the product.
-_BUFFER = 1024
+_LONG_ROW = 2048  # bytes
 
 
 class Box(NamedTuple):
@@ -110,15 +108,6 @@ def crop_resize(image: Image, box: Box, size: int, flip_horizontal: bool, flip_v
     pixels outside the box have no influence. Agrees with the same in float64 to about half a grey level, and for uint16
     and float32 to their rounding; of an image that was reduced, see `_taps`.
     """
-    before = np.setbufsize(_BUFFER)
-    try:
-        _crop_resize(image, box, size, flip_horizontal, flip_vertical, out)
-    finally:
-        np.setbufsize(before)
-
-
-def _crop_resize(image: Image, box: Box, size: int, flip_horizontal: bool, flip_vertical: bool, out: np.ndarray):
-    """`crop_resize`, with numpy's buffer as it is."""
     fixed, reduction = image.dtype == np.uint8, image.reduction
     across, across_weights = _taps(box.width, size, flip_horizontal, fixed, box.left % reduction, reduction)
     down, down_weights = _taps(box.height, size, flip_vertical, fixed, box.top % reduction, reduction)
@@ -156,6 +145,18 @@ def _weigh_rows(rows: np.ndarray, taps: np.ndarray, weights: np.ndarray) -> np.n
 
     Either uint16 with weights in fixed point, values and sums 0 .. 255, or float32.
     """
+    if rows.shape[1] * rows.itemsize < _LONG_ROW:
+        return _weighted_sum(rows, taps, weights)
+    # To multiply many rows at once, numpy spreads out their weights over its buffer, which pays for short rows only.
+    before = np.setbufsize(1024)
+    try:
+        return _weighted_sum(rows, taps, weights)
+    finally:
+        np.setbufsize(before)
+
+
+def _weighted_sum(rows: np.ndarray, taps: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """`_weigh_rows` with numpy's buffer as it is."""
     total = _scratch("total", (taps.shape[1], rows.shape[1]), rows.dtype)
     term = _scratch("term", total.shape, rows.dtype)
     rows.take(taps[0], axis=0, out=total, mode="clip")  # Mode "raise" would go through a buffer.
