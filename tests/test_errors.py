@@ -53,6 +53,16 @@ def test_a_user_error_is_one_line_and_status_1(capsys):
     assert capsys.readouterr() == ("", "error: the thing is wrong; mend it\n")
 
 
+def test_ctrl_c_is_one_line_too(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        errors.run(main)
+    assert ended.value.code == 130
+    assert capsys.readouterr() == ("", "error: interrupted\n")
+
+
 WRONG_SETTINGS = {
     "batch_size=12 does not divide by the 8 part": {"batch_size": 12},
     "holds 48 images in split 'train', fewer than batch_size=64": {"batch_size": 64},
