@@ -32,7 +32,7 @@ _ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(_ROOT))
 
 from pera_jax import config as configs  # noqa: E402
-from pera_jax import errors  # noqa: E402
+from pera_jax import errors, files  # noqa: E402
 from pera_jax.data import pipeline, records  # noqa: E402
 from pera_jax.data.mixture import Mixture  # noqa: E402
 from pera_jax.metrics import Progress  # noqa: E402
@@ -155,9 +155,7 @@ def main() -> None:
         print(f"{number:10,}{row['seconds']:9.1f}{rate:10,.0f}{cpu:14.3f}{main_mb:9.0f}{worker_mb:11.0f}{row['shards']:8}"
               f"{row['open_seconds']:8.2f}{row['first_batch_seconds']:15.2f}{start_mb:10.0f}", flush=True)  # fmt: skip
         if arguments.json:
-            part = arguments.json.with_name(arguments.json.name + ".part")
-            part.write_text(json.dumps(rows, indent=1) + "\n")
-            os.replace(part, arguments.json)
+            files.write_json(arguments.json, rows)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ the load before is printed with them.
 
 import argparse
 import io
-import json
 import multiprocessing
 import os
 import pathlib
@@ -28,7 +27,7 @@ from PIL import Image
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from pera_jax import config as configs  # noqa: E402
-from pera_jax import errors  # noqa: E402
+from pera_jax import errors, files  # noqa: E402
 from pera_jax.data import crops as geometry  # noqa: E402
 from pera_jax.data import codecs, decode, pipeline, records  # noqa: E402
 from pera_jax.data.mixture import Mixture  # noqa: E402
@@ -92,7 +91,7 @@ def main() -> None:
             "cpu_ms_per_image": parts,
             "pipeline": runs,
         }
-        _write(arguments.json, json.dumps(result, indent=1) + "\n")
+        files.write_json(pathlib.Path(arguments.json), result)
 
 
 def time_parts(source: records.RecordSource, crops: pipeline.Crops, images: int) -> dict[str, float]:
@@ -194,12 +193,6 @@ def _arguments() -> argparse.Namespace:
     if min(arguments.images, arguments.batch_size) < 1 or min(arguments.workers) < 0:
         raise UserError("--images and --batch-size must be at least 1, --workers at least 0")
     return arguments
-
-
-def _write(path: str, text: str) -> None:
-    part = pathlib.Path(f"{path}.part")
-    part.write_text(text)
-    part.replace(path)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ A topology that is not there needs libtpu (the extra `tpu`).
 
 import argparse
 import dataclasses
-import json
-import os
 import pathlib
 import sys
 import time
@@ -24,7 +22,7 @@ from einops import rearrange
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from pera_jax import config as configs  # noqa: E402
-from pera_jax import errors, losses, plan  # noqa: E402
+from pera_jax import errors, files, losses, plan  # noqa: E402
 from pera_jax.objectives import pera  # noqa: E402
 
 CHIPS = (16, 32, 80)  # GB of memory of chips of today, for the largest batch
@@ -103,9 +101,7 @@ def main() -> None:
                     f"{row['per_image'] / 1e6:8.1f} MB   {largest}   {said}", flush=True
                 )  # fmt: skip
             if arguments.json:
-                part = arguments.json.with_name(arguments.json.name + ".part")
-                part.write_text(json.dumps(rows, indent=1) + "\n")
-                os.replace(part, arguments.json)
+                files.write_json(arguments.json, rows)
 
 
 if __name__ == "__main__":

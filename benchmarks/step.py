@@ -19,8 +19,6 @@ On CPUs with glibc, GLIBC_TUNABLES=glibc.malloc.hugetlb=1 before the command spa
 import argparse
 import dataclasses
 import functools
-import json
-import os
 import pathlib
 import sys
 import time
@@ -33,7 +31,7 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from pera_jax import config as configs  # noqa: E402
-from pera_jax import errors, flops, sharding  # noqa: E402
+from pera_jax import errors, files, flops, sharding  # noqa: E402
 from pera_jax import step as steps  # noqa: E402
 from pera_jax.errors import UserError  # noqa: E402
 from pera_jax.program import Program, memory_of  # noqa: E402
@@ -167,9 +165,7 @@ def main() -> None:
     result = measure(config, arguments.steps, not arguments.no_run)
     show(result)
     if arguments.json:
-        part = arguments.json.with_name(arguments.json.name + ".part")
-        part.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(part, arguments.json)
+        files.write_json(arguments.json, result)
 
 
 if __name__ == "__main__":

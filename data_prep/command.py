@@ -18,14 +18,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that say what is written, how, and how fast."""
     parser.add_argument("--output", type=pathlib.Path, required=True, help="data set folder; made if need be")
     parser.add_argument("--split", required=True, help="name of the split: train, test, ...")
-    parser.add_argument("--workers", type=_positive, default=len(os.sched_getaffinity(0)), help="default: all cores")
-    parser.add_argument("--max-side", type=_positive, metavar="PX", help="reduce images whose longer side is longer")
+    parser.add_argument("--workers", type=count, default=len(os.sched_getaffinity(0)), help="default: all cores")
+    parser.add_argument("--max-side", type=count, metavar="PX", help="reduce images whose longer side is longer")
     parser.add_argument("--jpeg-quality", type=_quality, metavar="Q", help="store changed images as JPEG, not as PNG")
-    parser.add_argument("--min-side", type=_positive, default=32, metavar="PX", help="images whose shorter side is "
+    parser.add_argument("--min-side", type=count, default=32, metavar="PX", help="images whose shorter side is "
                         "shorter are small (%(default)s)")  # fmt: skip
     parser.add_argument("--drop", type=_drops, default=(), metavar="KINDS", help=f"leave out, of {','.join(DROPS)}")
-    parser.add_argument("--max-corrupt-share", type=_share, default=0.05, metavar="S", help="default: %(default)s")
-    parser.add_argument("--shard-size", type=_positive, metavar="N", help="images per shard; default: 512, or "
+    parser.add_argument("--max-corrupt-share", type=share, default=0.05, metavar="S", help="default: %(default)s")
+    parser.add_argument("--shard-size", type=count, metavar="N", help="images per shard; default: 512, or "
                         "more where that would make over 512 shards")  # fmt: skip
 
 
@@ -37,7 +37,8 @@ def _drops(text: str) -> tuple[str, ...]:
     return kinds
 
 
-def _positive(text: str) -> int:
+def count(text: str) -> int:
+    """Reads a whole number from 1 on. Raises ArgumentTypeError."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return int(text)
@@ -49,7 +50,8 @@ def _quality(text: str) -> int:
     return int(text)
 
 
-def _share(text: str) -> float:
+def share(text: str) -> float:
+    """Reads a number from 0 to 1. Raises ArgumentTypeError."""
     if not 0 <= float(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
     return float(text)

@@ -62,12 +62,7 @@ def _all(values, kind) -> bool:
 def histogram(folder: Path, info: records.DatasetInfo, split: str) -> np.ndarray:
     """The histogram of each band of a split, int64 [C, bins]. Raises UserError: missing, damaged, of other bands."""
     file = folder / statistics.file_name(split)
-    try:
-        counts = statistics.load(folder, split)
-    except UserError:
-        raise
-    except Exception as error:  # on damaged bytes NumPy and zipfile raise nearly anything
-        raise UserError(f"{file} is damaged ({error}); copy it again, or convert the data set anew") from error
+    counts = statistics.load(folder, split)
     expected = (len(info.bands), statistics.bins(info.dtype))
     if counts.shape != expected or counts.dtype != np.int64 or counts.min() < 0 or not counts.any(axis=1).all():
         raise UserError(

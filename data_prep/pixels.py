@@ -29,7 +29,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pera_jax.data.codecs import ImageDecodeError
 
-_BLANK = 2
+_BLANK = 2  # values that a band of a blank image spans at most
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF")
 _ORIENTATION = 0x0112  # the EXIF tag
 _PNG_BIT_DEPTH = 24  # position of the byte in the file: signature 8, chunk head 8, width 4, height 4
@@ -110,7 +110,8 @@ def convert(
     for kind in found:
         if kind in drop:
             raise Rejected(kind)
-    return Stored(_encode(rgb, jpeg_quality) if changes else encoded, histogram, tuple(changes), content_hash(encoded), tuple(found))
+    stored = _encode(rgb, jpeg_quality) if changes else encoded
+    return Stored(stored, histogram, tuple(changes), content_hash(encoded), tuple(found))
 
 
 def content_hash(encoded: bytes) -> bytes:

@@ -23,13 +23,11 @@
 
 import argparse
 import functools
-import io
 import os
 import pathlib
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image
 
 from data_prep import command, folder, images, scene_plan, scene_reader
 from data_prep.pixels import Rejected, Stored, content_hash
@@ -92,29 +90,17 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--gsd", type=_positive, metavar="M", help="metres a pixel; default: as in the scene")
     parser.add_argument("--bands", type=_names, metavar="B,B", help="numbers (from 1) or names; default: all but alpha")
     parser.add_argument("--band-names", type=_names, metavar="N,N", help="names of all bands of the files")
-    parser.add_argument("--max-nodata", type=_share, default=0.1, metavar="S", help="default: %(default)s")
-    parser.add_argument("--workers", type=_count, default=len(os.sched_getaffinity(0)), help="default: all cores")
-    parser.add_argument("--max-corrupt-share", type=_share, default=0.05, metavar="S", help="default: %(default)s")
-    parser.add_argument("--shard-size", type=_count, metavar="N", help="tiles per shard; default: 512, or more where "
+    parser.add_argument("--max-nodata", type=command.share, default=0.1, metavar="S", help="default: %(default)s")
+    parser.add_argument("--workers", type=command.count, default=len(os.sched_getaffinity(0)), help="default: all cores")
+    parser.add_argument("--max-corrupt-share", type=command.share, default=0.05, metavar="S", help="default: %(default)s")
+    parser.add_argument("--shard-size", type=command.count, metavar="N", help="tiles per shard; default: 512, or more where "
                         "that would make over 512 shards")  # fmt: skip
     return parser.parse_args(argv)
-
-
-def _count(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return int(text)
 
 
 def _positive(text: str) -> float:
     if not 0 < float(text) < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return float(text)
-
-
-def _share(text: str) -> float:
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
     return float(text)
 
 
@@ -155,18 +141,9 @@ def convert_tile(item: Item, max_nodata: float) -> Stored:
         changes.append("no data to 0")
     if (item.part.columns, item.part.rows) != item.part.window[2:]:
         changes.append("other pixel size")
-    encoded = _encode(pixels)
+    encoded = codecs.encode(pixels)
     place = scene_reader.place(item.path, item.part, item.key.rsplit("/", 1)[0])
     return Stored(encoded, histogram, tuple(changes), content_hash(encoded), place=place)
-
-
-def _encode(pixels: np.ndarray) -> bytes:
-    """As `tfds_metadata` describes it: three bands of uint8 as PNG, all else as TIFF."""
-    if pixels.dtype != np.uint8 or pixels.shape[2] != 3:
-        return codecs.encode_tiff(pixels)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 if __name__ == "__main__":

@@ -3,14 +3,12 @@
 import bisect
 import dataclasses
 import functools
-import io
 import itertools
 import os
 import pathlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from PIL import Image
 from tensorflow_datasets import decode
 from tensorflow_datasets.core import features, read_only_builder
 
@@ -135,10 +133,4 @@ def _store_array(values: np.ndarray) -> pixels.Stored:
     """Stores [H, W, C] without loss. Raises ImageDecodeError where values are not finite."""
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise codecs.ImageDecodeError("holds values that are not finite")
-    if values.dtype == np.uint8 and values.shape[2] == 3:
-        buffer = io.BytesIO()
-        Image.fromarray(values).save(buffer, "PNG")
-        encoded = buffer.getvalue()
-    else:
-        encoded = codecs.encode_tiff(values)
-    return pixels.Stored(encoded, statistics.count(values), ("tensor",), pixels.content_hash(_described(values)))
+    return pixels.Stored(codecs.encode(values), statistics.count(values), ("tensor",), pixels.content_hash(_described(values)))

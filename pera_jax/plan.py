@@ -11,7 +11,6 @@ Nothing is run: bytes, collectives and whether it fits are the compiler's own nu
 import argparse
 import dataclasses
 import importlib.util
-import json
 import math
 import os
 import pathlib
@@ -24,7 +23,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from pera_jax import chips, errors, flops, hlo, schedules, sharding
+from pera_jax import chips, errors, files, flops, hlo, schedules, sharding
 from pera_jax import config as configs
 from pera_jax.errors import UserError
 from pera_jax.objectives import pera
@@ -262,9 +261,7 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     print(show(result))
     if arguments.json:
-        part = arguments.json.with_name(arguments.json.name + ".part")
-        part.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(part, arguments.json)
+        files.write_json(arguments.json, result)
 
 
 if __name__ == "__main__":

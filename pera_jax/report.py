@@ -22,12 +22,11 @@ from einops import rearrange
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont
 
-from pera_jax import checkpoint, errors
+from pera_jax import checkpoint, errors, files
 from pera_jax.bands import Bands, rgb_places
 from pera_jax.data import pipeline, records
 from pera_jax.data.mixture import Mixture
 from pera_jax.errors import UserError
-from pera_jax.probes import results
 
 COLUMNS = ("crop", "masks", "student sees", "teacher sees", "to be guessed", "the guess")
 TINTS = {"student": (230, 120, 0), "learnable": (30, 180, 90), "teacher": (40, 110, 235)}
@@ -175,7 +174,7 @@ def report(
     draw(columns, f"{meta['config']['name']}, step {weights.step:,}: {share}").save(encoded, "PNG")
     file = pathlib.Path(output) / "pairs.png"
     try:
-        results.write_file(file, encoded.getvalue())
+        files.write(file, encoded.getvalue())
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}; make room or choose another --output") from error
     return file, explained, weights.step

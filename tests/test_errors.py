@@ -15,7 +15,7 @@ from conftest import FAST
 from pera_jax import checkpoint, errors, run_meta, train
 from pera_jax import step as steps
 from pera_jax.bands import Bands
-from pera_jax.data import mixture, records
+from pera_jax.data import mixture
 from pera_jax.errors import UserError
 from pera_jax.objectives import pera
 

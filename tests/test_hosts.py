@@ -1,6 +1,5 @@
 """Several hosts, as processes on loopback with two virtual devices each: the same run, one end, one survivor's end."""
 
-import json
 import os
 import pathlib
 import signal
@@ -16,7 +15,7 @@ import test_train
 import toy_data
 from conftest import FAST
 
-from pera_jax import checkpoint, config as configs, distributed, profiling, sharding, train
+from pera_jax import checkpoint, distributed, profiling, sharding, train
 from pera_jax import step as steps
 from pera_jax.bands import Bands
 from pera_jax.errors import UserError

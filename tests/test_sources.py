@@ -9,7 +9,6 @@ import pathlib
 
 import numpy as np
 import pytest
-from PIL import Image
 from toy_files import contents, encode, pack, twins
 
 from data_prep import command, folder, images, pixels, shards, sources

@@ -53,6 +53,15 @@ def decode_bands(encoded: bytes, info, places: Sequence[int]) -> np.ndarray:
     return pixels if list(places) == list(range(len(info.bands))) else np.ascontiguousarray(pixels[..., list(places)])
 
 
+def encode(pixels: np.ndarray) -> bytes:
+    """The bytes of a stored image of `pixels` [H, W, C]: PNG of three bands of uint8, TIFF of all others."""
+    if pixels.dtype != np.uint8 or pixels.shape[2] != 3:
+        return encode_tiff(pixels)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def encode_tiff(pixels: np.ndarray) -> bytes:
     """The bytes of a TIFF of `pixels` [H, W, C], uint8, uint16 or float32; they depend on the pixels only."""
     import tifffile  # here and below: data sets of JPEG and PNG do without it

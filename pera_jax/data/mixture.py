@@ -89,9 +89,7 @@ def open_mixture(settings) -> Mixture:
     return Mixture(sources, shares, bands, tuple(tuple(bands.places(s.info, s.path)) for s in sources))
 
 
-def choose_bands(
-    settings, sources: Sequence[records.RecordSource], shares: Sequence[float]
-) -> Bands:
+def choose_bands(settings, sources: Sequence[records.RecordSource], shares: Sequence[float]) -> Bands:
     """The bands of a run.
 
     Args:

@@ -16,6 +16,7 @@ from typing import Any
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 
+from pera_jax import files
 from pera_jax.errors import UserError
 
 _COLUMNS = ("task", "score", "value", "low", "high", "step", "untrained", "data", "train_split", "test_split",
@@ -36,8 +37,8 @@ def write(folder: pathlib.Path, entries: Sequence[dict[str, Any]]) -> list[dict[
         kept = json.loads(file.read_text(encoding="utf-8"))["results"] if file.exists() else []
         new = {_place(entry) for entry in entries}
         results = [entry for entry in kept if _place(entry) not in new] + list(entries)
-        write_file(file, json.dumps({"results": results}, indent=2, allow_nan=False).encode() + b"\n")
-        write_file(folder / "results.csv", _csv(results).encode())
+        files.write(file, json.dumps({"results": results}, indent=2, allow_nan=False).encode() + b"\n")
+        files.write(folder / "results.csv", _csv(results).encode())
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; make room or choose another --output") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -91,17 +92,3 @@ def _csv(entries: Sequence[dict[str, Any]]) -> str:
         fields = entry["data"] | entry["checkpoint"] | {"data": entry["data"]["name"], "task": entry["task"]}
         writer.writerows(fields | {"score": name} | score for name, score in entry["scores"].items())
     return text.getvalue()
-
-
-def write_file(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file whole or not at all, with its folder. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # nothing where the rename came
