@@ -3,9 +3,26 @@
 All label arrays are integers [N] from 0 to classes - 1.
 """
 
+import dataclasses
+
 import numpy as np
 
 from pera_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """One number on the test images.
+
+    Attributes:
+      low, high: the bootstrap interval of 95 % over test units, where there is one.
+      seeds: the value of each seed, where there are several; `value` is their mean.
+    """
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    seeds: tuple[float, ...] = ()
 
 
 def accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
