@@ -22,16 +22,14 @@ import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
-import numpy as np
-from google.protobuf import json_format
-from tensorflow_datasets.core import constants, features, read_only_builder
+from tensorflow_datasets.core import constants, features
 
 from data_prep import command, folder, images, tfds_examples
 from data_prep.shards import run_jobs
-from data_prep.tfds_examples import FORMAT, feature_of, first_line, flat
-from pera_jax.data import codecs, records
+from pera_jax.data import records
+from pera_jax.data.tfds_sets import bands_of, feature_of, open_dataset, pick_image, pick_label
 from pera_jax.errors import UserError, run
 
 
@@ -75,104 +73,6 @@ def main(argv: list[str] | None = None, driver: Callable = run_jobs) -> None:
     read = functools.partial(tfds_examples.read_bytes, **reading)
     convert = functools.partial(tfds_examples.convert_example, **reading, **options)
     command.write(split, read, convert, args, driver=driver)
-
-
-# ---------------------------------------------------------------- the data set
-
-
-def open_dataset(name: str, data_dir: str | None) -> read_only_builder.ReadOnlyBuilder:
-    """Opens a prepared data set by its folder or its name. Raises UserError."""
-    place = pathlib.Path(name).expanduser()
-    if not (place / "dataset_info.json").is_file():
-        below = _prepared(place)
-        if below:
-            raise UserError(f"--dataset {name} is no prepared data set; name one of those in it: {', '.join(below)}")
-        if place.is_dir() or name.startswith(("/", ".", "~")):
-            raise UserError(f"--dataset {name} is no folder with a dataset_info.json; name one that TFDS prepared")
-        place = pathlib.Path(_find(name, data_dir))
-    try:
-        formats = {form.value for form in read_only_builder.builder_from_directory(place).info.available_file_formats()}
-        if FORMAT in formats:
-            return read_only_builder.builder_from_directory(place, file_format=FORMAT)
-    except (ValueError, OSError, KeyError, json_format.ParseError) as error:
-        raise UserError(f"{place} cannot be read as a TFDS data set ({first_line(error)}); prepare it anew") from error
-    raise UserError(
-        f"{place} is stored as {', '.join(sorted(formats))}, which only TensorFlow reads; where that is installed, run "
-        f"tfds convert_format --dataset_version_dir={place} --out_file_format={FORMAT} --out_dir=FOLDER, "
-        "and name FOLDER"
-    )
-
-
-def _find(name: str, data_dir: str | None) -> str:
-    """The folder of a prepared data set that TFDS finds by name."""
-    try:
-        return read_only_builder.builder_from_files(name, data_dir=data_dir).data_dir
-    except ValueError as error:  # also DatasetNotFoundError, with many lines on where TFDS looked
-        where = pathlib.Path(data_dir or constants.DATA_DIR).expanduser()
-        held = ", ".join(_prepared(where)) or "none"
-        raise UserError(
-            f"no prepared data set {name!r} in {where}, which holds {held}; prepare it, "
-            f"where TensorFlow is installed, with tfds build {name} --file_format={FORMAT} --data_dir={where}"
-        ) from error
-
-
-def _prepared(place: pathlib.Path) -> list[str]:
-    """The data sets below a folder, NAME/CONFIG/VERSION at the deepest."""
-    found = [file.parent for level in ("*", "*/*", "*/*/*") for file in place.glob(f"{level}/dataset_info.json")]
-    return sorted(str(folder.relative_to(place)) for folder in found)
-
-
-# ---------------------------------------------------------------- its features
-
-
-def _is_image(feature: features.FeatureConnector) -> bool:
-    if isinstance(feature, features.Image):
-        return not isinstance(feature, features.LabeledImage)  # that is a mask of classes
-    rank_3 = isinstance(feature, features.Tensor) and len(feature.shape) == 3 and feature.shape[2]
-    return bool(rank_3) and np.dtype(feature.np_dtype).name in codecs.DTYPES
-
-
-def pick_image(builder: read_only_builder.ReadOnlyBuilder, wanted: str | None) -> str:
-    """The path of the image feature: `wanted`, or the only one, or the only `Image`. Raises UserError."""
-    found = {path: feature for path, feature in flat(builder.info.features).items() if _is_image(feature)}
-    encoded = [path for path, feature in found.items() if isinstance(feature, features.Image)]
-    if wanted is None and len(encoded) != 1 and len(found) != 1:
-        raise UserError(f"{builder.info.full_name} has {_listed('image feature', found)}; choose with --image-feature")
-    if wanted is not None and wanted not in found:
-        raise UserError(f"--image-feature {wanted}: {builder.info.full_name} has {_listed('image feature', found)}")
-    return wanted or (encoded if len(encoded) == 1 else list(found))[0]
-
-
-def pick_label(builder: read_only_builder.ReadOnlyBuilder, wanted: str | None) -> str | None:
-    """The path of the class: `wanted`, or the only one, None where there is none. Raises UserError."""
-    every = flat(builder.info.features)
-    found = [path for path, feature in every.items() if isinstance(feature, features.ClassLabel)]
-    if wanted is None and len(found) > 1:
-        has = _listed("ClassLabel", found)
-        raise UserError(f"{builder.info.full_name} has {has}; choose with --label-feature, or give --no-labels")
-    if wanted is not None and wanted not in found:
-        raise UserError(f"--label-feature {wanted}: {builder.info.full_name} has {_listed('ClassLabel', found)}")
-    return wanted or (found[0] if found else None)
-
-
-def _listed(kind: str, paths: Collection[str]) -> str:
-    return f"{len(paths)} {kind}s: {', '.join(sorted(paths))}" if paths else f"no {kind}"
-
-
-def bands_of(path: str, feature: features.FeatureConnector, names: str | None) -> tuple[list[str], str]:
-    """The bands and the dtype of what is stored of an image feature. Raises UserError."""
-    dtype = np.dtype(feature.np_dtype).name
-    if isinstance(feature, features.Image):
-        if dtype == "float32":  # TFDS spreads the four bytes of each value over the four channels of a PNG
-            raise UserError(f"feature {path!r} is an Image of float32; its values have no known range, choose another")
-        if names is not None:
-            raise UserError(f"--bands is for a Tensor; feature {path!r} is an Image, which becomes red, green, blue")
-        return list(records.RGB), "uint8"
-    count = feature.shape[2]
-    bands = names.split(",") if names is not None else [f"band_{i + 1}" for i in range(count)]
-    if len(bands) != count or len(set(bands)) != count or not all(bands):
-        raise UserError(f"--bands {names} must be {count} different names: feature {path!r} has {count} bands")
-    return bands, dtype
 
 
 if __name__ == "__main__":

@@ -2,22 +2,15 @@
 
 import bisect
 import dataclasses
-import functools
 import itertools
-import os
-import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from tensorflow_datasets import decode
-from tensorflow_datasets.core import features, read_only_builder
+from tensorflow_datasets.core import read_only_builder
 
 from data_prep import pixels
 from data_prep.shards import Item
-from pera_jax.data import codecs, records, statistics
-from pera_jax.errors import UserError
-
-FORMAT = "array_record"  # of TFDS's file formats the one that is read without TensorFlow, at any place
+from pera_jax.data import codecs, statistics, tfds_sets
 
 
 class Examples(Sequence[Item]):
@@ -30,19 +23,8 @@ class Examples(Sequence[Item]):
     def __init__(self, builder: read_only_builder.ReadOnlyBuilder, tfds_split: str):
         """Raises UserError: no such split, an empty one, a damaged shard."""
         self._data_dir = str(builder.data_dir)
-        self.pieces = []
-        try:
-            found = builder.info.splits[tfds_split].file_instructions
-        except (ValueError, KeyError) as error:
-            raise UserError(_no_split(builder, tfds_split)) from error
-        for piece in found:
-            shard = pathlib.Path(piece.filename)
-            records.check_shard(shard, piece.examples_in_shard)
-            size = os.path.getsize(shard)
-            self.pieces.append((shard.name, size, piece.examples_in_shard, piece.skip, piece.take))
+        self.pieces = tfds_sets.pieces(builder, tfds_split)
         self._ends = list(itertools.accumulate(piece[-1] for piece in self.pieces))
-        if not self.pieces:
-            raise UserError(_no_split(builder, tfds_split))
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -59,46 +41,8 @@ class Examples(Sequence[Item]):
         return Item(self._data_dir, f"{shard}__{place}", None, size // held, (index,))
 
 
-def _no_split(builder: read_only_builder.ReadOnlyBuilder, tfds_split: str) -> str:
-    held = ", ".join(f"{name} ({split.num_examples})" for name, split in sorted(builder.info.splits.items()))
-    return f"{tfds_split!r} names no examples of {builder.info.full_name}; give --tfds-split of: {held}"
-
-
-def flat(feature: features.FeatureConnector, prefix: str = "") -> dict[str, features.FeatureConnector]:
-    """The features by path, OUTER/INNER."""
-    if not isinstance(feature, features.FeaturesDict):
-        return {prefix[:-1]: feature}
-    return {path: inner for name in feature for path, inner in flat(feature[name], f"{prefix}{name}/").items()}
-
-
-def feature_of(builder: read_only_builder.ReadOnlyBuilder, path: str) -> features.FeatureConnector:
-    """The feature at a path of `flat`."""
-    return flat(builder.info.features)[path]
-
-
-def first_line(error: Exception) -> str:
-    """An error in a sentence's midst: those of TFDS have many lines."""
-    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-
-
-@functools.cache
-def _reader(data_dir: str, tfds_split: str, image: str, label: str | None) -> Callable[[int], dict]:
-    """Reads example i of a split: the image's bytes or array, and the label. A process opens it at its first use."""
-    builder = read_only_builder.builder_from_directory(data_dir, file_format=FORMAT)
-    raw = decode.DeserializeMethod.RAW_BYTES
-    source = builder.as_data_source(tfds_split, deserialize_method=raw)
-    wanted = {path: feature_of(builder, path) for path in (image, label) if path is not None}
-    parser = features.FeaturesDict(wanted)  # of nothing but what is wanted: other features may need TensorFlow
-    encoded = isinstance(wanted[image], features.Image)
-    decoders = {image: decode.SkipDecoding()} if encoded else None
-    return lambda i: parser.deserialize_example_np(source[i], decoders=decoders)
-
-
 def _read(item: Item, tfds_split: str, image: str, label: str | None) -> dict:
-    try:
-        return _reader(item.path, tfds_split, image, label)(item.part[0])
-    except Exception as error:  # ArrayRecord, protobuf and TFDS raise each their own
-        raise codecs.ImageDecodeError(f"cannot be read: {first_line(error)}") from error
+    return tfds_sets.read(item.path, tfds_split, image, label, item.part[0])
 
 
 def read_bytes(item: Item, *, tfds_split: str, image: str, label: str | None) -> bytes:

@@ -171,7 +171,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(data_dir, tmp_path):
         "is stored as tfrecord, which only TensorFlow reads": ["--dataset", records_only],
         "cannot be read as a TFDS data set": ["--dataset", torn],
         "is truncated or damaged": ["--dataset", cut],
-        "give --tfds-split of: test (4), train (20), unlabelled (1)": ["--dataset", full, *one, "--tfds-split", "val"],
+        "it has test (4), train (20), unlabelled (1)": ["--dataset", full, *one, "--tfds-split", "val"],
         "'train[:0]' names no examples": ["--dataset", full, *one, "--tfds-split", "train[:0]"],
         "'train[x' names no examples": ["--dataset", full, *one, "--tfds-split", "train[x"],
         "3 image features: image, scene/bands, scene/quick; choose": ["--dataset", full],
