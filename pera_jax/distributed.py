@@ -4,6 +4,7 @@ Each host runs the same command. All of them compute the same steps; process 0 a
 all write the checkpoints, into one folder that every host sees.
 """
 
+import argparse
 import contextlib
 import os
 import sys
@@ -63,6 +64,14 @@ def cluster_of(
     return None
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The three flags, for commands without absl."""
+    several = "where several hosts are told"
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help=f"of process 0, {several}")
+    parser.add_argument("--num_processes", type=int, help=f"processes in all, {several}")
+    parser.add_argument("--process_id", type=int, help=f"this process's number, from 0, {several}")
+
+
 def initialize(arguments: dict[str, Any] | None, timeout: int = _FIRST_CONTACT) -> None:
     """Joins the other processes; nothing for None. Must run before anything asks JAX for its devices.
 
@@ -101,6 +110,11 @@ def meet(where: str) -> None:
 def anywhere(fact: bool) -> bool:
     """Whether it is so on any host. All of them must ask."""
     return bool(fact) if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.bool_(fact))))
+
+
+def of_main_host(value: int) -> int:
+    """The first host's value. All of them must ask."""
+    return value if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int64(value)))
 
 
 def check_same(value: int, message: str) -> None:

@@ -1,27 +1,31 @@
-"""Frozen features of whole images: class token and mean of the patch tokens of the last blocks.
+"""Frozen features of whole images: class token, mean of the patch tokens and patch tokens of the last blocks.
 
 The devices always work on the same number of images each, `MICRO_BATCH`; what is missing is padded and cut off again.
-So the features depend neither on the batch that a user reads nor on the number of devices.
+So the features depend neither on the batch that a user reads nor on the number of devices. With several hosts each
+encodes a part of the images, and all of them get the whole.
 """
 
 import collections
 import concurrent.futures
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
+from jax.experimental import multihost_utils
 
 from pera_jax import sharding
 from pera_jax.bands import Bands
-from pera_jax.data import codecs, records
+from pera_jax.data import codecs
 from pera_jax.data import crops as geometry
 from pera_jax.errors import UserError
 from pera_jax.metrics import Progress
 from pera_jax.models import vit
+from pera_jax.probes.samples import Samples
 
 MICRO_BATCH = 32  # images per device
 BLOCKS = 4  # last blocks whose tokens are kept
@@ -33,52 +37,101 @@ class Features:
 
     class_tokens: np.ndarray  # float32 [N, n, D]
     patch_means: np.ndarray  # float32 [N, n, D]
-    labels: np.ndarray  # int32 [N], -1 without classes
+
+    def __len__(self) -> int:
+        return len(self.class_tokens)
 
     def concatenated(self, blocks: int, patch_means: bool) -> np.ndarray:
         """The last `blocks` class tokens, with `patch_means` also their patch means, in one row: [N, F]."""
         parts = [self.class_tokens[:, -blocks:]] + ([self.patch_means[:, -blocks:]] if patch_means else [])
         return np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
 
+    def take(self, indices: np.ndarray) -> "Features":
+        """The features of some of the images."""
+        return Features(self.class_tokens[indices], self.patch_means[indices])
+
 
 class Extractor:
-    """A frozen backbone on a mesh over all devices.
+    """A frozen backbone on a mesh over this host's devices.
 
-    Args:
-      backbone: the parameters of the ViT.
-      meta: of the checkpoint.
-      devices: the devices to use, all by default.
+    Attributes:
+      bands: what it sees; patch: side of a patch, px.
     """
 
     def __init__(self, backbone: dict[str, Any], meta: dict[str, Any], devices: list | None = None):
-        self._mesh = sharding.make_mesh(devices=devices)
+        """
+        Args:
+          backbone: the parameters of the ViT.
+          meta: of the checkpoint.
+          devices: the devices to use, all of this host by default.
+        """
+        self.bands, self.patch = Bands.of(meta), meta["model"]["patch"]
+        self._mesh = sharding.make_mesh(devices=devices or jax.local_devices())
         self._step = MICRO_BATCH * sharding.batch_shards(self._mesh)
         self._where = jax.sharding.NamedSharding(self._mesh, sharding.BATCH)
         everywhere = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
         self._backbone = jax.device_put(backbone, everywhere)
         model = vit.build(meta["model"])  # float32 throughout
-        bands = Bands.of(meta)
-        mean, std = np.float32(bands.mean), np.float32(bands.std)
+        mean, std = np.float32(self.bands.mean), np.float32(self.bands.std)
 
-        def encode(backbone, images):  # [B, H, W, C] -> [B, 2, n, D]
-            normalised = (bands.mapped(images) - mean) / std
-            tokens = model.apply({"params": backbone}, normalised, blocks=min(BLOCKS, model.depth))["blocks"]
-            tokens = jnp.stack(tokens, axis=1)  # [B, n, 1 + L, D]
-            return jnp.stack([tokens[:, :, 0], tokens[:, :, 1:].mean(axis=2)], axis=1)
+        def tokens(backbone, images):  # [B, H, W, C] -> [B, n, 1 + L, D]
+            normalised = (self.bands.mapped(images) - mean) / std
+            blocks = model.apply({"params": backbone}, normalised, blocks=min(BLOCKS, model.depth))["blocks"]
+            return jnp.stack(blocks, axis=1)
 
-        self._encode = jax.jit(encode, in_shardings=(everywhere, self._where), out_shardings=self._where)
+        def summaries(backbone, images):
+            found = tokens(backbone, images)
+            return jnp.stack([found[:, :, 0], found[:, :, 1:].mean(axis=2)], axis=1)  # [B, 2, n, D]
 
-    def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Stored values [B, H, W, C], H and W multiples of the patch -> (class tokens, patch means), float32 [B, n, D]."""
+        def maps(backbone, images):
+            rows = images.shape[1] // self.patch
+            return rearrange(tokens(backbone, images)[:, :, 1:], "b n (h w) d -> b n h w d", h=rows)
+
+        self._summaries, self._maps = (
+            jax.jit(function, in_shardings=(everywhere, self._where), out_shardings=self._where)
+            for function in (summaries, maps)
+        )
+
+    def __call__(self, images: np.ndarray) -> Features:
+        """Stored values [B, H, W, C], H and W multiples of the patch."""
+        found = self._apply(self._summaries, images)
+        return Features(found[:, 0], found[:, 1])
+
+    def maps(self, images: np.ndarray) -> np.ndarray:
+        """Stored values [B, H, W, C] -> the patch tokens float32 [B, n, H / patch, W / patch, D]."""
+        return self._apply(self._maps, images)
+
+    def _apply(self, function, images):
         results = []
         with jax.set_mesh(self._mesh):
             for first in range(0, len(images), self._step):
                 part = images[first : first + self._step]
                 padded = np.zeros((self._step, *images.shape[1:]), images.dtype)
                 padded[: len(part)] = part
-                results.append(self._encode(self._backbone, jax.device_put(padded, self._where)))
-        tokens = np.concatenate([np.asarray(result) for result in results])[: len(images)]  # only the end is padded
-        return tokens[:, 0], tokens[:, 1]
+                results.append(function(self._backbone, jax.device_put(padded, self._where)))
+        found = np.concatenate([np.asarray(result) for result in results])[: len(images)]  # only the end is padded
+        if not np.isfinite(found).all():
+            raise UserError("the checkpoint gives features that are not finite; probe an earlier step with --step")
+        return found
+
+
+class Pixels:
+    """The baseline that has learnt nothing, with the methods of an `Extractor`: mean and deviation of each band, of a
+    patch, and of an image in place of the class token."""
+
+    def __init__(self, meta: dict[str, Any]):
+        self.bands, self.patch = Bands.of(meta), meta["model"]["patch"]
+
+    def __call__(self, images: np.ndarray) -> Features:
+        values = self.bands.mapped(images).reshape(len(images), -1, images.shape[3])  # [B, H W, C]
+        whole = np.concatenate([values.mean(axis=1), values.std(axis=1)], axis=1)  # [B, 2 C]
+        return Features(whole[:, None], self.maps(images).mean(axis=(2, 3)))
+
+    def maps(self, images: np.ndarray) -> np.ndarray:
+        patches = rearrange(
+            self.bands.mapped(images), "b (h p) (w q) c -> b 1 h w (p q) c", p=self.patch, q=self.patch
+        )
+        return np.concatenate([patches.mean(axis=4), patches.std(axis=4)], axis=-1)  # [B, 1, h, w, 2 C]
 
 
 def check_image_size(image_size: int, meta: dict[str, Any]) -> None:
@@ -87,93 +140,90 @@ def check_image_size(image_size: int, meta: dict[str, Any]) -> None:
     if image_size < patch or image_size % patch:
         raise UserError(
             f"the image size {image_size} is not a multiple of the checkpoint's patch of {patch} px; "
-            f"try --image-size {max(round(image_size / patch), 1) * patch}"
+            f"try {max(round(image_size / patch), 1) * patch}"
         )
 
 
-def extract(
-    extractor: Extractor, source: records.RecordSource, bands: Bands, image_size: int, batch_size: int
-) -> Features:
+def resized(pixels: np.ndarray, size: int) -> np.ndarray:
+    """A whole image [H, W, C] as `size` x `size` px, bilinear and antialiased as crops are in training."""
+    image = geometry.Image(pixels)
+    out = np.empty((size, size, pixels.shape[2]), pixels.dtype)
+    geometry.crop_resize(image, geometry.Box(0, 0, image.height, image.width), size, False, False, out)
+    return out
+
+
+def extract(extractor: Extractor | Pixels, samples: Samples, image_size: int, batch_size: int) -> Features:
     """The features of every image of a split, each resized as a whole to `image_size` x `image_size` px.
+
+    All hosts must call it; each encodes its part.
 
     Args:
       batch_size: images that are decoded ahead and held; changes no result.
 
     Raises:
-      UserError: a record that cannot be read or decoded; features that are not finite.
+      UserError: an image that cannot be read or decoded; a band that is missing; features that are not finite.
     """
+    hosts, own = jax.process_count(), jax.process_index()
+    most = -(-len(samples) // hosts)
+    rows = range(min(own * most, len(samples)), min((own + 1) * most, len(samples)))
+    read_size = lambda image: resized(image, image_size)  # noqa: E731
+    batches = [extractor(images) for images in read(samples, extractor.bands, read_size, batch_size, "features", rows)]
+    if hosts == 1:
+        return Features(*(np.concatenate([getattr(b, name) for b in batches]) for name in ("class_tokens", "patch_means")))
+    return _of_all_hosts(batches, len(samples), most, rows)
 
-    def resize(pixels):
-        image = geometry.Image(pixels)
-        out = np.empty((image_size, image_size, len(bands)), pixels.dtype)
-        geometry.crop_resize(image, geometry.Box(0, 0, image.height, image.width), image_size, False, False, out)
-        return out
 
-    class_tokens, patch_means, labels = [], [], []
-    for images, batch_labels in read(source, bands, resize, batch_size, "features"):
-        classes, means = extractor(images)
-        if not (np.isfinite(classes).all() and np.isfinite(means).all()):
-            raise UserError("the checkpoint gives features that are not finite; probe an earlier step with --step")
-        class_tokens.append(classes)
-        patch_means.append(means)
-        labels.append(batch_labels)
-    return Features(np.concatenate(class_tokens), np.concatenate(patch_means), np.concatenate(labels))
+def _of_all_hosts(batches: list[Features], number: int, most: int, rows: range) -> Features:
+    sizes = multihost_utils.process_allgather(np.array(batches[0].class_tokens.shape[1:] if batches else (0, 0)))
+    blocks, width = sizes.max(axis=0)  # a host may have no image
+    found = np.zeros((2, most, blocks, width), np.float32)
+    for place, name in enumerate(("class_tokens", "patch_means")):
+        if batches:
+            found[place, : len(rows)] = np.concatenate([getattr(batch, name) for batch in batches])
+    gathered = multihost_utils.process_allgather(found)  # [hosts, 2, most, n, D]
+    return Features(*rearrange(gathered, "p t m n d -> t (p m) n d")[:, :number])
 
 
 def read(
-    source: records.RecordSource,
+    samples: Samples,
     bands: Bands,
     transform: Callable[[np.ndarray], np.ndarray],
     batch_size: int,
     label: str,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields (transformed images [b, ...], labels int32 [b]) of all records in order, decoded by a pool of threads.
+    rows: Sequence[int] | None = None,
+) -> Iterator[np.ndarray]:
+    """Yields transformed images [b, ...] in order, decoded by a pool of threads.
 
     Args:
       bands: those to hand over.
       transform: takes stored values [H, W, C]; runs in the threads and gives equal shapes.
       label: what the line of progress begins with.
+      rows: which images, all by default.
 
     Raises:
-      UserError: a record that cannot be read or decoded; a band that is missing.
+      UserError: an image that cannot be read or decoded; a band that is missing.
     """
-    places = bands.places(source.info, source.path)
+    places, rows = bands.places(samples, samples.path), range(len(samples)) if rows is None else rows
 
-    def decode(raw):
-        record = records.decode_record(raw)
+    def decode(row, raw):
         try:
-            return transform(codecs.decode_bands(record.image, source.info, places)), record.label
+            return transform(np.ascontiguousarray(samples.decode(raw)[..., places]))
         except codecs.ImageDecodeError as error:
-            raise UserError(f"image {record.key} of {source.path} cannot be decoded; convert it anew") from error
-
-    def raw_records(first):
-        return (_read_record(source, index) for index in range(first, min(first + batch_size, len(source))))
+            raise UserError(f"image {samples.keys[row]} of {samples.path} cannot be decoded ({error}); mend it") from error
 
     with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         waiting = collections.deque()
-        with Progress(len(source), "images", label) as progress:
-            for first in range(0, len(source), batch_size):
-                waiting.append(pool.map(decode, raw_records(first)))
+        with Progress(len(rows), "images", label) as progress:
+            for first in range(0, len(rows), batch_size):
+                part = rows[first : first + batch_size]
+                waiting.append(pool.map(decode, part, map(samples.raw, part)))
                 if len(waiting) == 2:  # the threads decode the next batch while the devices work on this one
                     yield _collect(waiting.popleft(), progress)
             while waiting:
                 yield _collect(waiting.popleft(), progress)
 
 
-def labels_of(source: records.RecordSource) -> np.ndarray:
-    """The labels of a split, int32 [N], -1 without classes; decodes no image. Raises UserError for a damaged record."""
-    raws = (_read_record(source, index) for index in range(len(source)))
-    return np.array([records.decode_record(raw).label for raw in raws], np.int32)
-
-
-def _read_record(source, index):
-    try:
-        return source.read(index)
-    except RuntimeError as error:
-        raise UserError(f"record {index} of {source.path} is damaged; copy or convert it anew") from error
-
-
 def _collect(results, progress):
-    images, labels = zip(*results, strict=True)
+    images = np.stack(list(results))
     progress.update(len(images))
-    return np.stack(images), np.array(labels, np.int32)
+    return images

@@ -1,7 +1,12 @@
-"""What a probe found, written beside the run: results.json, results.csv, TensorBoard, and a table to read.
+"""What the probes found, written beside the run: a JSON file for each result, one table of all, TensorBoard, pictures.
 
-An entry is the result of one task on one data set: task, checkpoint, data, settings, scores {name: {value, and where
-there is an interval low, high}} and whatever else the task tells.
+    BASE/step_000640/NAME.json         one result: an entry, below; BASE is RUN/probe or --output
+    BASE/step_000640/NAME/KEY.png      pictures of it
+    BASE/results.csv                   a row for each score of all results
+    BASE/tb                            TensorBoard: `probe/NAME/SCORE` at the checkpoint's step
+
+An entry holds name, task, checkpoint, data, settings, spec (all that was asked for), seconds, and scores {name: {value, low, high, seeds}} with details
+{name: ...}; or, where the task failed, a failure: one sentence.
 """
 
 import csv
@@ -13,82 +18,111 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 
 from pera_jax import files
 from pera_jax.errors import UserError
 
-_COLUMNS = ("task", "score", "value", "low", "high", "step", "untrained", "data", "train_split", "test_split",
-            "train_fingerprint", "test_fingerprint", "image_size")  # fmt: skip
+COLUMNS = ("name", "task", "score", "value", "low", "high", "seeds", "step", "encoder", "data", "train_split", "test_split",
+           "image_size", "train_fingerprint", "test_fingerprint", "weights", "git", "run", "failure")  # fmt: skip
 
 
-def write(folder: pathlib.Path, entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Writes `folder`/results.json and results.csv; earlier entries of other tasks, data or checkpoints stay.
+def folder_of(encoder: str, step: int) -> str:
+    """The name of the folder of a checkpoint's results."""
+    return f"step_{step:06d}" if encoder == "teacher" else encoder
 
-    Returns:
-      All entries that the files now hold.
+
+def write(base: pathlib.Path, entry: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
+    """Writes one result and its pictures, and the table anew; a result of the same place and name gives way.
+
+    Args:
+      pictures: uint8 [H, W] by "FOLDER/KEY" or "KEY".
 
     Raises:
-      UserError: the folder cannot be written, or its results.json is not one of ours.
+      UserError: the folder cannot be written, or holds a file that is no result.
     """
-    file = folder / "results.json"
+    place = base / folder_of(entry["checkpoint"]["encoder"], entry["checkpoint"]["step"])
     try:
-        kept = json.loads(file.read_text(encoding="utf-8"))["results"] if file.exists() else []
-        new = {_place(entry) for entry in entries}
-        results = [entry for entry in kept if _place(entry) not in new] + list(entries)
-        files.write(file, json.dumps({"results": results}, indent=2, allow_nan=False).encode() + b"\n")
-        files.write(folder / "results.csv", _csv(results).encode())
+        for key, values in pictures.items():
+            encoded = io.BytesIO()
+            Image.fromarray(values).save(encoded, "PNG")
+            files.write(place / entry["name"] / f"{key.split('/')[-1]}.png", encoded.getvalue())
+        content = json.dumps(entry, indent=1, allow_nan=False)
+        files.write(place / f"{entry['name']}.json", content.encode() + b"\n")
+        files.write(base / "results.csv", _csv(read(base)).encode())
+        _write_events(base / "tb", entry)
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; make room or choose another --output") from error
+        raise UserError(f"cannot write to {base}: {error.strerror}; make room or choose another --output") from error
+
+
+def read(base: pathlib.Path) -> list[dict[str, Any]]:
+    """All entries below `base`, by step, encoder and name. Raises UserError for a file that is no result."""
+    entries = [_entry(file) for file in base.glob("*/*.json")]
+    return sorted(entries, key=lambda e: (e["checkpoint"]["step"], e["checkpoint"]["encoder"], e["name"]))
+
+
+def read_one(base: pathlib.Path, encoder: str, step: int, name: str) -> dict[str, Any] | None:
+    """The entry of one result, None where there is none. Raises UserError for a file that is no result."""
+    file = base / folder_of(encoder, step) / f"{name}.json"
+    if not file.exists():
+        return None
+    return _entry(file)
+
+
+def _entry(file: pathlib.Path) -> dict[str, Any]:
+    try:
+        entry = json.loads(file.read_text(encoding="utf-8"))
+        if entry["checkpoint"]["step"] < 0 or not entry["spec"]["task"] or not entry["name"]:
+            raise ValueError
+        return entry
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is no file of results; move it away or choose another --output") from error
-    return results
+        raise UserError(f"{file} is no result of a probe; move it away or choose another --output") from error
 
 
-def write_events(folder: pathlib.Path, step: int, entries: Sequence[dict[str, Any]]) -> None:
-    """Appends each score as `probe/NAME` at `step` to the TensorBoard folder. Raises UserError as `write`."""
-    values = [
-        summary_pb2.Summary.Value(tag=f"probe/{name}", simple_value=score["value"])
-        for entry in entries
-        for name, score in entry["scores"].items()
-    ]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # tensorboardX names files by the second and writes over one that is there.
-        events = EventsWriter(str(folder / "events"), f".step{step}.{os.getpid()}.{time.time_ns()}")
-        events.write_event(event_pb2.Event(step=step, wall_time=time.time(), summary=summary_pb2.Summary(value=values)))
-        events.close()
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; make room or choose another --output") from error
-
-
-def table(entries: Sequence[dict[str, Any]]) -> str:
-    """The scores as lines of text: name, value, interval, and what was chosen without the test split."""
-    rows = [("score", "value", "95 % interval", "chosen on a part of the training split")]
+def markdown(entries: Sequence[dict[str, Any]]) -> str:
+    """The scores as a Markdown table, aligned to be read as it is."""
+    rows = [("result", "network", "step", "score", "value", "95 % interval", "seeds")]
     for entry in entries:
-        chosen = entry.get("chosen", "")
-        if isinstance(chosen, dict):
-            chosen = ", ".join(f"{name} {value}" for name, value in chosen.items())
-        for number, (name, score) in enumerate(entry["scores"].items()):
-            interval = f"{score['low']:.4f} to {score['high']:.4f}" if "low" in score else ""
-            rows.append((name, f"{score['value']:.4f}", interval, chosen if number == 0 else ""))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines)
-
-
-def _place(entry: dict[str, Any]) -> tuple:
-    """What two results of one folder may differ in; a second one of the same place takes the first one's."""
-    checkpoint = entry["checkpoint"]
-    return entry["task"], entry["data"]["name"], checkpoint["run"], checkpoint["step"], checkpoint["untrained"]
+        where = (entry["name"], entry["checkpoint"]["encoder"], str(entry["checkpoint"]["step"]))
+        if "failure" in entry:
+            rows.append((*where, "failed", "", "", entry["failure"]))
+        for name, score in entry.get("scores", {}).items():
+            interval = "" if score["low"] is None else f"{score['low']:.4f} - {score['high']:.4f}"
+            seeds = f"{len(score['seeds'])}, std {np.std(score['seeds']):.4f}" if len(score["seeds"]) > 1 else ""
+            rows.append((*where, name, f"{score['value']:.4f}", interval, seeds))
+    used = [column for column in range(len(rows[0])) if any(row[column] for row in rows[1:])]
+    widths = {column: max(len(row[column]) for row in rows) for column in used}
+    rows.insert(1, tuple("-" * widths.get(column, 0) for column in range(len(rows[0]))))
+    return "\n".join("| " + " | ".join(row[column].ljust(widths[column]) for column in used) + " |" for row in rows)
 
 
 def _csv(entries: Sequence[dict[str, Any]]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, _COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for entry in entries:
-        fields = entry["data"] | entry["checkpoint"] | {"data": entry["data"]["name"], "task": entry["task"]}
-        writer.writerows(fields | {"score": name} | score for name, score in entry["scores"].items())
+        fields = entry["data"] | entry["checkpoint"] | {key: entry[key] for key in ("name", "task")}
+        fields["data"] = entry["data"]["path"]
+        if "failure" in entry:
+            writer.writerow(fields | {"failure": entry["failure"]})
+        for name, score in entry.get("scores", {}).items():
+            writer.writerow(fields | score | {"score": name, "seeds": " ".join(map(str, score["seeds"]))})
     return text.getvalue()
+
+
+def _write_events(folder: pathlib.Path, entry: dict[str, Any]) -> None:
+    step, scores = entry["checkpoint"]["step"], entry.get("scores", {})
+    if entry["checkpoint"]["encoder"] == "pixels" or not scores:
+        return
+    values = [
+        summary_pb2.Summary.Value(tag=f"probe/{entry['name']}/{name}", simple_value=score["value"])
+        for name, score in scores.items()
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    # tensorboardX names files by the second and writes over one that is there.
+    events = EventsWriter(str(folder / "events"), f".step{step}.{os.getpid()}.{time.time_ns()}")
+    events.write_event(event_pb2.Event(step=step, wall_time=time.time(), summary=summary_pb2.Summary(value=values)))
+    events.close()

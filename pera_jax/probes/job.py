@@ -1,0 +1,241 @@
+"""One network judged by several tasks: opens the data, encodes it once, runs each task, writes each result."""
+
+import dataclasses
+import hashlib
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from pera_jax import checkpoint, distributed
+from pera_jax.bands import Bands
+from pera_jax.errors import UserError
+from pera_jax.probes import dense, features, results, scenes
+from pera_jax.probes.cache import Cache, digest
+from pera_jax.probes.labelled import Labelled
+from pera_jax.probes.samples import Samples, open_samples
+from pera_jax.probes.scores import Score
+from pera_jax.probes.specs import DENSE, TASKS, Spec
+
+ENCODERS = ("teacher", "untrained", "pixels")
+_DATES = {"segmentation": 1, "change": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """What is judged.
+
+    Attributes:
+      encoder: "teacher", "untrained" (as it was before the first step) or "pixels" (the baseline).
+      meta: of the checkpoint.
+      weights: SHA-256 of the backbone, "" of pixels.
+    """
+
+    encoder: str
+    run: str
+    step: int
+    meta: dict[str, Any]
+    weights: str
+    extractor: features.Extractor | features.Pixels
+
+    @classmethod
+    def of(cls, weights: checkpoint.Weights, run: str, encoder: str) -> "Network":
+        """The network of weights that are loaded."""
+        if encoder == "pixels":
+            return cls(encoder, run, 0, weights.meta, "", features.Pixels(weights.meta))
+        extractor = features.Extractor(weights.backbone, weights.meta)
+        return cls(encoder, run, weights.step, weights.meta, digest(weights.backbone), extractor)
+
+    def described(self) -> dict[str, Any]:
+        return {
+            "run": self.run, "step": self.step, "encoder": self.encoder, "weights": self.weights, "git": self.meta["git"],
+            "trained_on": self.meta["data"]["fingerprint"],
+        }  # fmt: skip
+
+
+def load_network(run: str, step: int | None, encoder: str) -> Network:
+    """Raises UserError: no such run, step or encoder."""
+    if encoder not in ENCODERS:
+        raise UserError(f"there is no encoder {encoder!r}; choose from {', '.join(ENCODERS)}")
+    return Network.of(checkpoint.load_weights(run, step, untrained=encoder != "teacher"), run, encoder)
+
+
+class Job:
+    """The data of all specs, opened and checked; what networks may be judged on.
+
+    With several hosts all hold one and call the same; each encodes a part, the first one writes.
+    """
+
+    def __init__(self, specs: Sequence[Spec], meta: dict[str, Any], base: pathlib.Path, batch_size: int = 256):
+        """
+        Args:
+          meta: of a checkpoint of the run; the others have the same bands and patch.
+          base: folder for results.
+          batch_size: images decoded at a time; changes no score.
+
+        Raises:
+          UserError: everything that is wrong with the data.
+        """
+        self.specs, self.base, self._batch_size = specs, base, batch_size
+        self._bands, self._cache = Bands.of(meta), Cache(base / "cache")
+        self._samples: dict[tuple[str, str, str], Samples] = {}
+        self._scenes: dict[str, scenes.Folder] = {}
+        for spec in specs:
+            if spec.task in DENSE:
+                self._scenes[spec.name] = scenes.load(
+                    spec.data, _DATES[spec.task], self._bands, spec.settings["folds"],
+                    spec.settings.get("class_names", ()), (spec.train_split, spec.test_split),
+                )  # fmt: skip
+            else:
+                features.check_image_size(_image_size(spec, meta), meta)
+                self._open(spec)
+
+    def judge(self, network: Network, spec: Spec) -> dict[str, Any]:
+        """Runs one task and writes its result.
+
+        Returns:
+          the entry, see `results`.
+
+        Raises:
+          UserError: data that the task cannot work on; features that are not finite; a folder that cannot be written.
+        """
+        began = time.perf_counter()
+        entry, data = self._described(network, spec), self._data(network, spec)
+        scores, details, pictures = {}, {}, {}
+        for name, value in TASKS[spec.task].run(data, dict(spec.settings)):
+            if isinstance(value, Score):
+                scores[name] = dataclasses.asdict(value) | {"seeds": list(value.seeds)}
+            elif isinstance(value, np.ndarray):
+                pictures[name] = value
+            else:
+                details[name] = value
+        entry |= {"scores": scores, "details": details, "seconds": round(time.perf_counter() - began, 1)}
+        return self._write(entry, pictures)
+
+    def failed(self, network: Network, spec: Spec, error: Exception) -> dict[str, Any]:
+        """Writes that a task has failed, and returns the entry."""
+        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        return self._write(self._described(network, spec) | {"failure": " ".join(text.split())}, {})
+
+    def forget(self) -> None:
+        """Removes the features that are kept."""
+        self._cache.clear()
+
+    def _write(self, entry, pictures):
+        if distributed.main_host():
+            results.write(self.base, entry, pictures)
+        distributed.meet("a result is written")
+        return entry
+
+    # ---------------------------------------------------------------- data
+
+    def _open(self, spec: Spec) -> tuple[Samples, Samples | None]:
+        for split in (spec.train_split, spec.test_split):
+            place = (spec.data, split, spec.labels)
+            if split and place not in self._samples:
+                samples = open_samples(*place)
+                self._bands.places(samples, samples.path)  # raises where a band is missing
+                self._samples[place] = samples
+        if spec.train_split == spec.test_split:
+            raise UserError(f"the training and the test split are both {spec.train_split!r}; a test needs images of its own")
+        train = self._samples[spec.data, spec.train_split, spec.labels]
+        test = self._samples[spec.data, spec.test_split, spec.labels] if spec.test_split else None
+        check_labels(train, test)
+        return train, test
+
+    def _data(self, network: Network, spec: Spec) -> Labelled | scenes.Dense:
+        if spec.task in DENSE:
+            return self._scenes[spec.name].dense(network.extractor.patch, self._tokens(network))
+        train, test = self._open(spec)
+        size = _image_size(spec, network.meta)
+        return Labelled(
+            self._features(network, train, size), self._features(network, test, size) if test else None,
+            train.labels, test.labels if test else None, train.class_names,
+        )  # fmt: skip
+
+    def _features(self, network: Network, samples: Samples, image_size: int) -> features.Features:
+        described = _of(network) | {"data": samples.fingerprint, "split": samples.split, "image_size": image_size}
+        make = lambda: vars(features.extract(network.extractor, samples, image_size, self._batch_size))  # noqa: E731
+        return features.Features(**self._cache.arrays(described, make))
+
+    def _tokens(self, network: Network) -> Callable[[np.ndarray, int, int], np.ndarray]:
+        def tokens(image, window, stride):
+            image = np.ascontiguousarray(image)
+            content = hashlib.sha256(image).hexdigest()
+            described = _of(network) | {"image": content, "shape": image.shape, "window": window, "stride": stride}
+            extractor = network.extractor
+            make = lambda: {"tokens": dense.encode(extractor.maps, image, extractor.patch, window, stride)}  # noqa: E731
+            return self._cache.arrays(described, make)["tokens"]
+
+        return tokens
+
+    def _described(self, network: Network, spec: Spec) -> dict[str, Any]:
+        """What an entry says of the checkpoint and the data."""
+        if spec.task in DENSE:
+            folder = self._scenes[spec.name]
+            trained, tested = ({place for fold in folder.folds for place in fold[part]} for part in (0, 1))
+            numbers, prints, names = (len(trained), len(tested)), folder.fingerprints, folder.class_names
+            size, data_name = 0, pathlib.Path(spec.data).resolve().name
+        else:
+            train, test = self._open(spec)
+            numbers = len(train), len(test) if test else len(train)
+            prints, names = (train.fingerprint, (test or train).fingerprint), train.class_names
+            size, data_name = _image_size(spec, network.meta), train.name
+        described = spec.described()
+        return {
+            "name": spec.name,
+            "task": spec.task,
+            "checkpoint": network.described() | {"image_size": size},
+            "data": {
+                "path": spec.data, "name": data_name, "train_split": spec.train_split, "test_split": spec.test_split,
+                "labels": spec.labels, "train_images": numbers[0], "test_images": numbers[1],
+                "train_fingerprint": prints[0], "test_fingerprint": prints[1], "class_names": list(names),
+            },
+            "settings": described["settings"],
+            "spec": described,
+        }  # fmt: skip
+
+
+def _of(network: Network) -> dict[str, Any]:
+    """What features depend on beside the images."""
+    return {"weights": network.weights, "encoder": network.encoder, "model": network.meta["model"],
+            **network.extractor.bands.described()}  # fmt: skip
+
+
+def _image_size(spec: Spec, meta: dict[str, Any]) -> int:
+    return spec.image_size or meta["model"]["image_size"]
+
+
+def check_labels(train: Samples, test: Samples | None) -> None:
+    """Raises UserError without classes, with images without a label, or with classes that differ."""
+    for samples in (train, test) if test else (train,):
+        if samples.class_names is None:
+            raise UserError(f"{samples.path} has no labels; convert class folders, or give a table with --labels")
+        if samples.labels.ndim == 1 and not (
+            (samples.labels >= 0) & (samples.labels < len(samples.class_names))
+        ).all():
+            wrong = samples.keys[int(np.argmax((samples.labels < 0) | (samples.labels >= len(samples.class_names))))]
+            raise UserError(
+                f"the image {wrong} of split {samples.split!r} of {samples.path} has none of the {len(samples.class_names)} "
+                "classes; leave such images out"
+            )
+    if test and test.class_names != train.class_names:
+        only = [f"{name} (in {there.split!r} only)" for there, other in ((train, test), (test, train))
+                for name in there.class_names if name not in other.class_names]  # fmt: skip
+        raise UserError(
+            f"{train.path} has other classes in {train.split!r} than in {test.split!r}: {', '.join(only)}; "
+            "both splits need the same class folders"
+        )
+    if train.labels.ndim == 2:
+        return
+    present = set(train.labels.tolist())
+    if len(present) < 2:
+        raise UserError(f"split {train.split!r} of {train.path} holds one class only; there is nothing to tell apart")
+    lacking = set(test.labels.tolist()) - present if test else ()
+    if lacking:
+        raise UserError(
+            f"split {train.split!r} of {train.path} has no image of {', '.join(train.class_names[c] for c in sorted(lacking))}, "
+            f"which {test.split!r} has; convert both splits from folders of the same classes"
+        )

@@ -1,0 +1,168 @@
+"""Labelled images of one split, wherever they lie: shards, class folders, or a data set of TFDS.
+
+A data set is named by
+    shards/aid              a folder of shards (info.json); the split is one of its splits
+    aid                     a folder of folders: aid/SPLIT/CLASS/NAME.jpg
+    tfds:eurosat/rgb        what TFDS prepared, by name or folder (tfds:/data/eurosat/rgb/2.0.0); the split as TFDS writes
+                            it, train[:80%]
+With a table of labels the images of a folder lie anywhere below aid/SPLIT, and labels of other data sets are replaced:
+CSV with the columns `key` (what the images are called) and `label` (the name of the class), or `key` and a column of 0
+and 1 for each class: several labels for an image.
+"""
+
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from pera_jax.data import codecs, records
+from pera_jax.errors import UserError
+from pera_jax.probes import folders
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """
+    Attributes:
+      bands, dtype: of the stored values.
+      class_names: None without classes.
+      fingerprint: SHA-256 over the images, keys and labels.
+      keys: what each image is called.
+      labels: int64 [N], -1 for none; or bool [N, classes]: several labels for an image.
+      raw: reads image i; one thread at a time.
+      decode: makes of it stored values [H, W, C] of all bands; any number of threads. Raises ImageDecodeError.
+    """
+
+    name: str
+    path: str
+    split: str
+    bands: tuple[str, ...]
+    dtype: str
+    class_names: tuple[str, ...] | None
+    fingerprint: str
+    keys: Sequence[str]
+    labels: np.ndarray
+    raw: Callable[[int], Any]
+    decode: Callable[[Any], np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def open_samples(data: str, split: str, labels: str = "") -> Samples:
+    """Opens a split.
+
+    Args:
+      data: see the module.
+      labels: the file of a table of labels, "" for none.
+
+    Raises:
+      UserError: nothing there, no such split, damaged shards, a label without an image or the reverse.
+    """
+    if data.startswith("tfds:"):
+        samples = _from_tfds(data, split)
+    elif (pathlib.Path(data) / records.INFO_FILE).is_file():
+        samples = _from_shards(data, split)
+    elif pathlib.Path(data).is_dir():
+        samples = _from_folder(data, split, with_classes=not labels)
+    else:
+        raise UserError(f"the data set {data} does not exist; name a folder of shards, of class folders, or tfds:NAME")
+    return _relabelled(samples, labels) if labels else samples
+
+
+def of_source(source: records.RecordSource) -> Samples:
+    """The samples of a split of shards that is open. Raises UserError for a damaged record."""
+
+    def raw(index):
+        try:
+            return records.decode_record(source.read(index))
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"record {index} of {source.path} is damaged; copy or convert it anew") from error
+
+    info = source.info
+    keys, labels = [], []
+    for record in map(raw, range(len(source))):
+        keys.append(record.key)
+        labels.append(record.label)
+    return Samples(
+        info.name, str(source.path), source.split, tuple(info.bands), info.dtype,
+        None if info.class_names is None else tuple(info.class_names), source.split_info.fingerprint, keys,
+        np.array(labels, np.int64), raw,
+        lambda record: codecs.decode_bands(record.image, info, range(len(info.bands))),
+    )  # fmt: skip
+
+
+def _from_shards(data: str, split: str) -> Samples:
+    return of_source(records.open_split(data, split))
+
+
+def _from_folder(data: str, split: str, with_classes: bool) -> Samples:
+    found = folders.list_images(pathlib.Path(data), split, with_classes)
+    bands, dtype = folders.bands_of(found.files[0])
+
+    def decode(encoded):
+        pixels = codecs.decode_image(encoded)
+        if pixels.shape[2] != len(bands) or pixels.dtype != dtype:
+            raise codecs.ImageDecodeError(f"{pixels.shape[2]} bands of {pixels.dtype} instead of {len(bands)} of {dtype}")
+        return pixels
+
+    def raw(index):
+        try:
+            return found.files[index].read_bytes()
+        except OSError as error:
+            raise UserError(f"{found.files[index]} cannot be read: {error.strerror}; mend or remove it") from error
+
+    return Samples(
+        pathlib.Path(data).resolve().name, data, split, bands, dtype, found.class_names,
+        folders.fingerprint(found), found.keys, found.labels, raw, decode,
+    )  # fmt: skip
+
+
+def _from_tfds(data: str, split: str) -> Samples:
+    from pera_jax.data import tfds_sets  # takes seconds to import
+
+    builder = tfds_sets.open_dataset(data.removeprefix("tfds:"))
+    pieces = tfds_sets.pieces(builder, split)
+    try:
+        image, label = tfds_sets.pick_image(builder), tfds_sets.pick_label(builder)
+    except UserError as error:
+        raise UserError(f"{error} of python -m data_prep.tfds, and probe the shards that it writes") from error
+    bands, dtype = tfds_sets.bands_of(image, tfds_sets.feature_of(builder, image))
+    names = None if label is None else tuple(tfds_sets.feature_of(builder, label).names)
+    place = str(builder.data_dir)
+    keys, labels, digest = [], [], hashlib.sha256(builder.info.full_name.encode())
+    read = lambda index: tfds_sets.read(place, split, image, label, index)  # noqa: E731
+    for shard, _, _, skip, take in pieces:
+        keys += [f"{shard}__{skip + index}" for index in range(take)]
+    for index in range(len(keys)):
+        example = _read_tfds(read, index, data)
+        labels.append(-1 if label is None else int(example[label]))
+        digest.update(_bytes_of(example[image]) + labels[-1].to_bytes(8, "little", signed=True))
+
+    def decode(value):
+        return codecs.decode_image(value) if isinstance(value, bytes) else value
+
+    return Samples(
+        builder.info.name, data, split, tuple(bands), dtype, names, digest.hexdigest(), keys, np.array(labels, np.int64),
+        lambda index: _read_tfds(read, index, data)[image], decode,
+    )  # fmt: skip
+
+
+def _read_tfds(read, index, data):
+    try:
+        return read(index)
+    except codecs.ImageDecodeError as error:
+        raise UserError(f"example {index} of {data} {error}; prepare it anew") from error
+
+
+def _bytes_of(value: bytes | np.ndarray) -> bytes:
+    return value if isinstance(value, bytes) else value.tobytes()
+
+
+def _relabelled(samples: Samples, labels: str) -> Samples:
+    class_names, values, digest = folders.read_labels(pathlib.Path(labels), samples.keys)
+    fingerprint = hashlib.sha256(f"{samples.fingerprint} {digest}".encode()).hexdigest()
+    return dataclasses.replace(samples, class_names=class_names, labels=values, fingerprint=fingerprint)
