@@ -15,7 +15,7 @@ from pera_jax.errors import UserError
 from pera_jax.probes import dense, features, results, scenes
 from pera_jax.probes.cache import Cache, digest
 from pera_jax.probes.labelled import Labelled
-from pera_jax.probes.samples import Samples, open_samples
+from pera_jax.probes.samples import Samples, check_labels, open_samples
 from pera_jax.probes.scores import Score
 from pera_jax.probes.specs import DENSE, TASKS, Spec
 
@@ -206,36 +206,3 @@ def _of(network: Network) -> dict[str, Any]:
 
 def _image_size(spec: Spec, meta: dict[str, Any]) -> int:
     return spec.image_size or meta["model"]["image_size"]
-
-
-def check_labels(train: Samples, test: Samples | None) -> None:
-    """Raises UserError without classes, with images without a label, or with classes that differ."""
-    for samples in (train, test) if test else (train,):
-        if samples.class_names is None:
-            raise UserError(f"{samples.path} has no labels; convert class folders, or give a table with --labels")
-        if samples.labels.ndim == 1 and not (
-            (samples.labels >= 0) & (samples.labels < len(samples.class_names))
-        ).all():
-            wrong = samples.keys[int(np.argmax((samples.labels < 0) | (samples.labels >= len(samples.class_names))))]
-            raise UserError(
-                f"the image {wrong} of split {samples.split!r} of {samples.path} has none of the {len(samples.class_names)} "
-                "classes; leave such images out"
-            )
-    if test and test.class_names != train.class_names:
-        only = [f"{name} (in {there.split!r} only)" for there, other in ((train, test), (test, train))
-                for name in there.class_names if name not in other.class_names]  # fmt: skip
-        raise UserError(
-            f"{train.path} has other classes in {train.split!r} than in {test.split!r}: {', '.join(only)}; "
-            "both splits need the same class folders"
-        )
-    if train.labels.ndim == 2:
-        return
-    present = set(train.labels.tolist())
-    if len(present) < 2:
-        raise UserError(f"split {train.split!r} of {train.path} holds one class only; there is nothing to tell apart")
-    lacking = set(test.labels.tolist()) - present if test else ()
-    if lacking:
-        raise UserError(
-            f"split {train.split!r} of {train.path} has no image of {', '.join(train.class_names[c] for c in sorted(lacking))}, "
-            f"which {test.split!r} has; convert both splits from folders of the same classes"
-        )

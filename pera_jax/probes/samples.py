@@ -166,3 +166,36 @@ def _relabelled(samples: Samples, labels: str) -> Samples:
     class_names, values, digest = folders.read_labels(pathlib.Path(labels), samples.keys)
     fingerprint = hashlib.sha256(f"{samples.fingerprint} {digest}".encode()).hexdigest()
     return dataclasses.replace(samples, class_names=class_names, labels=values, fingerprint=fingerprint)
+
+
+def check_labels(train: Samples, test: Samples | None) -> None:
+    """Raises UserError without classes, with images without a label, or with classes that differ."""
+    for samples in (train, test) if test else (train,):
+        if samples.class_names is None:
+            raise UserError(f"{samples.path} has no labels; convert class folders, or give a table with --labels")
+        if samples.labels.ndim == 1 and not (
+            (samples.labels >= 0) & (samples.labels < len(samples.class_names))
+        ).all():
+            wrong = samples.keys[int(np.argmax((samples.labels < 0) | (samples.labels >= len(samples.class_names))))]
+            raise UserError(
+                f"the image {wrong} of split {samples.split!r} of {samples.path} has none of the {len(samples.class_names)} "
+                "classes; leave such images out"
+            )
+    if test and test.class_names != train.class_names:
+        only = [f"{name} (in {there.split!r} only)" for there, other in ((train, test), (test, train))
+                for name in there.class_names if name not in other.class_names]  # fmt: skip
+        raise UserError(
+            f"{train.path} has other classes in {train.split!r} than in {test.split!r}: {', '.join(only)}; "
+            "both splits need the same class folders"
+        )
+    if train.labels.ndim == 2:
+        return
+    present = set(train.labels.tolist())
+    if len(present) < 2:
+        raise UserError(f"split {train.split!r} of {train.path} holds one class only; there is nothing to tell apart")
+    lacking = set(test.labels.tolist()) - present if test else ()
+    if lacking:
+        raise UserError(
+            f"split {train.split!r} of {train.path} has no image of {', '.join(train.class_names[c] for c in sorted(lacking))}, "
+            f"which {test.split!r} has; convert both splits from folders of the same classes"
+        )

@@ -1,0 +1,135 @@
+"""Labelled images from shards, class folders, tables of labels and TFDS: the same images, one sentence for each fault."""
+
+import io
+import pathlib
+import shutil
+
+import labelled_toys
+import numpy as np
+import pytest
+from PIL import Image
+
+from pera_jax.data import codecs
+from pera_jax.errors import UserError
+from pera_jax.probes import samples
+
+LABELS = {"train": [0, 1, 2, 2, 1], "test": [2, 0, 1]}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> str:
+    return str(labelled_toys.write_shards(tmp_path_factory.mktemp("shards") / "small", LABELS))
+
+
+@pytest.fixture
+def folders(tmp_path) -> pathlib.Path:
+    return labelled_toys.write_folders(tmp_path / "small", LABELS)
+
+
+def images(found: samples.Samples) -> list[np.ndarray]:
+    return [found.decode(found.raw(index)) for index in range(len(found))]
+
+
+def test_shards_and_class_folders_hold_the_same(shards, folders):
+    for split, labels in LABELS.items():
+        stored, loose = samples.open_samples(shards, split), samples.open_samples(str(folders), split)
+        order = [int(pathlib.Path(key).stem) for key in loose.keys]  # class folders come class by class
+        assert stored.labels.tolist() == labels and loose.labels.tolist() == [labels[i] for i in order]
+        assert stored.class_names == loose.class_names == tuple(labelled_toys.CLASSES)
+        assert (stored.bands, stored.dtype) == (loose.bands, loose.dtype)
+        expected = [np.asarray(Image.open(io.BytesIO(raw))) for raw in labelled_toys.pictures(labels)]
+        for index, image in zip(order, images(loose), strict=True):
+            np.testing.assert_array_equal(image, expected[index])
+        for image, wanted in zip(images(stored), expected, strict=True):
+            np.testing.assert_array_equal(image, wanted)
+
+
+def test_fingerprints_follow_images_keys_and_labels(folders, tmp_path):
+    first = samples.open_samples(str(folders), "train").fingerprint
+    assert samples.open_samples(str(folders), "train").fingerprint == first
+    other = pathlib.Path(shutil.copytree(folders, tmp_path / "other"))
+    assert samples.open_samples(str(other), "train").fingerprint == first  # wherever it lies
+    (other / "train/stripes/2.png").rename(other / "train/plain/2.png")
+    assert samples.open_samples(str(other), "train").fingerprint != first
+    (other / "train/plain/2.png").rename(other / "train/stripes/2.png")
+    file = other / "train/dots/0.png"
+    file.write_bytes(file.read_bytes() + b"\0")
+    assert samples.open_samples(str(other), "train").fingerprint != first
+
+
+def test_tables_of_labels(shards, folders, tmp_path):
+    table = tmp_path / "labels.csv"
+    table.write_text("water,key,road\n1,0.png,0\n1,1.png,1\n0,2.png,0\n0,3.png,1\n0,4.png,1\n1,other.png,1\n")
+    found = samples.open_samples(shards, "train", str(table))
+    assert found.class_names == ("water", "road")
+    assert found.labels.tolist() == [[True, False], [True, True], [False, False], [False, True], [False, True]]
+    assert found.fingerprint != samples.open_samples(shards, "train").fingerprint
+    table.write_text("key,label\n" + "".join(f"{folder}/{i}.png,{i % 2}\n" for folder in labelled_toys.CLASSES for i in range(5)))
+    found = samples.open_samples(str(folders), "train", str(table))
+    assert found.class_names == ("0", "1")
+    assert found.labels.tolist() == [int(pathlib.Path(key).stem) % 2 for key in found.keys]
+
+
+def test_other_dtypes_and_bands(tmp_path):
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in "ab":
+            (tmp_path / split / name).mkdir(parents=True)
+            pixels = rng.integers(0, 5000, (20, 24, 5), np.uint16)
+            (tmp_path / split / name / "1.tif").write_bytes(codecs.encode_tiff(pixels))
+    found = samples.open_samples(str(tmp_path), "train")
+    assert (found.bands, found.dtype) == (tuple(f"band_{n}" for n in range(1, 6)), "uint16")
+    assert images(found)[1].shape == (20, 24, 5)
+    (tmp_path / "train" / "b" / "1.tif").write_bytes(codecs.encode_tiff(np.zeros((20, 24, 4), np.uint16)))
+    with pytest.raises(codecs.ImageDecodeError, match="4 bands of uint16 instead of 5"):
+        images(samples.open_samples(str(tmp_path), "train"))
+
+
+def _move(source: str, target: str):
+    def change(folder):
+        (folder / target).parent.mkdir(parents=True, exist_ok=True)
+        (folder / source).rename(folder / target)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (_move("test/plain/2.png", "test/forest/2.png"), "small has other classes in 'train' than in 'test': plain .* forest"),
+        (_move("train", "training"), "has no folder 'train' for the split; it has test, training"),
+        (_move("train/dots/0.png", "train/0.png"), "train/0.png lies in no class folder"),
+        (lambda folder: (folder / "train" / "water").mkdir(), "train/water holds no image"),
+        (lambda folder: shutil.rmtree(folder / "test") or (folder / "test").mkdir(), "test holds no image"),
+        (lambda folder: shutil.rmtree(folder), "does not exist"),
+        (lambda folder: (folder / "train/dots/0.png").write_bytes(b"x"), "dots/0.png cannot be read as an image"),
+    ],
+)
+def test_bad_folders(folders, change, sentence):
+    change(folders)
+    for split in LABELS:  # the folder of a class goes with its last image
+        for place in (folders / split).glob("*") if (folders / split).is_dir() else ():
+            if place.is_dir() and not any(place.iterdir()) and place.name != "water":
+                place.rmdir()
+    with pytest.raises(UserError, match=sentence):
+        samples.check_labels(*(samples.open_samples(str(folders), split) for split in LABELS))
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "cannot be read"),
+        ("name,label\n", "must have the column key"),
+        ("key\n", "must have the column key"),
+        ("key,label\n0.png,a\n", "has no label for the image 1.png and 3 others"),
+        ("key,label\n0.png,a,b\n", "line 2 .* has 3 cells instead of 2"),
+        ("key,label\n0.png,a\n0.png,a\n", "line 3 .* is the second one of 0.png"),
+        ("key,a,b\n" + "".join(f"{i}.png,0,2\n" for i in range(5)), "has '2' for the image 0.png, which is neither"),
+    ],
+)
+def test_bad_tables(shards, tmp_path, content, sentence):
+    table = tmp_path / "labels.csv"
+    if content is not None:
+        table.write_text(content)
+    with pytest.raises(UserError, match=sentence):
+        samples.open_samples(shards, "train", str(table))
