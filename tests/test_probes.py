@@ -1,7 +1,6 @@
-"""The probe and the report on a small run and data set: what scores may depend on, what is written, bad input."""
+"""The probe job on a small run and data set: what scores may depend on, what is written, bad input."""
 
 import csv
-import dataclasses
 import functools
 import io
 import json
@@ -9,118 +8,77 @@ import pathlib
 import re
 
 import jax
+import labelled_toys
 import numpy as np
 import pytest
-from array_record.python import array_record_module
+from labelled_toys import CLASSES, write_shards
 from PIL import Image
 from tensorboardX.proto import event_pb2
 
-from pera_jax import checkpoint, errors, probe, report, run_meta
-from pera_jax import config as configs
-from pera_jax import step as steps
+from pera_jax import checkpoint, errors, probe
 from pera_jax.bands import Bands
-from pera_jax.data import codecs, records
-from pera_jax.data import crops as geometry
-from pera_jax.errors import UserError
 from pera_jax.models import vit
-from pera_jax.objectives import pera
-from pera_jax.probes import features, linear, results
+from pera_jax.probes import features, folders, results, samples, specs
 
-CLASSES = ["dots", "plain", "stripes"]
-
-
-def picture(label: int, rng: np.random.Generator) -> Image.Image:
-    height, width = rng.integers(50, 90, 2)
-    pixels = rng.integers(60, 120, (height, width, 3), dtype=np.uint8)
-    if label == 0:
-        pixels[::6, ::6] = 255
-    if label == 2:
-        pixels[:, ::8] //= 3
-    return Image.fromarray(pixels)
-
-
-def write_data(folder: pathlib.Path, labels: dict[str, list], class_names=CLASSES, bands=None) -> pathlib.Path:
-    """A data set folder with one PNG per label and split."""
-    folder.mkdir()
-    splits = {}
-    for split, values in labels.items():
-        name = f"{split}.array_record"
-        writer = array_record_module.ArrayRecordWriter(str(folder / name), "group_size:1,uncompressed")
-        rng = np.random.default_rng(len(values))
-        for index, label in enumerate(values):
-            file = io.BytesIO()
-            picture(label or 0, rng).save(file, "PNG")
-            writer.write(records.encode_record(file.getvalue(), f"{index}.png", label))
-        writer.close()
-        size = (folder / name).stat().st_size
-        splits[split] = records.SplitInfo(
-            len(values), [name], [len(values)], [size], [[0.0, 255.0]] * 3, [0.4] * 3, [0.1] * 3, {}, split, ""
-        )
-    bands = bands or ["red", "green", "blue"]
-    info = records.DatasetInfo("small", bands, "uint8", class_names, False, records.FORMAT_VERSION, splits)
-    (folder / records.INFO_FILE).write_text(json.dumps(dataclasses.asdict(info)))
-    return folder
+QUICK = ("knn", "--set", "knn.k=(5,20)")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> pathlib.Path:
     labels = {"train": [0, 1, 2] * 15, "test": [0, 1, 2] * 7, "few": [0, 1] * 6, "part": [0, 1, 1] * 10}
-    return write_data(tmp_path_factory.mktemp("data") / "small", labels)
+    return write_shards(tmp_path_factory.mktemp("data") / "small", labels)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> pathlib.Path:
-    """A run with checkpoints of steps 4 and 12, both of a network as it is at birth, but for another seed at 12."""
-    workdir = tmp_path_factory.mktemp("run")
-    config = configs.smoke(configs.default())
-    objective = pera.from_config(config, Bands.plain(mean=0.4, std=0.1))
-    card = {"name": "small", "fingerprint": "train", "class_names": CLASSES}
-    meta = run_meta.describe(config, objective, card)
-    store = checkpoint.Store(str(workdir), keep_last=5, keep_every=100)
-    optimiser = steps.make_optimiser(config.optimiser)
-    birth = jax.jit(lambda seed: steps.new_state(objective, optimiser, seed))
-    for step, seed in ((4, config.seed), (12, 77)):
-        state = birth(seed)
-        store.save(state.replace(step=jax.numpy.int32(step)), meta, {"batches": step, "replaced": 0})
-    store.close()
-    return workdir
+    return labelled_toys.write_run(tmp_path_factory.mktemp("run"))
 
 
 def test_features_are_the_networks_tokens(run, data):
-    weights, source = checkpoint.load_weights(run), records.open_split(data, "test")
+    weights, found = checkpoint.load_weights(run), samples.open_samples(str(data), "test")
     extractor = features.Extractor(weights.backbone, weights.meta)
-    found = features.extract(extractor, source, Bands.of(weights.meta), 40, batch_size=5)
-    raw = [records.decode_record(source.read(index)) for index in range(len(source))]
-    assert found.labels.tolist() == [record.label for record in raw]
-    images = np.empty((len(raw), 40, 40, 3), np.uint8)
-    for out, record in zip(images, raw, strict=True):
-        whole = geometry.Image(codecs.decode_image(record.image))
-        geometry.crop_resize(whole, geometry.Box(0, 0, whole.height, whole.width), 40, False, False, out)
+    got = features.extract(extractor, found, 40, batch_size=5)
+    images = np.stack([features.resized(found.decode(found.raw(index)), 40) for index in range(len(found))])
     normalised = (images / 255.0 - 0.4) / 0.1
     model = vit.build(weights.meta["model"])
     encode = jax.jit(lambda images: model.apply({"params": weights.backbone}, images, blocks=4))
     tokens = encode(normalised.astype(np.float32))
-    np.testing.assert_allclose(found.class_tokens[:, -1], tokens["class_token"], atol=1e-5)
-    np.testing.assert_allclose(found.patch_means[:, -1], tokens["patch_tokens"].mean(axis=1), atol=1e-5)
-    np.testing.assert_allclose(found.class_tokens[:, 0], tokens["blocks"][0][:, 0], atol=1e-5)
-    assert found.concatenated(4, True).shape == (21, 4 * 2 * 32)
-    np.testing.assert_array_equal(found.concatenated(1, False), found.class_tokens[:, -1])
+    np.testing.assert_allclose(got.class_tokens[:, -1], tokens["class_token"], atol=1e-5)
+    np.testing.assert_allclose(got.patch_means[:, -1], tokens["patch_tokens"].mean(axis=1), atol=1e-5)
+    np.testing.assert_allclose(got.class_tokens[:, 0], tokens["blocks"][0][:, 0], atol=1e-5)
+    assert got.concatenated(4, True).shape == (21, 4 * 2 * 32)
+    np.testing.assert_array_equal(got.concatenated(1, False), got.class_tokens[:, -1])
+    maps = extractor.maps(images[:, :24])  # [21, 4, 3, 5, 32], not square
+    tokens = encode(normalised[:, :24].astype(np.float32))
+    np.testing.assert_allclose(maps[:, -1].reshape(21, 15, 32), tokens["patch_tokens"], atol=1e-5)
+
+
+def test_the_baseline_knows_colours_only(run):
+    meta = checkpoint.load_weights(run).meta
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 24, 3), np.uint8)
+    pixels, patch = features.Pixels(meta), (images[:, 8:16, 16:24] / 255).reshape(3, 64, 3)
+    assert pixels.maps(images).shape == (3, 1, 2, 3, 6)
+    wanted = np.concatenate([patch.mean(axis=1), patch.std(axis=1)], axis=1)
+    np.testing.assert_allclose(pixels.maps(images)[:, 0, 1, 2], wanted, atol=1e-6)
+    whole = (images / 255).reshape(3, -1, 3)
+    np.testing.assert_allclose(
+        pixels(images).class_tokens[:, 0], np.concatenate([whole.mean(axis=1), whole.std(axis=1)], axis=1), atol=1e-6
+    )
 
 
 def test_padding_never_counts(run, data):
     """Same features, hence scores, for every batch size and number of devices; 45 and 21 images fill no batch."""
-    weights, source = checkpoint.load_weights(run), records.open_split(data, "train")
+    weights, found = checkpoint.load_weights(run), samples.open_samples(str(data), "train")
     extracted = {}
     for devices in (1, 8):
         extractor = features.Extractor(weights.backbone, weights.meta, jax.devices()[:devices])
         for batch in (7, 32, 100):
-            extracted[devices, batch] = features.extract(extractor, source, Bands.of(weights.meta), 48, batch)
+            extracted[devices, batch] = features.extract(extractor, found, 48, batch)
     first = extracted[1, 7]
     assert first.class_tokens.shape == (45, 4, 32)
-    for found in extracted.values():
-        np.testing.assert_allclose(found.class_tokens, first.class_tokens, atol=1e-5)
-        np.testing.assert_allclose(found.patch_means, first.patch_means, atol=1e-5)
-        np.testing.assert_array_equal(found.labels, first.labels)
+    for got in extracted.values():
+        np.testing.assert_allclose(got.class_tokens, first.class_tokens, atol=1e-5)
+        np.testing.assert_allclose(got.patch_means, first.patch_means, atol=1e-5)
 
 
 def tags_of(folder: pathlib.Path) -> dict[str, list[int]]:
@@ -137,57 +95,82 @@ def tags_of(folder: pathlib.Path) -> dict[str, list[int]]:
     return tags
 
 
-def test_the_job_writes_what_it_found(run, data, capsys, monkeypatch):
-    monkeypatch.setattr(linear, "STEPS", 200)
-    command = ["--run", str(run), "--data", str(data)]
-    outputs = {}
+def entry_of(base: pathlib.Path, place: str) -> dict:
+    return json.loads((base / f"{place}.json").read_text())
+
+
+def test_the_job_writes_what_it_found(run, data, capsys):
+    base = run / "probe"
+    command = ["--run", str(run), "--data", str(data), "--image-size", "48"]
+    linear = ["--tasks", "knn,linear", "--set", "knn.k=(5,20)", "--set", "linear.seeds=(0,1)"]
+    entries = {}
     for batch in ("7", "32"):
-        probe.main([*command, "--tasks", "knn,linear", "--batch-size", batch])
-        outputs[batch] = json.loads((run / "probe/step_000012/results.json").read_text())["results"]
-    assert outputs["7"] == outputs["32"]
-    probe.main([*command, "--tasks", "colour"])
-    probe.main([*command, "--tasks", "knn", "--untrained"])
+        probe.main([*command, *linear, "--batch-size", batch, "--output", str(run / f"batch_{batch}")])
+        entries[batch] = [entry_of(run / f"batch_{batch}", f"step_000012/{name}") for name in ("knn", "linear")]
+    for one, other in zip(*entries.values(), strict=True):
+        assert one["scores"] == other["scores"] and one["details"] == other["details"]
+    probe.main([*command, "--tasks", *QUICK])
+    probe.main([*command, "--tasks", *QUICK, "--encoder", "untrained"])
+    probe.main([*command, "--tasks", *QUICK, "--encoder", "pixels"])
 
-    entries = {e["task"]: e for e in json.loads((run / "probe/step_000012/results.json").read_text())["results"]}
-    assert sorted(entries) == ["colour", "knn", "linear"]  # the later command kept what the earlier one had found
-    assert entries["knn"]["checkpoint"]["step"] == 12 and not entries["knn"]["checkpoint"]["untrained"]
-    assert entries["knn"]["data"]["test_fingerprint"] == "test" and entries["knn"]["data"]["train_images"] == 45
-    assert entries["linear"]["chosen"]["variant"] in ("class_1", "class_mean_1", "class_4", "class_mean_4")
+    knn, linear = entries["32"]
+    assert knn["checkpoint"]["step"] == 12 and knn["checkpoint"]["encoder"] == "teacher"
+    assert knn["data"]["test_fingerprint"] == "test" and knn["data"]["train_images"] == 45
+    assert knn["settings"]["k"] == [5, 20] and linear["settings"]["seeds"] == [0, 1]
     # Stripes and dots against plain ground: the tokens of a network at birth tell them apart, far better than chance.
-    assert entries["linear"]["scores"]["linear"]["value"] > 0.6
-    for entry in entries.values():
-        for score in entry["scores"].values():
-            assert score.get("low", 0.0) <= score["value"] <= score.get("high", 1.0)
-    rows = list(csv.DictReader((run / "probe/step_000012/results.csv").open()))
-    assert {row["score"]: float(row["value"]) for row in rows} == {
-        name: score["value"] for entry in entries.values() for name, score in entry["scores"].items()
-    }
-    untrained = json.loads((run / "probe/step_000000_untrained/results.json").read_text())["results"]
-    assert untrained[0]["checkpoint"]["untrained"] and untrained[0]["checkpoint"]["step"] == 0
-    tags = tags_of(run / "tb_probe")
-    assert sorted(tags["probe/knn20"]) == [0, 12, 12] and tags["probe/colour"] == [12]
-    printed = capsys.readouterr().out
-    for name in ("knn20 ", "knn20_class", "linear", "linear_macro_f1", "colour"):
-        assert name in printed
+    assert linear["scores"]["linear"]["value"] > 0.6 and len(linear["scores"]["linear"]["seeds"]) == 2
+    for entry in (knn, linear):
+        for name, score in entry["scores"].items():
+            assert name.startswith(entry["task"]) and score["low"] <= score["value"] <= score["high"]
+    rows = list(csv.DictReader((base / "results.csv").open()))
+    wanted = [entry_of(base, f"{place}/knn") for place in ("pixels", "untrained", "step_000012")]
+    assert [(row["encoder"], row["score"], float(row["value"])) for row in rows] == [
+        (entry["checkpoint"]["encoder"], name, score["value"]) for entry in wanted for name, score in entry["scores"].items()
+    ]
+    tags = tags_of(base / "tb")
+    assert tags["probe/knn/knn20"] == [0, 12] or sorted(tags["probe/knn/knn20"]) == [0, 12]  # pixels are no step of the run
+    capsys.readouterr()
+    probe.main(["--run", str(run), "--show"])
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].startswith("| result") and len(shown) == 2 + len(rows) and len({len(line) for line in shown}) == 1
     # The weights of step 4 are those that the stored seed makes, so step 4 and the untrained network score the same.
-    probe.main([*command, "--tasks", "knn", "--step", "4", "--output", str(run / "four")])
-    four = json.loads((run / "four/results.json").read_text())["results"]
-    assert four[0]["scores"] == untrained[0]["scores"] and four[0]["held_out"] == untrained[0]["held_out"]
+    probe.main([*command, "--tasks", *QUICK, "--step", "4", "--output", str(run / "four")])
+    four, untrained = entry_of(run / "four", "step_000004/knn"), entry_of(base, "untrained/knn")
+    assert four["scores"] == untrained["scores"] and four["details"] == untrained["details"]
+    assert four["checkpoint"]["weights"] == untrained["checkpoint"]["weights"] != knn["checkpoint"]["weights"]
 
 
-def test_results_of_others_are_kept_and_foreign_files_refused(tmp_path):
-    def entry(task, step, value):
-        place = {"run": "r", "step": step, "untrained": False}
-        return {"task": task, "checkpoint": place, "data": {"name": "d"}, "scores": {task: {"value": value}}}
+def test_features_are_encoded_once(run, data, monkeypatch, tmp_path):
+    """A second task, and a second command, take them from the cache; another image size or other data does not."""
+    calls = []
+    extract = features.extract
+    monkeypatch.setattr(features, "extract", lambda *args: calls.append(args[2]) or extract(*args))
+    command = ["--run", str(run), "--output", str(tmp_path), "--set", "knn.k=(5,)", "--tasks", "knn"]
+    for _ in range(2):
+        probe.main([*command, "--data", str(data)])
+    assert calls == [48, 48]  # the training and the test split
+    probe.main([*command, "--data", str(data), "--image-size", "40"])
+    probe.main([*command, "--data", str(data), "--encoder", "pixels"])
+    probe.main([*command, "--data", str(data), "--step", "4"])
+    assert calls == [48, 48, 40, 40, 48, 48, 48, 48]
+    for file in (tmp_path / "cache").glob("*/class_tokens.npy"):  # cut off, as by a full disk
+        file.write_bytes(file.read_bytes()[:100])
+    before = entry_of(tmp_path, "step_000004/knn")
+    probe.main([*command, "--data", str(data), "--step", "4"])
+    assert len(calls) == 10 and entry_of(tmp_path, "step_000004/knn")["scores"] == before["scores"]
 
-    results.write(tmp_path, [entry("a", 1, 0.1), entry("b", 1, 0.2)])
-    results.write(tmp_path, [entry("b", 1, 0.3), entry("b", 2, 0.4)])
-    kept = json.loads((tmp_path / "results.json").read_text())["results"]
-    assert [e["scores"] for e in kept] == [{"a": {"value": 0.1}}, {"b": {"value": 0.3}}, {"b": {"value": 0.4}}]
-    (tmp_path / "results.json").write_text("[]")
-    with pytest.raises(UserError, match="no file of results"):
-        results.write(tmp_path, [entry("a", 1, 0.1)])
-    assert (tmp_path / "results.json").read_text() == "[]"
+
+def test_a_config_names_several_tasks(run, data, tmp_path):
+    config = tmp_path / "tasks.py"
+    config.write_text(
+        "from ml_collections import ConfigDict\n"
+        "def get_config(argument=None):\n"
+        f"    common = dict(task='knn', data={str(data)!r}, k=(5,))\n"
+        "    return ConfigDict(dict(tasks=dict(small=common, large=dict(common, image_size=96))))\n"
+    )
+    probe.main(["--run", str(run), "--config", str(config), "--set", "large.image_size=64", "--output", str(tmp_path / "out")])
+    sizes = {name: entry_of(tmp_path / "out", f"step_000012/{name}")["checkpoint"]["image_size"] for name in ("small", "large")}
+    assert sizes == {"small": 48, "large": 64}
 
 
 # ---------------------------------------------------------------- bad input
@@ -202,20 +185,26 @@ def test_results_of_others_are_kept_and_foreign_files_refused(tmp_path):
         (["--data", "{tmp}/nothing"], "nothing does not exist"),
         (["--test-split", "val"], "has no split 'val'; it has few, part, test, train"),
         (["--test-split", "train"], "are both 'train'"),
-        (["--tasks", "knn,svm"], "no task 'svm'; choose from knn, linear, colour"),
-        (["--image-size", "50"], r"image size 50 is not a multiple of the checkpoint's patch of 8 px; try .* 48"),
-        (["--train-split", "part"], "split 'test' of .* has 3 classes and 'part' has 2, which lacks stripes"),
-        (["--train-split", "few", "--test-split", "part", "--tasks", "knn"], "holds 12 images, and k = 20"),
+        (["--tasks", "knn,svm"], "no task 'svm'; choose from knn, linear"),
+        (["--image-size", "50"], r"image size 50 is not a multiple of the checkpoint's patch of 8 px; try 48"),
+        (["--train-split", "part"], "split 'part' of .* has no image of stripes, which 'test' has"),
         (["--data", "{unlabelled}"], "has no labels"),
-        (["--data", "{strange}"], "holds images without one of its 3 classes"),
+        (["--data", "{strange}"], "the image 3.png of split 'train' of .* has none of the 3 classes"),
         (["--data", "{bands}"], "has no band 'red'; it has blue, green, infrared"),
         (["--batch-size", "0"], "--batch-size is 0"),
+        (["--encoder", "student"], "no encoder 'student'"),
+        (["--set", "knn.kk=3"], "knn has no setting 'kk'; the task knn has k, "),
+        (["--set", "knn.k=3"], "knn.k=3 is of another type than its default"),
+        (["--set", "linear.k=3"], "there is no 'linear' to change; there are knn"),
+        (["--set", "k"], "'k' is not of the form"),
+        (["--config", "{tmp}/none.py"], "--data is for --tasks"),
+        (["--follow", "--step", "4"], "--follow judges the teacher of each checkpoint"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, run, data, capsys, arguments, sentence):
     places = {"tmp": str(tmp_path)}
     if "{" in arguments[-1]:
-        write = functools.partial(write_data, tmp_path / "data")
+        write = functools.partial(write_shards, tmp_path / "data")
         if arguments[-1] == "{unlabelled}":
             places["unlabelled"] = write({"train": [None] * 4, "test": [None] * 4}, class_names=None)
         if arguments[-1] == "{strange}":
@@ -223,73 +212,31 @@ def test_bad_input_is_one_sentence(tmp_path, run, data, capsys, arguments, sente
         if arguments[-1] == "{bands}":
             places["bands"] = write({"train": [0, 1], "test": [0, 1]}, bands=["blue", "green", "infrared"])
     before = sorted(path for path in run.rglob("*") if "checkpoints" not in path.parts)
+    command = ["--run", str(run), "--data", str(data), "--tasks", "knn"]
     with pytest.raises(SystemExit) as ended:
-        errors.run(
-            lambda: probe.main(["--run", str(run), "--data", str(data), *(part.format(**places) for part in arguments)])
-        )
+        errors.run(lambda: probe.main([*command, *(part.format(**places) for part in arguments)]))
     captured = capsys.readouterr()
     assert ended.value.code == 1 and captured.out == ""
     assert re.match(f"error: .*{sentence}", captured.err.splitlines()[-1])
     assert sorted(path for path in run.rglob("*") if "checkpoints" not in path.parts) == before
 
 
-def test_a_damaged_image_ends_the_probe(tmp_path, run, data, capsys):
-    folder = write_data(tmp_path / "data", {"train": [0, 1, 2] * 8, "test": [0, 1, 2]})
+def test_a_damaged_image_ends_the_probe(tmp_path, run, capsys):
+    folder = write_shards(tmp_path / "data", {"train": [0, 1, 2] * 8, "test": [0, 1, 2]})
     raw = bytearray((folder / "train.array_record").read_bytes())
     start = raw.find(b"IHDR", raw.find(b"IHDR") + 4)
     raw[start : start + 400] = bytes(400)
     (folder / "train.array_record").write_bytes(raw)
+    command = ["--run", str(run), "--data", str(folder), "--tasks", "knn", "--output", str(tmp_path / "out")]
     with pytest.raises(SystemExit):
-        errors.run(lambda: probe.main(["--run", str(run), "--data", str(folder), "--tasks", "colour"]))
-    assert "convert it anew" in capsys.readouterr().err.splitlines()[-1]
+        errors.run(lambda: probe.main(command))
+    assert "is damaged; copy or convert it anew" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
 
 
-# ---------------------------------------------------------------- the report
-
-
-def test_the_picture_shows_disjoint_patches_and_the_guess(run, data, tmp_path, capsys):
-    report.main(["--run", str(run), "--data", str(data), "--output", str(tmp_path / "new"), "--pairs", "3"])
-    picture = Image.open(tmp_path / "new" / "pairs.png")
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["pairs.png"]
-    assert str(tmp_path / "new" / "pairs.png") in capsys.readouterr().out
-
-    weights = checkpoint.load_weights(run, which="student")
-    columns, explained = report.pairs(weights, records.open_split(data, "train"), 3, seed=0)
-    assert list(columns) == list(report.COLUMNS)
-    assert all(tiles.shape == (3, 48, 48, 3) and tiles.dtype == np.uint8 for tiles in columns.values())
-    assert explained < 0.2  # a network at birth guesses no better than the mean colour
-
-    def shown(name):  # [pairs, rows, columns of patches]: whether a patch holds anything but the colour of hidden ones
-        patches = columns[name].reshape(3, 6, 8, 6, 8, 3).transpose(0, 1, 3, 2, 4, 5)
-        return np.any(patches != report.HIDDEN, axis=(3, 4, 5))
-
-    student, teacher, wanted = shown("student sees"), shown("teacher sees"), shown("to be guessed")
-    assert (student.sum(axis=(1, 2)) == 7).all() and (wanted.sum(axis=(1, 2)) == 14).all()
-    np.testing.assert_array_equal(wanted, ~teacher)
-    assert (student <= wanted).all()
-    same = np.repeat(np.repeat(student, 8, axis=1), 8, axis=2)
-    np.testing.assert_array_equal(columns["the guess"][same], columns["to be guessed"][same])
-    different = columns["the guess"] != columns["to be guessed"]
-    np.testing.assert_array_equal(np.any(different.reshape(3, 6, 8, 6, 8, 3), axis=(2, 4, 5)), wanted & ~student)
-    # Tiles are enlarged by whole factors and stand where the columns are.
-    factor = -(-176 // 48)
-    tile = np.asarray(picture)[30 : 30 + 48 * factor, 8 : 8 + 48 * factor]
-    np.testing.assert_array_equal(tile[::factor, ::factor], columns["crop"][0])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (["--run", "{tmp}/nothing"], "nothing does not exist"),
-        (["--step", "5"], "has no checkpoint of step 5; there are 4, 12"),
-        (["--pairs", "46"], "--pairs is 46, but the split of .* holds 45 images"),
-        (["--output", "{tmp}/file"], "cannot write .*file/pairs.png"),
-    ],
-)
-def test_bad_input_of_the_report(tmp_path, run, data, capsys, arguments, sentence):
-    (tmp_path / "file").write_text("mine")
-    command = ["--run", str(run), "--data", str(data), "--output", str(tmp_path / "out")]
-    with pytest.raises(SystemExit):
-        errors.run(lambda: report.main([*command, *(part.format(tmp=tmp_path) for part in arguments)]))
-    assert re.match(f"error: .*{sentence}", capsys.readouterr().err.splitlines()[-1])
-    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "mine"
+def test_foreign_files_are_refused(tmp_path):
+    (tmp_path / "step_000001").mkdir()
+    (tmp_path / "step_000001" / "mine.json").write_text("[]")
+    with pytest.raises(errors.UserError, match="mine.json is no result of a probe"):
+        results.read(tmp_path)
+    assert (tmp_path / "step_000001" / "mine.json").read_text() == "[]"
