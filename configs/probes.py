@@ -1,0 +1,24 @@
+"""Scene classification, semantic segmentation and change detection on frozen features, as the README's table has them.
+
+Command:  python -m pera_jax.probe --run runs/aid --config configs/probes.py
+          (and --encoder untrained, --encoder pixels; --follow beside a training)
+Cost:     see the README.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(argument=None):
+    del argument
+    aid = dict(data="shards/aid", image_size=128)
+    return ConfigDict(
+        dict(
+            tasks=dict(
+                aid_knn=dict(task="knn", **aid),
+                aid_logistic=dict(task="logistic", **aid),
+                # Folders of two scenes and of eleven pairs, without splits: each is tested by a head trained on the others.
+                zurich=dict(task="segmentation", data="data/zurich_summer"),
+                levir=dict(task="change", data="data/levir_cd"),
+            )
+        )
+    )

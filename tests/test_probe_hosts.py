@@ -1,0 +1,87 @@
+"""The same features, predictions and scores whatever the batch size, the devices and the hosts; on real images where
+they are."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import labelled_toys
+import numpy as np
+import pytest
+from conftest import FAST
+
+from pera_jax.probes import knn
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PHOTOS = pathlib.Path(os.environ.get("PERA_JAX_PHOTOS", ROOT.parent / "shared" / "data" / "aid"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> pathlib.Path:
+    return labelled_toys.write_run(tmp_path_factory.mktemp("run"), [(1, 0)])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> pathlib.Path:
+    """7 training and 3 test images of each class of AID; toy images where it is not there. They fill no batch."""
+    folder = tmp_path_factory.mktemp("data") / "sample"
+    if not PHOTOS.is_dir():
+        return labelled_toys.write_folders(folder, {"train": [0, 1, 2] * 15, "test": [0, 1, 2] * 7})
+    for split, number in (("train", 7), ("test", 3)):
+        for place in sorted((PHOTOS / split).iterdir()):
+            (folder / split / place.name).mkdir(parents=True)
+            for file in sorted(place.iterdir())[:number]:
+                (folder / split / place.name / file.name).symlink_to(file)
+    return folder
+
+
+def launch(run, data, output, devices: int, batch: int, hosts: int = 1) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"XLA_FLAGS": f"{FAST} --xla_force_host_platform_device_count={devices}"}
+    command = [
+        sys.executable, "-m", "pera_jax.probe", "--run", str(run), "--data", str(data), "--output", str(output),
+        "--tasks", "knn,logistic", "--set", "logistic.seeds=(0,)", "--batch-size", str(batch),
+    ]  # fmt: skip
+    flags = [[]]
+    if hosts > 1:
+        flags = [[f"--coordinator=127.0.0.1:{port}", f"--num_processes={hosts}", f"--process_id={i}"] for i in range(hosts)]
+    return [
+        subprocess.Popen([*command, *own], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) for own in flags
+    ]
+
+
+def found(output: pathlib.Path):
+    """(arrays of the training and the test split, the entries)."""
+    arrays = {}
+    for place in (output / "cache").iterdir():
+        split = json.loads((place / "of.json").read_text())["split"]
+        arrays |= {f"{split}/{file.stem}": np.load(file) for file in place.glob("*.npy")}
+    return arrays, [json.loads((output / "step_000001" / f"{name}.json").read_text()) for name in ("knn", "logistic")]
+
+
+def test_scores_depend_on_nothing_but_images_and_weights(run, data, tmp_path):
+    settings = {"one": dict(devices=1, batch=7), "eight": dict(devices=8, batch=100), "hosts": dict(devices=2, batch=32, hosts=2)}
+    for name, setting in settings.items():
+        processes = launch(run, data, tmp_path / name, **setting)
+        said = [process.communicate(timeout=240)[1] for process in processes]
+        assert all(process.returncode == 0 for process in processes), said
+    (first, entries), *others = (found(tmp_path / name) for name in settings)
+    labels = np.arange(len(first["train/class_tokens"])) % 5  # any will do to compare predictions image by image
+
+    def predicted(arrays):
+        return knn.predict(arrays["train/class_tokens"][:, -1], labels, arrays["test/class_tokens"][:, -1], 5, (5, 20))
+
+    for arrays, other in others:
+        assert sorted(arrays) == sorted(first) and len(first) == 4
+        for name, values in arrays.items():
+            np.testing.assert_allclose(values, first[name], atol=1e-5)
+        for k, classes in predicted(arrays).items():
+            np.testing.assert_array_equal(classes, predicted(first)[k])
+        for one, entry in zip(entries, other, strict=True):
+            assert entry["scores"] == one["scores"]
+            assert entry["details"].get("confusion") == one["details"].get("confusion")
