@@ -1,0 +1,59 @@
+"""Linear change detection on frozen patch tokens: the head sees `|f1 - f2|` of the two dates.
+
+Settings: as of `segmentation`, except that pairs are held out, and that they are what is resampled for the interval;
+`tile` (px) counts only where there is a single training pair, of which tiles are held out.
+
+Scores, all of the class "changed", of the pooled pixels of all test pairs, means over seeds: `change_f1`, `change_iou`,
+`change_precision`, `change_recall`. Where nothing was to be found and nothing was found, they are 1.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from pera_jax.probes import dense, overlap
+from pera_jax.probes.scenes import Dense
+
+SETTINGS = {
+    "window": 224,
+    "stride": 112,
+    "scale": 1,
+    "blocks": (1, 4),
+    "learning_rates": (0.003, 0.01, 0.03, 0.1, 0.3),
+    "priors": (0.0, 0.25, 0.5, 0.75, 1.0),
+    "steps": 500,
+    "batch": 16384,
+    "held_out": 0.2,
+    "tile": 64,
+    "folds": 5,
+    "seeds": (0, 1, 2),
+}
+
+SCORES = {
+    "f1": overlap.change_f1, "iou": overlap.change_iou, "precision": overlap.change_precision,
+    "recall": overlap.change_recall,
+}  # fmt: skip
+
+
+def run(data: Dense, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yields the scores, then details as `segmentation.run`; held_out is the F1 of "changed".
+
+    Raises:
+      UserError: see `dense.encode` and `dense.probe`.
+    """
+
+    def tokens(scene):
+        first, second = (
+            data.tokens(dense.enlarge(image, settings["scale"]), settings["window"], settings["stride"])
+            for image in scene.images
+        )
+        return np.abs(first - second)
+
+    def units(scene):
+        return np.zeros(scene.mask.shape, np.int64)
+
+    tested = dense.probe(data, settings, tokens, units, overlap.change_f1)
+    for name, statistic in SCORES.items():
+        yield f"change_{name}", overlap.score(tested.matrices, statistic, settings["seeds"][0])
+    yield from dense.details(tested, data.class_names)
