@@ -1,0 +1,187 @@
+"""Logistic regression on frozen features, solved to convergence: the linear probe that no schedule can spoil.
+
+The objective is scikit-learn's `LogisticRegression`: with the features standardised by the mean and deviation of the
+training images (constant ones are zero) it is `C sum_n loss_n + |W|^2 / 2`, the bias without penalty. The loss is the
+multinomial cross-entropy; with two classes the binomial one, as there; of several labels for an image the sum of one
+binomial loss for each class.
+
+Scores: `logistic` (accuracy) and `logistic_macro_f1`, or `logistic_map_micro` and `logistic_map_macro`; `supervised`
+tells what else. The variant of the features and C are chosen on a part of the training images that is held out: for
+each variant C rises by decades, each solution the start of the next, until `PATIENCE` further ones are no better; for
+the best variant by steps of `REFINEMENT` around the best decade. Of equal choices the first variant and the smallest C.
+
+Settings:
+  smallest, largest: the decades of C, as powers of ten.
+  tolerance: largest entry of the gradient of `objective / (C N)` by the weights of standardised features at which the
+    final solution has converged; `chosen` and `unconverged` tell where it has not.
+  iterations: at most, of L-BFGS.
+  blocks, held_out, shares, seeds: see `supervised`.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+import scipy.optimize
+import scipy.special
+
+from pera_jax.errors import UserError
+from pera_jax.probes import supervised
+from pera_jax.probes.labelled import Labelled
+
+SETTINGS = supervised.SETTINGS | {"smallest": -5, "largest": 3, "tolerance": 1e-6, "iterations": 2000}
+PATIENCE = 2
+REFINEMENT = (-0.5, -0.25, 0.25, 0.5)  # in powers of ten
+_ROUGH = 1e-4  # the tolerance while settings are chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """
+    Attributes:
+      weights, bias: float64 [F, classes], [classes]: `x @ weights + bias` are the logits of raw features x.
+      gradient: the largest entry of the gradient of `objective / (C N)` that was left.
+    """
+
+    weights: np.ndarray
+    bias: np.ndarray
+    gradient: float
+
+
+class Problem:
+    """The training images of one regression, for any number of C.
+
+    Args:
+      features: [N, F]; targets: int [N] below `classes`, or bool [N, classes].
+
+    A class without an image, or one of several labels that all images carry, is not fitted: its weights are 0 and its
+    bias is the logarithm of its odds, half an image added to both sides.
+    """
+
+    def __init__(self, features: np.ndarray, targets: np.ndarray, classes: int):
+        self.multinomial = targets.ndim == 1
+        truth = np.eye(classes, dtype=bool)[targets] if self.multinomial else targets  # [N, classes]
+        images, self.number, self.classes = truth.sum(axis=0), len(truth), classes
+        self.fitted = np.flatnonzero((images > 0) & (images < self.number))
+        # The softmax of two classes has two equal and opposite columns, which share the penalty of the one of scikit-learn.
+        self.share = 0.5 if self.multinomial and len(self.fitted) == 2 else 1.0
+        self.truth = truth[:, self.fitted].astype(np.float64)
+        self.absent = np.log((images + 0.5) / (self.number - images + 0.5))  # [classes]
+        self.mean, self.scale = supervised.standardisation(features)
+        standard = (features - self.mean) * self.scale  # [N, F]
+        # Neither the loss nor the penalty change under a rotation of the features: in their principal axes they are
+        # uncorrelated, and axes in which no image differs keep the weight 0, so that at most N are left.
+        if standard.shape[1] <= self.number:
+            self.squares, self.axes = scipy.linalg.eigh(standard.T @ standard)
+        else:
+            self.squares, axes = scipy.linalg.eigh(standard @ standard.T)
+            self.axes = standard.T @ (axes / np.sqrt(np.maximum(self.squares, 1e-300)))
+        kept = self.squares > 1e-12 * max(self.squares.max(), 1e-300)
+        self.squares, self.axes = self.squares[kept], self.axes[:, kept]
+        self.rotated = standard @ self.axes  # [N, A]
+        self.start = np.zeros((self.axes.shape[1] + 1, len(self.fitted)))  # of weights in principal axes, then the bias
+
+    def solve(self, c: float, tolerance: float, iterations: int) -> Solution:
+        """The optimum for C = `c`, from the one found last."""
+        if not len(self.fitted):
+            return Solution(np.zeros((len(self.mean), self.classes)), self.absent, 0.0)
+        strength = 1.0 / (c * self.share * self.number)  # of |W|^2 / 2, beside the mean loss
+        # Each axis is scaled by the curvature that the loss has there at most, times the spread of the probabilities.
+        spread = np.mean(self.truth.mean(axis=0) * (1.0 - self.truth.mean(axis=0)))
+        curvature = np.append(spread * self.squares / self.number + strength, spread)
+        scale = 1.0 / np.sqrt(curvature)[:, None]  # [A + 1, 1]
+
+        latest = None  # the gradient at the last point that was tried, which is the one that an iteration accepts
+
+        def objective(flat):
+            nonlocal latest
+            value, latest = self._objective(flat.reshape(self.start.shape) * scale, strength)
+            return value, (latest * scale).ravel()
+
+        def finished(intermediate_result):
+            if np.max(np.abs(latest)) <= tolerance:
+                raise StopIteration
+
+        found = scipy.optimize.minimize(
+            objective, (self.start / scale).ravel(), jac=True, method="L-BFGS-B", callback=finished,
+            options={"maxiter": iterations, "maxfun": 2 * iterations, "gtol": 0.0, "ftol": 0.0, "maxcor": 20},
+        )  # fmt: skip
+        self.start = found.x.reshape(self.start.shape) * scale
+        gradient = self._objective(self.start, strength)[1]
+        weights, bias = np.zeros((len(self.mean), self.classes)), self.absent.copy()
+        weights[:, self.fitted] = self.scale[:, None] * (self.axes @ self.start[:-1])
+        bias[self.fitted] = self.start[-1] - self.mean @ weights[:, self.fitted]
+        entries = np.vstack([self.axes @ gradient[:-1], gradient[-1:]])
+        return Solution(weights, bias, float(np.max(np.abs(entries), initial=0.0)))
+
+    def _objective(self, weights, strength):
+        """Mean loss + strength |W|^2 / 2 and its gradient at [A + 1, classes]."""
+        logits = self.rotated @ weights[:-1] + weights[-1]  # [N, classes]
+        if self.multinomial:
+            logs = scipy.special.log_softmax(logits, axis=1)
+            loss, error = -np.sum(logs * self.truth), np.exp(logs) - self.truth
+        else:
+            loss = np.sum(np.logaddexp(0.0, logits) - self.truth * logits)
+            error = scipy.special.expit(logits) - self.truth
+        gradient = np.vstack([self.rotated.T @ error, error.sum(axis=0)]) / self.number
+        gradient[:-1] += strength * weights[:-1]
+        return loss / self.number + strength * np.sum(weights[:-1] ** 2) / 2.0, gradient
+
+
+def choose(train, labels, fit, held, classes, seed, settings):  # noqa: ARG001 - the protocol's signature
+    """See `supervised.Choose`: C and variant, and what each reached on the held-out part."""
+    several = labels.ndim == 2
+    measure = next(iter(supervised.measures(several, classes).values()))
+    table, problems = {}, {}
+
+    def reached(name, power):
+        solution = problems[name].solve(10.0**power, _ROUGH, settings["iterations"])
+        table[name][power] = measure(train[name][held] @ solution.weights + solution.bias, labels[held])
+
+    for name, rows in train.items():
+        problems[name], table[name] = Problem(rows[fit], labels[fit], classes), {}
+        for power in range(settings["smallest"], settings["largest"] + 1):
+            reached(name, power)
+            if power - _best(table[name]) >= PATIENCE:
+                break
+    chosen = max(table, key=lambda name: max(table[name].values()))  # of equal ones the first
+    decade = _best(table[chosen])
+    for step in REFINEMENT:
+        reached(chosen, decade + step)
+    power = _best(table[chosen])
+    choice = {"variant": chosen, "C": 10.0**power}
+    return choice, {name: {f"{10.0**power:.4g}": row[power] for power in sorted(row)} for name, row in table.items()}
+
+
+def _best(row: dict[float, float]) -> float:
+    """The smallest power of ten with the largest value."""
+    return min(power for power, value in row.items() if value == max(row.values()))
+
+
+def predict(choice, train, labels, test, classes, seed, settings):  # noqa: ARG001 - the protocol's signature
+    """See `supervised.Predict`; the notes tell the gradient that was left and whether that is convergence."""
+    solution = Problem(train, labels, classes).solve(choice["C"], settings["tolerance"], settings["iterations"])
+    notes = {"converged": solution.gradient <= settings["tolerance"], "gradient": solution.gradient}
+    return test @ solution.weights + solution.bias, notes
+
+
+def run(data: Labelled, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yields the scores and details; `unconverged`, a sentence, only where a final solution has not converged.
+
+    Raises:
+      UserError: see `supervised.run`.
+    """
+    if settings["smallest"] > settings["largest"]:
+        raise UserError(f"smallest is {settings['smallest']} and largest {settings['largest']}; give them in order")
+    left = [0.0]  # gradients of the final solutions
+    for name, value in supervised.run("logistic", data, settings, choose, predict):
+        if name.startswith("chosen"):
+            left += [choice["gradient"] for choice in value]
+        yield name, value
+    if max(left) > settings["tolerance"]:
+        yield "unconverged", (
+            f"a gradient of {max(left):.1e} was left after at most {settings['iterations']} iterations where "
+            f"{settings['tolerance']:.1e} was asked for; raise iterations"
+        )

@@ -1,0 +1,146 @@
+"""The protocol that linear and logistic classifiers share: choose on a part of the training images, refit, test once.
+
+Variants of the features: the class tokens of the last {1, 4} blocks, alone or each with the mean of its patch tokens
+(Oquab et al., "DINOv2", arXiv:2304.07193, section 7). For each seed a part of the training images is held out, the
+classifier chooses the variant and its own settings there, is fitted to all training images and predicts the test images.
+
+A score is the mean over the seeds; its interval resamples the test images and takes the mean over the seeds each time.
+With `shares` the training and test images are pooled and split by class at random, the share to train on and the rest
+to test, once for each seed: the protocols 10/90, 20/80 and 50/50 of the remote sensing benchmarks. Such a score is the
+mean over these splits, each with a choice of its own on its own training part, and has no interval: the values of the
+seeds show how much it moves.
+
+Settings:
+  blocks: numbers of last blocks whose tokens are put side by side.
+  held_out: share of the training images to choose on.
+  shares: shares of all images to train on, besides the data set's own split; none by default.
+  seeds: of the held-out parts, the batches and the splits of `shares`; the first one also of the bootstrap intervals.
+
+Details:
+  chosen, chosen_20/80, ...: what was chosen, by seed. held_out: what each choice reached on the held-out part, by seed.
+  per_class: mean over the seeds of accuracy and F1 (of several labels of average precision) by class, and the number of
+    test images that are of it; null where there is none.
+  confusion: of the first seed, [true class][predicted class] numbers of images; not of several labels.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from pera_jax.errors import UserError
+from pera_jax.probes import features, scores, splits
+from pera_jax.probes.labelled import Labelled
+
+SETTINGS = {"blocks": (1, 4), "held_out": 0.2, "shares": (), "seeds": (0, 1, 2)}
+
+# (features [N, F] by variant, labels, indices to fit, held out, classes, seed, settings) -> (choice, with "variant"; table)
+Choose = Callable[..., tuple[dict[str, Any], dict[str, Any]]]
+# (choice, features [N, F], labels, features to predict [M, F], classes, seed, settings) -> (logits [M, classes], notes)
+Predict = Callable[..., tuple[np.ndarray, dict[str, Any]]]
+
+
+def variants(tokens: features.Features, blocks: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """Features [N, F] by name: `class_1`, `class_mean_1`, `class_4`, `class_mean_4`; fewer blocks where there are fewer."""
+    return {
+        f"{'class_mean' if means else 'class'}_{number}": tokens.concatenated(number, means)
+        for number in sorted({min(number, tokens.class_tokens.shape[1]) for number in blocks})
+        for means in (False, True)
+    }
+
+
+def standardisation(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(mean, 1 / deviation) of the columns of [N, F], float64 [F]; constants, which tell nothing, get 0."""
+    mean, std = features.mean(axis=0, dtype=np.float64), features.std(axis=0, dtype=np.float64)
+    return mean, np.where(std > 1e-6 * (1.0 + np.abs(mean)), 1.0 / np.maximum(std, 1e-12), 0.0)
+
+
+def measures(several: bool, classes: int) -> dict[str, Callable]:
+    """What is measured, by the end of the score's name, each as (logits [M, classes], truth, counts) -> value.
+
+    The first one is what choices are made by.
+    """
+    if several:
+        return {"_map_micro": scores.map_micro, "_map_macro": scores.map_macro}
+
+    def accuracy(logits, truth, counts=None):
+        return scores.accuracy(np.argmax(logits, axis=1), truth, counts)
+
+    def macro_f1(logits, truth, counts=None):
+        return scores.macro_f1(np.argmax(logits, axis=1), truth, classes, counts)
+
+    return {"": accuracy, "_macro_f1": macro_f1}
+
+
+def run(
+    task: str, data: Labelled, settings: dict[str, Any], choose: Choose, predict: Predict
+) -> Iterator[tuple[str, Any]]:
+    """Yields the scores of `task` and the details above.
+
+    Raises:
+      UserError: no test images; labels and settings that `splits` refuses.
+    """
+    if data.test is None:
+        raise UserError(f"{task} needs test images besides the training images; use knn for a set that has no split")
+    if not settings["blocks"] or min(settings["blocks"]) < 1:
+        raise UserError(f"blocks is {settings['blocks']}; give at least one whole number above 0")
+    splits.check(data)
+    splits.check_settings(settings)
+    seeds, several, classes = settings["seeds"], data.train_labels.ndim == 2, data.classes
+    train, test = variants(data.train, settings["blocks"]), variants(data.test, settings["blocks"])
+    labels, truth = data.train_labels, data.test_labels
+
+    def tested(seed, train, labels, test):
+        fit, held = splits.hold_out(labels, settings["held_out"], seed)
+        choice, table = choose(train, labels, fit, held, classes, seed, settings)
+        variant = choice["variant"]
+        logits, notes = predict(choice, train[variant], labels, test[variant], classes, seed, settings)
+        return logits, {"seed": seed} | choice | notes, table
+
+    logits, chosen, tables = zip(*(tested(seed, train, labels, test) for seed in seeds), strict=True)
+    for suffix, measure in measures(several, classes).items():
+        yield task + suffix, scores.over_seeds(measure, logits, truth, seeds[0])
+    yield "chosen", list(chosen)
+    yield "held_out", list(tables)
+    yield "per_class", _per_class(logits, truth, data.class_names)
+    if not several:
+        yield "confusion", scores.confusion(np.argmax(logits[0], axis=1), truth, classes).tolist()
+
+    pooled = {name: np.concatenate([train[name], test[name]]) for name in train}
+    everything = np.concatenate([labels, truth])
+    for share in settings["shares"]:
+        values, chosen = {suffix: [] for suffix in measures(several, classes)}, []
+        for seed in seeds:
+            part, rest = splits.hold_out(everything, 1.0 - share, seed)
+            parts = ({name: rows[indices] for name, rows in pooled.items()} for indices in (part, rest))
+            logits, choice, _ = tested(seed, next(parts), everything[part], next(parts))
+            chosen.append(choice)
+            for suffix, measure in measures(several, classes).items():
+                values[suffix].append(measure(logits, everything[rest]))
+        for suffix, found in values.items():
+            yield f"{task}_{splits.name_of(share)}{suffix}", scores.Score(float(np.mean(found)), seeds=tuple(found))
+        yield f"chosen_{splits.name_of(share)}", chosen
+
+
+def _per_class(logits, truth, names) -> dict[str, dict[str, Any]]:
+    classes = len(names)
+    if truth.ndim == 2:
+        columns = {
+            "average_precision": [
+                [scores.average_precision(found[:, c], truth[:, c]) for c in range(classes)] for found in logits
+            ]
+        }
+        images = truth.sum(axis=0)
+    else:
+        predictions = [np.argmax(found, axis=1) for found in logits]
+        columns = {
+            "accuracy": [scores.accuracy_by_class(predicted, truth, classes) for predicted in predictions],
+            "f1": [scores.f1_by_class(predicted, truth, classes) for predicted in predictions],
+        }
+        images = np.bincount(truth, minlength=classes)
+    means = {name: np.mean(values, axis=0) for name, values in columns.items()}
+    return {
+        name: {key: None if np.isnan(values[c]) else float(values[c]) for key, values in means.items()}
+        | {"images": int(images[c])}
+        for c, name in enumerate(names)
+    }
