@@ -103,7 +103,7 @@ def means(batch):
 def network():
     """A ViT of random weights on windows of any size: maps of its last two blocks."""
     model = vit.ViT(width=16, depth=3, heads=2, patch=4, image_size=16, bands=3, split=1)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
     apply = jax.jit(lambda images: model.apply({"params": params}, images / 255.0, blocks=2)["blocks"])
 
     def maps(batch):
