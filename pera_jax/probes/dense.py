@@ -39,7 +39,7 @@ def encode(
       maps: stored values [B, window, window, C] -> float32 [B, n, window / patch, window / patch, D].
       image: stored values [H, W, C].
       window, stride: px, multiples of `patch`.
-      windows: B, handed to `maps` at a time; the last batch is filled up with zeros.
+      windows: the largest B; all batches of a scene are as large, the last one is filled up with zeros.
 
     Returns:
       float32 [n, ceil(H / patch), ceil(W / patch), D].
@@ -56,6 +56,7 @@ def encode(
     padding = ((0, height - image.shape[0]), (0, width - image.shape[1]), (0, 0))
     padded = np.pad(image, padding, "symmetric")
     places = [(top, left) for top in _starts(height, window, stride) for left in _starts(width, window, stride)]
+    windows = -(-len(places) // -(-len(places) // windows))  # no more than an even share
     side, total = window // patch, None
     counts = np.zeros((height // patch, width // patch, 1), np.float32)
     for first in range(0, len(places), windows):
