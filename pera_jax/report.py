@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--split", help="split whose images are shown (default: test, else the one trained on)")
     parser.add_argument("--images", type=int, default=8, dest="number", help="images that are shown (default 8)")
     parser.add_argument("--pairs", type=int, default=6, dest="number_of_pairs", help="pairs that are shown (default 6)")
-    parser.add_argument("--image-size", type=int, help="px, a multiple of the patch (default: twice the global crops')")
+    parser.add_argument("--image-size", type=int, help="px, a multiple of the patch (default: 32 patches)")
     parser.add_argument("--seed", type=int, default=0, help="of images, crops, looks and masks (default 0)")
     page = report(**vars(parser.parse_args(argv)))
     print(f"written to {page}, {page.stat().st_size / 1e6:.1f} MB")

@@ -11,8 +11,8 @@ from pera_jax import html
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MOST_POINTS = 500
-_WIDTH, _HEIGHT = 384, 214
-_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 26, 38  # px around the plot
+_WIDTH, _HEIGHT = 288, 196
+_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 10, 26, 38  # px around the plot
 
 STYLE = """
 .charts { display: flex; flex-wrap: wrap; gap: 14px 8px; margin: 10px 0; }
@@ -79,10 +79,10 @@ def decimated(steps: np.ndarray, values: np.ndarray, most: int = MOST_POINTS) ->
 
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) from `low` to `high`, about `wanted` of them."""
+    """Round numbers (1, 2, 2.5 or 5 times a power of ten apart) from `low` to `high`, about `wanted` of them."""
     raw = (high - low) / max(wanted - 1, 1)
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
+    step = power * min((1, 2, 2.5, 5, 10), key=lambda factor: abs(math.log(factor * power / raw)))
     return [step * place for place in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
@@ -129,7 +129,7 @@ def svg(chart: Chart) -> str:
         parts.append(f'<path class="rule" d="M{_LEFT},{y:.1f}H{_WIDTH - _RIGHT}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{number(tick)}</text>')
     bottom = _HEIGHT - _BOTTOM
-    for tick in ticks(first, last, 4):
+    for tick in ticks(first, last, 3):
         x = float(across(tick))
         parts.append(f'<path class="axis" d="M{x:.1f},{bottom}v4" />')
         anchor = "end" if x > _WIDTH - _RIGHT - 12 else "middle"
@@ -159,7 +159,7 @@ def _lines(series: Series, colour: str, across, down) -> list[str]:
     parts, values = [], series.values
     if series.smooth and len(values) > 2:
         faint = _path(*decimated(series.steps, values), across, down)
-        parts.append(f'<path fill="none" stroke="{colour}" stroke-opacity="0.25" d="{faint}"/>')
+        parts.append(f'<path fill="none" stroke="{colour}" stroke-opacity="0.35" d="{faint}"/>')
         values = smoothed(values, half_life(len(values)))
     line = _path(*decimated(series.steps, values), across, down)
     parts.append(f'<path fill="none" stroke="{colour}" stroke-width="1.6" stroke-linejoin="round" d="{line}"/>')

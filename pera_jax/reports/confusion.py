@@ -37,7 +37,7 @@ def svg(counts: np.ndarray, names: list[str]) -> str:
     cell = min(max(_CELLS / number, 14.0), 46.0)
     font = min(max(cell * 0.5, 8.0), 13.0)
     label = min(max(cell * 0.62, 9.5), 13.0)
-    margin = 14 + label * 0.58 * min(max(len(name) for name in names), 28)
+    margin = 16 + label * 0.64 * min(max(len(name) for name in names), 28)
     size = margin + number * cell + 2
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1e-12)
     colours = tokens.heat(shares)

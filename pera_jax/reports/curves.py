@@ -18,7 +18,7 @@ _GROUPS: tuple[tuple[str, tuple[tuple[str, bool, bool, dict[str, str]], ...]], .
     ("Loss terms", (
         ("Whole loss", False, True, {"loss": "loss"}),
         ("Class term, nats", False, True,
-         {"loss/class": "all", "loss/class_global": "part of global crops", "loss/class_local": "of local"}),
+         {"loss/class": "all", "loss/class_global": "global part", "loss/class_local": "local part"}),
         ("KoLeo (spreading) term", False, True, {"loss/koleo": "koleo"}),
         ("Pixel term", True, True, {"loss/pixel": "pixel"}),
     )),

@@ -20,8 +20,10 @@ def alarms(folder: Folder) -> str:
         f"{html.escaped(alarm.get('text', ''))}</li>"
         for alarm in folder.alarms[-_ALARMS:]
     )
-    last = f", the last {_ALARMS}" if len(folder.alarms) > _ALARMS else ""
-    return f'<div class="warn"><b>{len(folder.alarms)} alarm(s) of the training{last}:</b><ul>{lines}</ul></div>'
+    number = len(folder.alarms)
+    title = f"{number} alarms of the training" if number > 1 else "An alarm of the training"
+    last = f", the last {_ALARMS}" if number > _ALARMS else ""
+    return f'<div class="warn alarms"><b>{title}{last}:</b><ul>{lines}</ul></div>'
 
 
 def run_facts(folder: Folder) -> list[tuple[str, object]]:

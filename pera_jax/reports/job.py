@@ -67,7 +67,7 @@ def _data_of(meta) -> str | None:
 def _left_out(why: str) -> list[Section]:
     return [
         Section(place, title, "", "", why)
-        for place, title in (("pairs", "Pairs"), ("tokens", "Patch tokens"), ("attention", "Attention"),
+        for place, title in (("pairs", "Pairs"), ("tokens", "Patch tokens"), ("attention", "Attention of the class token"),
                              ("neighbours", "Nearest neighbours"))
     ]  # fmt: skip
 
@@ -87,7 +87,7 @@ def _pictures(
     for option, value in (("--pairs", number_of_pairs), ("--images", number)):
         if value > len(source):
             raise UserError(f"{option} is {value}, but the split of {data} holds {len(source)} images; ask for fewer")
-    size = 2 * meta["model"]["image_size"] if image_size is None else image_size
+    size = tokens.default_size(meta["model"]) if image_size is None else image_size
     features.check_image_size(size, meta)
 
     columns, explained = pairs.pairs(
@@ -103,21 +103,23 @@ def _pictures(
     chosen = images.choose(images.labels_of(source), number, seed)
     shown = [images.read(source, bands, index, size) for index in chosen]
     rgb = np.stack([images.as_bytes(bands.mapped(entry.pixels), channels) for entry in shown])
-    looked = tokens.look(weights, [entry.pixels for entry in shown])
+    untrained = checkpoint.load_weights(found.path, found.step, untrained=True)
+    looked, before = tokens.look(meta, (weights.backbone, untrained.backbone), [entry.pixels for entry in shown])
     if not (np.isfinite(looked.patches).all() and np.isfinite(looked.attention).all()):
         raise UserError(f"the checkpoint of step {found.step} gives tokens that are not finite; choose an earlier --step")
     maps, shares = tokens.colours(looked.patches)
-    drawn = tokens.pca_grid(shown, rgb, {"tokens": maps}, names)
+    drawn = tokens.pca_grid(shown, rgb, {"trained": maps, "untrained": tokens.colours(before.patches)[0]}, names)
     pictures["tokens"] = grid.picture(drawn, f"{title}: principal components of the patch tokens")
-    where = f"Whole images of split “{split}”, resized to {size} x {size} px: {looked.patches.shape[1]} x {looked.patches.shape[2]} patches."
+    side = looked.patches.shape[1]
+    where = f"Whole images of split “{split}”, resized to {size} x {size} px: {side} x {side} patches."
     axes = ", ".join(f"{share:.0%}" for share in shares)
-    caption = f"{where} The components hold {axes} of the tokens' variance."
+    caption = f"{where} The components hold {axes} of the variance of the trained network's tokens."
     sections.append(pictured("tokens", "Patch tokens", tokens.PCA_READING, drawn, "", caption))
     drawn = tokens.attention_grid(shown, rgb, looked.attention, names)
     pictures["attention"] = grid.picture(drawn, f"{title}: attention of the class token, last block")
-    reading = tokens.ATTENTION_READING.format(even=1.0 / looked.attention.shape[2])
+    reading = tokens.ATTENTION_READING.format(full=tokens.BRIGHT, even=1.0 / looked.attention.shape[2])
     itself = looked.attention[:, :, 0].mean()
-    caption = f"The same images. The class token takes {itself:.0%} from itself, on average over heads and images."
+    caption = f"The same images. The class token takes {itself:.1%} from itself, on average over heads and images."
     sections.append(pictured("attention", "Attention of the class token", reading, drawn, "", caption))
     sections.append(_neighbours(weights, source, data, split, trained_on, chosen, channels, seed, title, pictures))
     return sections
@@ -126,7 +128,7 @@ def _pictures(
 def _neighbours(weights, source, data, split, trained_on, chosen, channels, seed, title, pictures) -> Section:
     """Queries are the images that the other sections show; they are searched for among the images trained on."""
     if trained_on not in source.info.splits:
-        missing = f"Left out: {data} has no split {trained_on!r}, on which the run was trained, to find neighbours in."
+        missing = f"{data} has no split {trained_on!r}, on which the run was trained, to find neighbours in."
         return Section("neighbours", "Nearest neighbours", "", "", missing)
     bands, size = Bands.of(weights.meta), weights.meta["model"]["image_size"]
     train = source if split == trained_on else records.open_split(data, trained_on)

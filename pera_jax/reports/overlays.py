@@ -14,8 +14,8 @@ from pera_jax.reports.images import as_bytes, visible
 
 READING = (
     "Scenes that the probe was tested on, not trained on: the image (of change: both dates), the labels, what a probe on "
-    "frozen features predicts, and where it is wrong (red) over the image in grey. Grey in the labels: without a label, "
-    "counted nowhere."
+    "frozen features predicts, and where it is wrong (red) over the image in dark grey. Light grey has no "
+    "label and counts nowhere."
 )
 IGNORE = 255
 _MOST = 6  # scenes of a result
@@ -42,12 +42,12 @@ def coloured(mask: np.ndarray, colours: tuple[tuple[int, int, int], ...]) -> np.
 
 
 def errors(image: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """The image [H, W, 3] in grey, wrong pixels in red, those without a label bright."""
-    grey = np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2).astype(np.uint8)
+    """The image [H, W, 3] in a dark grey, wrong pixels in red, those without a label as in the labels."""
+    result = np.repeat(40.0 + 0.45 * image.mean(axis=2, keepdims=True), 3, axis=2)
     wrong, unlabelled = (truth != predicted) & (truth != IGNORE), truth == IGNORE
-    grey[unlabelled] = grey[unlabelled] // 3 + 170
-    grey[wrong] = np.round(0.25 * grey[wrong] + 0.75 * np.array(_WRONG)).astype(np.uint8)
-    return grey
+    result[wrong] = 0.2 * result[wrong] + 0.8 * np.array(_WRONG)
+    result[unlabelled] = _UNLABELLED
+    return np.round(result).astype(np.uint8)
 
 
 def grid(entry: dict[str, Any], bands: Bands, rgb: tuple[str, ...]) -> tuple[Grid | None, list[str]]:

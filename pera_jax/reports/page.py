@@ -1,4 +1,4 @@
-"""The report as one page of HTML: sections in order, each with a sentence on how to read it, or why it is missing."""
+"""The report as one page of HTML: sections in order, each with a sentence on how to read it; at the end why others are missing."""
 
 import dataclasses
 import json
@@ -14,15 +14,15 @@ STYLE = (
     + charts.STYLE
     + confusion.STYLE
     + """
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(360px, 1fr)); gap: 0 40px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(500px, 100%), 1fr)); gap: 0 40px; }
 .reading { max-width: 900px; color: #4a525a; } pre { font-size: 12px; overflow-x: auto; }
-summary { cursor: pointer; } section { break-inside: auto; }
+.cards table + .scroll { margin-top: 12px; } .alarms { margin-top: 18px; } summary { cursor: pointer; } section { break-inside: auto; }
 @media print { body { max-width: none; padding: 0; } nav { display: none; } h2 { break-after: avoid; } }
 """
 )
-NO_DATA = "Left out: no images were given; name a data set folder with --data."
-NO_CHECKPOINT = "Left out: the run holds no finished checkpoint yet."
-NO_RESULTS = "Left out: nothing has probed this run yet; python -m pera_jax.probe does."
+NO_DATA = "no images were given; name a data set folder with --data."
+NO_CHECKPOINT = "the run holds no finished checkpoint yet."
+NO_RESULTS = "nothing has probed this run yet; python -m pera_jax.probe does."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Section:
       place: its anchor; title: its heading.
       reading: what one sees and how to read it.
       body: HTML; "" where the section is left out.
-      missing: the sentence that stands in its place then.
+      missing: why, a sentence.
     """
 
     place: str
@@ -59,10 +59,10 @@ def of_the_folder(run: Folder) -> tuple[list[Section], list[Section], dict[str, 
     before = [
         Section("scores", "Scores", scores.READING, table, NO_RESULTS),
         Section("steps", "Scores against the step", scores.STEPS_READING, scores.over_steps(run.results),
-                "Left out: fewer than two checkpoints of this run have been probed."),
+                "fewer than two checkpoints of this run have been probed."),
     ]  # fmt: skip
     parts, bands, rgb = [], Bands.of(run.meta), tuple(run.meta["config"]["views"]["rgb"])
-    for entry in trained:
+    for entry in sorted(trained, key=lambda entry: entry["task"] in confusion.DENSE):
         if content := confusion.section(entry):
             opened = "" if parts else " open"
             heading = f"{html.escaped(entry['name'])}, {folder.who(entry)}"
@@ -79,11 +79,11 @@ def of_the_folder(run: Folder) -> tuple[list[Section], list[Section], dict[str, 
     config = html.escaped(json.dumps(run.meta, indent=1, ensure_ascii=False))
     after = [
         Section("classes", "Classes", confusion.READING, "".join(parts),
-                "Left out: no result of this run tells what its classes are taken for."),
+                "no result of this run tells what its classes are taken for."),
         Section("scenes", "Segmentation and change", overlays.READING, "".join(drawn),
-                "Left out: no segmentation or change has been probed on this run."),
+                "no segmentation or change has been probed on this run."),
         Section("curves", "Training", curves.READING, curves.section(run.metrics),
-                "Left out: the run has no metrics.jsonl, or nothing was logged in it yet."),
+                "the run has no metrics.jsonl, or nothing was logged in it yet."),
         Section("config", "Config", "Everything that the run was started with, as it is stored with the weights.",
                 f"<details><summary>config.json</summary><pre>{config}</pre></details>"),
     ]  # fmt: skip
@@ -96,10 +96,9 @@ def assembled(run: Folder, sections: list[Section]) -> bytes:
     step = f"step {run.last_step if run.step is None else run.step:,}"
     present = "".join(f'<a href="#{s.place}">{html.escaped(s.title)}</a> ' for s in sections if s.body)
     parts = [f"<h1>{html.escaped(name)}, {step}</h1><nav>{present}</nav>{head.section(run)}"]
-    for section in sections:
-        reading = f'<p class="reading">{html.escaped(section.reading)}</p>' if section.body else ""
-        content = section.body or f'<p class="quiet">{html.escaped(section.missing)}</p>'
-        parts.append(
-            f'<section id="{section.place}"><h2>{html.escaped(section.title)}</h2>{reading}{content}</section>'
-        )
+    for section in (section for section in sections if section.body):
+        reading = f'<p class="reading">{html.escaped(section.reading)}</p>'
+        parts.append(f'<section id="{section.place}"><h2>{html.escaped(section.title)}</h2>{reading}{section.body}</section>')
+    if left := [(section.title, section.missing) for section in sections if not section.body]:
+        parts.append(f'<section id="missing"><h2>Left out</h2>{html.facts(left)}</section>')
     return html.document(f"{name}, {step}", parts, STYLE)

@@ -2,13 +2,13 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 import treescope
 from einops import rearrange
 
-from pera_jax import checkpoint
 from pera_jax.bands import Bands
 from pera_jax.models import vit
 from pera_jax.reports.grid import Grid, Tile
@@ -17,14 +17,17 @@ from pera_jax.reports.images import Shown, as_bytes, name_of
 PCA_READING = (
     "The colour of a patch is its token after the last block: the first three principal components of the tokens of all "
     "these images, as red, green and blue. The axes are the same in all images, so patches of one colour are alike to the "
-    "network wherever they lie; what a network tells apart has edges in colour where the image has them."
+    "network wherever they lie. A trained network gives what belongs together one colour, the untrained one (with axes of "
+    "its own) mostly repeats brightness and edges."
 )
 ATTENTION_READING = (
     "How much of what the class token takes in the last block comes from each patch, for each head and averaged over the "
-    "heads. A map runs from dark blue (nothing) to yellow (its largest value, which stands below it); an even spread over "
-    "all tokens would be {even:.2%} everywhere."
+    "heads. A map runs from dark blue (nothing) to yellow (as much as its {full:.0f} % most heeded patches); its largest "
+    "value stands below it, and an even spread over all tokens would be {even:.2%} everywhere."
 )
 _MOST_HEADS = 12  # shown
+_PATCHES = 32  # along a side of a shown image
+BRIGHT = 2.0  # percent of the patches that are yellow
 _FULL = (2.0, 98.0)  # percentiles of a component that are black and full colour
 
 
@@ -41,9 +44,14 @@ class Looked:
     attention: np.ndarray
 
 
-def look(weights: checkpoint.Weights, images: Sequence[np.ndarray]) -> Looked:
-    """Stored images [S, S, C], S a multiple of the patch, one after the other: attention takes memory."""
-    model, bands = vit.build(weights.meta["model"]), Bands.of(weights.meta)
+def look(meta: dict[str, Any], backbones: Sequence[dict[str, Any]], images: Sequence[np.ndarray]) -> list[Looked]:
+    """What each of several networks of one shape makes of images.
+
+    Args:
+      meta: of their checkpoint; backbones: the parameters of each ViT.
+      images: stored values [S, S, C], S a multiple of the patch; one after the other, since attention takes memory.
+    """
+    model, bands = vit.build(meta["model"]), Bands.of(meta)
     mean, std = np.float32(bands.mean), np.float32(bands.std)
 
     @jax.jit
@@ -51,8 +59,16 @@ def look(weights: checkpoint.Weights, images: Sequence[np.ndarray]) -> Looked:
         tokens = model.apply({"params": backbone}, ((bands.mapped(image) - mean) / std)[None], class_attention=True)
         return tokens["patch_tokens"][0], tokens["class_attention"][0]
 
-    patches, attention = zip(*(jax.device_get(encode(weights.backbone, image)) for image in images), strict=True)
-    return Looked(rearrange(np.stack(patches), "n (h w) d -> n h w d", h=len(images[0]) // model.patch), np.stack(attention))
+    found, rows = [], len(images[0]) // model.patch
+    for backbone in backbones:
+        patches, attention = zip(*(jax.device_get(encode(backbone, image)) for image in images), strict=True)
+        found.append(Looked(rearrange(np.stack(patches), "n (h w) d -> n h w d", h=rows), np.stack(attention)))
+    return found
+
+
+def default_size(model: dict[str, Any]) -> int:
+    """The side of shown images, px: 32 patches for the detail, or that of the global crops if it is more."""
+    return max(_PATCHES * model["patch"], model["image_size"])
 
 
 def components(tokens: np.ndarray, number: int = 3) -> tuple[np.ndarray, np.ndarray]:
@@ -102,7 +118,7 @@ def pca_grid(shown: Sequence[Shown], rgb: np.ndarray, maps: dict[str, np.ndarray
     ]
     each = 2 if len(cells) > 1 else 1
     rows = tuple(sum(cells[first : first + each], ()) for first in range(0, len(cells), each))
-    return Grid(("image", *maps) * each, rows, 560 // (1 + len(maps)))
+    return Grid(("image", *maps) * each, rows, 1176 // (each * (1 + len(maps))) - 8)
 
 
 def attention_grid(shown: Sequence[Shown], rgb: np.ndarray, attention: np.ndarray, class_names) -> Grid:
@@ -120,10 +136,11 @@ def attention_grid(shown: Sequence[Shown], rgb: np.ndarray, attention: np.ndarra
         tiles = [Tile(image, name_of(entry.label, class_names) or entry.key)]
         for values in of:
             most = float(values.max())
-            tiles.append(Tile(_over(image, heat(values.reshape(side, side) / max(most, 1e-12))), f"at most {most:.1%}"))
+            full = max(float(np.percentile(values, 100.0 - BRIGHT)), 1e-12)  # a few patches would darken all others
+            tiles.append(Tile(_over(image, heat(values.reshape(side, side) / full)), f"at most {most:.1%}"))
         rows.append(tuple(tiles))
     names = ("image", "mean of the heads", *(f"head {head + 1}" for head in range(heads)))
-    return Grid(names, tuple(rows), max(1160 // len(names), 110) if len(names) > 5 else 190)
+    return Grid(names, tuple(rows), min(max(1176 // len(names) - 8, 110), 220))
 
 
 def _over(image: np.ndarray, colour: np.ndarray) -> np.ndarray:
