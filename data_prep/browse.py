@@ -19,6 +19,7 @@ import numpy as np
 from data_prep import folder_info, histogram_picture, page, stats
 from data_prep.shards import write_file
 from data_prep.survey import THUMBNAIL, Survey, shown_bands, survey, thumbnails
+from pera_jax import html
 from pera_jax.data import records
 from pera_jax.errors import UserError, run
 
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in names:
         parts.append(_split(args.folder, info, name, places, args.images, args.seed))
     try:
-        write_file(args.output, content := page.document(info.name, parts))
+        write_file(args.output, content := html.document(info.name, parts, page.STYLE))
     except OSError as error:
         raise UserError(f"cannot write {args.output}: {error.strerror}; make room or name another file") from error
     print(f"written to {args.output}, {len(content) / 1e6:.1f} MB")
@@ -67,8 +68,8 @@ def _heading(folder: pathlib.Path, info: records.DatasetInfo, names: list[str]) 
         ("classes", classes), ("places on the ground", "yes" if info.has_places else "no"),
         ("format version", info.format_version),
     ]  # fmt: skip
-    links = "".join(f'<a href="#{page.escaped(name)}">{page.escaped(name)}</a>' for name in names)
-    return f"<h1>{page.escaped(info.name)}</h1><nav>{links}</nav>{page.facts(card)}<h3>Splits</h3>{page.table(rows)}"
+    links = "".join(f'<a href="#{html.escaped(name)}">{html.escaped(name)}</a>' for name in names)
+    return f"<h1>{html.escaped(info.name)}</h1><nav>{links}</nav>{html.facts(card)}<h3>Splits</h3>{html.table(rows)}"
 
 
 def _split(
@@ -92,8 +93,8 @@ def _split(
         f"{found.total:,}" if found.looked == found.total else f"a random sample of {found.looked:,} of {found.total:,}"
     )
     parts = [
-        f'<h2 id="{page.escaped(name)}">{page.escaped(name)}</h2>',
-        f'<p class="quiet">{len(sample)} of {found.total:,} images, drawn with seed {seed}: {page.escaped(shown)}, '
+        f'<h2 id="{html.escaped(name)}">{html.escaped(name)}</h2>',
+        f'<p class="quiet">{len(sample)} of {found.total:,} images, drawn with seed {seed}: {html.escaped(shown)}, '
         f"{stretch} stretched from black to white.</p>",
         page.sheet(sample, info.class_names, THUMBNAIL),
     ]
@@ -102,7 +103,7 @@ def _split(
             f'<p class="warn">Damaged records: {found.unreadable:,}; python -m data_prep.verify names them.</p>'
         )
     if info.class_names is not None:
-        parts.append(f"<h3>Classes, over {of} records</h3>{page.bars(_classes(info.class_names, found))}")
+        parts.append(f"<h3>Classes, over {of} records</h3>{html.bars(_classes(info.class_names, found))}")
     parts.append(f"<h3>Sizes, over {of} records</h3>{_sizes(found)}")
     if info.has_places:
         parts.append(f"<h3>Places, over {of} records</h3>{_places(found)}")
@@ -111,8 +112,8 @@ def _split(
     drawn = histogram_picture.draw(info, name, counts)
     drawn.save(picture, "PNG", optimize=True)
     parts += [
-        "<h3>Bands, in stored units, over the pixels that hold data</h3>", page.table(stats.cells(described)),
-        page.image(picture.getvalue(), "png", "histograms of the bands", drawn.width // histogram_picture.SCALE),
+        "<h3>Bands, in stored units, over the pixels that hold data</h3>", html.table(stats.cells(described)),
+        html.image(picture.getvalue(), "png", "histograms of the bands", drawn.width // histogram_picture.SCALE),
         "<h3>Report of the conversion</h3>", _report(folder / f"{name}.report.json"),
     ]  # fmt: skip
     return "\n".join(parts)
@@ -129,7 +130,7 @@ def _sizes(found: Survey) -> str:
     if not found.sizes:
         return "<p>no image</p>"
     if len(found.sizes) <= _LISTED:
-        return page.bars([(f"{width} × {height}", count) for (width, height), count in found.sizes.most_common()])
+        return html.bars([(f"{width} × {height}", count) for (width, height), count in found.sizes.most_common()])
     sides = np.array([max(size) for size in found.sizes])
     counts, edges = np.histogram(sides, _LISTED, weights=list(found.sizes.values()))
     edges = np.ceil(edges).astype(int)
@@ -140,7 +141,7 @@ def _sizes(found: Survey) -> str:
     spans = [
         f"{kind} {min(values)} to {max(values)} px" for kind, values in zip(("width", "height"), zip(*found.sizes))
     ]
-    return f"<p>{len(found.sizes):,} sizes: {', '.join(spans)}. The longer side, px:</p>{page.bars(steps)}"
+    return f"<p>{len(found.sizes):,} sizes: {', '.join(spans)}. The longer side, px:</p>{html.bars(steps)}"
 
 
 def _places(found: Survey) -> str:
@@ -151,14 +152,14 @@ def _places(found: Survey) -> str:
         rest = len(counter) - len(listed)
         span = f", {min(counter)} to {max(counter)}" if title == "Dates" and len(counter) > 1 else ""
         without = known - sum(counter.values())
-        parts.append(f"<h3>{title}: {len(counter):,}{page.escaped(span)}</h3>")
-        parts.append(page.bars(listed))
+        parts.append(f"<h3>{title}: {len(counter):,}{html.escaped(span)}</h3>")
+        parts.append(html.bars(listed))
         remarks = ([f"and {rest:,} more"] if rest else []) + ([f"{without:,} records without"] if without else [])
         parts += [f'<p class="quiet">{"; ".join(remarks)}</p>'] if remarks else []
     if found.bounds:
         rows = [["CRS", "left", "bottom", "right", "top"]]
         rows += [[crs[:60], *(f"{side:,.10g}" for side in box)] for crs, box in list(found.bounds.items())[:_LISTED]]
-        parts.append(f"<h3>Bounds of all tiles</h3>{page.table(rows)}")
+        parts.append(f"<h3>Bounds of all tiles</h3>{html.table(rows)}")
     return "".join(parts)
 
 
@@ -166,9 +167,9 @@ def _report(file: pathlib.Path) -> str:
     try:
         return page.report(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        return f'<p class="quiet">There is no {page.escaped(file.name)}.</p>'
+        return f'<p class="quiet">There is no {html.escaped(file.name)}.</p>'
     except (OSError, ValueError, RecursionError) as error:
-        return f'<p class="warn">{page.escaped(file.name)} cannot be read: {page.escaped(error)}</p>'
+        return f'<p class="warn">{html.escaped(file.name)} cannot be read: {html.escaped(error)}</p>'
 
 
 if __name__ == "__main__":

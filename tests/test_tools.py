@@ -18,7 +18,8 @@ import toy_data
 from array_record.python import array_record_module
 from PIL import Image
 
-from data_prep import browse, check_shard, histogram_picture, page, stats, survey, tfds_metadata, verify
+from data_prep import browse, check_shard, histogram_picture, stats, survey, tfds_metadata, verify
+from pera_jax import html
 from pera_jax.data import codecs, records, statistics
 from pera_jax.errors import UserError
 
@@ -389,7 +390,7 @@ def test_many_sizes_are_counted_in_steps():
     text = browse._sizes(found)
     assert "300 sizes: width 40 to 339 px, height 30 to 30 px" in text
     assert sum(map(int, re.findall(r'"count">(\d+)<', text))) == 300
-    assert page.bars([("nothing", 0)]).count("width:0.00%") == 1
+    assert html.bars([("nothing", 0)]).count("width:0.00%") == 1
 
 
 def test_bad_input_is_one_sentence_and_leaves_nothing(sound, tmp_path, in_process):

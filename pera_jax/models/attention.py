@@ -40,6 +40,11 @@ def choose(name: str, precision: Precision, head_width: int) -> str:
     return name
 
 
+def _weights(query: jax.Array, key: jax.Array, precision: Precision) -> jax.Array:
+    """softmax(query key^T / sqrt(E)) over the keys: [B, n, H, E] and [B, N, H, E] -> [B, H, n, N], wide."""
+    return jax.nn.softmax(precision.product("bqhe,bkhe->bhqk", query, key) * query.shape[-1] ** -0.5)
+
+
 # Recomputed in the backward pass: the arrays of tokens x tokens would be most of what a block keeps, and their first
 # product is a small part of its work.
 @functools.partial(jax.checkpoint, static_argnums=3)
@@ -48,8 +53,7 @@ def _mix(query: jax.Array, key: jax.Array, value: jax.Array, precision: Precisio
 
     Not `jax.nn.dot_product_attention`: it would round float32 operands to TF32, and its softmax is never float64.
     """
-    scores = precision.product("bqhe,bkhe->bhqk", query, key) * query.shape[-1] ** -0.5  # [B, H, N, N], wide
-    return precision.product("bhqk,bkhe->bqhe", jax.nn.softmax(scores), value)
+    return precision.product("bhqk,bkhe->bqhe", _weights(query, key, precision), value)
 
 
 def _mix_in_parts(query: jax.Array, key: jax.Array, value: jax.Array, precision: Precision) -> jax.Array:
@@ -74,8 +78,8 @@ class Attention(nn.Module):
     kernel_init: nn.initializers.Initializer
 
     @nn.compact
-    def __call__(self, x):
-        """[B, N, D] -> [B, N, D]."""
+    def __call__(self, x, class_weights=False):
+        """[B, N, D] -> [B, N, D]; or, with `class_weights`, what the first token takes of each: [B, H, N], wide."""
         policy = dict(
             dtype=self.precision.compute,
             param_dtype=self.precision.wide,
@@ -86,6 +90,8 @@ class Attention(nn.Module):
         # Three, heads and head dimension are axes of the kernel, so that heads can be cut over devices.
         qkv = nn.DenseGeneral((3, self.heads, width // self.heads), name="qkv", **policy)(x)  # [B, N, 3, H, D/H]
         query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, N, H, D/H]
+        if class_weights:
+            return _weights(query[:, :1], key, self.precision)[:, :, 0]  # [B, H, N]
         if self.implementation == "cudnn":  # its softmax is float32 inside the kernel
             mixed = jax.nn.dot_product_attention(query, key, value, implementation="cudnn")  # [B, N, H, D/H]
         else:

@@ -68,19 +68,23 @@ class Block(nn.Module):
     mlp_ratio: float
     precision: Precision
     attention: str
-    keep_output: bool = False
+    keep: tuple[str, ...] = ()
 
     @nn.compact
     def __call__(self, x, key, depth):
-        """`x` [B, N, D] -> the same, and once more for the scan to stack where `keep_output`; `key` is this block's."""
+        """`x` [B, N, D] -> the same, and a dict of what `keep` names, for the scan to stack; `key` is this block's.
+
+        `keep` may hold "output" [B, N, D] and "class_attention" [B, H, N], see `Attention`.
+        """
         norm_1, norm_2 = (_layer_norm(self.precision, name) for name in ("norm_1", "norm_2"))
         attention = Attention(self.heads, self.precision, self.attention, _NORMAL, name="attention")
         mlp = Mlp(self.mlp_ratio, self.precision, name="mlp")
         first, second = _branches(depth, key)
+        kept = {"class_attention": attention(norm_1(x), class_weights=True)} if "class_attention" in self.keep else {}
         x = stochastic_depth.residual(lambda y: attention(norm_1(y)), x, first)
         x = stochastic_depth.residual(lambda y: mlp(norm_2(y)), x, second)
         x = constrain_batch(x)
-        return x, (x if self.keep_output else None)
+        return x, kept | ({"output": x} if "output" in self.keep else {})
 
 
 def _keep_input_only(apply: Callable, dtype) -> Callable:
@@ -156,8 +160,8 @@ class ViT(nn.Module):
         grid = positions.resample(grid, height, width).reshape(height * width, self.width)  # [L, D]
         return jnp.concatenate([self.position_embedding[:1], grid])  # [1 + L, D]
 
-    def _stack(self, name, length, x, depth, stream, keep_outputs=False):
-        sizes = (self.heads, self.mlp_ratio, self.precision, self.attention, keep_outputs)
+    def _stack(self, name, length, x, depth, stream, keep=()):
+        sizes = (self.heads, self.mlp_ratio, self.precision, self.attention, keep)
         keys = None if depth is None else jax.random.split(jax.random.fold_in(depth.key, stream), length)
         if self.is_initializing():
             born = nn.scan(
@@ -180,7 +184,7 @@ class ViT(nn.Module):
         return jax.lax.scan(body, x, stacked, length, unroll=1 if self.scan else length)
 
     @nn.compact
-    def __call__(self, images, visible=None, learnable=None, mask_token=None, depth=None, blocks=0):
+    def __call__(self, images, visible=None, learnable=None, mask_token=None, depth=None, blocks=0, class_attention=False):
         """Encodes the `visible` patches of `images` and, from mid depth on, the `learnable` ones.
 
         Args:
@@ -190,10 +194,12 @@ class ViT(nn.Module):
           mask_token: [D], the vector from which learnable tokens start; with `learnable`.
           depth: a `stochastic_depth.Depth`, or None: every block runs on every crop.
           blocks: also return the outputs of this many last blocks.
+          class_attention: also return how the class token attends in the last block.
 
         Returns:
           A dict of `wide` arrays after the final norm: `class_token` [B, D], `patch_tokens` [B, n, D], with `learnable`
-          also `learnable_tokens` [B, m, D], with `blocks` also `blocks`, a list of [B, 1 + n, D], the last block last.
+          also `learnable_tokens` [B, m, D], with `blocks` also `blocks`, a list of [B, 1 + n, D], the last block last, with
+          `class_attention` also that, [B, heads, 1 + n (+ m)]: softmax weights, which add up to 1 over the tokens.
         """
         wide = self.precision.wide
         position = self.positions(images.shape[1] // self.patch, images.shape[2] // self.patch)  # [1 + L, D]
@@ -206,19 +212,23 @@ class ViT(nn.Module):
         first = jnp.broadcast_to(self.class_token + position[0], (len(images), 1, self.width))  # [B, 1, D]
         x = constrain_batch(jnp.concatenate([first, tokens], axis=1))  # [B, 1 + n, D]
 
-        x, lower = self._stack("lower", self.split, x, depth, 0, blocks > 0)
+        keep = ("output",) if blocks else ()
+        x, lower = self._stack("lower", self.split, x, depth, 0, keep)
         joined = x.shape[1]
         if learnable is not None:
             joining = mask_token + jnp.take(position[1:], learnable, axis=0)  # [B, m, D]
             x = constrain_batch(jnp.concatenate([x, joining], axis=1))  # [B, 1 + n + m, D]
-        x, upper = self._stack("upper", self.depth - self.split, x, depth, 1, blocks > 0)
+        keep += ("class_attention",) if class_attention else ()
+        x, upper = self._stack("upper", self.depth - self.split, x, depth, 1, keep)
         x = self.norm(x)
         result: dict[str, Any] = {"class_token": x[:, 0], "patch_tokens": x[:, 1:joined]}
         if learnable is not None:
             result["learnable_tokens"] = x[:, joined:]
         if blocks:
-            outputs = jnp.concatenate([lower, upper])[-blocks:]  # [blocks, B, 1 + n, D]
+            outputs = jnp.concatenate([lower["output"], upper["output"]])[-blocks:]  # [blocks, B, 1 + n, D]
             result["blocks"] = [self.norm(output) for output in outputs]
+        if class_attention:
+            result["class_attention"] = upper["class_attention"][-1]
         return result
 
 

@@ -1,0 +1,130 @@
+"""What lies in a run's folder: what the run is, its numbers, its alarms and the results of probes."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from pera_jax import checkpoint
+from pera_jax.errors import UserError
+
+UNTRAINED, PIXELS = "untrained", "pixels"
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """
+    Attributes:
+      meta: what `run_meta.describe` wrote, of the checkpoint or, without one, of config.json.
+      step: of the checkpoint that is shown; None without one.
+      metrics: the lines of metrics.jsonl, numbers only; alarms: those of alarms.jsonl.
+      finished: whether the run has come to its end.
+      results: entries of the probe; faults: a sentence for each file that is none.
+    """
+
+    path: pathlib.Path
+    meta: dict[str, Any]
+    step: int | None
+    metrics: list[dict[str, float]]
+    alarms: list[dict[str, Any]]
+    finished: bool
+    results: list[dict[str, Any]]
+    faults: list[str]
+
+    @property
+    def last_step(self) -> int:
+        """The last step that is known of."""
+        return int(max([self.step or 0, *(line["step"] for line in self.metrics)]))
+
+
+def read(run: str, step: int | None) -> Folder:
+    """Raises UserError: no such folder or step, no folder of a run, a checkpoint that cannot be read."""
+    path = pathlib.Path(run)
+    if not path.is_dir():
+        raise UserError(f"the run's folder {run} does not exist; name the --workdir of a training")
+    config = path / "config.json"
+    if step is not None or checkpoint.saved_steps(path):
+        place, step = checkpoint.folder_of(path, step)
+        meta = checkpoint.load_meta(place)
+    elif config.is_file():
+        try:
+            meta = json.loads(config.read_text(encoding="utf-8"))
+            checkpoint.objective_of(meta)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{config} does not describe a run ({error}); restore it, or name another run") from error
+    else:
+        raise UserError(f"{run} is not the folder of a run: it holds neither a checkpoint nor {config.name}")
+    results, faults = _results(path)
+    metrics = [_numbers(line) for line in _lines(path / "metrics.jsonl")]
+    alarms = [line for line in _lines(path / "alarms.jsonl") if "alarm" in line]
+    finished = (path / "FINISHED").exists()
+    return Folder(path, meta, step, [line for line in metrics if "step" in line], alarms, finished, results, faults)
+
+
+def _lines(file: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file of JSON lines; none without the file. A line that a run is writing just now is left out."""
+    if not file.is_file():
+        return
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            yield value
+
+
+def _numbers(line: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a line of metrics; "nan" and "inf" are such."""
+    found = {}
+    for name, value in line.items():
+        try:
+            found[name] = float(value)
+        except (TypeError, ValueError):
+            continue
+    return found
+
+
+def _results(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[str]]:
+    results, faults = [], []
+    for file in sorted(path.glob("probe/*/*.json")):
+        try:
+            entry = json.loads(file.read_text(encoding="utf-8"))
+            results.append(_checked(entry) | {"file": file})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            faults.append(f"{file.relative_to(path)} is no result of the probe and is left out.")
+    return results, faults
+
+
+def _checked(entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry, if all that the page reads of it has its type. Raises ValueError, KeyError, TypeError, AttributeError."""
+    scores = {} if "failure" in entry else entry["scores"]
+    for score in scores.values():
+        for bound in ("low", "high"):
+            score[bound] = None if score.get(bound) is None else float(score[bound])
+        score["value"] = float(score["value"])
+    details = entry.get("details") or {}
+    details.keys()
+    described = entry["checkpoint"] | {"step": int(entry["checkpoint"]["step"] or 0)}
+    described["encoder"] = str(described["encoder"])
+    names = [str(name) for name in entry["data"].get("class_names") or []]
+    data = entry["data"] | {"class_names": names}
+    return {
+        "name": str(entry["name"]), "task": str(entry["task"]), "checkpoint": described, "data": data,
+        "scores": scores, "details": details, "failure": str(entry.get("failure", "")),
+    }  # fmt: skip
+
+
+def who(entry: dict[str, Any]) -> str:
+    """Whose result it is: "untrained", "pixels" or the step of the teacher."""
+    encoder = entry["checkpoint"]["encoder"]
+    return encoder if encoder in (UNTRAINED, PIXELS) else f"step {entry['checkpoint']['step']:,}"
+
+
+def of_the_trained(results: list[dict[str, Any]], step: int | None) -> list[dict[str, Any]]:
+    """The results of the checkpoint that is shown; where it has none, of the latest one that has."""
+    trained = [entry for entry in results if entry["checkpoint"]["encoder"] not in (UNTRAINED, PIXELS)]
+    steps = sorted({entry["checkpoint"]["step"] for entry in trained})
+    chosen = step if step in steps else (steps[-1] if steps else None)
+    return [entry for entry in trained if entry["checkpoint"]["step"] == chosen]

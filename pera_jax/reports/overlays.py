@@ -1,0 +1,107 @@
+"""Truth and prediction over scenes: what segmentation and change probes saw."""
+
+import colorsys
+import pathlib
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pera_jax.bands import Bands
+from pera_jax.data import codecs
+from pera_jax.reports.grid import Grid, Tile
+from pera_jax.reports.images import as_bytes, visible
+
+READING = (
+    "Scenes that the probe was tested on, not trained on: the image (of change: both dates), the labels, what a probe on "
+    "frozen features predicts, and where it is wrong (red) over the image in dark grey. Light grey has no "
+    "label and counts nowhere."
+)
+IGNORE = 255
+_MOST = 6  # scenes of a result
+_UNLABELLED, _WRONG = (205, 205, 205), (225, 40, 40)
+_DISTINCT = (
+    (0, 114, 178), (213, 94, 0), (0, 158, 115), (240, 228, 66), (204, 121, 167), (86, 180, 233), (120, 80, 40),
+    (150, 60, 190), (70, 70, 70), (160, 210, 60),
+)  # fmt: skip
+
+
+def colours_of(classes: int) -> tuple[tuple[int, int, int], ...]:
+    """A colour for each class; of two classes (no and yes) a dark and a bright one."""
+    if classes == 2:
+        return (40, 44, 52), (255, 196, 0)
+    more = [colorsys.hsv_to_rgb(i * 0.618 % 1.0, 0.55, 0.9) for i in range(classes - len(_DISTINCT))]
+    return (*_DISTINCT, *(tuple(round(255 * part) for part in colour) for colour in more))[:classes]
+
+
+def coloured(mask: np.ndarray, colours: tuple[tuple[int, int, int], ...]) -> np.ndarray:
+    """Class indices uint8 [H, W] as colours [H, W, 3]; what is no class is grey."""
+    table = np.full((256, 3), _UNLABELLED, np.uint8)
+    table[: len(colours)] = colours
+    return table[mask]
+
+
+def errors(image: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """The image [H, W, 3] in a dark grey, wrong pixels in red, those without a label as in the labels."""
+    result = np.repeat(40.0 + 0.45 * image.mean(axis=2, keepdims=True), 3, axis=2)
+    wrong, unlabelled = (truth != predicted) & (truth != IGNORE), truth == IGNORE
+    result[wrong] = 0.2 * result[wrong] + 0.8 * np.array(_WRONG)
+    result[unlabelled] = _UNLABELLED
+    return np.round(result).astype(np.uint8)
+
+
+def grid(entry: dict[str, Any], bands: Bands, rgb: tuple[str, ...]) -> tuple[Grid | None, list[str]]:
+    """The scenes of a result of segmentation or change, and a sentence for each that cannot be shown."""
+    pictures = sorted(pathlib.Path(entry["file"]).with_suffix("").rglob("*.png"))
+    names = tuple(entry["data"]["class_names"])
+    colours, change = colours_of(len(names)), entry["task"] == "change"
+    rows, faults = [], []
+    for picture in pictures[:_MOST]:
+        try:
+            rows.append(_row(entry["data"], picture, change, colours, bands, rgb))
+        except (OSError, ValueError) as error:
+            faults.append(f"{picture.name} is not shown: {error}.")
+    looks = ("first date", "second date") if change else ("image",)
+    columns = (*looks, "truth", "prediction", "errors")
+    side = 1130 // len(columns) - 8
+    kinds = (*zip(names, colours, strict=True), ("no label", _UNLABELLED), ("wrong", _WRONG))
+    left = len(pictures) - _MOST
+    faults += [f"{left} more scenes lie in {pathlib.Path(entry['file']).with_suffix('')}."] if left > 0 else []
+    return (Grid(columns, tuple(rows), side, kinds) if rows else None), faults
+
+
+def _row(data, picture: pathlib.Path, change: bool, colours, bands: Bands, rgb) -> tuple[Tile, ...]:
+    base = pathlib.Path(str(data.get("path") or ""))
+    split = base / str(data.get("test_split") or "")
+    base = split if (split / "label").is_dir() else base
+    looks = [_scene(base / kind, picture.stem, bands, rgb) for kind in (("A", "B") if change else ("image",))]
+    truth, predicted = _mask(base / "label" / f"{picture.stem}.png"), _mask(picture)
+    if change:
+        truth = np.where(truth == IGNORE, 1, truth).astype(np.uint8)  # a change is stored as 255
+    shapes = {look.shape[:2] for look in looks} | {truth.shape, predicted.shape}
+    if len(shapes) > 1:
+        raise ValueError("image, label and prediction have several sizes")
+    maps = (coloured(truth, colours), coloured(predicted, colours))
+    tiles = [Tile(look) for look in looks] + [Tile(of, exact=True) for of in maps]
+    tiles[0] = Tile(looks[0], picture.stem)
+    return (*tiles, Tile(errors(looks[-1], truth, predicted)))
+
+
+def _mask(file: pathlib.Path) -> np.ndarray:
+    """Class indices uint8 [H, W] of a PNG: its values, or the places in its palette."""
+    with Image.open(file) as image:
+        values = np.asarray(image if image.mode in ("L", "P") else image.convert("L"))
+    return values.astype(np.uint8)
+
+
+def _scene(folder: pathlib.Path, key: str, bands: Bands, rgb) -> np.ndarray:
+    """The image as uint8 [H, W, 3]: the network's bands as they are shown elsewhere, or the first three stretched."""
+    file = next((path for path in sorted(folder.glob("*")) if path.stem == key), None)
+    if file is None:
+        raise ValueError(f"{folder} holds no image of that name")
+    pixels = codecs.decode_image(file.read_bytes())
+    if pixels.shape[2] == len(bands) and pixels.dtype == bands.dtype:
+        return as_bytes(bands.mapped(pixels), visible(bands, rgb))
+    channels = (0, 1, 2) if pixels.shape[2] > 2 else (0, 0, 0)
+    low, high = np.percentile(pixels, (1, 99), axis=(0, 1))
+    return as_bytes((pixels - low) / np.maximum(high - low, 1e-6), channels)

@@ -1,0 +1,104 @@
+"""The report as one page of HTML: sections in order, each with a sentence on how to read it; at the end why others are missing."""
+
+import dataclasses
+import json
+
+from pera_jax import html
+from pera_jax.bands import Bands
+from pera_jax.reports import charts, confusion, curves, folder, grid, head, overlays, scores
+from pera_jax.reports.folder import Folder
+from pera_jax.reports.grid import Grid
+
+STYLE = (
+    grid.STYLE
+    + charts.STYLE
+    + confusion.STYLE
+    + """
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(500px, 100%), 1fr)); gap: 0 40px; }
+.reading { max-width: 900px; color: #4a525a; } pre { font-size: 12px; overflow-x: auto; }
+.cards table + .scroll { margin-top: 12px; } .alarms { margin-top: 18px; } summary { cursor: pointer; } section { break-inside: auto; }
+@media print { body { max-width: none; padding: 0; } nav { display: none; } h2 { break-after: avoid; } }
+"""
+)
+NO_DATA = "no images were given; name a data set folder with --data."
+NO_CHECKPOINT = "the run holds no finished checkpoint yet."
+NO_RESULTS = "nothing has probed this run yet; python -m pera_jax.probe does."
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """
+    Attributes:
+      place: its anchor; title: its heading.
+      reading: what one sees and how to read it.
+      body: HTML; "" where the section is left out.
+      missing: why, a sentence.
+    """
+
+    place: str
+    title: str
+    reading: str
+    body: str
+    missing: str = ""
+
+
+def pictured(place: str, title: str, reading: str, shown: Grid | None, missing: str, caption: str = "") -> Section:
+    """A section of one grid, or of the sentence why there is none."""
+    if shown is None:
+        return Section(place, title, reading, "", missing)
+    below = f"<p><b>{html.escaped(caption)}</b></p>" if caption else ""
+    return Section(place, title, reading, grid.figures(shown) + below)
+
+
+def of_the_folder(run: Folder) -> tuple[list[Section], list[Section], dict[str, Grid]]:
+    """The sections that need no images of the data: those before the pictures, those after them, and the grids of
+    scenes, by name of the result."""
+    trained = [entry for entry in folder.of_the_trained(run.results, run.step) if not entry["failure"]]
+    faults = "".join(f'<p class="warn">{html.escaped(fault)}</p>' for fault in run.faults)
+    table = scores.table(run.results, run.step) + faults
+    before = [
+        Section("scores", "Scores", scores.READING, table, NO_RESULTS),
+        Section("steps", "Scores against the step", scores.STEPS_READING, scores.over_steps(run.results),
+                "fewer than two checkpoints of this run have been probed."),
+    ]  # fmt: skip
+    parts, bands, rgb = [], Bands.of(run.meta), tuple(run.meta["config"]["views"]["rgb"])
+    for entry in sorted(trained, key=lambda entry: entry["task"] in confusion.DENSE):
+        if content := confusion.section(entry):
+            opened = "" if parts else " open"
+            heading = f"{html.escaped(entry['name'])}, {folder.who(entry)}"
+            parts.append(f"<details{opened}><summary><b>{heading}</b></summary>{content}</details>")
+    drawn, scenes = [], {}
+    for entry in trained:
+        if entry["task"] in confusion.DENSE:
+            shown, remarks = overlays.grid(entry, bands, rgb)
+            if shown is not None:
+                scenes[entry["name"]] = shown
+            if shown is not None or remarks:
+                words = "".join(f'<p class="quiet">{html.escaped(remark)}</p>' for remark in remarks)
+                drawn.append(f"<h3>{html.escaped(entry['name'])}</h3>{grid.figures(shown) if shown else ''}{words}")
+    config = html.escaped(json.dumps(run.meta, indent=1, ensure_ascii=False))
+    after = [
+        Section("classes", "Classes", confusion.READING, "".join(parts),
+                "no result of this run tells what its classes are taken for."),
+        Section("scenes", "Segmentation and change", overlays.READING, "".join(drawn),
+                "no segmentation or change has been probed on this run."),
+        Section("curves", "Training", curves.READING, curves.section(run.metrics),
+                "the run has no metrics.jsonl, or nothing was logged in it yet."),
+        Section("config", "Config", "Everything that the run was started with, as it is stored with the weights.",
+                f"<details><summary>config.json</summary><pre>{config}</pre></details>"),
+    ]  # fmt: skip
+    return before, after, scenes
+
+
+def assembled(run: Folder, sections: list[Section]) -> bytes:
+    """The page."""
+    name = run.meta["config"]["name"]
+    step = f"step {run.last_step if run.step is None else run.step:,}"
+    present = "".join(f'<a href="#{s.place}">{html.escaped(s.title)}</a> ' for s in sections if s.body)
+    parts = [f"<h1>{html.escaped(name)}, {step}</h1><nav>{present}</nav>{head.section(run)}"]
+    for section in (section for section in sections if section.body):
+        reading = f'<p class="reading">{html.escaped(section.reading)}</p>'
+        parts.append(f'<section id="{section.place}"><h2>{html.escaped(section.title)}</h2>{reading}{section.body}</section>')
+    if left := [(section.title, section.missing) for section in sections if not section.body]:
+        parts.append(f'<section id="missing"><h2>Left out</h2>{html.facts(left)}</section>')
+    return html.document(f"{name}, {step}", parts, STYLE)

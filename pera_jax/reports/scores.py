@@ -1,0 +1,96 @@
+"""Scores of probes: trained beside untrained and pixels, and against the step."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from pera_jax import html
+from pera_jax.reports import charts, folder
+from pera_jax.reports.charts import Chart, Series
+
+READING = (
+    "Frozen features judged on test images that nothing was chosen on; in brackets the bootstrap interval of 95 % over "
+    "them. “Untrained” is the network before its first step, “pixels” the mean and deviation of the patches' raw values: "
+    "what training has added is the distance from these."
+)
+STEPS_READING = (
+    "The same scores for each checkpoint that was probed, with their intervals; step 0 is the untrained network, the "
+    "dashed line are raw pixels."
+)
+
+
+def text(score: dict[str, Any] | None) -> str:
+    """A score with its interval."""
+    if score is None:
+        return ""
+    interval = "" if score["low"] is None or score["high"] is None else f" ({score['low']:.3f} – {score['high']:.3f})"
+    return f"{score['value']:.3f}{interval}"
+
+
+def table(results: Sequence[dict[str, Any]], step: int | None) -> str:
+    """A row for each score, a column for each of pixels, untrained and trained; failures below."""
+    trained = folder.of_the_trained(results, step)
+    columns = [
+        (title, entries)
+        for title, entries in (
+            ("pixels", _of(results, folder.PIXELS)), ("untrained", _of(results, folder.UNTRAINED)),
+            (f"trained, {folder.who(trained[0])}" if trained else "trained", trained),
+        )
+        if entries
+    ]  # fmt: skip
+    values = {
+        title: {(entry["name"], name): score for entry in entries for name, score in entry["scores"].items()}
+        for title, entries in columns
+    }
+    order = list(dict.fromkeys(place for of in reversed(values.values()) for place in of))
+    data = {entry["name"]: entry for _, entries in columns for entry in entries}
+    rows = [["score", *values, "test data"]]
+    for name, score in order:
+        rows.append([score, *(text(of.get((name, score))) for of in values.values()), _data(data[name])])
+    failed = [
+        f'<p class="warn">{html.escaped(entry["name"])} of {folder.who(entry)} failed: {html.escaped(entry["failure"])}</p>'
+        for entry in results
+        if entry["failure"]
+    ]
+    return (html.table(rows) if order else "") + "".join(failed)
+
+
+def _of(results, encoder):
+    return [entry for entry in results if entry["checkpoint"]["encoder"] == encoder]
+
+
+def _data(entry: dict[str, Any]) -> str:
+    """What a score was measured on, in a few words."""
+    data = entry["data"]
+    number = data.get("test_images")
+    size = entry["checkpoint"].get("image_size")
+    words = [str(data.get("name") or data.get("path") or "")]
+    words += [f"{number:,} images"] if isinstance(number, int) else []
+    words += [f"{size} px"] if size else []
+    return ", ".join(words)
+
+
+def over_steps(results: Sequence[dict[str, Any]]) -> str:
+    """A chart for each score that several checkpoints have; "" where there is none."""
+    found: dict[tuple[str, str], dict[int, dict]] = {}
+    levels: dict[tuple[str, str], float] = {}
+    for entry in results:
+        encoder = entry["checkpoint"]["encoder"]
+        for name, score in entry["scores"].items():
+            place = (entry["name"], name)
+            if encoder == folder.PIXELS:
+                levels[place] = score["value"]
+            else:
+                found.setdefault(place, {})[0 if encoder == folder.UNTRAINED else entry["checkpoint"]["step"]] = score
+    drawn = []
+    for place, by_step in found.items():
+        if len([step for step in by_step if step > 0]) < 2:
+            continue
+        steps = np.array(sorted(by_step), np.float64)
+        scores = [by_step[int(step)] for step in steps]
+        values = np.array([score["value"] for score in scores])
+        bars = np.array([[np.nan if score[end] is None else score[end] for end in ("low", "high")] for score in scores])
+        level = (("pixels", levels[place]),) if place in levels else ()
+        drawn.append(charts.svg(Chart(place[1], (Series("network", steps, values, bars),), level)))
+    return charts.row(drawn) if any(drawn) else ""
