@@ -13,7 +13,7 @@ from pera_jax import config as configs
 from pera_jax.bands import Bands
 from pera_jax.data import mixture, pipeline, records, statistics
 from pera_jax.errors import UserError
-from pera_jax.probes import features
+from pera_jax.probes import features, samples
 
 import toy_data
 
@@ -142,14 +142,13 @@ def test_thirteen_bands_of_uint16_train_and_resume_and_their_features_are_extrac
     assert [rows[-1][f"data/drawn/{name}"] for name in ("sentinel", "other")] == [80, 240]
     weights = checkpoint.load_weights(workdir)
     assert weights.meta["bands"] == list(NAMES) and weights.meta["ranges"] == [[0.0, 10000.0]] * 13
-    bands, source = Bands.of(weights.meta), records.open_split(folders["other"], "train")
     extractor = features.Extractor(weights.backbone, weights.meta)
-    found = features.extract(extractor, source, bands, 48, batch_size=10)
-    same = features.extract(extractor, records.open_split(folders["deep"], "train"), bands, 48, batch_size=10)
+    extract = lambda name: features.extract(extractor, samples.open_samples(folders[name], "train"), 48, 10)  # noqa: E731
+    found, same = extract("other"), extract("deep")
     assert (len(found.class_tokens), len(same.class_tokens)) == (30, 25)
     assert np.isfinite(found.class_tokens).all() and np.ptp(same.class_tokens[:, -1], axis=0).max() > 1e-3
     with pytest.raises(UserError, match="holds float32, and uint16 is needed"):
-        features.extract(extractor, records.open_split(folders["float"], "train"), bands, 48, batch_size=10)
+        extract("float")
 
 
 def test_random_ranges_give_the_statistics_of_the_clipped_values(folders):
