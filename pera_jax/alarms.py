@@ -1,10 +1,10 @@
 """Alarms: a run that goes wrong, told from the numbers of its steps.
 
 What is watched is relative to what is possible (the entropy of so many prototypes, a prototype for each image of a batch,
-the norm of the parameters), so the same bounds hold for any number of prototypes and any batch. Each quantity is averaged over the last
-steps; an alarm begins when the average has stayed beyond its bound, and ends when it has stayed within a second, milder
-one. A healthy run passes the bounds for moments only: in its first steps and while the learning rate rises the teacher may
-say the same of all crops.
+the norm of the parameters), so the same bounds hold for any number of prototypes and any batch. An alarm begins
+when most of the last steps are beyond its bound, however far, and ends when most are within a second, milder one: a single
+step raises none. Until the learning rate has come to its peak a healthy teacher may say the same of all crops, so some
+conditions wait for it.
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-DECAY = 0.95  # of the averages, for each step
-PATIENCE = 40  # steps that an average stays beyond a bound before an alarm begins, or within before it ends
+DECAY = 0.95  # of averages, for each step: they tell of the last 20
+MOST = 0.85  # of the last steps are beyond a bound when an alarm begins: of steps in a row, the 37th
 FIRST = 20  # steps whose loss the later ones are compared with
 NOT_FINITE = "loss is not finite"
 
@@ -29,7 +29,7 @@ class Alarm(NamedTuple):
 class Condition:
     """
     Attributes:
-      quantity: what is watched, by its name in `Alarms._shares`.
+      quantity: what is watched, by its name in `Alarms._seen`.
       begins, ends: its bounds; the alarm is for values beyond `begins`, which lies on the far side of `ends`.
       after_peak: whether it counts only once the learning rate has come to its peak.
       text: a sentence with places for what `Alarms.seen` says.
@@ -95,9 +95,9 @@ class Alarms:
           state: as `state` gave it, to go on from; None for a new run.
         """
         self._prototypes, self._images, self._peak = prototypes, images, peak
-        state = state or {"steps": 0, "peaked": 0, "averages": {}, "beyond": {}, "on": []}
+        state = state or {"steps": 0, "peaked": 0, "averages": {}, "shares": {}, "on": []}
         self._steps, self._peaked, self._averages = state["steps"], state["peaked"], dict(state["averages"])
-        self._beyond, self._on = dict(state["beyond"]), set(state["on"])
+        self._shares, self._on = dict(state["shares"]), set(state["on"])
 
     def update(self, values: Mapping[str, float], learning_rate: float) -> list[Alarm]:
         """The alarms that begin with the step that has these metrics and this learning rate."""
@@ -107,21 +107,19 @@ class Alarms:
             self._averages[name] = value + DECAY * (self._averages.get(name, value) - value)
         if self._steps <= FIRST:
             self._averages["first"] = self._averages["excess"]
-        shares = self._shares()
-        begun = []
+        seen, begun = self._seen(_watched(values)), []
         for condition in CONDITIONS:
-            on, value = condition.name in self._on, shares[condition.quantity]
+            on, value = condition.name in self._on, seen[condition.quantity]
             if on:
                 counts = not condition.beyond(value, condition.ends)
             else:
                 counts = condition.beyond(value, condition.begins) and bool(self._peaked or not condition.after_peak)
-            self._beyond[condition.name] = self._beyond.get(condition.name, 0) + 1 if counts else 0
-            if self._beyond[condition.name] < PATIENCE:
-                continue
-            self._beyond[condition.name] = 0
-            self._on ^= {condition.name}
-            if not on:
-                begun.append(Alarm(condition.name, condition.text.format(**shares)))
+            share = counts + DECAY * (self._shares.get(condition.name, 0.0) - counts)
+            self._shares[condition.name] = share if share < MOST else 0.0
+            if share >= MOST:
+                self._on ^= {condition.name}
+                if not on:
+                    begun.append(Alarm(condition.name, condition.text.format(**self._seen(self._averages))))
         return begun
 
     def metrics(self) -> dict[str, int]:
@@ -132,18 +130,19 @@ class Alarms:
         """JSON to go on from."""
         return {
             "steps": self._steps, "peaked": self._peaked, "averages": dict(self._averages),
-            "beyond": dict(self._beyond), "on": sorted(self._on),
+            "shares": dict(self._shares), "on": sorted(self._on),
         }  # fmt: skip
 
-    def _shares(self) -> dict[str, float]:
-        """The averages, relative to what is possible, and what sentences say beside them."""
-        log_k, log_possible = math.log(self._prototypes), math.log(min(self._prototypes, max(self._images, 2)))
-        of_mean, used = self._averages["entropy_of_mean"], self._averages["prototypes_used"]
-        return self._averages | {
-            "spread": of_mean / log_possible, "effective": math.exp(of_mean), "kl_to_uniform": log_k - of_mean,
-            "entropy": self._averages["entropy_nats"] / log_k, "log_k": log_k,
-            "used": math.log(max(used, 1.0)) / log_possible,
-            "growth": self._averages["excess"] / max(self._averages["first"], 1.0),
+    def _seen(self, of: Mapping[str, float]) -> dict[str, float]:
+        """What `_watched` gives, of a step or on average, relative to what is possible, and what sentences say beside it."""
+        log_k, log_possible = math.log(self._prototypes), math.log(min(self._prototypes, self._images))
+        of_mean, used = of["entropy_of_mean"], math.log(max(of["prototypes_used"], 1.0))
+        return {
+            **of, "spread": of_mean / log_possible if log_possible else 1.0,  # the crops of one image may well be alike
+            "used": used / log_possible if log_possible else 1.0,
+            "entropy": of["entropy_nats"] / log_k, "log_k": log_k,
+            "effective": math.exp(of_mean), "kl_to_uniform": log_k - of_mean,
+            "growth": of["excess"] / max(self._averages["first"], 1.0),
             "prototypes": self._prototypes, "images": self._images,
         }  # fmt: skip
 
