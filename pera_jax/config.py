@@ -100,6 +100,13 @@ def default() -> ConfigDict:
         teacher_temperature=dict(start=0.03, end=0.05, warmup="30 epochs"),
         student_temperature=0.1,
     )
+    # Nearest neighbours among a few labelled images, from the teacher in training: the metric "monitor/knn20".
+    config.monitor = dict(
+        data="",  # folder of shards with classes, of the same bands; "": no monitor
+        split="train",
+        images=1000,  # at most, the same number of each class where there are as many; held in memory
+        every="5 percent",
+    )
     config.mesh = dict(data=-1, fsdp=1, tensor=1)  # one of them may be -1: the devices that are left
     config.log_every = "50 steps"
     # Seconds without a finished step after which a process prints where its threads stand and ends; 0: never. The first

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from pera_jax import chips, distributed, sharding
+from pera_jax.alarms import NOT_FINITE, Alarms
 from pera_jax.errors import UserError
 from pera_jax.objectives import pera
 
@@ -17,17 +18,23 @@ from pera_jax.objectives import pera
 class Loop:
     """Everything that is done between one step and the next, the same on each host; only process 0 has a writer."""
 
-    def __init__(self, config, mesh, store, meta, writer, watchdog, every, total, position, image_flops, sets):
+    def __init__(
+        self, config, mesh, store, meta, writer, watchdog, every, total, position, image_flops, sets, monitor
+    ):
         """
         Args:
           writer: None for a host that writes no metrics.
-          every: steps between "log" and between "save".
-          position: of a checkpoint: "batches" done before, "replaced" images in them, examples "drawn" of each data set.
+          every: steps between "log", between "save", between "monitor".
+          position: of a checkpoint: "batches" done before, "replaced" images in them, examples "drawn" of each data set,
+            state of the "alarms".
           image_flops: of a training step, per image.
           sets: names of the data sets.
+          monitor: a `monitor.Monitor`, or None.
         """
         self.config, self.store, self.meta, self.writer, self.watchdog = config, store, meta, writer, watchdog
-        self.every, self.total = every, total
+        self.every, self.total, self.monitor = every, total, monitor
+        peak = config.schedules.learning_rate.peak
+        self.alarms = Alarms(config.heads.prototypes, config.batch_size, peak, position.get("alarms"))
         self.devices, self.chip = mesh.size, chips.chip_of(mesh.devices.flat[0].device_kind)
         self.image_flops = image_flops
         self.where = NamedSharding(mesh, sharding.BATCH)
@@ -40,7 +47,8 @@ class Loop:
         self.sets = sets
         drawn = position["drawn"] if len(position["drawn"]) == len(sets) else [0] * len(sets)  # changed data, if allowed
         self.tally = np.uint32([position["replaced"], *drawn])  # images replaced, examples of each data set
-        # (step, metrics on the device, hyper, tally): fetched one step late, so that logging stalls nothing.
+        # (step, metrics on the device, hyper, tally, what the monitor says): fetched one step late, so that logging stalls
+        # nothing.
         self.pending = None
         self.saved = None
         self.waited, self.since, self.since_step = 0.0, time.perf_counter(), None
@@ -58,7 +66,8 @@ class Loop:
 
     def after(self, step, state, out, hyper):
         self._fetch()
-        self.pending = (step, out, hyper, self.tally)
+        monitored = self.monitor and (step % self.every["monitor"] == 0 or step == self.total)
+        self.pending = (step, out, hyper, self.tally, self.monitor(state.teacher) if monitored else {})
         if step % self.every["save"] == 0 and step != self.total:
             self._save(state)
 
@@ -73,19 +82,22 @@ class Loop:
         self._fetch()  # a state whose loss is not finite is not worth keeping
         self.saved = int(state.step)
         replaced, *drawn = np.asarray(self.tally).tolist()
-        self.store.save(state, self.meta, {"batches": self.saved, "replaced": replaced, "drawn": drawn})
+        self.store.save(state, self.meta, {"batches": self.saved, "replaced": replaced, "drawn": drawn, "alarms": self.alarms.state()})
         self.watchdog.fed()
 
     def _fetch(self):
         if self.pending is None:
             return
-        (step, out, hyper, tally), self.pending = self.pending, None
+        (step, out, hyper, tally, monitored), self.pending = self.pending, None
         values = {name: float(value) for name, value in jax.device_get(out).items()}
         self.watchdog.fed()
         self._check_finite(step, values)
+        for alarm in self.alarms.update(values, float(hyper["learning_rate"])):
+            if self.writer:
+                self.writer.write_alarm(step, *alarm)
         if self.since_step is None:  # the first step compiles; the clock starts after it
             self.since_step, self.since, self.waited = step, time.perf_counter(), 0.0
-        if step % self.every["log"] == 0 or step == self.total:
+        if step % self.every["log"] == 0 or step == self.total or monitored:
             now = time.perf_counter()
             if self.writer:
                 rates = self._rates(step - self.since_step, now - self.since)
@@ -95,7 +107,7 @@ class Loop:
                 extra = {"data/images": step * self.config.batch_size, "data/replaced": replaced}
                 if len(drawn) > 1:
                     extra |= {f"data/drawn/{name}": count for name, count in zip(self.sets, drawn, strict=True)}
-                self.writer.write(step, values | hypers | extra | rates)
+                self.writer.write(step, values | hypers | extra | rates | monitored | self.alarms.metrics())
             self.since, self.since_step, self.waited = now, step, 0.0
 
     def _rates(self, steps: int, seconds: float) -> dict[str, float]:
@@ -110,10 +122,13 @@ class Loop:
         if not wrong:
             return
         self.store.wait()
-        raise UserError(
+        text = (
             f"{wrong[0]} is {values[wrong[0]]} at step {step}; {self.store.last_good()}: "
             "lower schedules.learning_rate.peak or optimiser.clip_norm and start again"
         )
+        if self.writer:
+            self.writer.write_alarm(step, NOT_FINITE, text)
+        raise UserError(text)
 
 
 def speed(images_per_second: float, devices: int, image_flops: float, chip: chips.Chip | None) -> dict[str, float]:

@@ -254,3 +254,12 @@ def mean_output(teacher: Prototypes, precision: Precision) -> jax.Array:
     """`mean(z)` over all crops and samples, [K]: what the centre moves towards; the mean of `W u` is `W mean(u)`."""
     mean_unit = jnp.mean(teacher.units, axis=(0, 1))  # [D]
     return precision.wide_einsum("kd,d->k", teacher.weights, mean_unit)
+
+
+def mean_direction(tokens: jax.Array) -> jax.Array:
+    """Mean of `tokens / ||tokens||` over all crops and samples: [B, V, D] -> [D].
+
+    The square of its length is the mean cosine similarity of two of them, so 1 minus it is their variance: 0 where all
+    are the same, near 1 where they point everywhere.
+    """
+    return jnp.mean(tokens / jnp.linalg.norm(tokens, axis=-1, keepdims=True), axis=(0, 1))

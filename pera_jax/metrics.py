@@ -1,9 +1,10 @@
-"""Where a run's numbers go: `metrics.jsonl`, TensorBoard and one line of progress; and progress of counted loops.
+"""Where a run's numbers go: `metrics.jsonl`, TensorBoard and one line of progress; alarms; progress of counted loops.
 
 Keys that start with `time/` hold what a clock measured. All other values are reproducible, also across a resume.
 """
 
 import collections
+import contextlib
 import json
 import math
 import os
@@ -11,7 +12,7 @@ import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
 
 from tensorboardX.event_file_writer import EventsWriter
@@ -31,9 +32,10 @@ class MetricsWriter:
       JSON: what is not finite is written as the string "nan", "inf" or "-inf" (Python's `float` reads both).
       On construction it is cut back to the lines up to `resume_step`, atomically; a last line that a crash cut short is
       dropped. Lines are not buffered, so a killed process has lost none of a step whose checkpoint it saved.
+    * `alarms.jsonl`: one JSON object an alarm, "step", "alarm" (its name) and "text"; cut back in the same way.
     * `tb/`: TensorBoard events. A resumed run opens a new file, which tells TensorBoard to forget the points after
       `resume_step` in the older ones.
-    * stderr: one live line on a terminal, else a plain line for each `write`.
+    * stderr: one live line on a terminal, else a plain line for each `write`; a line for each alarm.
 
     One process of a run may hold one.
     """
@@ -50,16 +52,17 @@ class MetricsWriter:
           stream: where the line of progress goes; stderr by default.
 
         Raises:
-          UserError: the workdir cannot be written, or its `metrics.jsonl` is not one that this class wrote.
+          UserError: the workdir cannot be written, or one of the two files in it is not one that this class wrote.
         """
-        self._path = pathlib.Path(workdir) / "metrics.jsonl"
+        self._path, alarms = (pathlib.Path(workdir) / name for name in ("metrics.jsonl", "alarms.jsonl"))
         self._total, self._batch_size = total, batch_size
         self._line = _Line(stream)
         self._failed = False
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            _cut_back(self._path, resume_step)
-            self._file = open(self._path, "ab", buffering=0)
+            for path in (self._path, alarms):
+                _cut_back(path, resume_step)
+            self._file, self._alarms = (open(path, "ab", buffering=0) for path in (self._path, alarms))
             # Not `SummaryWriter`: when the disk is full its thread dies and the run waits for it for ever.
             (self._path.parent / "tb").mkdir(exist_ok=True)
             self._events = EventsWriter(str(self._path.parent / "tb" / "events"), f".step{resume_step}")
@@ -77,23 +80,35 @@ class MetricsWriter:
         values = {key: _number(values[key]) for key in sorted(values)}
         record = {"step": int(step)} | {key: _strict(value) for key, value in values.items()}
         scalars = [summary_pb2.Summary.Value(tag=key, simple_value=value) for key, value in values.items()]
-        try:
+        with self._told():
             _write_all(self._file, json.dumps(record, allow_nan=False).encode() + b"\n")
             self._write_event(event_pb2.Event(step=int(step), summary=summary_pb2.Summary(value=scalars)))
-        except OSError as error:
-            self._failed = True
-            raise _unwritable(self._path.parent, error) from error
         self._line.show(self._describe(step, values))
+
+    def write_alarm(self, step: int, name: str, text: str) -> None:
+        """Records an alarm that begins at `step`, and says it. Raises UserError as `write`."""
+        with self._told():
+            _write_all(self._alarms, json.dumps({"step": int(step), "alarm": name, "text": text}).encode() + b"\n")
+        self._line.say(f"alarm at step {step:,}, {name}: {text}")
 
     def close(self) -> None:
         """Ends the live line and closes the files. Raises UserError as `write` does, unless `write` has said it."""
         self._line.end()
         self._file.close()
+        self._alarms.close()
         try:
             self._events.close()
         except OSError as error:
             if not self._failed:
                 raise _unwritable(self._path.parent, error) from error
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._failed = True
+            raise _unwritable(self._path.parent, error) from error
 
     def _write_event(self, event: event_pb2.Event) -> None:
         event.wall_time = time.time()
@@ -193,6 +208,12 @@ class _Line:
             self._stream.write(text + "\n")
         self._stream.flush()
 
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.end()
+        self._stream.write(text + "\n")
+        self._stream.flush()
+
     def end(self) -> None:
         if self._drawn:
             self._stream.write("\n")
@@ -212,7 +233,7 @@ def _cut_back(path: pathlib.Path, last_step: int) -> None:
             step = int(json.loads(line)["step"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"line {number} of {path} is no line of metrics: mend or move the file, or choose another workdir"
+                f"line {number} of {path} is no line of {path.stem}: mend or move the file, or choose another workdir"
             ) from error
         if step <= last_step:
             kept.append(line)

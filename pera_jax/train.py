@@ -25,6 +25,7 @@ from pera_jax import step as steps
 from pera_jax.data import mixture, pipeline
 from pera_jax.errors import UserError
 from pera_jax.loop import Loop, StopSignal
+from pera_jax.monitor import Monitor
 from pera_jax.objectives import pera
 from pera_jax.watchdog import Watchdog
 
@@ -74,6 +75,7 @@ def train(config, workdir: str, profile: str | None = None) -> None:
         "log": duration("log_every", config.log_every, total),
         "save": duration("checkpoint.every", config.checkpoint.every, total),
         "keep": duration("checkpoint.keep_every", config.checkpoint.keep_every, total),
+        "monitor": duration("monitor.every", config.monitor.every, total),
     }
     for name, value in every.items():
         if value < 1:
@@ -92,6 +94,7 @@ def train(config, workdir: str, profile: str | None = None) -> None:
         mesh,
     )
     meta = run_meta.describe(config, objective, data.card())
+    monitor = Monitor(config.monitor, objective, abstract.teacher, mesh) if config.monitor.data else None
 
     # ---- state: (1) checkpoint in the workdir, else (2) resume_from, else (3) init_from (weights), else (4) scratch
     state, position = _first_state(config, workdir, meta, objective, optimiser, abstract, mesh)
@@ -126,7 +129,9 @@ def train(config, workdir: str, profile: str | None = None) -> None:
         stack.enter_context(distributed.ends_alone())
 
         image_flops = sum(flops.per_image(objective).values())
-        loop = Loop(config, mesh, store, meta, writer, watchdog, every, total, position, image_flops, data.names())
+        loop = Loop(
+            config, mesh, store, meta, writer, watchdog, every, total, position, image_flops, data.names(), monitor
+        )
         for step in range(start, total):
             hyper = {k: np.asarray(v, config.parameter_precision) for k, v in schedule.at(step).items()}
             tracer.before(step + 1, state)

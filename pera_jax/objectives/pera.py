@@ -161,7 +161,7 @@ class PerA:
         targets = self.pixel_targets(views["global"])
         # First, so that the whole looks are not kept until the end for the few patches that are guessed.
         targets, views = jax.lax.optimization_barrier((targets, views))
-        student_out, teacher_out, predicted = self.outputs(params, teacher, views, depths)
+        student_out, teacher_out, predicted, tokens = self.outputs(params, teacher, views, depths)
         per_pair, statistics = losses.class_term(
             student_out, teacher_out, state["center"], hyper["student_temperature"], hyper["teacher_temperature"],
             self.precision,
@@ -175,6 +175,7 @@ class PerA:
         means = {
             "loss": loss, "per_pair": per_pair, "koleo": koleo, "pixel": pixel, "statistics": statistics,
             "output": losses.mean_output(teacher_out, self.precision),
+            "token": losses.mean_direction(tokens), "unit": jnp.mean(teacher_out.units, axis=(0, 1)),
         }  # fmt: skip
         return loss, jax.lax.stop_gradient(means)
 
@@ -193,6 +194,9 @@ class PerA:
             "teacher/entropy": teacher["teacher_entropy"],
             "teacher/entropy_of_mean": teacher["teacher_entropy_of_mean"],
             "teacher/prototypes_in_use": teacher["prototypes_in_use"],
+            "teacher/kl_to_uniform": jnp.log(len(center)) - teacher["teacher_entropy_of_mean"],
+            "teacher/feature_variance": 1 - jnp.sum(jnp.square(means["token"])),
+            "teacher/unit_variance": 1 - jnp.sum(jnp.square(means["unit"])),
             "teacher/center_norm": jnp.linalg.norm(center),
             "kl": teacher["kl"],
         }
@@ -234,7 +238,8 @@ class PerA:
         )
         units, weights = self.pixel_head.apply({"params": params["pixel_head"]}, learnable)
         predicted = sharding.constrain_batch(self.precision.logits(units, sharding.constrain_whole(weights)))
-        return student_out, jax.lax.stop_gradient(teacher_out), predicted
+        teacher_out, teacher_tokens = jax.lax.stop_gradient((teacher_out, jnp.concatenate(teacher_tokens, axis=1)))
+        return student_out, teacher_out, predicted, teacher_tokens
 
     def pixel_targets(self, view: Views) -> jax.Array:
         """The student view's values at its learnable patches, [N, n_l, p p C]."""
