@@ -28,10 +28,10 @@ from pera_jax.bands import Bands
 from pera_jax.errors import UserError
 from pera_jax.objectives import pera
 
-_FOLDER = "checkpoints"
+FOLDER = "checkpoints"
 # What a full disk, a lost mount or a denied write look like: Orbax and TensorStore wrap the system's error in several.
-_WRITE_ERRORS = (OSError, ValueError, RuntimeError)
-_READ_ERRORS = (*_WRITE_ERRORS, KeyError, TypeError)
+WRITE_ERRORS = (OSError, ValueError, RuntimeError)
+_READ_ERRORS = (*WRITE_ERRORS, KeyError, TypeError)
 _REMOVAL_SECONDS, _QUIET_SECONDS = 20.0, 1.0  # longest wait for threads of a failed save; silence that ends it
 
 
@@ -45,7 +45,7 @@ class Store:
     def __init__(self, workdir: str, keep_last: int, keep_every: int):
         """Opens `workdir`/checkpoints; keeps the last `keep_last` steps and every multiple of `keep_every`."""
         policies = ocp.training.preservation_policies
-        self.folder = pathlib.Path(workdir).absolute() / _FOLDER
+        self.folder = pathlib.Path(workdir).absolute() / FOLDER
         self._response, self._step = None, None  # of the save under way
         try:
             self._checkpointer = ocp.training.Checkpointer(
@@ -73,13 +73,13 @@ class Store:
         """
         self.wait()
         step = int(state.step)
-        items = _split(state) | {"data": data, "meta": meta | {"step": step}}
+        items = split(state) | {"data": data, "meta": meta | {"step": step}}
         try:
             self._check_space(items)
             response = self._checkpointer.save_checkpointables_async(step, items)
         except jax.errors.JaxRuntimeError:  # another host is lost: that is no matter of the disk
             raise
-        except _WRITE_ERRORS as error:
+        except WRITE_ERRORS as error:
             raise self._failed(step, error) from error
         if response is None:
             raise RuntimeError(f"Orbax skipped the checkpoint of step {step} although its policy is to save every one")
@@ -102,7 +102,7 @@ class Store:
             self._checkpointer.wait()
         except jax.errors.JaxRuntimeError:
             raise
-        except _WRITE_ERRORS as error:
+        except WRITE_ERRORS as error:
             raise self._failed(self._step, error) from error
 
     def _failed(self, step: int, error: BaseException) -> UserError:
@@ -116,7 +116,7 @@ class Store:
         try:
             self.wait()
         finally:
-            with contextlib.suppress(*_WRITE_ERRORS):  # `wait` has told them
+            with contextlib.suppress(*WRITE_ERRORS):  # `wait` has told them
                 self._checkpointer.close()
             if distributed.main_host():
                 _remove_half_written(self.folder)
@@ -138,7 +138,8 @@ def _remove_half_written(folder: pathlib.Path) -> None:
         time.sleep(0.05)
 
 
-def _split(state: steps.TrainState) -> dict[str, Any]:
+def split(state: steps.TrainState) -> dict[str, Any]:
+    """The checkpointables `state` and `teacher`."""
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     teacher = fields.pop("teacher")
     return {"state": fields, "teacher": teacher}
@@ -151,12 +152,12 @@ def restore(folder: pathlib.Path, abstract: steps.TrainState) -> tuple[steps.Tra
       UserError: leaves that are missing, too many or of another shape.
       Damaged: an unreadable checkpoint.
     """
-    wanted = _split(abstract)
+    wanted = split(abstract)
     with _reading(folder):
         stored = ocp.checkpointables_metadata(folder).metadata
-        differences = _differences({name: stored[name] for name in wanted}, wanted)
-        if differences:
-            raise UserError(f"the checkpoint {folder} does not fit this config: {'; '.join(differences)}")
+        differing = differences({name: stored[name] for name in wanted}, wanted)
+        if differing:
+            raise UserError(f"the checkpoint {folder} does not fit this config: {'; '.join(differing)}")
         items = ocp.load_checkpointables(folder, wanted | {"data": None})
     return steps.TrainState(teacher=items["teacher"], **items["state"]), items["data"]
 
@@ -181,7 +182,7 @@ def set_aside(folder: pathlib.Path) -> pathlib.Path:
 
 def saved_steps(run: str | pathlib.Path) -> list[int]:
     """The finished steps of a run, ascending; none where there is no run."""
-    folder = pathlib.Path(run).absolute() / _FOLDER
+    folder = pathlib.Path(run).absolute() / FOLDER
     if not folder.is_dir():
         return []
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
@@ -194,14 +195,14 @@ def folder_of(run: str | pathlib.Path, step: int | None) -> tuple[pathlib.Path, 
       UserError: no such run or step.
     """
     finished = saved_steps(run)
-    if not (pathlib.Path(run) / _FOLDER).is_dir():
-        raise UserError(f"{run} is not the folder of a run: it holds no {_FOLDER}/")
+    if not (pathlib.Path(run) / FOLDER).is_dir():
+        raise UserError(f"{run} is not the folder of a run: it holds no {FOLDER}/")
     if not finished:
         raise UserError(f"{run} holds no finished checkpoint yet")
     if step is not None and step not in finished:
         raise UserError(f"{run} has no checkpoint of step {step}; there are {', '.join(map(str, finished))}")
     chosen = finished[-1] if step is None else step
-    return pathlib.Path(run).absolute() / _FOLDER / str(chosen), chosen
+    return pathlib.Path(run).absolute() / FOLDER / str(chosen), chosen
 
 
 def load_meta(folder: pathlib.Path) -> dict[str, Any]:
@@ -249,10 +250,12 @@ def load_weights(
       untrained: the network as it was before the first step, made again from the stored seed.
 
     Raises:
-      UserError: no such run or step, another format version.
+      UserError: no such run or step, another format version, an import without a student.
     """
     folder, chosen = folder_of(run, step)
     meta = load_meta(folder)
+    if which == "student" and backbone_alone(meta):
+        raise UserError(f"{run} holds the teacher's backbone alone, and no student")
     objective = objective_of(meta)
     optimiser = steps.make_optimiser(ConfigDict(meta["config"]).optimiser)
     if untrained:
@@ -261,33 +264,21 @@ def load_weights(
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.eval_shape(lambda: steps.new_state(objective, optimiser, 0))
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)
-    wanted = "teacher" if which == "teacher" else "state"
+    name, alone = "teacher" if which == "teacher" else "state", backbone_alone(meta)
+    wanted = split(abstract)[name]
     with _reading(folder):
-        loaded = ocp.load_checkpointables(folder, {wanted: _split(abstract)[wanted]})[wanted]
+        loaded = ocp.load_checkpointables(folder, {name: {"backbone": wanted["backbone"]} if alone else wanted})[name]
     return Weights(loaded if which == "teacher" else loaded["params"], meta, chosen)
 
 
-def with_weights(state: steps.TrainState, run: str) -> steps.TrainState:
-    """`state` with the student and the teacher of another run's latest checkpoint; optimiser, centre and step stay new.
-
-    Raises:
-      UserError: no such run, or parameters of other names or shapes; all of them are named.
-    """
-    weights = {which: load_weights(run, which=which).params for which in ("student", "teacher")}
-    differences = _differences(weights["student"], state.params)
-    if differences:
-        raise UserError(f"init_from={run} does not fit this config: {'; '.join(differences)}")
-    params, teacher = jax.tree.map(_laid_out_as, (weights["student"], weights["teacher"]), (state.params, state.teacher))
-    return state.replace(params=params, teacher=teacher)
+def backbone_alone(meta: dict[str, Any]) -> bool:
+    """Whether a checkpoint is an import that holds a teacher's backbone and nothing else."""
+    return meta.get("imported", {}).get("backbone_alone", False)
 
 
-def _laid_out_as(value: jax.Array, like: jax.Array) -> jax.Array:
-    """`value`, which each host holds whole, cut and spread over the devices of all hosts as `like` is."""
-    whole = np.asarray(value)
-    return jax.make_array_from_callback(whole.shape, like.sharding, lambda index: whole[index])
+def differences(found: Any, wanted: Any) -> list[str]:
+    """What is another, missing or too much among the paths and shapes of two trees, a line each."""
 
-
-def _differences(found: Any, wanted: Any) -> list[str]:
     def shapes(tree):
         leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
         return {sharding.path_of(path): tuple(leaf.shape) for path, leaf in leaves}

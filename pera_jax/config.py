@@ -30,6 +30,9 @@ def default() -> ConfigDict:
             # step), or one whose weights only are taken. A folder of a run, "" for none.
             resume_from="",
             init_from="",
+            # Batches over which the teacher's mean output is taken before the first step after `init_from`: the centre to
+            # begin with. 0: the centre begins at 0, as without `init_from`.
+            init_center_batches=16,
         )
     )
     config.data = dict(
@@ -212,6 +215,8 @@ def check(config: ConfigDict, batch_shards: int, weight_shards: int, hosts: int)
         raise UserError("crops.global_number must be at least 1 and crops.local_number at least 0")
     if config.data.workers < -1:
         raise UserError(f"data.workers={config.data.workers} must be at least 0, or -1 for a number by the host's cores")
+    if config.init_center_batches < 0:
+        raise UserError(f"init_center_batches={config.init_center_batches} must be at least 0")
     if config.stall_seconds < 0:
         raise UserError(f"stall_seconds={config.stall_seconds} must be at least 0, which is never")
     _one_of(config, "objective", ("pera",))

@@ -74,6 +74,11 @@ def check_same_run(found: dict[str, Any], wanted: dict[str, Any], workdir: str, 
     Raises:
       UserError: names the first thing that differs and both values.
     """
+    if "imported" in found:
+        raise UserError(
+            f"{workdir} holds weights imported from {found['imported']['file']} and no run to go on with; begin from them "
+            "with init_from and another --workdir"
+        )
     other = f"the checkpoint in {workdir} is of another"
     mend = "use another --workdir, or the config that began it"
     for name in ("model", "bands", "dtype", "ranges", "mean", "std"):

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from pera_jax import sharding
 
 # Streams of randomness: numbers are made by fold_in(fold_in(key(seed), stream), step), nothing random is stored.
-INIT, LOSS = 0, 1
+INIT, LOSS, CENTER = 0, 1, 2
 
 
 @flax.struct.dataclass

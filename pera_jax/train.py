@@ -28,6 +28,7 @@ from pera_jax.loop import Loop, StopSignal
 from pera_jax.monitor import Monitor
 from pera_jax.objectives import pera
 from pera_jax.watchdog import Watchdog
+from pera_jax.weights import init
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/: configs/demo.py, configs/demo.py:smoke")
 _WORKDIR = flags.DEFINE_string("workdir", None, "for checkpoints, metrics, config.json; resumed when not empty")
@@ -97,7 +98,7 @@ def train(config, workdir: str, profile: str | None = None) -> None:
     monitor = Monitor(config.monitor, objective, abstract.teacher, mesh) if config.monitor.data else None
 
     # ---- state: (1) checkpoint in the workdir, else (2) resume_from, else (3) init_from (weights), else (4) scratch
-    state, position = _first_state(config, workdir, meta, objective, optimiser, abstract, mesh)
+    state, position = _first_state(config, workdir, meta, objective, optimiser, abstract, mesh, data)
     start = int(state.step)
     if start >= total:
         distributed.say(f"{workdir} is at step {start} of {total}: nothing left to do")
@@ -147,7 +148,7 @@ def train(config, workdir: str, profile: str | None = None) -> None:
             distributed.say(f"stopped by {stop.asked} at step {int(state.step)} of {total}; checkpoint saved")
 
 
-def _first_state(config, workdir, meta, objective, optimiser, abstract, mesh):
+def _first_state(config, workdir, meta, objective, optimiser, abstract, mesh, data):
     """The state to begin with and the position in the data, by the order of start-up."""
     own = checkpoint.saved_steps(workdir)
     distributed.check_same(
@@ -175,7 +176,8 @@ def _first_state(config, workdir, meta, objective, optimiser, abstract, mesh):
         raise UserError(f"no checkpoint of {run} can be read; the newest: {damaged[0][1]}")
     state = steps.born_sharded(objective, optimiser, mesh, config.seed)
     if config.init_from:
-        state = checkpoint.with_weights(state, config.init_from)
+        state = init.with_weights(state, config.init_from, objective)
+        state = init.with_center(state, config, objective, data, mesh)
     return state, {"batches": 0, "replaced": 0, "drawn": []}
 
 

@@ -19,10 +19,11 @@ import numpy as np  # noqa: E402
 from einops import rearrange  # noqa: E402
 
 from pera_jax import config as configs  # noqa: E402
-from pera_jax import masking, released  # noqa: E402
+from pera_jax import masking  # noqa: E402
 from pera_jax import step as steps  # noqa: E402
 from pera_jax.bands import RGB, Bands  # noqa: E402
 from pera_jax.objectives import pera  # noqa: E402
+from pera_jax.weights import released, tables  # noqa: E402
 
 OUTPUT, GRADIENT, CHANGE = 5e-5, 1e-4, 1e-3
 
@@ -85,11 +86,11 @@ class Reference:
 
     def tree(self, prefix: str):
         arrays = {k[len(prefix) :]: v for k, v in self.arrays.items() if k.startswith(prefix)}
-        tree = released.from_released(arrays, self.entries, self.objective.vit.heads, self.objective.vit.patch)
+        tree = tables.from_named(arrays, self.entries, self.objective.vit.heads, self.objective.vit.patch)
         return jax.tree.map(jnp.asarray, tree)
 
     def released(self, **tree):
-        return released.to_released(tree, self.entries, self.objective.vit.heads, self.objective.vit.patch)
+        return tables.to_named(tree, self.entries, self.objective.vit.heads, self.objective.vit.patch)
 
     def batch_major(self, array: np.ndarray, kind: str) -> np.ndarray:
         """The file orders rows crop by crop; the program sample by sample."""

@@ -12,6 +12,7 @@ from pera_jax import step as steps
 from pera_jax.bands import Bands
 from pera_jax.errors import UserError
 from pera_jax.objectives import pera
+from pera_jax.weights import init
 
 DATA = {"name": "toy", "fingerprint": "f", "class_names": None, "records": 10, "split": "train"}
 
@@ -83,7 +84,7 @@ def test_init_from_another_shape_names_every_leaf_that_differs(run, state):
     _, objective, optimiser = parts(width=64)
     other = jax.eval_shape(lambda: steps.new_state(objective, optimiser, 0))
     with pytest.raises(UserError) as error:
-        checkpoint.with_weights(other, str(run))
+        init.with_weights(other, str(run), objective)
     message = str(error.value)
     assert "backbone/class_token is (32,) there and (64,) here" in message
     differing = [

@@ -209,10 +209,7 @@ class PerA:
           (student, teacher, predicted): two `losses.Prototypes` with units [B, V, D], V = global then local crops, and
           [B NG, n_l, p p C].
         """
-        aligned = {
-            kind: self.vit.apply({"params": teacher["backbone"]}, view.teacher, view.masks.teacher)["class_token"]
-            for kind, view in views.items()
-        }
+        aligned = self._aligned(teacher, views)
         # The teacher first and done, and only then what the student keeps for its backward pass.
         looks = {kind: view.student for kind, view in views.items()}
         aligned, looks = jax.lax.optimization_barrier((aligned, looks))
@@ -240,6 +237,23 @@ class PerA:
         predicted = sharding.constrain_batch(self.precision.logits(units, sharding.constrain_whole(weights)))
         teacher_out, teacher_tokens = jax.lax.stop_gradient((teacher_out, jnp.concatenate(teacher_tokens, axis=1)))
         return student_out, teacher_out, predicted, teacher_tokens
+
+    def _aligned(self, teacher, views: dict[str, Views]) -> dict[str, jax.Array]:
+        """The teacher's class tokens of each kind, [B V, width]."""
+        return {
+            kind: self.vit.apply({"params": teacher["backbone"]}, view.teacher, view.masks.teacher)["class_token"]
+            for kind, view in views.items()
+        }
+
+    def mean_output(self, teacher: dict[str, Any], examples: dict[str, Any]) -> jax.Array:
+        """The teacher's mean output [K] on (a part of) `examples`: what one step moves the centre towards."""
+        tokens = [
+            rearrange(aligned, "(b v) d -> b v d", v=self.crops[kind][0])
+            for kind, aligned in self._aligned(teacher, self.make_views(examples)).items()
+        ]
+        head = {"params": teacher["prototype_head"]}
+        out = losses.Prototypes(*self.prototype_head.apply(head, jnp.concatenate(tokens, axis=1)))
+        return losses.mean_output(out, self.precision)
 
     def pixel_targets(self, view: Views) -> jax.Array:
         """The student view's values at its learnable patches, [N, n_l, p p C]."""

@@ -1,0 +1,135 @@
+"""Weights of other programs as a run with one checkpoint, of step 0, that probes, reports and `init_from` read.
+
+A whole dictionary of the released program becomes a whole state, with a new optimiser and the centre at 0; a teacher's
+backbone alone becomes a checkpoint without a student and without heads.
+"""
+
+import dataclasses
+import errno
+import hashlib
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+from orbax.checkpoint import v1 as ocp
+
+from pera_jax import checkpoint, files, run_meta
+from pera_jax import config as configs
+from pera_jax import step as steps
+from pera_jax.bands import RGB, Bands
+from pera_jax.data.mixture import IMAGENET
+from pera_jax.errors import UserError
+from pera_jax.objectives import pera
+from pera_jax.weights import arrays, released, tables, timm
+
+_REST = ("student.", "teacher.cls_head.", "pred_head.", "s_mask_token")  # all of a dictionary but the teacher's backbone
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a file does not tell.
+
+    Attributes:
+      heads: of attention; None: 64 values each.
+      bands: names; None: red, green, blue.
+      mean, std: of each band, of values in [0, 1]; None: ImageNet's, for red, green, blue.
+    """
+
+    heads: int | None = None
+    bands: tuple[str, ...] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+def import_released(file: pathlib.Path, output: pathlib.Path, options: Options, teacher_only: bool) -> dict[str, Any]:
+    """Writes the run folder `output` from a dictionary of the released program; returns the `meta`.
+
+    Args:
+      teacher_only: take the teacher's backbone, whether the rest is there or not.
+
+    Raises:
+      UserError: a file that is no such dictionary (all names that are wrong are in the sentence), options that do not fit,
+        an output that cannot be written.
+    """
+    named = arrays.read(file)
+    if teacher_only:
+        named = {name: each for name, each in named.items() if not name.startswith(_REST)}
+        return _import(file, output, options, named, "teacher.backbone.", _teacher_table)
+    return _import(file, output, options, named, "teacher.backbone.", released.table)
+
+
+def import_timm(file: pathlib.Path, output: pathlib.Path, options: Options) -> tuple[dict[str, Any], list[str]]:
+    """Writes the run folder `output` from a ViT under timm's names; returns the `meta` and the names that were left out.
+
+    Raises:
+      UserError: as `import_released`.
+    """
+    named, left_out = timm.without_extras(arrays.read(file))
+    return _import(file, output, options, named, "", timm.table), left_out
+
+
+def _teacher_table(depth: int, split: int) -> list[tables.Entry]:
+    return tables.backbone("teacher.backbone.", ("teacher", "backbone"), depth, split)
+
+
+def _import(file, output, options, named, prefix, table: Callable[[int, int], list[tables.Entry]]) -> dict[str, Any]:
+    depth = tables.depth_of(named, prefix)
+    entries = table(depth, depth // 2)
+    tables.check_names(named, entries, str(file))
+    shape = tables.shape_of(named, prefix, options.heads, str(file))
+    whole = any(entry.path[0] == "params" for entry in entries)
+    bands = _bands(file, shape["bands"], options)
+    config = _config(file.stem, shape, released.head_sizes(named) if whole else {}, bands.names)
+    objective = pera.from_config(config, bands)
+    optimiser = steps.make_optimiser(config.optimiser)
+    abstract = jax.eval_shape(lambda: steps.new_state(objective, optimiser, 0))
+    tables.check_shapes(named, {"params": abstract.params, "teacher": abstract.teacher}, entries, shape, str(file))
+    tree = jax.tree.map(jax.numpy.asarray, tables.from_named(named, entries, shape["heads"], shape["patch"]))
+
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    card = {"name": file.name, "split": None, "records": None, "fingerprint": digest, "class_names": None}
+    origin = {"file": file.name, "sha256": digest, "backbone_alone": not whole}
+    meta = run_meta.describe(config, objective, card) | {"imported": origin}
+    with files.whole_folder(output) as folder:
+        _save(folder, objective, optimiser, tree.get("params"), tree["teacher"], meta)
+        run_meta.write(str(folder), meta)
+    return meta
+
+
+def _save(run: pathlib.Path, objective, optimiser, params, teacher, meta: dict[str, Any]) -> None:
+    """Writes the checkpoint of step 0; without the student's `params` that of the teacher alone. Raises OSError."""
+    items = {"teacher": teacher, "data": {"batches": 0, "replaced": 0, "drawn": []}, "meta": meta | {"step": 0}}
+    if params is not None:
+        step, opt_state = jax.numpy.zeros((), jax.numpy.int32), optimiser.init(params)
+        items |= checkpoint.split(steps.TrainState(step, params, teacher, opt_state, objective.init_state()))
+    try:
+        (run / checkpoint.FOLDER).mkdir()
+        ocp.save_checkpointables(run / checkpoint.FOLDER / "0", items)
+    except checkpoint.WRITE_ERRORS as error:
+        raise OSError(errno.EIO, str(error).splitlines()[0][:200]) from error
+
+
+def _config(name: str, shape: dict[str, Any], heads: dict[str, int], bands: tuple[str, ...]) -> ConfigDict:
+    """The published settings with a file's sizes and bands."""
+    config, patch = configs.default(), shape["patch"]
+    config.name = name
+    config.data.bands = bands
+    config.model.update({field: shape[field] for field in ("width", "depth", "heads", "patch", "mlp_ratio")})
+    config.crops.update(dict(global_size=shape["image_size"], local_size=max(config.crops.local_size // patch, 2) * patch))
+    config.heads.update(heads)
+    if bands != RGB:
+        config.views.update(dict(saturation=0.0, hue=0.0, student_grey=0.0))  # which are for red, green and blue
+    return config
+
+
+def _bands(file: pathlib.Path, number: int, options: Options) -> Bands:
+    names = options.bands or RGB
+    plain = names == RGB
+    if len(names) != number:
+        raise UserError(f"{file} is for {number} band(s), and {', '.join(names)} are {len(names)}; name them with --bands")
+    mean, std = options.mean or (IMAGENET[0] if plain else None), options.std or (IMAGENET[1] if plain else None)
+    if mean is None or std is None or not len(mean) == len(std) == number or min(std) <= 0:
+        raise UserError(f"{file} needs --mean and --std with one number for each of {', '.join(names)}, std above 0")
+    return Bands(names, "uint8", ((0.0, 255.0),) * number, tuple(mean), tuple(std))

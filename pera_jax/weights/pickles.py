@@ -1,0 +1,90 @@
+"""What torch.save has written, read without running any of it.
+
+The pickle may hold arrays, numbers, strings and containers, and the NumPy scalars that optimisers leave in their
+settings. Every name that it refers to is looked at before PyTorch sees it, and PyTorch's own reader (`weights_only`)
+takes no other either.
+"""
+
+import pathlib
+import pickle
+import pickletools
+import warnings
+import zipfile
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from pera_jax.errors import UserError
+
+_SCALARS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")  # before NumPy 2, and since
+_STORAGES = ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool")
+ALLOWED = frozenset((
+    *_SCALARS, "numpy.dtype", "_codecs.encode", "collections.OrderedDict", "torch.Size", "torch.device",
+    "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter", "torch.storage.UntypedStorage",
+    *(f"torch.{name}Storage" for name in _STORAGES),
+))  # fmt: skip
+_LEGACY_PICKLES = 5  # one after the other in a file that is no zip: magic number, version, system, content, storages
+
+
+def load(path: pathlib.Path) -> Any:
+    """The object in a file of torch.save, tensors on the CPU.
+
+    Raises:
+      UserError: a file that cannot be read, that refers to anything but arrays and numbers (all of it is named), that is
+        cut off; PyTorch is not installed.
+    """
+    try:
+        foreign = sorted({name for name in _globals(path) if name not in ALLOWED})
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (zipfile.BadZipFile, ValueError, EOFError, RuntimeError) as error:
+        raise UserError(f"{path} is no file of torch.save, or is cut off") from error
+    if foreign:
+        raise UserError(
+            f"{path} refers to {', '.join(foreign)}, which is neither an array nor a number, and nothing of it was loaded; "
+            "save the model's state_dict alone"
+        )
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(f"reading {path} needs PyTorch: install pera_jax[torch], or convert it to safetensors") from error
+    scalar = np._core.multiarray.scalar
+    dtypes = {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
+    allowed = [*((scalar, name) for name in _SCALARS), np.dtype, *dtypes]
+    try:
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings(action="ignore"):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise UserError(f"{path} is no file of torch.save, or is cut off") from error
+
+
+def _globals(path: pathlib.Path) -> Iterator[str]:
+    """All names `module.name` that the pickles of a file refer to. Nothing is executed."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            pickles = [name for name in archive.namelist() if name.endswith(".pkl")]
+            if not pickles:
+                raise ValueError("a zip without a pickle")
+            for name in pickles:
+                with archive.open(name) as file:
+                    yield from _globals_of_one(file)
+        return
+    with open(path, "rb") as file:
+        for number in range(_LEGACY_PICKLES):
+            if number and not file.peek(1):  # a plain pickle
+                return
+            yield from _globals_of_one(file)
+
+
+def _globals_of_one(file: BinaryIO) -> Iterator[str]:
+    texts: list[str] = []  # what may be on the stack: STACK_GLOBAL takes its two names from there
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name in ("GLOBAL", "INST"):
+            yield argument.replace(" ", ".")
+        elif opcode.name == "STACK_GLOBAL":
+            yield ".".join(texts[-2:]) or "a name that is made up as it is read"
+        elif isinstance(argument, str):
+            texts.append(argument)
+        elif opcode.name.startswith("EXT"):
+            yield f"extension {argument}"

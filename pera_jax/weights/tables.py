@@ -1,0 +1,171 @@
+"""Parameter names and layouts of PyTorch's vision transformers, as tables that are read in both directions.
+
+Theirs: linear layers [out, in], convolution [out, in, height, width], qkv rows ordered three, heads, head dimension, one
+entry per block. Ours: kernels [in, ...out], blocks stacked along a leading axis in `lower` and `upper`.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from einops import rearrange
+
+from pera_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """The array called `name` is `path` in our tree, [`index`] of the stack, rearranged by `ours -> theirs`."""
+
+    name: str
+    path: tuple[str, ...]
+    ours: str
+    theirs: str
+    index: int | None = None
+
+
+def linear(name: str, path: tuple[str, ...]) -> list[Entry]:
+    return [Entry(f"{name}.weight", (*path, "kernel"), "i o", "o i"), Entry(f"{name}.bias", (*path, "bias"), "o", "o")]
+
+
+def _norm(name: str, path: tuple[str, ...]) -> list[Entry]:
+    return [Entry(f"{name}.weight", (*path, "scale"), "d", "d"), Entry(f"{name}.bias", (*path, "bias"), "d", "d")]
+
+
+def _block(name: str, path: tuple[str, ...]) -> list[Entry]:
+    return [
+        *_norm(f"{name}.norm1", (*path, "norm_1")),
+        Entry(f"{name}.attn.qkv.weight", (*path, "attention", "qkv", "kernel"), "d t h e", "(t h e) d"),
+        Entry(f"{name}.attn.qkv.bias", (*path, "attention", "qkv", "bias"), "t h e", "(t h e)"),
+        Entry(f"{name}.attn.proj.weight", (*path, "attention", "projection", "kernel"), "h e d", "d (h e)"),
+        Entry(f"{name}.attn.proj.bias", (*path, "attention", "projection", "bias"), "d", "d"),
+        *_norm(f"{name}.norm2", (*path, "norm_2")),
+        *linear(f"{name}.mlp.fc1", (*path, "mlp", "in")),
+        *linear(f"{name}.mlp.fc2", (*path, "mlp", "out")),
+    ]
+
+
+def backbone(prefix: str, path: tuple[str, ...], depth: int, split: int) -> list[Entry]:
+    """The entries of a ViT of `depth` blocks whose `lower` stack has `split`; their names begin with `prefix`."""
+    table = [
+        Entry(f"{prefix}cls_token", (*path, "class_token"), "d", "1 1 d"),
+        Entry(f"{prefix}pos_embed", (*path, "position_embedding"), "l d", "1 l d"),
+        Entry(f"{prefix}patch_embed.proj.weight", (*path, "patch_projection", "kernel"), "(p q c) d", "d c p q"),
+        Entry(f"{prefix}patch_embed.proj.bias", (*path, "patch_projection", "bias"), "d", "d"),
+        *_norm(f"{prefix}norm", (*path, "norm")),
+    ]
+    for block in range(depth):
+        stack, index = ("lower", block) if block < split else ("upper", block - split)
+        entries = _block(f"{prefix}blocks.{block}", (*path, stack))
+        table += [dataclasses.replace(entry, index=index) for entry in entries]
+    return table
+
+
+# ---------------------------------------------------------------- in both directions
+
+
+def _sizes(heads: int, patch: int) -> dict[str, int]:
+    return {"t": 3, "h": heads, "p": patch, "q": patch}
+
+
+def _rearrange(array, before: str, after: str, sizes: dict[str, int]):
+    named = {axis: size for axis, size in sizes.items() if axis in before.replace("(", " ").replace(")", " ").split()}
+    return rearrange(array, f"{before} -> {after}", **named)
+
+
+def to_named(tree: dict[str, Any], entries: list[Entry], heads: int, patch: int) -> dict[str, Any]:
+    """Our tree -> arrays by name; entries whose root (as `params`, `teacher`) is not in `tree` are left out."""
+    result = {}
+    for entry in entries:
+        if entry.path[0] in tree:
+            leaf = tree
+            for key in entry.path:
+                leaf = leaf[key]
+            leaf = leaf if entry.index is None else leaf[entry.index]
+            result[entry.name] = _rearrange(leaf, entry.ours, entry.theirs, _sizes(heads, patch))
+    return result
+
+
+def from_named(arrays: dict[str, np.ndarray], entries: list[Entry], heads: int, patch: int) -> dict[str, Any]:
+    """Arrays by name, all of `entries`, -> our tree, blocks stacked."""
+    stacks: dict[tuple[str, ...], dict[int | None, np.ndarray]] = {}
+    for entry in entries:
+        leaf = _rearrange(arrays[entry.name], entry.theirs, entry.ours, _sizes(heads, patch))
+        stacks.setdefault(entry.path, {})[entry.index] = leaf
+    tree: dict[str, Any] = {}
+    for path, parts in stacks.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = parts[None] if None in parts else np.stack([parts[i] for i in sorted(parts)])
+    return tree
+
+
+# ---------------------------------------------------------------- what a file holds
+
+
+def depth_of(names: Iterable[str], prefix: str) -> int:
+    """The number of different blocks that names speak of."""
+    found = (re.match(rf"{re.escape(prefix)}blocks\.(\d+)\.", name) for name in names)
+    return len({match[1] for match in found if match})
+
+
+def shape_of(arrays: dict[str, np.ndarray], prefix: str, heads: int | None, what: str) -> dict[str, Any]:
+    """The sizes of the ViT whose arrays' names begin with `prefix`, as `vit.build` takes them.
+
+    Args:
+      heads: of attention, which no array tells; None: 64 values each.
+      what: the file, for errors.
+
+    Raises:
+      UserError: the arrays that the sizes are read from are no ViT's; all that are wrong are named.
+    """
+    wanted = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2}
+    shapes = {name: arrays[prefix + name].shape for name in wanted}
+    wrong = [name for name, ndim in wanted.items() if len(shapes[name]) != ndim or 0 in shapes[name]]
+    if not wrong:
+        width, (hidden, _) = shapes["cls_token"][2], shapes["blocks.0.mlp.fc1.weight"]
+        _, bands, patch, other_patch = shapes["patch_embed.proj.weight"]
+        grid = math.isqrt(shapes["pos_embed"][1] - 1)
+        wrong += ["pos_embed"] * (grid < 1 or 1 + grid**2 != shapes["pos_embed"][1])
+        wrong += ["patch_embed.proj.weight"] * (patch != other_patch)
+    if wrong:
+        listed = ", ".join(f"{prefix}{name} {list(shapes[name])}" for name in wrong)
+        raise UserError(f"{what} is of no ViT with a class token and square patches in a square grid: {listed}")
+    if width % (heads or 64):
+        reason = f"no multiple of {heads} heads" if heads else "no multiple of 64, so that the number of heads is not known"
+        raise UserError(f"{what} has the width {width}, {reason}; give --heads")
+    ratio = hidden / width
+    depth = depth_of(arrays, prefix)
+    return dict(
+        width=width, depth=depth, heads=heads or width // 64, patch=patch, image_size=grid * patch, bands=bands,
+        split=depth // 2, mlp_ratio=ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf),
+    )  # fmt: skip
+
+
+def check_names(arrays: dict[str, np.ndarray], entries: list[Entry], what: str) -> None:
+    """Raises a UserError that names all entries that are missing, all arrays that are none, all that are not finite."""
+    names = {entry.name for entry in entries}
+    problems = {
+        "lacks": sorted(names - arrays.keys()),
+        "has what does not belong there:": sorted(arrays.keys() - names),
+        "has values that are not finite in": sorted(name for name, each in arrays.items() if not np.isfinite(each).all()),
+    }
+    said = [f"{verb} {', '.join(found)}" for verb, found in problems.items() if found]
+    if said:
+        raise UserError(f"{what} {'; '.join(said)}")
+
+
+def check_shapes(arrays: dict[str, np.ndarray], tree: Any, entries: list[Entry], shape: dict[str, Any], what: str) -> None:
+    """Raises a UserError that names all arrays whose shape is not that of our `tree`, abstract or not."""
+    wanted = jax.eval_shape(lambda tree: to_named(tree, entries, shape["heads"], shape["patch"]), tree)
+    wrong = [
+        f"{name} is {list(arrays[name].shape)} instead of {list(wanted[name].shape)}"
+        for name in sorted(wanted) if arrays[name].shape != wanted[name].shape
+    ]  # fmt: skip
+    if wrong:
+        raise UserError(f"{what} has arrays of the wrong shape: {'; '.join(wrong)}")
