@@ -17,13 +17,15 @@ demo: $(VENV)/ready
 	$(PY) -m data_prep.demo_scenes --output $(DEMO)/scenes
 	$(PY) -m data_prep.images --input $(DEMO)/scenes/train --output $(DEMO)/shards --split train
 	$(PY) -m data_prep.images --input $(DEMO)/scenes/test --output $(DEMO)/shards --split test
+	test -d $(DEMO)/mosaics || $(PY) -m data_prep.demo_mosaics --output $(DEMO)/mosaics
 	$(PY) -m pera_jax.train --config configs/demo.py --workdir $(DEMO)/run
-	$(PY) -m pera_jax.probe --run $(DEMO)/run --data $(DEMO)/shards --tasks colour,knn,linear --untrained
-	$(PY) -m pera_jax.probe --run $(DEMO)/run --data $(DEMO)/shards --tasks knn,linear
+	$(PY) -m pera_jax.probe --run $(DEMO)/run --config configs/demo_probes.py --encoder pixels
+	$(PY) -m pera_jax.probe --run $(DEMO)/run --config configs/demo_probes.py --encoder untrained
+	$(PY) -m pera_jax.probe --run $(DEMO)/run --config configs/demo_probes.py
 	$(PY) -m pera_jax.report --run $(DEMO)/run --data $(DEMO)/shards --output $(DEMO)/report
 	@echo "demo: done in $$(( $$(date +%s) - $$(cat .demo-began) )) s after set-up; everything lies in $(DEMO)/:"
-	@echo "  scenes/  the images        shards/  the data set       run/     checkpoints, metrics.jsonl, tb/, probe/"
-	@echo "  report/  the pictures      (start again from nothing: make clean)"
+	@echo "  scenes/, mosaics/  the images    shards/  the data set    run/  checkpoints, metrics.jsonl, tb/, probe/"
+	@echo "  report/index.html  the report    (start again from nothing: make clean)"
 	@rm -f .demo-began
 
 test: $(VENV)/ready-test

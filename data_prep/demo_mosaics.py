@@ -1,0 +1,106 @@
+"""Renders procedural scenes for the dense probes: land cover with masks, and pairs of dates between which was built.
+
+    python -m data_prep.demo_mosaics --output mosaics
+
+makes mosaics/cover/{train,test}/{image,label} with classes.txt, and mosaics/change/{train,test}/{A,B,label}, as
+`pera_jax.probes.scenes` reads them. A scene is a patchwork of fields, each filled with the layout of one class of
+`data_prep.demo_scenes`; one exposure for the whole. The second date of a pair has an exposure of its own, and roofs where
+some fields were; every fourth pair shows no change.
+"""
+
+import argparse
+import os
+import pathlib
+import shutil
+
+import numpy as np
+from PIL import Image
+
+from data_prep import raster
+from data_prep.demo_scenes import expose
+from data_prep.scene_layouts import LAYOUTS
+from data_prep.scene_parts import Tones
+from pera_jax.errors import UserError, run
+from pera_jax.metrics import Progress
+
+CLASSES = ("forest", "crop_rows", "orchard", "dense_roofs", "solar_farm")
+BUILT = CLASSES.index("dense_roofs")
+SIZE = 192  # px
+NUMBERS = {"train": 16, "test": 8}
+_FIELDS = 7
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command. Raises UserError."""
+    parser = argparse.ArgumentParser(prog="python -m data_prep.demo_mosaics", description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=pathlib.Path, required=True, help="folder to make")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other scenes (%(default)s)")
+    args = parser.parse_args(argv)
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed} is negative; give 0 or more")
+    if args.output.exists():
+        raise UserError(f"--output {args.output} exists; remove it or name another")
+    staging = args.output.with_name(f".{args.output.name}.{os.getpid()}.partial")
+    try:
+        _write(staging, args.seed)
+        os.replace(staging, args.output)
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or args.output}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    print(f"{sum(NUMBERS.values())} scenes in {args.output}/cover and as many pairs in {args.output}/change")
+
+
+def _write(staging: pathlib.Path, seed: int) -> None:
+    with Progress(2 * sum(NUMBERS.values()), "scenes", "render") as progress:
+        for place, (split, number) in enumerate(NUMBERS.items()):
+            for index in range(number):
+                rng = np.random.default_rng([seed, place, index])
+                fields = layout(rng)
+                classes = rng.integers(0, len(CLASSES), _FIELDS)
+                _save(staging / "cover" / split, f"cover_{index:02d}", image=render(rng, fields, classes),
+                      label=classes[fields].astype(np.uint8))  # fmt: skip
+                progress.update()
+                before, after = pair(rng, fields, changes=index % 4 != 3)
+                _save(staging / "change" / split, f"pair_{index:02d}", A=render(rng, fields, before),
+                      B=render(rng, fields, after), label=np.uint8(255) * (before != after)[fields])  # fmt: skip
+                progress.update()
+    (staging / "cover" / "classes.txt").write_text("\n".join(CLASSES) + "\n", encoding="ascii")
+
+
+def _save(folder: pathlib.Path, name: str, **pictures: np.ndarray) -> None:
+    for kind, pixels in pictures.items():
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / kind / f"{name}.png")
+
+
+def layout(rng: np.random.Generator) -> np.ndarray:
+    """The number of the field that each pixel lies in, int [SIZE, SIZE]: that of the nearest of some random points."""
+    at = raster.frame(SIZE)
+    points = rng.uniform(-SIZE / 2, SIZE / 2, (_FIELDS, 2))
+    return np.argmin([(at.u - u) ** 2 + (at.v - v) ** 2 for u, v in points], axis=0)
+
+
+def pair(rng: np.random.Generator, fields: np.ndarray, changes: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The classes of the fields, int [fields], at two dates: up to two become roofs, where `changes` at least one."""
+    before = rng.integers(0, len(CLASSES), _FIELDS)
+    shown = np.unique(fields)
+    before[shown[0]] = (BUILT + 1) % len(CLASSES)  # so that there is one to build on
+    after, free = before.copy(), [field for field in shown if before[field] != BUILT]
+    if changes:
+        after[rng.permutation(free)[: rng.integers(1, 3)]] = BUILT
+    return before, after
+
+
+def render(rng: np.random.Generator, fields: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """uint8 [SIZE, SIZE, 3]: each field cut from a scene of its class."""
+    picture = np.zeros((SIZE, SIZE, 3), np.float32)
+    sun = rng.uniform(0, 2 * np.pi)
+    for field in np.unique(fields):
+        scene = LAYOUTS[CLASSES[classes[field]]](rng, raster.frame(SIZE), Tones(rng, sun=sun))  # [SIZE, SIZE, 3]
+        picture[fields == field] = scene[fields == field]
+    return expose(picture, rng)
+
+
+if __name__ == "__main__":
+    run(main)
