@@ -17,7 +17,7 @@ demo: $(VENV)/ready
 	$(PY) -m data_prep.demo_scenes --output $(DEMO)/scenes
 	$(PY) -m data_prep.images --input $(DEMO)/scenes/train --output $(DEMO)/shards --split train
 	$(PY) -m data_prep.images --input $(DEMO)/scenes/test --output $(DEMO)/shards --split test
-	test -d $(DEMO)/mosaics || $(PY) -m data_prep.demo_mosaics --output $(DEMO)/mosaics
+	$(PY) -m data_prep.demo_mosaics --output $(DEMO)/mosaics
 	$(PY) -m pera_jax.train --config configs/demo.py --workdir $(DEMO)/run
 	$(PY) -m pera_jax.probe --run $(DEMO)/run --config configs/demo_probes.py --encoder pixels
 	$(PY) -m pera_jax.probe --run $(DEMO)/run --config configs/demo_probes.py --encoder untrained

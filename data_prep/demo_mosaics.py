@@ -9,6 +9,7 @@ some fields were; every fourth pair shows no change.
 """
 
 import argparse
+import json
 import os
 import pathlib
 import shutil
@@ -23,11 +24,13 @@ from data_prep.scene_parts import Tones
 from pera_jax.errors import UserError, run
 from pera_jax.metrics import Progress
 
+VERSION = 1  # of the pictures: goes up when the same seed gives others
 CLASSES = ("forest", "crop_rows", "orchard", "dense_roofs", "solar_farm")
 BUILT = CLASSES.index("dense_roofs")
 SIZE = 192  # px
 NUMBERS = {"train": 16, "test": 8}
 _FIELDS = 7
+_SETTINGS_FILE = "mosaics.json"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -38,11 +41,16 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.seed < 0:
         raise UserError(f"--seed {args.seed} is negative; give 0 or more")
+    settings = json.dumps({"version": VERSION, "seed": args.seed})
     if args.output.exists():
-        raise UserError(f"--output {args.output} exists; remove it or name another")
+        if not (args.output / _SETTINGS_FILE).is_file() or (args.output / _SETTINGS_FILE).read_text() != settings:
+            raise UserError(f"--output {args.output} exists and holds something else; remove it or name another")
+        print(f"mosaics: already in {args.output}")
+        return
     staging = args.output.with_name(f".{args.output.name}.{os.getpid()}.partial")
     try:
         _write(staging, args.seed)
+        (staging / _SETTINGS_FILE).write_text(settings, encoding="ascii")
         os.replace(staging, args.output)
     except OSError as error:
         raise UserError(f"cannot write {error.filename or args.output}: {error.strerror or error}") from error
