@@ -1,4 +1,4 @@
-"""The probe and the report on a small run and data set: what scores may depend on, what is written, bad input."""
+"""The probe on a small run and data set: what scores may depend on, what is written, bad input."""
 
 import csv
 import dataclasses
@@ -15,7 +15,7 @@ from array_record.python import array_record_module
 from PIL import Image
 from tensorboardX.proto import event_pb2
 
-from pera_jax import checkpoint, errors, probe, report, run_meta
+from pera_jax import checkpoint, errors, probe, run_meta
 from pera_jax import config as configs
 from pera_jax import step as steps
 from pera_jax.bands import Bands
@@ -242,54 +242,3 @@ def test_a_damaged_image_ends_the_probe(tmp_path, run, data, capsys):
     with pytest.raises(SystemExit):
         errors.run(lambda: probe.main(["--run", str(run), "--data", str(folder), "--tasks", "colour"]))
     assert "convert it anew" in capsys.readouterr().err.splitlines()[-1]
-
-
-# ---------------------------------------------------------------- the report
-
-
-def test_the_picture_shows_disjoint_patches_and_the_guess(run, data, tmp_path, capsys):
-    report.main(["--run", str(run), "--data", str(data), "--output", str(tmp_path / "new"), "--pairs", "3"])
-    picture = Image.open(tmp_path / "new" / "pairs.png")
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["pairs.png"]
-    assert str(tmp_path / "new" / "pairs.png") in capsys.readouterr().out
-
-    weights = checkpoint.load_weights(run, which="student")
-    columns, explained = report.pairs(weights, records.open_split(data, "train"), 3, seed=0)
-    assert list(columns) == list(report.COLUMNS)
-    assert all(tiles.shape == (3, 48, 48, 3) and tiles.dtype == np.uint8 for tiles in columns.values())
-    assert explained < 0.2  # a network at birth guesses no better than the mean colour
-
-    def shown(name):  # [pairs, rows, columns of patches]: whether a patch holds anything but the colour of hidden ones
-        patches = columns[name].reshape(3, 6, 8, 6, 8, 3).transpose(0, 1, 3, 2, 4, 5)
-        return np.any(patches != report.HIDDEN, axis=(3, 4, 5))
-
-    student, teacher, wanted = shown("student sees"), shown("teacher sees"), shown("to be guessed")
-    assert (student.sum(axis=(1, 2)) == 7).all() and (wanted.sum(axis=(1, 2)) == 14).all()
-    np.testing.assert_array_equal(wanted, ~teacher)
-    assert (student <= wanted).all()
-    same = np.repeat(np.repeat(student, 8, axis=1), 8, axis=2)
-    np.testing.assert_array_equal(columns["the guess"][same], columns["to be guessed"][same])
-    different = columns["the guess"] != columns["to be guessed"]
-    np.testing.assert_array_equal(np.any(different.reshape(3, 6, 8, 6, 8, 3), axis=(2, 4, 5)), wanted & ~student)
-    # Tiles are enlarged by whole factors and stand where the columns are.
-    factor = -(-176 // 48)
-    tile = np.asarray(picture)[30 : 30 + 48 * factor, 8 : 8 + 48 * factor]
-    np.testing.assert_array_equal(tile[::factor, ::factor], columns["crop"][0])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (["--run", "{tmp}/nothing"], "nothing does not exist"),
-        (["--step", "5"], "has no checkpoint of step 5; there are 4, 12"),
-        (["--pairs", "46"], "--pairs is 46, but the split of .* holds 45 images"),
-        (["--output", "{tmp}/file"], "cannot write .*file/pairs.png"),
-    ],
-)
-def test_bad_input_of_the_report(tmp_path, run, data, capsys, arguments, sentence):
-    (tmp_path / "file").write_text("mine")
-    command = ["--run", str(run), "--data", str(data), "--output", str(tmp_path / "out")]
-    with pytest.raises(SystemExit):
-        errors.run(lambda: report.main([*command, *(part.format(tmp=tmp_path) for part in arguments)]))
-    assert re.match(f"error: .*{sentence}", capsys.readouterr().err.splitlines()[-1])
-    assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "mine"

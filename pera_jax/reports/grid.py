@@ -76,7 +76,8 @@ def picture(grid: Grid, caption: str = "") -> Image.Image:
     ]
     bottom = _HEAD + sum(height + _GAP for height in heights)
     probe = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    footer = sum(36 + int(probe.textlength(name, font)) for name, _ in grid.legend) + int(probe.textlength(caption, font))
+    footer = sum(36 + int(probe.textlength(name, font)) for name, _ in grid.legend)
+    footer += int(probe.textlength(caption, font))
     width = max(len(grid.names) * (tile_width + _GAP) + _GAP, footer + 2 * _GAP)
     result = Image.new("RGB", (width, bottom + _HEAD), PAPER)
     pen = ImageDraw.Draw(result)
@@ -131,14 +132,13 @@ def legend(entries: Sequence[tuple[str, tuple[int, int, int]]]) -> str:
     """Names beside their colours."""
     if not entries:
         return ""
-    spans = (
-        f'<span><i style="background:rgb{colour}"></i>{html.escaped(name)}</span> ' for name, colour in entries
-    )
+    spans = (f'<span><i style="background:rgb{colour}"></i>{html.escaped(name)}</span> ' for name, colour in entries)
     return f'<div class="legend">{"".join(spans)}</div>'
 
 
 def _figure(tile: Tile, side: int) -> str:
-    frame = "" if tile.frame is None else f' style="outline:{_FRAME}px solid rgb{tile.frame};outline-offset:-{_FRAME}px"'
+    rule = f"outline:{_FRAME}px solid rgb{tile.frame};outline-offset:-{_FRAME}px"
+    frame = "" if tile.frame is None else f' style="{rule}"'
     small = ' class="enlarged"' if tile.pixels.shape[1] < side else ""
     content, kind = _encoded(tile, side)
     caption = f"<figcaption>{html.escaped(tile.text)}</figcaption>" if tile.text else ""

@@ -26,11 +26,11 @@ class Shown:
 
 
 class Subset:
-    """Some records of a split, in ascending order; reads as a `records.RecordSource`."""
+    """Some records of a split, in the order given; reads as a `records.RecordSource`."""
 
     def __init__(self, source: records.RecordSource, indices: np.ndarray):
         self.info, self.path, self.split_info = source.info, source.path, source.split_info
-        self.source, self.indices = source, np.sort(indices)
+        self.source, self.indices = source, indices
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -15,15 +15,15 @@ from pera_jax.reports.grid import Grid, Tile
 from pera_jax.reports.images import Shown, as_bytes, name_of
 
 PCA_READING = (
-    "The colour of a patch is its token after the last block: the first three principal components of the tokens of all "
-    "these images, as red, green and blue. The axes are the same in all images, so patches of one colour are alike to the "
-    "network wherever they lie. A trained network gives what belongs together one colour, the untrained one (with axes of "
-    "its own) mostly repeats brightness and edges."
+    "The colour of a patch is its token after the last block: the first three principal components of the tokens of "
+    "all these images, as red, green and blue. The axes are the same in all images, so patches of one colour are alike "
+    "to the network wherever they lie. A trained network gives what belongs together one colour, the untrained one "
+    "(with axes of its own) mostly repeats brightness and edges."
 )
 ATTENTION_READING = (
-    "How much of what the class token takes in the last block comes from each patch, for each head and averaged over the "
-    "heads. A map runs from dark blue (nothing) to yellow (as much as its {full:.0f} % most heeded patches); its largest "
-    "value stands below it, and an even spread over all tokens would be {even:.2%} everywhere."
+    "How much of what the class token takes in the last block comes from each patch, for each head and averaged over "
+    "the heads. A map runs from dark blue (nothing) to yellow (what only {full:.0f} % of its patches exceed); its "
+    "largest value stands below it, and an even spread over all tokens would be {even:.2%} everywhere."
 )
 _MOST_HEADS = 12  # shown
 _PATCHES = 32  # along a side of a shown image
@@ -112,10 +112,10 @@ def pca_grid(shown: Sequence[Shown], rgb: np.ndarray, maps: dict[str, np.ndarray
       rgb: uint8 [N, S, S, 3].
       maps: by name, colours uint8 [N, h, w, 3].
     """
-    cells = [
-        (Tile(image, name_of(entry.label, class_names) or entry.key), *(Tile(of[i], exact=True) for of in maps.values()))
-        for i, (entry, image) in enumerate(zip(shown, rgb, strict=True))
-    ]
+    cells = []
+    for entry, image, *colours_of in zip(shown, rgb, *maps.values(), strict=True):
+        named = Tile(image, name_of(entry.label, class_names) or entry.key)
+        cells.append((named, *(Tile(of, exact=True) for of in colours_of)))
     each = 2 if len(cells) > 1 else 1
     rows = tuple(sum(cells[first : first + each], ()) for first in range(0, len(cells), each))
     return Grid(("image", *maps) * each, rows, 1176 // (each * (1 + len(maps))) - 8)
