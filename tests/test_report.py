@@ -21,6 +21,7 @@ from pera_jax.data.mixture import Mixture
 from pera_jax.models import vit
 from pera_jax.objectives import pera
 from pera_jax.reports import charts, confusion, images, neighbours, overlays, pairs, tokens
+from pera_jax.reports import grid as grids
 
 EVIL = "<script>alert('1')</script>"
 CLASSES = ["fields & woods", EVIL, "town"]
@@ -334,15 +335,38 @@ def test_neighbours_are_those_of_brute_force():
     np.testing.assert_allclose(cosines, -np.sort(-every, axis=1)[:, :39], atol=1e-6)
 
 
-def test_images_are_of_many_classes_and_a_subset_reads_its_own(data):
+def test_images_are_of_many_classes_and_a_subset_reads_its_own(data, monkeypatch):
     labels = np.array([0] * 50 + [1] * 3 + [2] * 2)
     for number, counts in ((2, None), (3, [1, 1, 1]), (8, [3, 3, 2]), (9, [4, 3, 2])):
         chosen = images.choose(labels, number, seed=3)
         assert len(set(chosen)) == number and (np.diff(labels[chosen]) >= 0).all()
         assert counts is None or np.bincount(labels[chosen], minlength=3).tolist() == counts
     source = records.open_split(data, "train")
+    picked = images.pick(source, 7, seed=0)
+    found = [records.decode_record(source.read(i)).label for i in picked]
+    assert found == sorted(found) and np.ptp(np.bincount(found)) == 1
+    monkeypatch.setattr(images, "_MOST", 4)
+    assert len(set(images.pick(source, 7, seed=0))) == 4
     subset = images.Subset(source, np.array([11, 2, 5]))
     assert [records.decode_record(subset.read(i)).key for i in range(3)] == [f"{EVIL}/{i}.tif" for i in (11, 2, 5)]
+
+
+def test_heads_stand_in_rows_and_maps_over_their_image():
+    rng = np.random.default_rng(0)
+    attention = rng.dirichlet(np.ones(17), size=(1, 14))
+    rgb = np.full((1, 8, 8, 3), 255, np.uint8)
+    grid = tokens.attention_grid([images.Shown(rgb[0], "k", -1)], rgb, attention, None)
+    assert len(grid.names) == 8 and [len(row) for row in grid.rows] == [8, 8] and grid.rows[1][:2] == (None, None)
+    assert [tile.text.split(":")[0] for tile in grid.rows[1][2:]] == [f"head {head}" for head in range(7, 13)]
+    tile, values = grid.rows[0][2], attention[0, 0, 1:].reshape(4, 4)
+    assert tile.text == f"head 1: at most {values.max():.1%}"
+    row, column = np.unravel_index(np.argmax(values), (4, 4))
+    np.testing.assert_array_equal(tile.pixels[2 * row, 2 * column], tokens.heat(np.ones(())))  # white keeps the colour
+    darker = tokens.attention_grid([images.Shown(rgb[0], "k", -1)], rgb // 4, attention, None).rows[0][2]
+    assert (darker.pixels <= tile.pixels).all() and darker.pixels.sum() < tile.pixels.sum()
+    brightness = tokens.heat(np.linspace(0, 1, 50)) @ [0.2126, 0.7152, 0.0722]
+    assert (np.diff(brightness) > 0).all()
+    assert grids.picture(grid).width > 8 * grid.side and grids.figures(grid).count("<figure>") == 14
 
 
 # ---------------------------------------------------------------- charts, classes, scenes

@@ -40,8 +40,8 @@ def report(
       The page.
 
     Raises:
-      UserError: no such run, step, data or split; data of other bands; numbers that do not fit; an output that cannot be
-        written.
+      UserError: no such run, step, data or split; data of other bands; numbers that do not fit; an output that cannot
+        be written.
     """
     for option, value in (("--pairs", number_of_pairs), ("--images", number)):
         if value < 1:
@@ -61,7 +61,7 @@ def report(
         size = tokens.default_size(found.meta["model"]) if image_size is None else image_size
         features.check_image_size(size, found.meta)
         subject = _Subject.of(found, data, split, seed)
-        weights, chosen = subject.weights(), images.choose(images.labels_of(subject.source), number, seed)
+        weights, chosen = subject.weights(), images.pick(subject.source, number, seed)
         made = [_pairs(subject, number_of_pairs), *_tokens(subject, weights, chosen, size)]
         made.append(_neighbours(subject, weights, chosen))
         middle = [section for section, _ in made]

@@ -25,7 +25,7 @@ ATTENTION_READING = (
     "the heads. A map runs from dark blue (nothing) to yellow (what only {full:.0f} % of its patches exceed); its "
     "largest value stands below it, and an even spread over all tokens would be {even:.2%} everywhere."
 )
-_MOST_HEADS = 12  # shown
+_MOST_HEADS, _HEADS_IN_A_ROW = 12, 6  # shown
 _PATCHES = 32  # along a side of a shown image
 BRIGHT = 2.0  # percent of the patches that are yellow
 _FULL = (2.0, 98.0)  # percentiles of a component that are black and full colour
@@ -88,7 +88,7 @@ def components(tokens: np.ndarray, number: int = 3) -> tuple[np.ndarray, np.ndar
 
 
 def colours(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [N, h, w, D] as colours uint8 [N, h, w, 3], on axes that all N images share; and the share of each axis."""
+    """Tokens [N, h, w, D] as colours uint8 [N, h, w, 3], on axes that all N images share; the share of each axis."""
     number = min(3, patches.shape[-1])
     scores, shares = components(patches.reshape(-1, patches.shape[-1]), number)
     low, high = np.percentile(scores, _FULL, axis=0)
@@ -131,16 +131,19 @@ def attention_grid(shown: Sequence[Shown], rgb: np.ndarray, attention: np.ndarra
     heads = min(attention.shape[1], _MOST_HEADS)
     maps = np.concatenate([attention.mean(axis=1, keepdims=True), attention[:, :heads]], axis=1)  # [N, 1 + H, 1 + h w]
     side = round((maps.shape[2] - 1) ** 0.5)
-    rows = []
+    rows, across = [], min(heads, _HEADS_IN_A_ROW)
     for entry, image, of in zip(shown, rgb, maps[:, :, 1:], strict=True):
-        tiles = [Tile(image, name_of(entry.label, class_names) or entry.key)]
-        for values in of:
-            most = float(values.max())
+        tiles = []
+        for place, values in enumerate(of):
             full = max(float(np.percentile(values, 100.0 - BRIGHT)), 1e-12)  # a few patches would darken all others
-            tiles.append(Tile(_over(image, heat(values.reshape(side, side) / full)), f"at most {most:.1%}"))
-        rows.append(tuple(tiles))
-    names = ("image", "mean of the heads", *(f"head {head + 1}" for head in range(heads)))
-    return Grid(names, tuple(rows), min(max(1176 // len(names) - 8, 110), 220))
+            name = f"head {place}: " if place else ""
+            map_ = _over(image, heat(values.reshape(side, side) / full))
+            tiles.append(Tile(map_, f"{name}at most {values.max():.1%}"))
+        rows.append((Tile(image, name_of(entry.label, class_names) or entry.key), *tiles[: 1 + across]))
+        for first in range(1 + across, len(tiles), across):
+            rows.append((None, None, *tiles[first : first + across]))
+    names = ("image", "mean of the heads", "heads", *[""] * (across - 1))
+    return Grid(names, tuple(rows), min(1176 // len(names) - 8, 220))
 
 
 def _over(image: np.ndarray, colour: np.ndarray) -> np.ndarray:
