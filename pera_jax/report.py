@@ -3,8 +3,8 @@
     python -m pera_jax.report --run runs/aid --data shards/aid --output report
 
 writes report/index.html and beside it each picture as a PNG: pairs as the networks see them and the student's guess,
-patch tokens as colours, the class token's attention, nearest neighbours; on the page also scores, curves, classes, scenes
-and the config. What a run does not have yet is left out, which the page says.
+patch tokens as colours, the class token's attention, nearest neighbours; on the page also scores, curves, classes,
+scenes and the config. What a run does not have yet is left out, which the page says.
 """
 
 import argparse
@@ -20,8 +20,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, help="folder for index.html and the pictures")
     parser.add_argument("--step", type=int, help="the checkpoint (default: the latest)")
     parser.add_argument("--split", help="split whose images are shown (default: test, else the one trained on)")
-    parser.add_argument("--images", type=int, default=8, dest="number", help="images that are shown (default 8)")
-    parser.add_argument("--pairs", type=int, default=6, dest="number_of_pairs", help="pairs that are shown (default 6)")
+    parser.add_argument("--images", type=int, default=8, dest="number", help="shown at most (default 8)")
+    parser.add_argument("--pairs", type=int, default=6, dest="number_of_pairs", help="shown at most (default 6)")
     parser.add_argument("--image-size", type=int, help="px, a multiple of the patch (default: 32 patches)")
     parser.add_argument("--seed", type=int, default=0, help="of images, crops, looks and masks (default 0)")
     page = report(**vars(parser.parse_args(argv)))

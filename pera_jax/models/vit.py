@@ -198,8 +198,8 @@ class ViT(nn.Module):
 
         Returns:
           A dict of `wide` arrays after the final norm: `class_token` [B, D], `patch_tokens` [B, n, D], with `learnable`
-          also `learnable_tokens` [B, m, D], with `blocks` also `blocks`, a list of [B, 1 + n, D], the last block last, with
-          `class_attention` also that, [B, heads, 1 + n (+ m)]: softmax weights, which add up to 1 over the tokens.
+          also `learnable_tokens` [B, m, D], with `blocks` also `blocks`, a list of [B, 1 + n, D], the last block last;
+          with `class_attention` also that, [B, heads, 1 + n (+ m)]: softmax weights, which add up to 1 over the tokens.
         """
         wide = self.precision.wide
         position = self.positions(images.shape[1] // self.patch, images.shape[2] // self.patch)  # [1 + L, D]

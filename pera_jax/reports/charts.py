@@ -16,8 +16,10 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 10, 26, 38  # px around the plot
 
 STYLE = """
 .charts { display: flex; flex-wrap: wrap; gap: 14px 8px; margin: 10px 0; }
-.charts svg { break-inside: avoid; max-width: 100%; } svg text { font: 11px system-ui, "Segoe UI", Roboto, sans-serif; fill: #4a525a; }
-svg .title { font-weight: 600; font-size: 12.5px; fill: #2d3238; } svg .axis { stroke: #aab2ba; } svg .rule { stroke: #e6e9ec; }
+.charts svg { break-inside: avoid; max-width: 100%; }
+svg text { font: 11px system-ui, "Segoe UI", Roboto, sans-serif; fill: #4a525a; }
+svg .title { font-weight: 600; font-size: 12.5px; fill: #2d3238; }
+svg .axis { stroke: #aab2ba; } svg .rule { stroke: #e6e9ec; }
 """
 
 
@@ -71,10 +73,9 @@ def decimated(steps: np.ndarray, values: np.ndarray, most: int = MOST_POINTS) ->
         return steps, values
     keep = []
     for stretch in np.array_split(np.arange(len(steps)), most // 2):
-        of = values[stretch]
-        finite = stretch[np.isfinite(of)]
-        ends = {stretch[0]} if not len(finite) else {finite[np.argmin(values[finite])], finite[np.argmax(values[finite])]}
-        keep += sorted(ends)
+        finite = stretch[np.isfinite(values[stretch])]
+        ends = [finite[np.argmin(values[finite])], finite[np.argmax(values[finite])]] if len(finite) else stretch[:1]
+        keep += sorted(set(ends))
     return steps[keep], values[keep]
 
 
@@ -87,7 +88,7 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten from `low` to `high`, with 2 and 5 times them where there are few, every second, third where many."""
+    """Powers of ten from `low` to `high`, with 2 and 5 times them where there are few, fewer where many."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     factors = (1, 2, 5) if last - first <= 2 else (1, 3) if last - first == 3 else (1,)
     every = max(math.ceil((last - first) / 6), 1)
@@ -133,7 +134,7 @@ def svg(chart: Chart) -> str:
         x = float(across(tick))
         parts.append(f'<path class="axis" d="M{x:.1f},{bottom}v4" />')
         anchor = "end" if x > _WIDTH - _RIGHT - 12 else "middle"
-        parts.append(f'<text x="{min(x, _WIDTH - 2):.1f}" y="{bottom + 15}" text-anchor="{anchor}">{number(tick)}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 15}" text-anchor="{anchor}">{number(tick)}</text>')
     parts.append(f'<path class="axis" fill="none" d="M{_LEFT},{_TOP}V{bottom}H{_WIDTH - _RIGHT}"/>')
     for place, series in enumerate(chart.series):
         parts += _lines(series, PALETTE[place % len(PALETTE)], across, down)

@@ -8,9 +8,9 @@ from pera_jax import html
 from pera_jax.reports import tokens
 
 READING = (
-    "A row is a true class, a column a predicted one; a cell holds how many percent of the row's images (or pixels) were "
-    "given the column's class, and is the brighter the more. What is right lies on the diagonal; a bright cell beside it "
-    "are two classes that the features do not tell apart."
+    "A row is a true class, a column a predicted one; a cell holds how many percent of the row's images (or pixels) "
+    "were given the column's class, and is the brighter the more. What is right lies on the diagonal; a bright cell "
+    "beside it are two classes that the features do not tell apart."
 )
 STYLE = """
 .beside { display: flex; flex-wrap: wrap; gap: 0 56px; } svg .light { fill: #fff; } svg .dark { fill: #000; }
@@ -45,10 +45,10 @@ def svg(counts: np.ndarray, names: list[str]) -> str:
     for row, name in enumerate(names):
         middle = margin + (row + 0.5) * cell
         short = html.escaped(name if len(name) <= 28 else name[:27] + "…")
+        below, edge = f"{middle + 0.35 * label:.1f}", f"{margin - 6:.1f}"
         parts.append(
-            f'<text x="{margin - 6:.1f}" y="{middle + 0.35 * label:.1f}" text-anchor="end" class="label">{short}</text>'
-            f'<text transform="translate({middle + 0.35 * label:.1f},{margin - 6:.1f}) rotate(-90)" class="label">{short}'
-            "</text>"
+            f'<text x="{edge}" y="{below}" text-anchor="end" class="label">{short}</text>'
+            f'<text transform="translate({below},{edge}) rotate(-90)" class="label">{short}</text>'
         )
         for column in range(number):
             share, (red, green, blue) = shares[row, column], colours[row, column]
@@ -65,10 +65,9 @@ def svg(counts: np.ndarray, names: list[str]) -> str:
                     f'class="cell {ink}">{100 * share:.0f}</text>'
                 )
     style = f"<style>.c{number} .label{{font-size:{label:.1f}px}} .c{number} .cell{{font-size:{font:.1f}px}}</style>"
-    return (
-        f'<div class="scroll"><svg class="c{number}" width="{size:.0f}" height="{size:.0f}" '
-        f'viewBox="0 0 {size:.0f} {size:.0f}" role="img" aria-label="confusion matrix">{style}{"".join(parts)}</svg></div>'
-    )
+    sizes = f'width="{size:.0f}" height="{size:.0f}" viewBox="0 0 {size:.0f} {size:.0f}"'
+    drawn = f'<svg class="c{number}" {sizes} role="img" aria-label="confusion matrix">{style}{"".join(parts)}</svg>'
+    return f'<div class="scroll">{drawn}</div>'
 
 
 def confused(counts: np.ndarray, names: list[str]) -> str:

@@ -98,7 +98,7 @@ def _results(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def _checked(entry: dict[str, Any]) -> dict[str, Any]:
-    """The entry, if all that the page reads of it has its type. Raises ValueError, KeyError, TypeError, AttributeError."""
+    """The entry, if what the page reads of it has its type. Raises ValueError, KeyError, TypeError, AttributeError."""
     scores = {} if "failure" in entry else entry["scores"]
     for score in scores.values():
         for bound in ("low", "high"):

@@ -44,13 +44,13 @@ class Grid:
     """
     Attributes:
       names: of the columns.
-      rows: each of one tile per column at most.
+      rows: each of one tile per column at most; None leaves a place empty.
       side: px, the width of a tile; the height follows.
       legend: names and colours.
     """
 
     names: tuple[str, ...]
-    rows: tuple[tuple[Tile, ...], ...]
+    rows: tuple[tuple[Tile | None, ...], ...]
     side: int
     legend: tuple[tuple[str, tuple[int, int, int]], ...] = ()
 
@@ -68,15 +68,17 @@ def enlarged(tile: Tile, side: int) -> Image.Image:
 def picture(grid: Grid, caption: str = "") -> Image.Image:
     """One image: names of the columns, the tiles with their texts, the legend and a caption."""
     font = ImageFont.load_default(size=14)
-    drawn = [[enlarged(tile, grid.side) for tile in row] for row in grid.rows]
+    places = [[(column, tile) for column, tile in enumerate(row) if tile is not None] for row in grid.rows]
+    drawn = [[enlarged(tile, grid.side) for _, tile in row] for row in places]
     tile_width = max((image.width for row in drawn for image in row), default=grid.side)
     heights = [
-        max((image.height for image in images), default=0) + _LINE * any(tile.text for tile in row)
-        for images, row in zip(drawn, grid.rows, strict=True)
+        max((image.height for image in images), default=0) + _LINE * any(tile.text for _, tile in row)
+        for images, row in zip(drawn, places, strict=True)
     ]
     bottom = _HEAD + sum(height + _GAP for height in heights)
     probe = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    footer = sum(36 + int(probe.textlength(name, font)) for name, _ in grid.legend) + int(probe.textlength(caption, font))
+    footer = sum(36 + int(probe.textlength(name, font)) for name, _ in grid.legend)
+    footer += int(probe.textlength(caption, font))
     width = max(len(grid.names) * (tile_width + _GAP) + _GAP, footer + 2 * _GAP)
     result = Image.new("RGB", (width, bottom + _HEAD), PAPER)
     pen = ImageDraw.Draw(result)
@@ -84,8 +86,9 @@ def picture(grid: Grid, caption: str = "") -> Image.Image:
     for left, name in zip(lefts, grid.names, strict=True):
         pen.text((left, _HEAD // 2), _fitted(name, tile_width, font, pen), INK, font, anchor="lm")
     top = _HEAD
-    for row, images, height in zip(grid.rows, drawn, heights, strict=True):
-        for left, tile, image in zip(lefts, row, images, strict=False):
+    for row, images, height in zip(places, drawn, heights, strict=True):
+        for (column, tile), image in zip(row, images, strict=True):
+            left = lefts[column]
             result.paste(image, (left, top))
             if tile.frame is not None:
                 box = (left, top, left + image.width - 1, top + image.height - 1)
@@ -121,7 +124,7 @@ def figures(grid: Grid) -> str:
     """The grid as a part of the page; the page needs `STYLE`."""
     cells = [f'<div class="name">{html.escaped(name)}</div>' for name in grid.names]
     for row in grid.rows:
-        cells += [_figure(tile, grid.side) for tile in row]
+        cells += ["<div></div>" if tile is None else _figure(tile, grid.side) for tile in row]
         cells += ["<div></div>"] * (len(grid.names) - len(row))
     columns = f"grid-template-columns:repeat({len(grid.names)},{grid.side}px)"
     return f'<div class="grid" style="{columns}">{"".join(cells)}</div>{legend(grid.legend)}'
@@ -131,14 +134,13 @@ def legend(entries: Sequence[tuple[str, tuple[int, int, int]]]) -> str:
     """Names beside their colours."""
     if not entries:
         return ""
-    spans = (
-        f'<span><i style="background:rgb{colour}"></i>{html.escaped(name)}</span> ' for name, colour in entries
-    )
+    spans = (f'<span><i style="background:rgb{colour}"></i>{html.escaped(name)}</span> ' for name, colour in entries)
     return f'<div class="legend">{"".join(spans)}</div>'
 
 
 def _figure(tile: Tile, side: int) -> str:
-    frame = "" if tile.frame is None else f' style="outline:{_FRAME}px solid rgb{tile.frame};outline-offset:-{_FRAME}px"'
+    rule = f"outline:{_FRAME}px solid rgb{tile.frame};outline-offset:-{_FRAME}px"
+    frame = "" if tile.frame is None else f' style="{rule}"'
     small = ' class="enlarged"' if tile.pixels.shape[1] < side else ""
     content, kind = _encoded(tile, side)
     caption = f"<figcaption>{html.escaped(tile.text)}</figcaption>" if tile.text else ""

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import numpy as np
 
 from pera_jax import checkpoint, flops, html
 from pera_jax.reports.curves import column
@@ -44,7 +45,7 @@ def model_facts(meta: dict[str, Any]) -> list[tuple[str, object]]:
     heads = count["prototype_head"] + count["pixel_head"]
     crops = [f"{number} {kind} of {side} px" for kind, (number, side) in objective.crops.items() if number]
     return [
-        ("transformer", f"width {model['width']}, depth {model['depth']}, {model['heads']} heads, patch {model['patch']} px"),
+        ("transformer", "width {width}, depth {depth}, {heads} heads, patch {patch} px".format(**model)),
         ("parameters", f"{count['backbone'] / 1e6:,.2f} M of the transformer, {heads / 1e6:,.2f} M of the heads"),
         ("crops of an image", ", ".join(crops)),
         ("batch", f"{meta['config']['batch_size']:,} images"),
@@ -71,20 +72,18 @@ def band_table(meta: dict[str, Any]) -> str:
 
 
 def cost_facts(folder: Folder) -> list[tuple[str, object]]:
-    """Images, time and FLOPs as far as they were logged; the time is that of steps, without start-up and interruptions."""
-    meta = folder.meta
+    """Images, time and FLOPs as far as they were logged; time is that of steps, without start-up and interruptions."""
+    meta, batch = folder.meta, folder.meta["config"]["batch_size"]
     per_image = sum(flops.per_image(checkpoint.objective_of(meta)).values())
-    facts: list[tuple[str, object]] = [("work", f"{_flop(per_image)} an image (matrix products of the method)")]
+    images = folder.last_step * batch
+    facts: list[tuple[str, object]] = [
+        ("images seen", f"{images:,}, {images / meta['data']['records']:,.1f} epochs"),
+        ("work", f"{_flop(per_image)} an image (matrix products of the method)"),
+    ]
     steps, rates = column(folder.metrics, "time/images_per_second")
-    images = folder.last_step * meta["config"]["batch_size"]
-    facts.insert(0, ("images seen", f"{images:,}, {images / meta['data']['records']:,.1f} epochs"))
     if not len(steps) or not (rates > 0).all():
         return facts
-    batch, before = meta["config"]["batch_size"], 0.0
-    seconds = 0.0
-    for step, rate in zip(steps, rates, strict=True):
-        seconds += (step - before) * batch / rate
-        before = step
+    seconds = float(np.sum(np.diff(steps, prepend=0.0) * batch / rates))
     facts.append(("time", f"{seconds / 3600:,.2f} hours of steps, {steps[-1] * batch / seconds:,.1f} images/s"))
     each = column(folder.metrics, "time/images_per_second_per_chip")[1]
     if len(each) == len(rates):

@@ -10,6 +10,8 @@ from pera_jax.data import crops as geometry
 from pera_jax.errors import UserError
 from pera_jax.probes import features
 
+_MOST = 20_000  # images of which a few are picked
+
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
@@ -26,11 +28,11 @@ class Shown:
 
 
 class Subset:
-    """Some records of a split, in ascending order; reads as a `records.RecordSource`."""
+    """Some records of a split, in the order given; reads as a `records.RecordSource`."""
 
     def __init__(self, source: records.RecordSource, indices: np.ndarray):
         self.info, self.path, self.split_info = source.info, source.path, source.split_info
-        self.source, self.indices = source, np.sort(indices)
+        self.source, self.indices = source, indices
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -76,9 +78,15 @@ def squared(pixels: np.ndarray, size: int) -> np.ndarray:
     return out
 
 
-def labels_of(source: records.RecordSource) -> np.ndarray:
-    """int [N]; -1 for all without classes, so that no record is read for nothing."""
-    return features.labels_of(source) if source.info.class_names else np.full(len(source), -1)
+def pick(source: records.RecordSource, number: int, seed: int) -> np.ndarray:
+    """The places of `number` images of a split, or of all where it has fewer, as `choose`; of a large split a part is
+    looked at."""
+    places = np.arange(len(source))
+    if len(source) > _MOST:
+        places = np.sort(np.random.default_rng(seed).choice(len(source), _MOST, replace=False))
+    known = source.info.class_names  # without classes no record is read for nothing
+    labels = features.labels_of(Subset(source, places)) if known else np.full(len(places), -1)
+    return places[choose(labels, number, seed)]
 
 
 def visible(bands: Bands, rgb: tuple[str, ...]) -> tuple[int, int, int]:

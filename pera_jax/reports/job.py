@@ -1,5 +1,6 @@
 """From a run and images to the page: draws every picture, writes the files, the page last."""
 
+import dataclasses
 import pathlib
 
 import numpy as np
@@ -15,6 +16,10 @@ from pera_jax.reports.folder import Folder
 from pera_jax.reports.page import Section, pictured
 
 PAGE = "index.html"
+_TITLES = {
+    "pairs": "Pairs", "tokens": "Patch tokens", "attention": "Attention of the class token",
+    "neighbours": "Nearest neighbours",
+}  # fmt: skip
 
 
 def report(
@@ -35,24 +40,32 @@ def report(
       The page.
 
     Raises:
-      UserError: no such run, step, data or split; data of other bands; numbers that do not fit; an output that cannot be
-        written.
+      UserError: no such run, step, data or split; data of other bands; numbers that do not fit; an output that cannot
+        be written.
     """
     for option, value in (("--pairs", number_of_pairs), ("--images", number)):
         if value < 1:
             raise UserError(f"{option} is {value}; it must be at least 1")
     if seed < 0:
         raise UserError(f"--seed is {seed}; it must be at least 0")
+    if pathlib.Path(output).exists() and not pathlib.Path(output).is_dir():
+        raise UserError(f"cannot write to {output}: it is a file; choose another --output")
     found = folder.read(run, step)
     data = _data_of(found.meta) if data is None else data
     before, after, scenes = page.of_the_folder(found)
-    pictures: dict[str, Image.Image] = {f"{_file_name(name)}": grid.picture(of) for name, of in scenes.items()}
+    pictures = {_file_name(name): grid.picture(of) for name, of in scenes.items()}
     if data is None or found.step is None:
-        middle = _left_out(page.NO_CHECKPOINT if found.step is None else page.NO_DATA)
-        if split is not None or image_size is not None:
-            raise UserError("--split and --image-size are of images; name a data set folder with --data")
+        missing = page.NO_CHECKPOINT if found.step is None else page.NO_DATA
+        middle = [Section(place, title, "", "", missing) for place, title in _TITLES.items()]
     else:
-        middle = _pictures(found, data, split, number, number_of_pairs, image_size, seed, pictures)
+        size = tokens.default_size(found.meta["model"]) if image_size is None else image_size
+        features.check_image_size(size, found.meta)
+        subject = _Subject.of(found, data, split, seed)
+        weights, chosen = subject.weights(), images.pick(subject.source, number, seed)
+        made = [_pairs(subject, number_of_pairs), *_tokens(subject, weights, chosen, size)]
+        made.append(_neighbours(subject, weights, chosen))
+        middle = [section for section, _ in made]
+        pictures |= {section.place: picture for section, picture in made if picture is not None}
     content = page.assembled(found, [*before, *middle, *after])
     _write(pathlib.Path(output), {f"{name}.png": grid.png(of) for name, of in pictures.items()} | {PAGE: content})
     return pathlib.Path(output) / PAGE
@@ -64,100 +77,114 @@ def _data_of(meta) -> str | None:
     return path if path and (pathlib.Path(path) / records.INFO_FILE).is_file() else None
 
 
-def _left_out(why: str) -> list[Section]:
-    return [
-        Section(place, title, "", "", why)
-        for place, title in (("pairs", "Pairs"), ("tokens", "Patch tokens"), ("attention", "Attention of the class token"),
-                             ("neighbours", "Nearest neighbours"))
-    ]  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class _Subject:
+    """A checkpoint and the split whose images are shown.
+
+    Attributes:
+      names: of the classes, or None; channels: that are shown as red, green and blue.
+      title: of the checkpoint, for the pictures.
+    """
+
+    found: Folder
+    source: records.RecordSource
+    bands: Bands
+    names: list[str] | None
+    channels: tuple[int, int, int]
+    seed: int
+    title: str
+
+    @classmethod
+    def of(cls, found: Folder, data: str, split: str | None, seed: int) -> "_Subject":
+        config, info = found.meta["config"], records.load_info(data)
+        split = split or ("test" if "test" in info.splits else config["data"]["split"])
+        source, bands = records.open_split(data, split), Bands.of(found.meta)
+        if not len(source):
+            raise UserError(f"the split {split!r} of {data} holds no image; choose another --split")
+        bands.places(info, source.path)  # raises where a band is missing
+        channels = images.visible(bands, tuple(config["views"]["rgb"]))
+        return cls(found, source, bands, info.class_names, channels, seed, f"{config['name']}, step {found.step:,}")
+
+    def weights(self, **options) -> checkpoint.Weights:
+        return checkpoint.load_weights(self.found.path, self.found.step, **options)
 
 
-def _pictures(
-    found: Folder, data: str, split: str | None, number: int, number_of_pairs: int, image_size: int | None, seed: int,
-    pictures: dict[str, Image.Image],
-) -> list[Section]:
-    """The sections of pictures of images; each picture is also put into `pictures`."""
-    meta, trained_on = found.meta, found.meta["config"]["data"]["split"]
-    info = records.load_info(data)
-    split = split or ("test" if "test" in info.splits else trained_on)
-    source = records.open_split(data, split)
-    bands, names = Bands.of(meta), info.class_names
-    bands.places(info, source.path)  # raises where a band is missing
-    channels = images.visible(bands, tuple(meta["config"]["views"]["rgb"]))
-    for option, value in (("--pairs", number_of_pairs), ("--images", number)):
-        if value > len(source):
-            raise UserError(f"{option} is {value}, but the split of {data} holds {len(source)} images; ask for fewer")
-    size = tokens.default_size(meta["model"]) if image_size is None else image_size
-    features.check_image_size(size, meta)
-
-    columns, explained = pairs.pairs(
-        checkpoint.load_weights(found.path, found.step, which="student"), source, number_of_pairs, seed
-    )
+def _pairs(subject: _Subject, number: int) -> tuple[Section, Image.Image]:
+    number = min(number, len(subject.source))
+    columns, explained = pairs.pairs(subject.weights(which="student"), subject.source, number, subject.seed)
     share = f"The guess explains {explained:.0%} of the variance of the learnable patches' pixels."
     drawn = pairs.grid(columns)
-    title = f"{meta['config']['name']}, step {found.step:,}"
-    pictures["pairs"] = grid.picture(drawn, f"{title}: {share}")
-    sections = [pictured("pairs", "Pairs", pairs.READING, drawn, "", share)]
+    section = pictured("pairs", _TITLES["pairs"], pairs.READING, drawn, share)
+    return section, grid.picture(drawn, f"{subject.title}: {share}")
 
-    weights = checkpoint.load_weights(found.path, found.step)
-    chosen = images.choose(images.labels_of(source), number, seed)
-    shown = [images.read(source, bands, index, size) for index in chosen]
-    rgb = np.stack([images.as_bytes(bands.mapped(entry.pixels), channels) for entry in shown])
-    untrained = checkpoint.load_weights(found.path, found.step, untrained=True)
-    looked, before = tokens.look(meta, (weights.backbone, untrained.backbone), [entry.pixels for entry in shown])
+
+def _tokens(
+    subject: _Subject, weights: checkpoint.Weights, chosen: np.ndarray, size: int
+) -> tuple[tuple[Section, Image.Image], tuple[Section, Image.Image]]:
+    """Patch tokens and attention on the chosen images."""
+    found, bands = subject.found, subject.bands
+    shown = [images.read(subject.source, bands, index, size) for index in chosen]
+    rgb = np.stack([images.as_bytes(bands.mapped(entry.pixels), subject.channels) for entry in shown])
+    backbones = (weights.backbone, subject.weights(untrained=True).backbone)
+    looked, before = tokens.look(found.meta, backbones, [entry.pixels for entry in shown])
     if not (np.isfinite(looked.patches).all() and np.isfinite(looked.attention).all()):
-        raise UserError(f"the checkpoint of step {found.step} gives tokens that are not finite; choose an earlier --step")
+        raise UserError(f"step {found.step} of {found.path} gives tokens that are not finite; choose an earlier --step")
+
     maps, shares = tokens.colours(looked.patches)
-    drawn = tokens.pca_grid(shown, rgb, {"trained": maps, "untrained": tokens.colours(before.patches)[0]}, names)
-    pictures["tokens"] = grid.picture(drawn, f"{title}: principal components of the patch tokens")
-    side = looked.patches.shape[1]
-    where = f"Whole images of split “{split}”, resized to {size} x {size} px: {side} x {side} patches."
-    axes = ", ".join(f"{share:.0%}" for share in shares)
-    caption = f"{where} The components hold {axes} of the variance of the trained network's tokens."
-    sections.append(pictured("tokens", "Patch tokens", tokens.PCA_READING, drawn, "", caption))
-    drawn = tokens.attention_grid(shown, rgb, looked.attention, names)
-    pictures["attention"] = grid.picture(drawn, f"{title}: attention of the class token, last block")
+    drawn = tokens.pca_grid(
+        shown, rgb, {"trained": maps, "untrained": tokens.colours(before.patches)[0]}, subject.names
+    )
+    side, axes = looked.patches.shape[1], ", ".join(f"{share:.0%}" for share in shares)
+    caption = (
+        f"Whole images of split “{subject.source.split}”, resized to {size} x {size} px: {side} x {side} patches. The "
+        f"components hold {axes} of the variance of the trained network's tokens."
+    )
+    section = pictured("tokens", _TITLES["tokens"], tokens.PCA_READING, drawn, caption)
+    of_tokens = section, grid.picture(drawn, f"{subject.title}: principal components of the patch tokens")
+
+    drawn = tokens.attention_grid(shown, rgb, looked.attention, subject.names)
     reading = tokens.ATTENTION_READING.format(full=tokens.BRIGHT, even=1.0 / looked.attention.shape[2])
     itself = looked.attention[:, :, 0].mean()
     caption = f"The same images. The class token takes {itself:.1%} from itself, on average over heads and images."
-    sections.append(pictured("attention", "Attention of the class token", reading, drawn, "", caption))
-    sections.append(_neighbours(weights, source, data, split, trained_on, chosen, channels, seed, title, pictures))
-    return sections
+    section = pictured("attention", _TITLES["attention"], reading, drawn, caption)
+    return of_tokens, (section, grid.picture(drawn, f"{subject.title}: attention of the class token, last block"))
 
 
-def _neighbours(weights, source, data, split, trained_on, chosen, channels, seed, title, pictures) -> Section:
-    """Queries are the images that the other sections show; they are searched for among the images trained on."""
+def _neighbours(
+    subject: _Subject, weights: checkpoint.Weights, chosen: np.ndarray
+) -> tuple[Section, Image.Image | None]:
+    """Queries are the images that the other sections show; they are looked for among those trained on."""
+    source, bands, names = subject.source, subject.bands, subject.names
+    size, trained_on = weights.meta["model"]["image_size"], weights.meta["config"]["data"]["split"]
     if trained_on not in source.info.splits:
-        missing = f"{data} has no split {trained_on!r}, on which the run was trained, to find neighbours in."
-        return Section("neighbours", "Nearest neighbours", "", "", missing)
-    bands, size = Bands.of(weights.meta), weights.meta["model"]["image_size"]
-    train = source if split == trained_on else records.open_split(data, trained_on)
+        missing = f"{source.path} has no split {trained_on!r}, on which the run was trained, to find neighbours in."
+        return Section("neighbours", _TITLES["neighbours"], "", "", missing), None
+    within = source.split == trained_on
+    train = source if within else records.open_split(source.path, trained_on)
     searched = np.arange(len(train))
     if len(train) > neighbours.MOST:
-        drawn = np.random.default_rng(seed).choice(len(train), neighbours.MOST, replace=False)
-        searched = np.sort(np.union1d(drawn, chosen) if train is source else drawn)
+        drawn = np.random.default_rng(subject.seed).choice(len(train), neighbours.MOST, replace=False)
+        searched = np.union1d(drawn, chosen) if within else np.sort(drawn)
     extractor = features.Extractor(weights.backbone, weights.meta)
 
-    def tokens_of(of, indices):
-        subset = images.Subset(of, indices)
-        return features.extract(extractor, subset, bands, size, 256).class_tokens[:, -1]
+    def class_tokens(of, indices):
+        return features.extract(extractor, images.Subset(of, indices), bands, size, 256).class_tokens[:, -1]
 
-    candidates = tokens_of(train, searched)
-    own = np.searchsorted(searched, chosen) if train is source else None
-    order = np.argsort(chosen)  # a subset is read in ascending order
-    queries = candidates[own] if own is not None else tokens_of(source, chosen)[np.argsort(order)]
+    candidates = class_tokens(train, searched)
+    own = np.searchsorted(searched, chosen) if within else None
+    queries = candidates[own] if within else class_tokens(source, chosen)
     cosines, places = neighbours.nearest(candidates, queries, neighbours.NUMBER, own)
-    found = [[images.read(train, bands, searched[place], size) for place in row] for row in places]
-    asked = [images.read(source, bands, index, size) for index in chosen]
-    names = source.info.class_names
-    shown = neighbours.grid(asked, found, cosines, bands, channels, names)
-    caption = f"Searched: {len(searched):,} of {len(train):,} images of split “{trained_on}”, resized to {size} x {size} px."
-    if names:
+    found = [[images.read(train, bands, searched[place], neighbours.SHOWN) for place in row] for row in places]
+    asked = [images.read(source, bands, index, neighbours.SHOWN) for index in chosen]
+    shown = neighbours.grid(asked, found, cosines, bands, subject.channels, names)
+    of = f"{len(searched):,} of {len(train):,} images"
+    caption = f"Searched: {of} of split “{trained_on}”, resized to {size} x {size} px."
+    if names and cosines.size:
         same = np.mean([of.label == query.label for query, row in zip(asked, found, strict=True) for of in row])
         caption += f" Of the neighbours shown {same:.0%} are of the query's class."
-    pictures["neighbours"] = grid.picture(shown, f"{title}: nearest neighbours by cosine of the class token")
     reading = neighbours.READING + (neighbours.FRAMES if names else "")
-    return pictured("neighbours", "Nearest neighbours", reading, shown, "", caption)
+    section = pictured("neighbours", _TITLES["neighbours"], reading, shown, caption)
+    return section, grid.picture(shown, f"{subject.title}: nearest neighbours by cosine of the class token")
 
 
 def _file_name(name: str) -> str:

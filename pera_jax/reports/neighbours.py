@@ -12,6 +12,7 @@ from pera_jax.reports.grid import Grid, Tile
 RIGHT, WRONG = (30, 140, 70), (200, 50, 40)
 NUMBER = 7  # neighbours of each query
 MOST = 10_000  # images that are searched
+SHOWN = 192  # px, the side at which images are drawn
 READING = (
     "Left the query, beside it the images whose class tokens point most nearly the same way, the nearest first; below "
     "each its cosine."
@@ -41,8 +42,12 @@ def nearest(
 
 
 def grid(
-    queries: Sequence[images.Shown], found: Sequence[Sequence[images.Shown]], cosines: np.ndarray, bands: Bands,
-    channels: tuple[int, int, int], class_names,
+    queries: Sequence[images.Shown],
+    found: Sequence[Sequence[images.Shown]],
+    cosines: np.ndarray,
+    bands: Bands,
+    channels: tuple[int, int, int],
+    class_names,
 ) -> Grid:
     """A row for each query; `cosines` [M, k] of the images `found`."""
 

@@ -13,8 +13,8 @@ from pera_jax.reports.grid import Grid, Tile
 from pera_jax.reports.images import as_bytes, visible
 
 READING = (
-    "Scenes that the probe was tested on, not trained on: the image (of change: both dates), the labels, what a probe on "
-    "frozen features predicts, and where it is wrong (red) over the image in dark grey. Light grey has no "
+    "Scenes that the probe was tested on, not trained on: the image (of change: both dates), the labels, what a probe "
+    "on frozen features predicts, and where it is wrong (red) over the image in dark grey. Light grey has no "
     "label and counts nowhere."
 )
 IGNORE = 255

@@ -1,4 +1,4 @@
-"""The report as one page of HTML: sections in order, each with a sentence on how to read it; at the end why others are missing."""
+"""The report as one page of HTML: sections with a sentence on how to read each, at the end why others are missing."""
 
 import dataclasses
 import json
@@ -16,7 +16,8 @@ STYLE = (
     + """
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(500px, 100%), 1fr)); gap: 0 40px; }
 .reading { max-width: 900px; color: #4a525a; } pre { font-size: 12px; overflow-x: auto; }
-.cards table + .scroll { margin-top: 12px; } .alarms { margin-top: 18px; } summary { cursor: pointer; } section { break-inside: auto; }
+.cards table + .scroll { margin-top: 12px; } .alarms { margin-top: 18px; }
+summary { cursor: pointer; } section { break-inside: auto; }
 @media print { body { max-width: none; padding: 0; } nav { display: none; } h2 { break-after: avoid; } }
 """
 )
@@ -42,12 +43,9 @@ class Section:
     missing: str = ""
 
 
-def pictured(place: str, title: str, reading: str, shown: Grid | None, missing: str, caption: str = "") -> Section:
-    """A section of one grid, or of the sentence why there is none."""
-    if shown is None:
-        return Section(place, title, reading, "", missing)
-    below = f"<p><b>{html.escaped(caption)}</b></p>" if caption else ""
-    return Section(place, title, reading, grid.figures(shown) + below)
+def pictured(place: str, title: str, reading: str, shown: Grid, caption: str) -> Section:
+    """A section of one grid."""
+    return Section(place, title, reading, f"{grid.figures(shown)}<p><b>{html.escaped(caption)}</b></p>")
 
 
 def of_the_folder(run: Folder) -> tuple[list[Section], list[Section], dict[str, Grid]]:
@@ -98,7 +96,8 @@ def assembled(run: Folder, sections: list[Section]) -> bytes:
     parts = [f"<h1>{html.escaped(name)}, {step}</h1><nav>{present}</nav>{head.section(run)}"]
     for section in (section for section in sections if section.body):
         reading = f'<p class="reading">{html.escaped(section.reading)}</p>'
-        parts.append(f'<section id="{section.place}"><h2>{html.escaped(section.title)}</h2>{reading}{section.body}</section>')
+        heading = f"<h2>{html.escaped(section.title)}</h2>"
+        parts.append(f'<section id="{section.place}">{heading}{reading}{section.body}</section>')
     if left := [(section.title, section.missing) for section in sections if not section.body]:
         parts.append(f'<section id="missing"><h2>Left out</h2>{html.facts(left)}</section>')
     return html.document(f"{name}, {step}", parts, STYLE)

@@ -14,12 +14,12 @@ from pera_jax.reports.images import as_bytes, visible
 COLUMNS = ("crop", "masks", "student sees", "teacher sees", "to be guessed", "the guess")
 TINTS = {"student": (230, 120, 0), "learnable": (30, 180, 90), "teacher": (40, 110, 235)}
 HIDDEN = (225, 225, 225)  # patches that a column does not show
-_SIDE = 176  # px of a tile
+_SIDE = 188  # px of a tile
 
 READING = (
     "Each row is one pair: a crop, from which two looks are made that differ in colour but not in place. Student and "
     "teacher see disjoint patches. The student knows where its learnable patches lie and guesses their pixels from "
-    "those that it sees: compare the green patches of the last two columns. Grey patches are not shown."
+    "those that it sees: compare the green patches of the last two columns. A column shows nothing where it is grey."
 )
 
 
@@ -37,7 +37,8 @@ def pairs(
     """
     objective, config = checkpoint.objective_of(weights.meta), ConfigDict(weights.meta["config"])
     bands = objective.bands
-    stream = pipeline.make_pipeline(Mixture.of(source, bands), config.crops, batch_size=number, seed=seed)
+    # Grain's endless stream has more batches of one image than it can count.
+    stream = pipeline.make_pipeline(Mixture.of(source, bands), config.crops, batch_size=max(number, 2), seed=seed)
     batch = next(stream)
     stream.close()
 
@@ -46,7 +47,7 @@ def pairs(
         guess = objective.outputs(params, params, {"global": view}, None)[2]  # [N V, n_l, p p C]
         return view, guess, objective.pixel_targets(view)
 
-    crops = {kind: batch[kind] for kind in ("global", "local") if kind in batch}
+    crops = {kind: batch[kind][:number] for kind in ("global", "local") if kind in batch}
     view, guess, target = jax.device_get(jax.jit(look_and_guess)(weights.params, crops))
     explained = 1.0 - np.mean((guess - target) ** 2) / np.mean((target - _plain(target, objective.vit.bands)) ** 2)
 
@@ -69,7 +70,7 @@ def pairs(
             shown[rows, masks[kind]] = patches[rows, masks[kind]]
         return join(shown)
 
-    crop = as_bytes(bands.mapped(batch["global"][:, 0]), shown)
+    crop = as_bytes(bands.mapped(crops["global"][:, 0]), shown)
     tinted = cut(crop).astype(np.float32)
     for kind, tint in TINTS.items():
         tinted[rows, masks[kind]] = 0.5 * tinted[rows, masks[kind]] + 0.5 * np.float32(tint)

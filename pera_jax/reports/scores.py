@@ -10,9 +10,9 @@ from pera_jax.reports import charts, folder
 from pera_jax.reports.charts import Chart, Series
 
 READING = (
-    "Frozen features judged on test images that nothing was chosen on; in brackets the bootstrap interval of 95 % over "
-    "them. “Untrained” is the network before its first step, “pixels” the mean and deviation of the patches' raw values: "
-    "what training has added is the distance from these."
+    "Frozen features judged on test images that nothing was chosen on; in brackets the bootstrap interval of 95 % "
+    "over them. “Untrained” is the network before its first step, “pixels” the mean and deviation of raw patches: what "
+    "training has added is the distance from these."
 )
 STEPS_READING = (
     "The same scores for each checkpoint that was probed, with their intervals; step 0 is the untrained network, the "
@@ -48,12 +48,9 @@ def table(results: Sequence[dict[str, Any]], step: int | None) -> str:
     rows = [["score", *values, "test data"]]
     for name, score in order:
         rows.append([score, *(text(of.get((name, score))) for of in values.values()), _data(data[name])])
-    failed = [
-        f'<p class="warn">{html.escaped(entry["name"])} of {folder.who(entry)} failed: {html.escaped(entry["failure"])}</p>'
-        for entry in results
-        if entry["failure"]
-    ]
-    return (html.table(rows) if order else "") + "".join(failed)
+    failed = [f"{of['name']} of {folder.who(of)} failed: {of['failure']}" for of in results if of["failure"]]
+    sentences = "".join(f'<p class="warn">{html.escaped(sentence)}</p>' for sentence in failed)
+    return (html.table(rows) if order else "") + sentences
 
 
 def _of(results, encoder):

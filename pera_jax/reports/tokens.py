@@ -15,17 +15,17 @@ from pera_jax.reports.grid import Grid, Tile
 from pera_jax.reports.images import Shown, as_bytes, name_of
 
 PCA_READING = (
-    "The colour of a patch is its token after the last block: the first three principal components of the tokens of all "
-    "these images, as red, green and blue. The axes are the same in all images, so patches of one colour are alike to the "
-    "network wherever they lie. A trained network gives what belongs together one colour, the untrained one (with axes of "
-    "its own) mostly repeats brightness and edges."
+    "The colour of a patch is its token after the last block: the first three principal components of the tokens of "
+    "all these images, as red, green and blue. The axes are the same in all images, so patches of one colour are alike "
+    "to the network wherever they lie. A trained network gives what belongs together one colour, the untrained one "
+    "(with axes of its own) mostly repeats brightness and edges."
 )
 ATTENTION_READING = (
-    "How much of what the class token takes in the last block comes from each patch, for each head and averaged over the "
-    "heads. A map runs from dark blue (nothing) to yellow (as much as its {full:.0f} % most heeded patches); its largest "
-    "value stands below it, and an even spread over all tokens would be {even:.2%} everywhere."
+    "How much of what the class token takes in the last block comes from each patch, for each head and averaged over "
+    "the heads. A map runs from dark blue (nothing) to yellow (what only {full:.0f} % of its patches exceed); its "
+    "largest value stands below it, and an even spread over all tokens would be {even:.2%} everywhere."
 )
-_MOST_HEADS = 12  # shown
+_MOST_HEADS, _HEADS_IN_A_ROW = 12, 6  # shown
 _PATCHES = 32  # along a side of a shown image
 BRIGHT = 2.0  # percent of the patches that are yellow
 _FULL = (2.0, 98.0)  # percentiles of a component that are black and full colour
@@ -88,7 +88,7 @@ def components(tokens: np.ndarray, number: int = 3) -> tuple[np.ndarray, np.ndar
 
 
 def colours(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [N, h, w, D] as colours uint8 [N, h, w, 3], on axes that all N images share; and the share of each axis."""
+    """Tokens [N, h, w, D] as colours uint8 [N, h, w, 3], on axes that all N images share; the share of each axis."""
     number = min(3, patches.shape[-1])
     scores, shares = components(patches.reshape(-1, patches.shape[-1]), number)
     low, high = np.percentile(scores, _FULL, axis=0)
@@ -112,10 +112,10 @@ def pca_grid(shown: Sequence[Shown], rgb: np.ndarray, maps: dict[str, np.ndarray
       rgb: uint8 [N, S, S, 3].
       maps: by name, colours uint8 [N, h, w, 3].
     """
-    cells = [
-        (Tile(image, name_of(entry.label, class_names) or entry.key), *(Tile(of[i], exact=True) for of in maps.values()))
-        for i, (entry, image) in enumerate(zip(shown, rgb, strict=True))
-    ]
+    cells = []
+    for entry, image, *colours_of in zip(shown, rgb, *maps.values(), strict=True):
+        named = Tile(image, name_of(entry.label, class_names) or entry.key)
+        cells.append((named, *(Tile(of, exact=True) for of in colours_of)))
     each = 2 if len(cells) > 1 else 1
     rows = tuple(sum(cells[first : first + each], ()) for first in range(0, len(cells), each))
     return Grid(("image", *maps) * each, rows, 1176 // (each * (1 + len(maps))) - 8)
@@ -131,16 +131,19 @@ def attention_grid(shown: Sequence[Shown], rgb: np.ndarray, attention: np.ndarra
     heads = min(attention.shape[1], _MOST_HEADS)
     maps = np.concatenate([attention.mean(axis=1, keepdims=True), attention[:, :heads]], axis=1)  # [N, 1 + H, 1 + h w]
     side = round((maps.shape[2] - 1) ** 0.5)
-    rows = []
+    rows, across = [], min(heads, _HEADS_IN_A_ROW)
     for entry, image, of in zip(shown, rgb, maps[:, :, 1:], strict=True):
-        tiles = [Tile(image, name_of(entry.label, class_names) or entry.key)]
-        for values in of:
-            most = float(values.max())
+        tiles = []
+        for place, values in enumerate(of):
             full = max(float(np.percentile(values, 100.0 - BRIGHT)), 1e-12)  # a few patches would darken all others
-            tiles.append(Tile(_over(image, heat(values.reshape(side, side) / full)), f"at most {most:.1%}"))
-        rows.append(tuple(tiles))
-    names = ("image", "mean of the heads", *(f"head {head + 1}" for head in range(heads)))
-    return Grid(names, tuple(rows), min(max(1176 // len(names) - 8, 110), 220))
+            name = f"head {place}: " if place else ""
+            map_ = _over(image, heat(values.reshape(side, side) / full))
+            tiles.append(Tile(map_, f"{name}at most {values.max():.1%}"))
+        rows.append((Tile(image, name_of(entry.label, class_names) or entry.key), *tiles[: 1 + across]))
+        for first in range(1 + across, len(tiles), across):
+            rows.append((None, None, *tiles[first : first + across]))
+    names = ("image", "mean of the heads", "heads", *[""] * (across - 1))
+    return Grid(names, tuple(rows), min(1176 // len(names) - 8, 220))
 
 
 def _over(image: np.ndarray, colour: np.ndarray) -> np.ndarray:
