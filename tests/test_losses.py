@@ -229,3 +229,13 @@ def test_the_mean_output_is_that_of_all_outputs(seed):
     with jax.enable_x64(True):
         mean = losses.mean_output(teacher, F64)
     np.testing.assert_allclose(mean, np.mean(outputs, axis=0), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_mean_direction_tells_how_alike_tokens_are(seed):
+    tokens = np.random.default_rng(seed).normal(size=(3, 4, 5)) * 7 + np.arange(5) * seed
+    units = (tokens / np.linalg.norm(tokens, axis=-1, keepdims=True)).reshape(12, 5)
+    with jax.enable_x64(True):
+        mean = losses.mean_direction(jnp.asarray(tokens))
+    np.testing.assert_allclose(mean, units.mean(axis=0), atol=1e-12)
+    np.testing.assert_allclose(np.square(mean).sum(), np.mean([a @ b for a in units for b in units]), atol=1e-12)

@@ -59,7 +59,7 @@ def test_a_resumed_file_equals_an_unbroken_one(tmp_path, torn):
     whole, broken = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "broken"))
     assert broken == whole
     assert len(broken.splitlines()) == 8
-    assert sorted(path.name for path in (tmp_path / "broken").iterdir()) == ["metrics.jsonl", "tb"]
+    assert sorted(path.name for path in (tmp_path / "broken").iterdir()) == ["alarms.jsonl", "metrics.jsonl", "tb"]
 
 
 def test_tensorboard_forgets_the_points_after_the_resume(tmp_path):

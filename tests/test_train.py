@@ -242,6 +242,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_last_good_checkpoi
     with pytest.raises(UserError, match="is inf at step 2; the last good checkpoint is step 1: lower"):
         train.train(config, str(tmp_path / "run"))
     assert checkpoint.saved_steps(tmp_path / "run") == [1]
+    alarm = json.loads((tmp_path / "run" / "alarms.jsonl").read_text())
+    assert (alarm["step"], alarm["alarm"]) == (2, "loss is not finite") and "is inf at step 2; the last" in alarm["text"]
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
     everything(tmp_path / "run", 1)
 
