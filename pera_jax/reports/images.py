@@ -6,9 +6,8 @@ import numpy as np
 
 from pera_jax.bands import Bands, rgb_places
 from pera_jax.data import codecs, records
-from pera_jax.data import crops as geometry
 from pera_jax.errors import UserError
-from pera_jax.probes import features
+from pera_jax.probes import features, samples
 
 _MOST = 20_000  # images of which a few are picked
 
@@ -31,7 +30,7 @@ class Subset:
     """Some records of a split, in the order given; reads as a `records.RecordSource`."""
 
     def __init__(self, source: records.RecordSource, indices: np.ndarray):
-        self.info, self.path, self.split_info = source.info, source.path, source.split_info
+        self.info, self.path, self.split, self.split_info = source.info, source.path, source.split, source.split_info
         self.source, self.indices = source, indices
 
     def __len__(self) -> int:
@@ -67,15 +66,7 @@ def read(source: records.RecordSource, bands: Bands, index: int, size: int) -> S
         image = codecs.decode_bands(record.image, source.info, places)
     except (RuntimeError, codecs.ImageDecodeError) as error:
         raise UserError(f"record {index} of {source.path} is damaged; copy or convert it anew") from error
-    return Shown(squared(image, size), record.key, record.label)
-
-
-def squared(pixels: np.ndarray, size: int) -> np.ndarray:
-    """A whole image [H, W, C] as [size, size, C], as the probes resize it."""
-    image = geometry.Image(pixels)
-    out = np.empty((size, size, pixels.shape[2]), pixels.dtype)
-    geometry.crop_resize(image, geometry.Box(0, 0, image.height, image.width), size, False, False, out)
-    return out
+    return Shown(features.resized(image, size), record.key, record.label)
 
 
 def pick(source: records.RecordSource, number: int, seed: int) -> np.ndarray:
@@ -85,7 +76,7 @@ def pick(source: records.RecordSource, number: int, seed: int) -> np.ndarray:
     if len(source) > _MOST:
         places = np.sort(np.random.default_rng(seed).choice(len(source), _MOST, replace=False))
     known = source.info.class_names  # without classes no record is read for nothing
-    labels = features.labels_of(Subset(source, places)) if known else np.full(len(places), -1)
+    labels = samples.of_source(Subset(source, places)).labels if known else np.full(len(places), -1)
     return places[choose(labels, number, seed)]
 
 

@@ -10,7 +10,7 @@ from pera_jax import checkpoint, files
 from pera_jax.bands import Bands
 from pera_jax.data import records
 from pera_jax.errors import UserError
-from pera_jax.probes import features
+from pera_jax.probes import features, samples
 from pera_jax.reports import folder, grid, images, neighbours, page, pairs, tokens
 from pera_jax.reports.folder import Folder
 from pera_jax.reports.page import Section, pictured
@@ -168,7 +168,7 @@ def _neighbours(
     extractor = features.Extractor(weights.backbone, weights.meta)
 
     def class_tokens(of, indices):
-        return features.extract(extractor, images.Subset(of, indices), bands, size, 256).class_tokens[:, -1]
+        return features.extract(extractor, samples.of_source(images.Subset(of, indices)), size, 256).class_tokens[:, -1]
 
     candidates = class_tokens(train, searched)
     own = np.searchsorted(searched, chosen) if within else None
