@@ -411,6 +411,12 @@ def test_ticks_are_round_and_inside(low, high):
     assert all(max(low, 1e-9) * 0.99 <= tick <= high * 1.01 for tick in logs)
 
 
+def test_texts_of_ticks_are_short():
+    values = (0.0, 1500.0, 0.0008, 7.5e-4, 2e6, 625_000.0, -0.25, 1.02e9, -1.25e-5, 99_999.0)
+    texts = ["0", "1,500", "0.0008", "7.5e-4", "2e6", "6.25e5", "-0.25", "1.02e9", "-1.25e-5", "99,999"]
+    assert [charts.number(value) for value in values] == texts
+
+
 def test_classes_are_counted_by_hand():
     counts = np.array([[3.0, 1, 0], [0, 4, 0], [2, 0, 2]])
     data = {"class_names": CLASSES}
