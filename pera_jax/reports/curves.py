@@ -49,7 +49,7 @@ _GROUPS: tuple[tuple[str, tuple[tuple[str, bool, bool, dict[str, str]], ...]], .
     )),
     ("Monitor", (("kNN accuracy in training, k = 20", False, False, {"monitor/knn20": "knn20"}),)),
 )  # fmt: skip
-_NOT_DRAWN = ("step", "data/images", "time/images_per_second_per_chip")
+_NOT_DRAWN = ("step", "data/images", "data/replaced", "time/images_per_second_per_chip")
 
 
 def column(metrics: Sequence[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
