@@ -428,8 +428,13 @@ def test_classes_are_counted_by_hand():
     assert re.findall(r'class="cell \w+">(\d+)<', text) == ["75", "25", "100", "50", "50"]
     for wrong in (None, [[1, 2]], "x", [[1, 2, 3], [1, 2], [3]], [[float("nan")] * 3] * 3, [[-1] * 3] * 3):
         assert confusion.section({"task": "", "details": {"confusion": wrong}, "data": data}) == ""
-    listed = {"task": "", "details": {"per_class": [0.5, None, 0.25]}, "data": data}
-    assert "<td>town</td><td>0.250</td>" in confusion.section(listed)
+    for per_class, row in (
+        ({"town": 0.25, EVIL: None}, "<td>0.250</td>"),
+        ({"town": {"average_precision": 0.5, "images": 1200}}, "<td>0.500</td><td>1,200</td>"),
+    ):
+        listed = confusion.section({"task": "", "details": {"per_class": per_class}, "data": data})
+        assert f"<td>town</td>{row}" in listed and "<script" not in listed
+    assert confusion.section({"task": "", "details": {"per_class": [1]}, "data": data}) == ""
 
 
 def test_scenes_show_where_the_prediction_is_wrong(tmp_path):
