@@ -151,4 +151,4 @@ def run(data: Labelled, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         values = settings[name] if isinstance(settings[name], (tuple, list)) else (settings[name],)
         if not values or min(values) < least:
             raise UserError(f"{name} is {settings[name]}; give numbers that are at least {least}")
-    yield from supervised.run("linear", data, settings, choose, predict)
+    yield from supervised.run("linear", data, settings, choose, predict, seeded=True)
