@@ -178,6 +178,9 @@ def run(data: Labelled, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """
     if settings["smallest"] > settings["largest"]:
         raise UserError(f"smallest is {settings['smallest']} and largest {settings['largest']}; give them in order")
+    for name in ("tolerance", "iterations"):
+        if settings[name] <= 0:
+            raise UserError(f"{name} is {settings[name]}; it must be above 0")
     left = [0.0]  # gradients of the final solutions
     for name, value in supervised.run("logistic", data, settings, choose, predict, seeded=False):
         if name.startswith("chosen"):
