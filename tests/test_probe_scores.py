@@ -1,146 +1,40 @@
-"""Nearest neighbours, linear classifiers and scores on arrays, against their definitions."""
+"""Scores and splits on arrays, against scikit-learn and their definitions."""
+
+import functools
 
 import numpy as np
 import pytest
-import scipy.optimize
-import scipy.special
+from sklearn import metrics
 
 from pera_jax.errors import UserError
-from pera_jax.probes import colour, knn, linear, scores
+from pera_jax.probes import scores, splits
 
-# ---------------------------------------------------------------- nearest neighbours
-
-
-def naive_knn(train, labels, queries, classes, k, temperature):
-    """The definition as loops in float64: sort by (similarity, index), add the votes, take the first largest."""
-    predictions = []
-    for query in queries.astype(float):
-        similarity = []
-        for index, row in enumerate(train.astype(float)):
-            length = np.linalg.norm(row) * np.linalg.norm(query)
-            similarity.append((-(row @ query / length if length else 0.0), index))
-        votes = np.zeros(classes)
-        for negative, index in sorted(similarity)[:k]:
-            votes[labels[index]] += np.exp(-negative / temperature)
-        predictions.append(int(np.argmax(votes)))
-    return predictions
+# ---------------------------------------------------------------- one label for an image
 
 
-@pytest.mark.parametrize("kind", ["random", "tied", "one_class"])
-def test_knn_is_its_definition(monkeypatch, kind):
-    monkeypatch.setattr(knn, "_SIMILARITIES", 1000)  # 120 training rows: chunks of 8 queries, the last one padded
-    rng = np.random.default_rng(1)
-    if kind == "tied":  # entries of +-1 in 4 dimensions: 16 points, lengths and similarities exact, ties everywhere
-        train, queries = (rng.choice([-1.0, 1.0], (n, 4)) for n in (120, 30))
-        train[7] = queries[3] = 0.0
-    else:
-        train, queries = rng.normal(size=(120, 8)), rng.normal(size=(30, 8))
-    labels = np.zeros(120, int) if kind == "one_class" else rng.integers(0, 5, 120)
-    predicted = knn.predict(train, labels, queries, 6, ks=(1, 10, 20, 120, 200))
-    assert sorted(predicted) == [1, 10, 20, 120]  # 200 is more than there are
-    for k, values in predicted.items():
-        assert values.tolist() == naive_knn(train, labels, queries, 6, k, knn.TEMPERATURE), k
-    if kind == "tied":
-        _, indices = knn.nearest(train, train, 20)
-        for row, found in enumerate(indices):
-            assert found.tolist() == np.argsort(-(train @ train[row]), kind="stable")[:20].tolist()
+def guesses(seed):
+    """Predicted and true classes of every kind: random, few classes in many, one class only, all right, one image."""
+    rng = np.random.default_rng(seed)
+    classes, number = int(rng.integers(2, 12)), int(rng.integers(1, 80))
+    used = rng.choice(classes, int(rng.integers(1, classes + 1)), replace=False)
+    labels, predicted = rng.choice(used, number), rng.integers(0, classes, number)
+    return (labels if seed % 5 == 0 else predicted), labels, classes
 
 
-def test_knn_of_equal_votes_takes_the_lowest_class():
-    similarities = np.array([[0.5, 0.5, 0.25, 0.25, 0.1]], np.float32)
-    assert knn.vote(similarities, np.array([[3, 1, 1, 3, 0]]), 4) == [1]
-
-
-# ---------------------------------------------------------------- linear classifiers
-
-
-def clouds(number, rng, dims=12, classes=4, noise=1.0):
-    """Classes around fixed centres, on axes of very different scale and offset."""
-    centres = 3.0 * np.random.default_rng(5).normal(size=(classes, dims))
-    labels = rng.integers(0, classes, number)
-    points = centres[labels] + noise * rng.normal(size=(number, dims))
-    scales = np.logspace(-3, 3, dims)
-    return (scales * points + 10 * scales).astype(np.float32), labels
-
-
-def logistic_regression(x, y, classes, l2):
-    """Minimises the mean cross-entropy + l2 |W|^2 / 2 to convergence; returns weights and bias."""
-    x, hot = x.astype(float), np.eye(classes)[y]
-
-    def objective(flat):
-        weights, bias = flat[: x.shape[1] * classes].reshape(-1, classes), flat[x.shape[1] * classes :]
-        logits = x @ weights + bias
-        logs = logits - scipy.special.logsumexp(logits, axis=1, keepdims=True)
-        error = (np.exp(logs) - hot) / len(x)
-        value = -np.sum(hot * logs) / len(x) + l2 * np.sum(weights**2) / 2
-        return value, np.concatenate([(x.T @ error + l2 * weights).ravel(), error.sum(axis=0)])
-
-    start = np.zeros((x.shape[1] + 1) * classes)
-    flat = scipy.optimize.minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": 2000}).x
-    return flat[: x.shape[1] * classes].reshape(-1, classes), flat[x.shape[1] * classes :]
-
-
-@pytest.mark.parametrize("noise", [0.3, 6.0])
-def test_linear_reaches_logistic_regression(noise):
-    rng = np.random.default_rng(2)
-    (train, train_labels), (test, test_labels) = clouds(600, rng, noise=noise), clouds(2000, rng, noise=noise)
-    mean, std = train.mean(axis=0), train.std(axis=0)
-    reference = max(
-        np.mean(np.argmax((test - mean) / std @ weights + bias, axis=1) == test_labels)
-        for weights, bias in (
-            logistic_regression((train - mean) / std, train_labels, 4, l2) for l2 in (1e-4, 1e-3, 1e-2, 1e-1)
-        )
-    )
-    found = linear.probe({"all": train}, train_labels, {"all": test}, test_labels, 4)["scores"]["linear"]
-    assert found["value"] >= reference - (0.0 if noise < 1 else 0.01)
-    assert (reference == 1.0) == (noise < 1)
-
-
-def test_linear_finds_the_optimum_of_its_loss():
-    """A setting of the grid ends at the minimum that a converged solver finds, not only at its accuracy."""
-    train, labels = clouds(512, np.random.default_rng(3), noise=6.0)
-    mean, std = train.mean(axis=0), train.std(axis=0)
-    weights, bias = linear.fit(train, labels, 4, np.array([0.01, 0.1]), np.array([1e-2, 1e-2]), seed=0)
-    expected, _ = logistic_regression((train - mean) / std, labels, 4, 1e-2)
-    np.testing.assert_allclose(weights[1] * std[:, None], expected, atol=0.05 * np.abs(expected).max())
-    logits = train @ weights[1] + bias[1]
-    np.testing.assert_array_equal(linear.predict(weights, bias, train)[1], np.argmax(logits, axis=1))
-
-
-def test_linear_survives_constant_and_huge_features():
-    train, labels = clouds(200, np.random.default_rng(4))
-    train = np.concatenate([train, np.full((200, 1), 1e4), np.zeros((200, 1))], axis=1)
-    weights, bias = linear.fit(train, labels, 4, np.array([0.1]), np.array([0.0]), seed=0)
-    assert np.mean(linear.predict(weights, bias, train)[0] == labels) > 0.99
-    assert not weights[0, -2:].any()
-
-
-@pytest.mark.parametrize("task", [knn.probe, linear.probe])
-def test_selection_never_looks_at_the_test_split(task):
-    rng = np.random.default_rng(6)
-    good, labels = clouds(300, rng, noise=2.0)
-    variants = {"noise": rng.normal(size=(300, 5)), "good": good / good.std(axis=0), "half": good[:, :3]}
-    test = {name: values[:60] for name, values in variants.items()}
-    shuffled = {name: rng.permutation(values) for name, values in test.items()}
-    first = task(variants, labels, test, labels[:60], 4)
-    other = task(variants, labels, shuffled, (labels[:60] + 1) % 4, 4)
-    assert first["chosen"] == other["chosen"] and first["held_out"] == other["held_out"]
-    assert "good" in (first["chosen"], first["chosen"]["variant"] if isinstance(first["chosen"], dict) else None)
-    assert first["scores"] != other["scores"]
-
-
-# ---------------------------------------------------------------- scores
-
-
-def test_hold_out_keeps_the_classes_and_repeats():
-    labels = np.repeat([0, 1, 2, 4], [50, 10, 2, 1])
-    fit, held = scores.hold_out(labels, 0.2, seed=3)
-    assert sorted([*fit, *held]) == list(range(63))
-    assert np.bincount(labels[held], minlength=5).tolist() == [10, 2, 1, 0, 0]
-    np.testing.assert_array_equal(held, scores.hold_out(labels, 0.2, seed=3)[1])
-    assert held.tolist() != scores.hold_out(labels, 0.2, seed=4)[1].tolist()
-    with pytest.raises(UserError, match="held out"):
-        scores.hold_out(np.arange(4), 0.2, seed=0)
+@pytest.mark.parametrize("seed", range(30))
+def test_scores_of_one_label_are_those_of_scikit_learn(seed):
+    predicted, labels, classes = guesses(seed)
+    everything = np.arange(classes)
+    assert scores.accuracy(predicted, labels) == pytest.approx(metrics.accuracy_score(labels, predicted))
+    expected = metrics.confusion_matrix(labels, predicted, labels=everything)
+    np.testing.assert_array_equal(scores.confusion(predicted, labels, classes), expected)
+    # Without `labels` scikit-learn too counts the classes that either array holds.
+    expected = metrics.f1_score(labels, predicted, average="macro", zero_division=0)
+    assert scores.macro_f1(predicted, labels, classes) == pytest.approx(expected)
+    expected = metrics.f1_score(labels, predicted, labels=everything, average=None, zero_division=np.nan)
+    np.testing.assert_allclose(scores.f1_by_class(predicted, labels, classes), expected)
+    expected = metrics.recall_score(labels, predicted, labels=everything, average=None, zero_division=np.nan)
+    np.testing.assert_allclose(scores.accuracy_by_class(predicted, labels, classes), expected)
 
 
 def test_f1_and_class_accuracy_with_absent_classes():
@@ -148,7 +42,65 @@ def test_f1_and_class_accuracy_with_absent_classes():
     # class 0: 2 right of 2 predicted, 3 true; 1: 1 of 2, 2; 2: 0 of 1, 0; 3: 0 of 1, 1; 4: in neither
     assert scores.macro_f1(predicted, labels, 5) == pytest.approx((4 / 5 + 2 / 4 + 0 + 0) / 4)
     np.testing.assert_allclose(scores.accuracy_by_class(predicted, labels, 5), [2 / 3, 1 / 2, np.nan, 0.0, np.nan])
-    assert scores.accuracy(predicted, labels) == 0.5
+
+
+# ---------------------------------------------------------------- several labels for an image
+
+
+def rankings(seed):
+    """Scores and truth with ties of every kind, classes without positives, classes of positives only."""
+    rng = np.random.default_rng(seed)
+    number, classes = int(rng.integers(2, 60)), int(rng.integers(2, 9))
+    truth = rng.random((number, classes)) < rng.choice([0.05, 0.5, 0.95])
+    truth[0, 0] = True  # at least one
+    kind = seed % 4
+    if kind == 0:
+        return rng.normal(size=truth.shape) + truth, truth
+    if kind == 1:
+        return rng.integers(0, 3, truth.shape).astype(np.float32), truth
+    if kind == 2:
+        return np.zeros(truth.shape), truth
+    return np.where(rng.random(truth.shape) < 0.3, -np.inf, rng.integers(-2, 2, truth.shape)), truth
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_average_precision_is_that_of_scikit_learn(seed):
+    found, truth = rankings(seed)
+    finite = np.maximum(found, -1e9)  # scikit-learn takes no infinities
+    expected = metrics.average_precision_score(truth, finite, average="micro")
+    assert scores.map_micro(found, truth) == pytest.approx(expected, abs=1e-12)
+    present = truth.any(axis=0)
+    expected = metrics.average_precision_score(truth[:, present], finite[:, present], average=None)
+    for c, value in zip(np.flatnonzero(present), np.atleast_1d(expected), strict=True):
+        assert scores.average_precision(found[:, c], truth[:, c]) == pytest.approx(value, abs=1e-12)
+    assert scores.map_macro(found, truth) == pytest.approx(np.mean(expected), abs=1e-12)
+    assert all(np.isnan(scores.average_precision(found[:, c], truth[:, c])) for c in np.flatnonzero(~present))
+
+
+# ---------------------------------------------------------------- resamples and intervals
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_counts_are_copies_of_images(seed):
+    """A score with counts is the score of the images written out as often as they count."""
+    rng = np.random.default_rng(seed)
+    predicted, labels, classes = guesses(seed)
+    found, truth = rankings(seed)
+    for score, output, target in (
+        (scores.accuracy, predicted, labels),
+        (functools.partial(_macro_f1, classes=classes), predicted, labels),
+        (scores.map_micro, found, truth),
+        (scores.map_macro, found, truth),
+    ):
+        number = len(target)
+        drawn = rng.integers(0, number, (70, number))  # more than are computed at once
+        counts = np.stack([np.bincount(row, minlength=number) for row in drawn]).astype(float)
+        expected = [score(output[row], target[row]) for row in drawn]
+        np.testing.assert_allclose(score(output, target, counts), expected, atol=1e-12)
+
+
+def _macro_f1(predicted, labels, counts=None, *, classes):
+    return scores.macro_f1(predicted, labels, classes, counts)
 
 
 def test_bootstrap_interval_covers():
@@ -161,11 +113,52 @@ def test_bootstrap_interval_covers():
     assert 0.90 <= covered / 200 <= 0.985  # 95 % wanted; the percentile interval is a little narrow at n = 150
 
 
-def test_colour_is_the_nearest_mean_and_deviation():
-    rng = np.random.default_rng(8)
-    images = rng.integers(0, 256, (9, 20, 30, 3), dtype=np.uint8) // rng.integers(1, 9, (9, 1, 1, 3), dtype=np.uint8)
-    measured = np.stack([colour.statistics(image / np.float32(255)) for image in images])
-    pixels = images.reshape(9, -1, 3) / 255.0
-    np.testing.assert_allclose(measured, np.concatenate([pixels.mean(1), pixels.std(1)], axis=1), atol=1e-6)
-    labels = np.arange(9)
-    assert colour.predict(measured, labels, measured[::-1] + 1e-4).tolist() == labels[::-1].tolist()
+def test_interval_does_not_depend_on_how_many_resamples_are_held(monkeypatch):
+    values = np.random.default_rng(0).random(41)
+    expected = scores.bootstrap_interval(values, seed=5)
+    monkeypatch.setattr(scores, "_COUNTS", 41 * 7)
+    assert scores.bootstrap_interval(values, seed=5) == expected
+
+
+def test_a_score_over_seeds_is_the_mean_and_its_interval_narrower_than_that_of_one_seed():
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, 4, 400)
+    predictions = [np.where(rng.random(400) < 0.6, labels, rng.integers(0, 4, 400)) for _ in range(3)]
+    found = scores.over_seeds(scores.accuracy, predictions, labels, seed=0)
+    assert found.seeds == tuple(np.mean(predicted == labels) for predicted in predictions)
+    assert found.value == pytest.approx(np.mean(found.seeds))
+    right = np.mean([predicted == labels for predicted in predictions], axis=0)
+    assert (found.low, found.high) == pytest.approx(scores.bootstrap_interval(right, seed=0))
+    single = scores.over_seeds(scores.accuracy, predictions[:1], labels, seed=0)
+    assert single.seeds == () and single.value == found.seeds[0]
+    assert single.high - single.low > found.high - found.low  # the three err on different images
+
+
+# ---------------------------------------------------------------- splits
+
+
+def test_hold_out_keeps_the_classes_and_repeats():
+    labels = np.repeat([0, 1, 2, 4], [50, 10, 2, 1])
+    fit, held = splits.hold_out(labels, 0.2, seed=3)
+    assert sorted([*fit, *held]) == list(range(63))
+    assert np.bincount(labels[held], minlength=5).tolist() == [10, 2, 1, 0, 0]
+    np.testing.assert_array_equal(held, splits.hold_out(labels, 0.2, seed=3)[1])
+    assert held.tolist() != splits.hold_out(labels, 0.2, seed=4)[1].tolist()
+    with pytest.raises(UserError, match="held out"):
+        splits.hold_out(np.arange(4), 0.2, seed=0)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_hold_out_of_several_labels_keeps_rare_ones_in_both_parts(seed):
+    rng = np.random.default_rng(seed)
+    labels = rng.random((200, 6)) < [0.9, 0.5, 0.2, 0.1, 0.03, 0.0]
+    labels[:2, 4] = True
+    fit, held = splits.hold_out(labels, 0.2, seed)
+    assert sorted([*fit, *held]) == list(range(200)) and 30 <= len(held) <= 50
+    assert labels[fit, 4].any() and labels[held, 4].any()
+
+
+def test_shares_are_named_in_percent():
+    assert [splits.name_of(share) for share in (0.1, 0.2, 0.28, 0.5, 0.005)] == [
+        "10/90", "20/80", "28/72", "50/50", "0.5/99.5",
+    ]  # fmt: skip

@@ -411,6 +411,12 @@ def test_ticks_are_round_and_inside(low, high):
     assert all(max(low, 1e-9) * 0.99 <= tick <= high * 1.01 for tick in logs)
 
 
+def test_texts_of_ticks_are_short():
+    values = (0.0, 1500.0, 0.0008, 7.5e-4, 2e6, 625_000.0, -0.25, 1.02e9, -1.25e-5, 99_999.0)
+    texts = ["0", "1,500", "0.0008", "7.5e-4", "2e6", "6.25e5", "-0.25", "1.02e9", "-1.25e-5", "99,999"]
+    assert [charts.number(value) for value in values] == texts
+
+
 def test_classes_are_counted_by_hand():
     counts = np.array([[3.0, 1, 0], [0, 4, 0], [2, 0, 2]])
     data = {"class_names": CLASSES}
@@ -422,8 +428,13 @@ def test_classes_are_counted_by_hand():
     assert re.findall(r'class="cell \w+">(\d+)<', text) == ["75", "25", "100", "50", "50"]
     for wrong in (None, [[1, 2]], "x", [[1, 2, 3], [1, 2], [3]], [[float("nan")] * 3] * 3, [[-1] * 3] * 3):
         assert confusion.section({"task": "", "details": {"confusion": wrong}, "data": data}) == ""
-    listed = {"task": "", "details": {"per_class": [0.5, None, 0.25]}, "data": data}
-    assert "<td>town</td><td>0.250</td>" in confusion.section(listed)
+    for per_class, row in (
+        ({"town": 0.25, EVIL: None}, "<td>0.250</td>"),
+        ({"town": {"average_precision": 0.5, "images": 1200}}, "<td>0.500</td><td>1,200</td>"),
+    ):
+        listed = confusion.section({"task": "", "details": {"per_class": per_class}, "data": data})
+        assert f"<td>town</td>{row}" in listed and "<script" not in listed
+    assert confusion.section({"task": "", "details": {"per_class": [1]}, "data": data}) == ""
 
 
 def test_scenes_show_where_the_prediction_is_wrong(tmp_path):

@@ -176,12 +176,14 @@ def run(data: Labelled, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     test, truth = (train, labels) if alone else (variants(data.test), data.test_labels)
     own = np.arange(len(labels)) if alone else None
 
-    if not ks or min(ks) < 1 or min(ks) > len(labels) - alone:
+    if not ks or min(ks) < 1:
+        raise UserError(f"k is {ks}; give at least one whole number above 0")
+    if settings["temperature"] <= 0.0:
+        raise UserError(f"temperature is {settings['temperature']}; it must be above 0")
+    if min(ks) > len(labels) - alone:
         raise UserError(
-            f"the training split holds {len(labels)} images, and {ks} nearest neighbours ask for more; give it more "
+            f"the training split holds {len(labels)} images, and {min(ks)} nearest neighbours ask for more; give it more "
             "images or set k to smaller numbers"
-            if ks and min(ks) >= 1
-            else f"k is {ks}; give at least one whole number above 0"
         )
     several = {"_map_micro": scores.map_micro, "_map_macro": scores.map_macro}
     measures = {"": scores.accuracy} if labels.ndim == 1 else several

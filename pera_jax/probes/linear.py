@@ -7,8 +7,7 @@ W = 0, on features standardised by the training images; the loss is the cross-en
 the sum of one binary cross-entropy for each class.
 
 Scores: `linear` (accuracy) and `linear_macro_f1`, or `linear_map_micro` and `linear_map_macro`; `supervised` tells what
-else. The choice takes two rounds: every setting of every variant for a quarter of the steps, then the best third of the
-settings of the best variant for all of them. Of equal choices the first.
+else. Of equal choices the first.
 
 Settings:
   learning_rates, weight_decays: the grid.
@@ -39,8 +38,6 @@ SETTINGS = supervised.SETTINGS | {
     "steps": 1000,
     "epochs": 10,
 }
-FIRST_ROUND = 0.25  # share of the steps of the first round
-FINALISTS = 1 / 3  # share of the settings that go on
 
 
 @functools.partial(jax.jit, static_argnames="classes")
@@ -77,7 +74,6 @@ def fit(
     decays: np.ndarray,
     seed: int,
     settings: dict[str, Any] = SETTINGS,
-    share: float = 1.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Trains G classifiers at once, setting g with learning rate `rates[g]` and L2 weight decay `decays[g]`.
 
@@ -85,14 +81,13 @@ def fit(
       features: [N, F]; each dimension is standardised by its own mean and deviation, which the result has undone.
       labels: int [N], below `classes`, or bool [N, classes].
       settings: momentum, batch, steps, epochs.
-      share: of the steps that the settings give.
 
     Returns:
       (weights float32 [G, F, C], bias float32 [G, C]): `x @ weights[g] + bias[g]` are the logits of raw features x.
     """
     number = len(features)
     batch = min(settings["batch"], number)
-    steps = math.ceil(share * max(settings["steps"], settings["epochs"] * number / batch))
+    steps = max(settings["steps"], math.ceil(settings["epochs"] * number / batch))
     rng, per_epoch = np.random.default_rng(seed), number // batch
     epochs = math.ceil(steps / per_epoch)
     order = np.concatenate([rng.permutation(number)[: per_epoch * batch].astype(np.int32) for _ in range(epochs)])
@@ -116,27 +111,19 @@ def logits(weights: np.ndarray, bias: np.ndarray, features: np.ndarray) -> np.nd
 
 
 def choose(train, labels, fit_part, held, classes, seed, settings):
-    """See `supervised.Choose`: variant, learning rate and weight decay, and what each reached on the held-out part."""
+    """See `supervised.Choose`; the table holds for each variant the values by learning rate and weight decay."""
     grid = list(itertools.product(settings["learning_rates"], settings["weight_decays"]))
+    rates, decays = np.array(grid).T
     measure = next(iter(supervised.measures(labels.ndim == 2, classes).values()))
-
-    def reached(name, pairs, share):
-        rates, decays = np.array(pairs).T
-        models = fit(train[name][fit_part], labels[fit_part], classes, rates, decays, seed, settings, share)
-        return [measure(found, labels[held]) for found in logits(*models, train[name][held])]
-
-    first = {name: reached(name, grid, FIRST_ROUND) for name in train}
-    variant = max(first, key=lambda name: max(first[name]))  # of equal ones the first
-    order = sorted(range(len(grid)), key=lambda place: -first[variant][place])  # stable: of equal ones the first
-    finalists = [grid[place] for place in sorted(order[: math.ceil(len(grid) * FINALISTS)])]
-    last = reached(variant, finalists, 1.0)
-    rate, decay = finalists[int(np.argmax(last))]
-    width = len(settings["weight_decays"])
-    table = {
-        "first": {name: [values[i : i + width] for i in range(0, len(grid), width)] for name, values in first.items()},
-        "last": [[*pair, value] for pair, value in zip(finalists, last, strict=True)],
-    }
-    return {"variant": variant, "learning_rate": rate, "weight_decay": decay}, table
+    table = {}
+    for name, rows in train.items():
+        models = fit(rows[fit_part], labels[fit_part], classes, rates, decays, seed, settings)
+        table[name] = np.array([measure(found, labels[held]) for found in logits(*models, rows[held])])  # [G]
+    variant = max(table, key=lambda name: table[name].max())  # of equal ones the first
+    rate, decay = grid[int(np.argmax(table[variant]))]
+    choice = {"variant": variant, "learning_rate": rate, "weight_decay": decay}
+    shape = (len(settings["learning_rates"]), -1)
+    return choice, {name: values.reshape(shape).tolist() for name, values in table.items()}
 
 
 def predict(choice, train, labels, test, classes, seed, settings):
@@ -151,4 +138,4 @@ def run(data: Labelled, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         values = settings[name] if isinstance(settings[name], (tuple, list)) else (settings[name],)
         if not values or min(values) < least:
             raise UserError(f"{name} is {settings[name]}; give numbers that are at least {least}")
-    yield from supervised.run("linear", data, settings, choose, predict)
+    yield from supervised.run("linear", data, settings, choose, predict, seeded=True)

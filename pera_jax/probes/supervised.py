@@ -73,9 +73,12 @@ def measures(several: bool, classes: int) -> dict[str, Callable]:
 
 
 def run(
-    task: str, data: Labelled, settings: dict[str, Any], choose: Choose, predict: Predict
+    task: str, data: Labelled, settings: dict[str, Any], choose: Choose, predict: Predict, *, seeded: bool
 ) -> Iterator[tuple[str, Any]]:
     """Yields the scores of `task` and the details above.
+
+    Args:
+      seeded: whether `predict` depends on the seed; otherwise seeds that choose the same are fitted once.
 
     Raises:
       UserError: no test images; labels and settings that `splits` refuses.
@@ -90,18 +93,27 @@ def run(
     train, test = variants(data.train, settings["blocks"]), variants(data.test, settings["blocks"])
     labels, truth = data.train_labels, data.test_labels
 
-    def tested(seed, train, labels, test):
+    def decide(seed, train, labels):
         fit, held = splits.hold_out(labels, settings["held_out"], seed)
-        choice, table = choose(train, labels, fit, held, classes, seed, settings)
-        variant = choice["variant"]
-        logits, notes = predict(choice, train[variant], labels, test[variant], classes, seed, settings)
-        return logits, {"seed": seed} | choice | notes, table
+        return choose(train, labels, fit, held, classes, seed, settings)
 
-    logits, chosen, tables = zip(*(tested(seed, train, labels, test) for seed in seeds), strict=True)
+    def answer(choice, seed, train, labels, test):
+        variant = choice["variant"]
+        return predict(choice, train[variant], labels, test[variant], classes, seed, settings)
+
+    answers, logits, chosen, tables = {}, [], [], []
+    for seed in seeds:
+        choice, table = decide(seed, train, labels)
+        key = (seed if seeded else None, *choice.values())
+        if key not in answers:
+            answers[key] = answer(choice, seed, train, labels, test)
+        logits.append(answers[key][0])
+        chosen.append({"seed": seed} | choice | answers[key][1])
+        tables.append(table)
     for suffix, measure in measures(several, classes).items():
         yield task + suffix, scores.over_seeds(measure, logits, truth, seeds[0])
-    yield "chosen", list(chosen)
-    yield "held_out", list(tables)
+    yield "chosen", chosen
+    yield "held_out", tables
     yield "per_class", _per_class(logits, truth, data.class_names)
     if not several:
         yield "confusion", scores.confusion(np.argmax(logits[0], axis=1), truth, classes).tolist()
@@ -112,13 +124,14 @@ def run(
         values, chosen = {suffix: [] for suffix in measures(several, classes)}, []
         for seed in seeds:
             part, rest = splits.hold_out(everything, 1.0 - share, seed)
-            parts = ({name: rows[indices] for name, rows in pooled.items()} for indices in (part, rest))
-            logits, choice, _ = tested(seed, next(parts), everything[part], next(parts))
-            chosen.append(choice)
+            train, test = ({name: rows[indices] for name, rows in pooled.items()} for indices in (part, rest))
+            choice, _ = decide(seed, train, everything[part])
+            found, notes = answer(choice, seed, train, everything[part], test)
+            chosen.append({"seed": seed} | choice | notes)
             for suffix, measure in measures(several, classes).items():
-                values[suffix].append(measure(logits, everything[rest]))
-        for suffix, found in values.items():
-            yield f"{task}_{splits.name_of(share)}{suffix}", scores.Score(float(np.mean(found)), seeds=tuple(found))
+                values[suffix].append(measure(found, everything[rest]))
+        for suffix, reached in values.items():
+            yield f"{task}_{splits.name_of(share)}{suffix}", scores.Score(float(np.mean(reached)), seeds=tuple(reached))
         yield f"chosen_{splits.name_of(share)}", chosen
 
 

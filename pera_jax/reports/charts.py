@@ -50,8 +50,8 @@ class Chart:
 
 
 def half_life(points: int) -> float:
-    """Points after which a value counts half: a fortieth of them, at least one."""
-    return max(points / 40.0, 1.0)
+    """Points after which a value counts half: a hundredth of them, at least one."""
+    return max(points / 100.0, 1.0)
 
 
 def smoothed(values: np.ndarray, life: float) -> np.ndarray:
@@ -97,10 +97,11 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def number(value: float) -> str:
-    """A tick's text."""
-    if value == 0 or 1e-3 <= abs(value) < 1e5:
-        return f"{value:,.6g}"
-    return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e")
+    """A tick's text, at most seven letters: 1,500, 0.0008, 7.5e-4, 2e6."""
+    plain = f"{value:,.6g}"
+    short = f"{value:.3e}".replace("e-0", "e-").replace("e+0", "e")
+    digits, exponent = short.split("e")
+    return plain if len(plain) <= 6 and "e" not in plain else f"{digits.rstrip('0').rstrip('.')}e{exponent}"
 
 
 def svg(chart: Chart) -> str:
@@ -130,11 +131,11 @@ def svg(chart: Chart) -> str:
         parts.append(f'<path class="rule" d="M{_LEFT},{y:.1f}H{_WIDTH - _RIGHT}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{number(tick)}</text>')
     bottom = _HEIGHT - _BOTTOM
-    for tick in ticks(first, last, 3):
+    for tick in (tick for tick in ticks(first, last, 3) if tick == round(tick)):
         x = float(across(tick))
         parts.append(f'<path class="axis" d="M{x:.1f},{bottom}v4" />')
         anchor = "end" if x > _WIDTH - _RIGHT - 12 else "middle"
-        parts.append(f'<text x="{x:.1f}" y="{bottom + 15}" text-anchor="{anchor}">{number(tick)}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 15}" text-anchor="{anchor}">{tick:,.0f}</text>')
     parts.append(f'<path class="axis" fill="none" d="M{_LEFT},{_TOP}V{bottom}H{_WIDTH - _RIGHT}"/>')
     for place, series in enumerate(chart.series):
         parts += _lines(series, PALETTE[place % len(PALETTE)], across, down)
@@ -160,7 +161,7 @@ def _lines(series: Series, colour: str, across, down) -> list[str]:
     parts, values = [], series.values
     if series.smooth and len(values) > 2:
         faint = _path(*decimated(series.steps, values), across, down)
-        parts.append(f'<path fill="none" stroke="{colour}" stroke-opacity="0.35" d="{faint}"/>')
+        parts.append(f'<path fill="none" stroke="{colour}" stroke-width="0.8" stroke-opacity="0.4" d="{faint}"/>')
         values = smoothed(values, half_life(len(values)))
     line = _path(*decimated(series.steps, values), across, down)
     parts.append(f'<path fill="none" stroke="{colour}" stroke-width="1.6" stroke-linejoin="round" d="{line}"/>')

@@ -99,15 +99,20 @@ def by_class(counts: np.ndarray, names: list[str], units: str) -> str:
 
 
 def listed(entry: dict[str, Any]) -> str:
-    """The detail "per_class" of an entry without a matrix: numbers by class; "" where it has none."""
-    values, names = entry["details"].get("per_class"), entry["data"]["class_names"]
-    if isinstance(values, dict):
-        values = [values.get(name) for name in names]
-    if not isinstance(values, list) or len(values) != len(names):
+    """The detail "per_class" of an entry without a matrix, a number or several by name of the class; "" without."""
+    found, names = entry["details"].get("per_class"), entry["data"]["class_names"]
+    if not isinstance(found, dict):
         return ""
-    rows = [["class", "score"]]
-    rows += [[n, f"{v:.3f}" if isinstance(v, (int, float)) else ""] for n, v in zip(names, values, strict=True)]
-    return html.table(rows) if any(row[1] for row in rows[1:]) else ""
+    rows = {name: of if isinstance(of := found[name], dict) else {"score": of} for name in names if name in found}
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    cells = [[name, *(_cell(row.get(column)) for column in columns)] for name, row in rows.items()]
+    return html.table([["class", *(column.replace("_", " ") for column in columns)], *cells]) if cells else ""
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return f"{value:,}" if isinstance(value, int) else ""
 
 
 def section(entry: dict[str, Any]) -> str:

@@ -11,7 +11,8 @@ from pera_jax.reports.charts import Chart, Series
 
 READING = (
     "All that training logged, against the step. Faint: the values as they are; strong: their exponentially weighted "
-    "mean, in which a value counts half after a fortieth of the run. Scales with (log) are logarithmic."
+    "mean, in which a value counts half after a hundredth of the run. "
+    "Scales with (log) are logarithmic."
 )
 # Group: charts, each (title, logarithmic where it can be, smoothed, {metric: its name in the chart}).
 _GROUPS: tuple[tuple[str, tuple[tuple[str, bool, bool, dict[str, str]], ...]], ...] = (
@@ -26,6 +27,9 @@ _GROUPS: tuple[tuple[str, tuple[tuple[str, bool, bool, dict[str, str]], ...]], .
         ("Entropy of the teacher, nats", False, True,
          {"teacher/entropy": "of each look", "teacher/entropy_of_mean": "of their mean"}),
         ("KL of student from teacher, nats", False, True, {"kl": "kl"}),
+        ("KL of their mean from uniform, nats", False, True, {"teacher/kl_to_uniform": "kl"}),
+        ("Variance of directions, 0: all alike", False, True,
+         {"teacher/feature_variance": "class tokens", "teacher/unit_variance": "head"}),
         ("Prototypes in use", True, True, {"teacher/prototypes_in_use": "prototypes"}),
         ("Length of the centre", False, True, {"teacher/center_norm": "centre"}),
     )),
@@ -38,7 +42,8 @@ _GROUPS: tuple[tuple[str, tuple[tuple[str, bool, bool, dict[str, str]], ...]], .
         ("Learning rate", False, False, {"hyper/learning_rate": "rate"}),
         ("Weight decay", False, False, {"hyper/weight_decay": "decay"}),
         ("Momentum of the teacher", False, False, {"hyper/momentum": "momentum"}),
-        ("Temperatures", False, False, {"hyper/teacher_temperature": "teacher", "hyper/student_temperature": "student"}),
+        ("Temperatures", False, False,
+         {"hyper/teacher_temperature": "teacher", "hyper/student_temperature": "student"}),
     )),
     ("Speed", (
         ("Images per second", False, True, {"time/images_per_second": "all devices"}),
@@ -47,13 +52,13 @@ _GROUPS: tuple[tuple[str, tuple[tuple[str, bool, bool, dict[str, str]], ...]], .
     )),
     ("Monitor", (("kNN accuracy in training, k = 20", False, False, {"monitor/knn20": "knn20"}),)),
 )  # fmt: skip
-_NOT_DRAWN = ("step", "data/images", "time/images_per_second_per_chip")
+_NOT_DRAWN = ("step", "data/images", "data/replaced", "time/images_per_second_per_chip")
 
 
 def column(metrics: Sequence[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
     """(steps, values) of the lines that hold a metric, float64."""
     held = [(line["step"], float(line[name])) for line in metrics if name in line]
-    return tuple(np.array(values, np.float64) for values in (zip(*held) if held else ((), ())))
+    return tuple(np.array(values, np.float64) for values in (zip(*held, strict=True) if held else ((), ())))
 
 
 def drawn(metrics: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ INK, PAPER = (40, 40, 40), (255, 255, 255)
 _GAP, _HEAD, _LINE, _FRAME = 8, 30, 18, 4  # px: between tiles, the line of names, a line of text, a tile's frame
 
 STYLE = """
-.grid { display: grid; gap: 8px; justify-content: start; margin: 10px 0; overflow-x: auto; break-inside: auto; }
+.grid { display: grid; gap: 8px; justify-content: start; margin: 10px 0; }
 .grid .name { font-size: 13px; font-weight: 600; color: #69727c; align-self: end; overflow-wrap: anywhere; }
 .grid figure { margin: 0; break-inside: avoid; } .grid img { display: block; width: 100%; height: auto; }
 .grid .enlarged { image-rendering: pixelated; }
@@ -126,7 +126,7 @@ def figures(grid: Grid) -> str:
     for row in grid.rows:
         cells += ["<div></div>" if tile is None else _figure(tile, grid.side) for tile in row]
         cells += ["<div></div>"] * (len(grid.names) - len(row))
-    columns = f"grid-template-columns:repeat({len(grid.names)},{grid.side}px)"
+    columns = f"grid-template-columns:repeat({len(grid.names)},minmax(0,{grid.side}px))"
     return f'<div class="grid" style="{columns}">{"".join(cells)}</div>{legend(grid.legend)}'
 
 

@@ -80,6 +80,9 @@ def cost_facts(folder: Folder) -> list[tuple[str, object]]:
         ("images seen", f"{images:,}, {images / meta['data']['records']:,.1f} epochs"),
         ("work", f"{_flop(per_image)} an image (matrix products of the method)"),
     ]
+    replaced = column(folder.metrics, "data/replaced")[1]
+    if len(replaced):
+        facts.append(("unreadable images", f"{replaced[-1]:,.0f}, which others replaced"))
     steps, rates = column(folder.metrics, "time/images_per_second")
     if not len(steps) or not (rates > 0).all():
         return facts

@@ -81,8 +81,8 @@ def pick(source: records.RecordSource, number: int, seed: int) -> np.ndarray:
 
 
 def visible(bands: Bands, rgb: tuple[str, ...]) -> tuple[int, int, int]:
-    """The channels that a picture shows as red, green and blue: these where they are known, else the first three, or one
-    band as grey."""
+    """The channels that a picture shows as red, green and blue: these where they are known, else the first three, or
+    one band as grey."""
     return rgb_places(rgb, bands.names) or ((0, 1, 2) if len(bands) > 2 else (0, 0, 0))
 
 

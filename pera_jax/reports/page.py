@@ -17,8 +17,12 @@ STYLE = (
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(500px, 100%), 1fr)); gap: 0 40px; }
 .reading { max-width: 900px; color: #4a525a; } pre { font-size: 12px; overflow-x: auto; }
 .cards table + .scroll { margin-top: 12px; } .alarms { margin-top: 18px; }
-summary { cursor: pointer; } section { break-inside: auto; }
-@media print { body { max-width: none; padding: 0; } nav { display: none; } h2 { break-after: avoid; } }
+summary { cursor: pointer; }
+@page { size: landscape; margin: 12mm; }
+@media print {
+  body { max-width: none; padding: 0; } nav { display: none; } h2, h3, .reading { break-after: avoid; }
+  .scroll { overflow: visible; } .scroll svg { max-width: 100%; max-height: 180mm; break-inside: avoid; }
+}
 """
 )
 NO_DATA = "no images were given; name a data set folder with --data."
