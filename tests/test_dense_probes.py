@@ -1,4 +1,4 @@
-"""Segmentation and change: pixel scores against scikit-learn, maps of whole scenes, heads, folds and what they may see."""
+"""Segmentation and change: pixel scores against scikit-learn, maps of whole scenes, heads, what folds may see."""
 
 import warnings
 
@@ -347,7 +347,7 @@ def test_a_test_scene_has_no_part_in_its_own_fold():
     [
         ({"window": 18}, "window=18 px is not a multiple of the patch of 4 px; try window=16"),
         ({"stride": 0}, "stride=0 px is not a multiple of the patch of 4 px; try stride=4"),
-        ({"stride": 20}, "stride=20 px is more than window=16 px, which leaves gaps; take at most the window"),
+        ({"stride": 20}, "stride=20 px is more than window=16 px and leaves gaps; take at most the window"),
         ({"scale": 3}, "scale=3 does not divide the patch of 4 px"),
         ({"scale": 0}, "scale=0 must be 1 or more"),
         ({"blocks": (0, 1)}, "blocks=(0, 1) must be 1 or more"),

@@ -1,4 +1,4 @@
-"""What the dense tasks share before a head is trained: patch tokens of whole scenes, and the labels that are held out."""
+"""What the dense tasks share: patch tokens of whole scenes, and which labels are held out."""
 
 from collections.abc import Callable
 
@@ -35,14 +35,14 @@ def encode(
       float32 [n, ceil(H / patch), ceil(W / patch), D].
 
     Raises:
-      UserError: window or stride that is no multiple of the patch; a stride that leaves gaps; tokens that are not finite.
+      UserError: window or stride that is no multiple of the patch; a stride with gaps; tokens that are not finite.
     """
     for name, value in (("window", window), ("stride", stride)):
         if value < patch or value % patch:
             nearest = max(round(value / patch), 1) * patch
             raise UserError(f"{name}={value} px is not a multiple of the patch of {patch} px; try {name}={nearest}")
     if stride > window:
-        raise UserError(f"stride={stride} px is more than window={window} px, which leaves gaps; take at most the window")
+        raise UserError(f"stride={stride} px is more than window={window} px and leaves gaps; take at most the window")
     height, width = (max(-(-side // patch) * patch, window) for side in image.shape[:2])
     padding = ((0, height - image.shape[0]), (0, width - image.shape[1]), (0, 0))
     padded = np.pad(image, padding, "symmetric")
@@ -114,7 +114,7 @@ def hold_out(masks: list[np.ndarray], share: float, side: int, seed: int) -> tup
     """
     for whole in (True, False):
         sides = [max(mask.shape) if whole else side for mask in masks]
-        counts = [_class_counts(mask, cut) for mask, cut in zip(masks, sides, strict=True)]  # [units of a scene, classes]
+        counts = [_class_counts(mask, cut) for mask, cut in zip(masks, sides, strict=True)]  # [units, classes]
         firsts = np.cumsum([0] + [len(part) for part in counts[:-1]])
         counts = np.concatenate(counts)
         labelled = np.flatnonzero(counts.sum(axis=1))

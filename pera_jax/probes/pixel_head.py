@@ -65,7 +65,7 @@ def _product(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _logits(x: jax.Array, weights: jax.Array, bias: jax.Array, px: int) -> jax.Array:
-    """The logits [K, px px, G, C] of the pixels of cells with the tokens x [K, 4, F]; weights [F, G, C], bias [G, C]."""
+    """Logits [K, px px, G, C] of the pixels of cells with the tokens x [K, 4, F]; weights [F, G, C], bias [G, C]."""
     number, _, dims = x.shape
     grid, classes = bias.shape
     at_tokens = _product(x.reshape(number * 4, dims), weights.reshape(dims, grid * classes))
@@ -157,7 +157,7 @@ def _predict(tokens, corners, weights, bias, offsets, px):
 def predict(
     tokens: jax.Array, corners: np.ndarray, weights: np.ndarray, bias: np.ndarray, offsets: np.ndarray, px: int
 ) -> np.ndarray:
-    """The class of each pixel of cells, by each head with each offset: uint8 [K, px px, G, O]; of equal ones the lowest.
+    """The class of each pixel of cells by each head with each offset, uint8 [K, px px, G, O]; of equal ones the lowest.
 
     Args:
       tokens: [T, F]; corners: int32 [K, 4]; weights, bias: of `fit`; offsets: float32 [O, C], added to the logits.

@@ -71,7 +71,9 @@ def probe(
             held_out.append(statistic(found))
             best, prior = np.unravel_index(np.argmax(held_out[-1]), held_out[-1].shape)  # of equal ones the first
             blocks, rate = heads.grid[best]
-            chosen.append({"seed": seed, "fold": number, "blocks": blocks, "learning_rate": rate, "prior": priors[prior]})
+            chosen.append(
+                {"seed": seed, "fold": number, "blocks": blocks, "learning_rate": rate, "prior": priors[prior]}
+            )
             model = heads.fit(train, masks, [best], seed)
             offset = offsets(masks, classes, priors[prior : prior + 1])
             for place in test:
