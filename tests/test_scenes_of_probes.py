@@ -37,7 +37,9 @@ def write(folder, stems="abcd", kinds=("image",), suffix=".png", height=12):
     return folder
 
 
-@pytest.mark.parametrize("dtype, suffix", [("uint8", ".png"), ("uint8", ".tif"), ("uint16", ".tif"), ("float32", ".tif")])
+@pytest.mark.parametrize(
+    "dtype, suffix", [("uint8", ".png"), ("uint8", ".tif"), ("uint16", ".tif"), ("float32", ".tif")]
+)
 def test_scenes_come_back_as_they_were(tmp_path, dtype, suffix):
     rng = np.random.default_rng(0)
     bands = dataclasses.replace(Bands.plain(("a", "b", "c") if suffix == ".png" else tuple("abcde")), dtype=dtype)

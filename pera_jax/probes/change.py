@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pera_jax.probes import dense, overlap
+from pera_jax.probes import dense, overlap, pixel_probe
 from pera_jax.probes.scenes import Dense
 
 SETTINGS = {
@@ -20,8 +20,8 @@ SETTINGS = {
     "stride": 112,
     "scale": 1,
     "blocks": (1, 4),
-    "learning_rates": (0.003, 0.01, 0.03, 0.1, 0.3),
-    "priors": (0.0, 0.25, 0.5, 0.75, 1.0),
+    "learning_rates": (0.01, 0.03, 0.1, 0.3, 1.0),
+    "priors": (0.0, 0.5, 1.0, 1.5),
     "steps": 500,
     "batch": 16384,
     "held_out": 0.2,
@@ -40,7 +40,7 @@ def run(data: Dense, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yields the scores, then details as `segmentation.run`; held_out is the F1 of "changed".
 
     Raises:
-      UserError: see `dense.encode` and `dense.probe`.
+      UserError: see `dense.encode` and `pixel_probe.probe`.
     """
 
     def tokens(scene):
@@ -53,7 +53,7 @@ def run(data: Dense, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     def units(scene):
         return np.zeros(scene.mask.shape, np.int64)
 
-    tested = dense.probe(data, settings, tokens, units, overlap.change_f1)
+    tested = pixel_probe.probe(data, settings, tokens, units, overlap.change_f1)
     for name, statistic in SCORES.items():
         yield f"change_{name}", overlap.score(tested.matrices, statistic, settings["seeds"][0])
-    yield from dense.details(tested, data.class_names)
+    yield from pixel_probe.details(tested, data.class_names)

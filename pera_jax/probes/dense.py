@@ -1,21 +1,11 @@
-"""What the dense tasks share: patch tokens of whole scenes, and the protocol of choosing, refitting and testing.
+"""What the dense tasks share: patch tokens of whole scenes, and which labels are held out."""
 
-For each fold and each seed the settings are chosen on a part of the training scenes that is held out (scenes where
-there are several, else tiles of them), the head is fitted again to all training scenes, and the test scenes are
-predicted once. The pixels of all folds are pooled.
-"""
+from collections.abc import Callable
 
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
-
-import jax.numpy as jnp
 import numpy as np
 
 from pera_jax.errors import UserError
-from pera_jax.probes import overlap, pixel_head
 from pera_jax.probes.overlap import IGNORE
-from pera_jax.probes.scenes import Dense, Scene
 
 WINDOWS = 16  # that a network gets at once
 
@@ -45,13 +35,14 @@ def encode(
       float32 [n, ceil(H / patch), ceil(W / patch), D].
 
     Raises:
-      UserError: window or stride that is no multiple of the patch; a stride that leaves gaps; tokens that are not finite.
+      UserError: window or stride that is no multiple of the patch; a stride with gaps; tokens that are not finite.
     """
     for name, value in (("window", window), ("stride", stride)):
         if value < patch or value % patch:
-            raise UserError(f"{name}={value} px is not a multiple of the patch of {patch} px")
+            nearest = max(round(value / patch), 1) * patch
+            raise UserError(f"{name}={value} px is not a multiple of the patch of {patch} px; try {name}={nearest}")
     if stride > window:
-        raise UserError(f"stride={stride} px is more than window={window} px, which leaves gaps; take at most the window")
+        raise UserError(f"stride={stride} px is more than window={window} px and leaves gaps; take at most the window")
     height, width = (max(-(-side // patch) * patch, window) for side in image.shape[:2])
     padding = ((0, height - image.shape[0]), (0, width - image.shape[1]), (0, 0))
     padded = np.pad(image, padding, "symmetric")
@@ -96,32 +87,20 @@ def enlarge(image: np.ndarray, scale: int) -> np.ndarray:
     return values if image.dtype.kind == "f" else np.rint(values).astype(image.dtype)
 
 
-# ---------------------------------------------------------------- choosing, refitting, testing
-
-
-@dataclasses.dataclass(frozen=True)
-class Tested:
-    """What the folds gave together.
-
-    Attributes:
-      matrices: int64 [seeds, units, C, C], confusion matrices of the test units.
-      seen: the same of only those pixels whose class the training scenes of the fold hold.
-      pictures: the predicted classes uint8 [H, W] of each test scene by its key, of the first seed.
-      chosen: for each seed and fold a dict of seed, fold, blocks, learning_rate, prior.
-      held_out: the mean held-out score by number of blocks, learning rate and prior.
-    """
-
-    matrices: np.ndarray
-    seen: np.ndarray
-    pictures: dict[str, np.ndarray]
-    chosen: list[dict[str, Any]]
-    held_out: dict[str, dict[str, dict[str, float]]]
+# ---------------------------------------------------------------- labels that are held out
 
 
 def tiles(shape: tuple[int, int], side: int) -> np.ndarray:
     """The number of the square tile of `side` px that each pixel [H, W] belongs to, in raster order; int64."""
     rows, columns = (np.arange(length) // side for length in shape)
     return rows[:, None] * (-(-shape[1] // side)) + columns
+
+
+def _class_counts(mask: np.ndarray, side: int) -> np.ndarray:
+    """The pixels of each class in each tile: int64 [tiles, 255]."""
+    units = tiles(mask.shape, side)
+    number = int(units[-1, -1]) + 1
+    return np.bincount((units * 256 + mask).ravel(), minlength=number * 256).reshape(number, 256)[:, :IGNORE]
 
 
 def hold_out(masks: list[np.ndarray], share: float, side: int, seed: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -133,11 +112,11 @@ def hold_out(masks: list[np.ndarray], share: float, side: int, seed: int) -> tup
     Raises:
       UserError: nothing can be held out.
     """
-    for places in ([np.zeros(mask.shape, np.int64) for mask in masks], [tiles(mask.shape, side) for mask in masks]):
-        firsts = np.cumsum([0] + [int(place.max()) + 1 for place in places])
-        units = [place + first for place, first in zip(places, firsts[:-1], strict=True)]
-        pairs = np.concatenate([(unit * 256 + mask).ravel() for unit, mask in zip(units, masks, strict=True)])
-        counts = np.bincount(pairs, minlength=firsts[-1] * 256).reshape(-1, 256)[:, :IGNORE]  # [units, classes]
+    for whole in (True, False):
+        sides = [max(mask.shape) if whole else side for mask in masks]
+        counts = [_class_counts(mask, cut) for mask, cut in zip(masks, sides, strict=True)]  # [units, classes]
+        firsts = np.cumsum([0] + [len(part) for part in counts[:-1]])
+        counts = np.concatenate(counts)
         labelled = np.flatnonzero(counts.sum(axis=1))
         left, held = counts.sum(axis=0), []
         for unit in np.random.default_rng(seed).permutation(labelled):
@@ -146,146 +125,12 @@ def hold_out(masks: list[np.ndarray], share: float, side: int, seed: int) -> tup
                 left = left - counts[unit]
                 held.append(unit)
         if held:
-            out = [np.isin(unit, held) for unit in units]
-            parts = list(zip(masks, out, strict=True))
-            ignore = np.uint8(IGNORE)
-            return [np.where(o, ignore, mask) for mask, o in parts], [np.where(o, mask, ignore) for mask, o in parts]
+            fitted, kept = [], []
+            for mask, cut, first in zip(masks, sides, firsts, strict=True):
+                out = np.isin(tiles(mask.shape, cut) + first, held)
+                fitted.append(np.where(out, np.uint8(IGNORE), mask))
+                kept.append(np.where(out, mask, np.uint8(IGNORE)))
+            return fitted, kept
     raise UserError(
         f"no tile of {side} px of the training scenes can be held out without losing a class; label more of them"
     )
-
-
-def probe(
-    data: Dense,
-    settings: dict[str, Any],
-    tokens_of: Callable[[Scene], np.ndarray],
-    units_of: Callable[[Scene], np.ndarray],
-    statistic: Callable[[np.ndarray], np.ndarray],
-) -> Tested:
-    """Trains, chooses and tests on all folds, with all seeds.
-
-    Args:
-      settings: scale, blocks, learning_rates, priors, steps, batch, held_out, tile, seeds; see the tasks.
-      tokens_of: the tokens float32 [n, h, w, D] of a scene, h = ceil(H scale / patch).
-      units_of: the unit of the interval, from 0, that each pixel [H, W] of a scene belongs to.
-      statistic: of confusion matrices [..., C, C]; the largest on the held-out part is chosen.
-
-    Raises:
-      UserError: a scale that does not divide the patch; nothing can be held out; no labelled test pixel.
-    """
-    scenes, classes = data.scenes, len(data.class_names)
-    if data.patch % settings["scale"]:
-        raise UserError(f"scale={settings['scale']} does not divide the patch of {data.patch} px")
-    if all(np.all(scenes[place].mask == IGNORE) for _, test in data.folds for place in test):
-        raise UserError("the test scenes hold no labelled pixel; there is nothing to score")
-    priors = settings["priors"]
-    heads = Heads(scenes, tokens_of, classes, data.patch // settings["scale"], settings)
-
-    matrices, seen, pictures, chosen, held_out = [], [], {}, [], []
-    for seed in settings["seeds"]:
-        of_seed, seen_of_seed = [], []
-        for number, (train, test) in enumerate(data.folds):
-            masks = [scenes[place].mask for place in train]
-            fitted, held = hold_out(masks, settings["held_out"], settings["tile"], seed)
-            models = heads.fit(train, fitted, range(len(heads.grid)), seed)
-            held_out.append(statistic(heads.confusions(train, held, models, offsets(fitted, classes, priors))))  # [G, O]
-            best, prior = np.unravel_index(np.argmax(held_out[-1]), held_out[-1].shape)  # of equal ones the first
-            blocks, rate = heads.grid[best]
-            chosen.append({"seed": seed, "fold": number, "blocks": blocks, "learning_rate": rate, "prior": priors[prior]})
-            model = heads.fit(train, masks, [best], seed)
-            offset = offsets(masks, classes, priors[prior : prior + 1])
-            for place in test:
-                scene, units = scenes[place], units_of(scenes[place])
-                predicted = heads.predict(place, model, offset)
-                pictures.setdefault(scene.key, predicted)
-                lacking = np.flatnonzero(np.isinf(offset[0]))
-                known = np.where(np.isin(scene.mask, lacking), np.uint8(IGNORE), scene.mask)
-                for truth, results in ((scene.mask, of_seed), (known, seen_of_seed)):
-                    results.append(overlap.confusions(predicted, truth, units, int(units.max()) + 1, classes))
-        matrices.append(np.concatenate(of_seed))
-        seen.append(np.concatenate(seen_of_seed))
-    means, table = np.mean(held_out, axis=0), {}
-    for (blocks, rate), values in zip(heads.grid, means.tolist(), strict=True):
-        table.setdefault(str(blocks), {})[str(rate)] = dict(zip(map(str, priors), values, strict=True))
-    return Tested(np.stack(matrices), np.stack(seen), pictures, chosen, table)
-
-
-def offsets(masks: list[np.ndarray], classes: int, priors: Sequence[float]) -> np.ndarray:
-    """What is added to the logits: minus `prior` times the logarithm of each class's share of the labels.
-
-    Logit adjustment, Menon et al., arXiv:2007.07314: 0 favours classes as often as they occur, 1 all classes alike; of
-    two classes it moves the threshold. A class that does not occur is never predicted.
-
-    Returns:
-      float32 [O, C].
-    """
-    counts = sum(np.bincount(mask.ravel(), minlength=IGNORE + 1)[:classes] for mask in masks)
-    logs = np.log(np.maximum(counts, 1) / counts.sum())
-    return np.where(counts > 0, -np.float64(priors)[:, None] * logs, -np.inf).astype(np.float32)
-
-
-class Heads:
-    """The tokens of all scenes in one array, and the heads that are fitted to parts of them."""
-
-    def __init__(self, scenes, tokens_of, classes, px, settings):
-        maps, used = [], max(settings["blocks"])
-        for scene in scenes:
-            tokens = tokens_of(scene)[-used:]  # [n, h, w, D]
-            maps.append(np.moveaxis(tokens, 0, 2).reshape(*tokens.shape[1:3], -1))  # [h, w, n D]
-        self._sizes = [found.shape[:2] for found in maps]
-        firsts = np.cumsum([0] + [height * width for height, width in self._sizes], dtype=np.int32)
-        self._corners = [pixel_head.corners(*size) + first for size, first in zip(self._sizes, firsts, strict=False)]
-        self._tokens = jnp.concatenate([found.reshape(-1, found.shape[2]) for found in maps])  # [T, n D]
-        self._scenes, self._classes, self._px, self._settings = scenes, classes, px, settings
-        last, width = len(tokens), tokens.shape[3]
-        blocks = sorted({min(number, last) for number in settings["blocks"]})
-        self.grid = [(number, rate) for number in blocks for rate in settings["learning_rates"]]
-        from_end = last - np.arange(last * width) // width  # [F]; the last block is 1
-        self._kept = np.stack([from_end <= number for number, _ in self.grid], axis=1)  # [F, G]
-
-    def _cells(self, places, masks):
-        """Corners and labels of the cells of the scenes at `places` that hold a label."""
-        corners, labels = [], []
-        for place, mask in zip(places, masks, strict=True):
-            cut = pixel_head.cells(mask, *self._sizes[place], self._px)
-            labelled = np.any(cut != IGNORE, axis=1)
-            corners.append(self._corners[place][labelled])
-            labels.append(cut[labelled])
-        return np.concatenate(corners), np.concatenate(labels)
-
-    def fit(self, places, masks, heads, seed):
-        """Fits those of the grid to the masks of the scenes at `places`: weights [F, G, C], bias [G, C]."""
-        heads = list(heads)
-        rates = np.array([self.grid[head][1] for head in heads])
-        return pixel_head.fit(
-            self._tokens, *self._cells(places, masks), self._classes, rates, self._kept[:, heads],
-            self._settings["steps"], self._settings["batch"], seed,
-        )  # fmt: skip
-
-    def confusions(self, places, masks, models, offsets):
-        """Confusion matrices int64 [G, O, C, C] over the masks of the scenes at `places`."""
-        corners, labels = self._cells(places, masks)
-        found = pixel_head.predict(self._tokens, corners, *models, offsets, self._px)  # [K, P, G, O]
-        return np.array(
-            [[overlap.confusion(found[:, :, g, o], labels, self._classes) for o in range(found.shape[3])]
-             for g in range(found.shape[2])]
-        )  # fmt: skip
-
-    def predict(self, place, model, offset):
-        """The classes uint8 [H, W] of the scene at `place`."""
-        found = pixel_head.predict(self._tokens, self._corners[place], *model, offset, self._px)[:, :, 0, 0]
-        return pixel_head.picture(found, self._scenes[place].mask.shape, self._sizes[place][1], self._px)
-
-
-def details(tested: Tested, class_names: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    """What a task tells beside its scores: per_class, confusion, chosen, held_out, pictures."""
-    pooled = tested.matrices.sum(axis=1)  # [seeds, C, C]
-    by_class = overlap.mean(overlap.iou(pooled).T)  # over seeds; NaN where no seed has the class
-    yield "per_class", {
-        name: None if np.isnan(value) else float(value) for name, value in zip(class_names, by_class, strict=True)
-    }
-    yield "confusion", pooled[0].tolist()
-    yield "chosen", tested.chosen
-    yield "held_out", tested.held_out
-    for key, picture in tested.pictures.items():
-        yield f"prediction/{key}", picture

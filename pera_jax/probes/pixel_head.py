@@ -65,7 +65,7 @@ def _product(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _logits(x: jax.Array, weights: jax.Array, bias: jax.Array, px: int) -> jax.Array:
-    """The logits [K, px px, G, C] of the pixels of cells with the tokens x [K, 4, F]; weights [F, G, C], bias [G, C]."""
+    """Logits [K, px px, G, C] of the pixels of cells with the tokens x [K, 4, F]; weights [F, G, C], bias [G, C]."""
     number, _, dims = x.shape
     grid, classes = bias.shape
     at_tokens = _product(x.reshape(number * 4, dims), weights.reshape(dims, grid * classes))
@@ -136,13 +136,15 @@ def fit(
     order = np.concatenate([rng.permutation(number).astype(np.int32) for _ in range(passes)])
     order = order[: steps * size].reshape(steps, size)
 
-    used = jnp.take(tokens, np.unique(corners), axis=0)
-    mean, std = np.asarray(used.mean(axis=0)), np.asarray(used.std(axis=0))
-    scale = np.where(std > 1e-6 * (1.0 + np.abs(mean)), 1.0 / np.maximum(std, 1e-12), 0.0).astype(np.float32)
-    arrays = (tokens, corners, labels, order, mean, scale, np.float32(rates), np.float32(kept))
-    weights, bias = (np.asarray(part, np.float64) for part in _train(*arrays, classes, px))
+    used = np.asarray(tokens)[np.unique(corners)]
+    mean, std = used.mean(axis=0, dtype=np.float64), used.std(axis=0, dtype=np.float64)
+    scale = np.where(std > 1e-6 * (1.0 + np.abs(mean)), 1.0 / np.maximum(std, 1e-12), 0.0)  # constants tell nothing
+    room = ((0, (1 << (number - 1).bit_length()) - number), (0, 0))  # few shapes, so that few programs are compiled
+    arrays = (tokens, np.pad(corners, room), np.pad(labels, room), order, np.float32(mean), np.float32(scale))
+    settings = np.float32(rates), np.float32(kept)
+    weights, bias = (np.asarray(part, np.float64) for part in _train(*arrays, *settings, classes, px))
     weights = weights * scale[:, None, None]
-    bias = bias - np.einsum("f,fgc->gc", mean.astype(np.float64), weights)
+    bias = bias - np.einsum("f,fgc->gc", mean, weights)
     return weights.astype(np.float32), bias.astype(np.float32)
 
 
@@ -155,7 +157,7 @@ def _predict(tokens, corners, weights, bias, offsets, px):
 def predict(
     tokens: jax.Array, corners: np.ndarray, weights: np.ndarray, bias: np.ndarray, offsets: np.ndarray, px: int
 ) -> np.ndarray:
-    """The class of each pixel of cells, by each head with each offset: uint8 [K, px px, G, O]; of equal ones the lowest.
+    """The class of each pixel of cells by each head with each offset, uint8 [K, px px, G, O]; of equal ones the lowest.
 
     Args:
       tokens: [T, F]; corners: int32 [K, 4]; weights, bias: of `fit`; offsets: float32 [O, C], added to the logits.

@@ -148,8 +148,8 @@ def _cut(number: int, folds: int, folder: pathlib.Path) -> tuple[Fold, ...]:
 
 def _highest(scenes: Sequence[Scene]) -> int:
     """The highest class index in any mask, -1 without labels."""
-    return max((int(scene.mask[scene.mask != IGNORE].max(initial=0)) for scene in scenes if np.any(scene.mask != IGNORE)),
-               default=-1)  # fmt: skip
+    values = np.unique(np.concatenate([np.unique(scene.mask) for scene in scenes]))
+    return int(max(values[values != IGNORE], default=-1))
 
 
 def _check_training(folder: pathlib.Path, scenes: Sequence[Scene]) -> None:
@@ -221,8 +221,8 @@ def _image(path: pathlib.Path, bands: Bands, digest, folder: pathlib.Path) -> np
         raise UserError(f"{path} cannot be decoded; replace or remove it") from error
     if pixels.shape[2] != len(bands) or pixels.dtype != bands.dtype:
         raise UserError(
-            f"{path} has {pixels.shape[2]} bands of {pixels.dtype}, and the encoder takes {len(bands)} of {bands.dtype} "
-            f"({', '.join(bands.names)})"
+            f"{path} has {pixels.shape[2]} bands of {pixels.dtype}, and the encoder takes {len(bands)} of "
+            f"{bands.dtype} ({', '.join(bands.names)})"
         )
     return pixels
 

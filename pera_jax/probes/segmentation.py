@@ -21,7 +21,7 @@ pooled pixels of all test scenes, means over seeds.
 from collections.abc import Iterator
 from typing import Any
 
-from pera_jax.probes import dense, overlap
+from pera_jax.probes import dense, overlap, pixel_probe
 from pera_jax.probes.scenes import Dense
 
 SETTINGS = {
@@ -29,7 +29,7 @@ SETTINGS = {
     "stride": 112,
     "scale": 1,
     "blocks": (1, 4),
-    "learning_rates": (0.003, 0.01, 0.03, 0.1, 0.3),
+    "learning_rates": (0.01, 0.03, 0.1, 0.3, 1.0),
     "priors": (0.0, 0.5, 1.0),
     "steps": 500,
     "batch": 16384,
@@ -48,7 +48,7 @@ def run(data: Dense, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     first seed), chosen, held_out (mean IoU by blocks and learning rate), pictures of the first seed.
 
     Raises:
-      UserError: see `dense.encode` and `dense.probe`.
+      UserError: see `dense.encode` and `pixel_probe.probe`.
     """
 
     def tokens(scene):
@@ -57,9 +57,9 @@ def run(data: Dense, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     def units(scene):
         return dense.tiles(scene.mask.shape, settings["tile"])
 
-    tested = dense.probe(data, settings, tokens, units, overlap.mean_iou)
+    tested = pixel_probe.probe(data, settings, tokens, units, overlap.mean_iou)
     seed = settings["seeds"][0]
     for name, statistic in SCORES.items():
         yield f"segmentation_{name}", overlap.score(tested.matrices, statistic, seed)
     yield "segmentation_miou_seen", overlap.score(tested.seen, overlap.mean_iou, seed)
-    yield from dense.details(tested, data.class_names)
+    yield from pixel_probe.details(tested, data.class_names)
