@@ -143,7 +143,7 @@ def test_the_page_of_a_run_with_everything(run, data, tmp_path, capsys):
     assert {path.name for path in output.iterdir()} == {"index.html", *(f"{name}.png" for name in pictures)}
     for said in (
         "finished at step 4", "An alarm of the training", "step 3, collapse: &lt;script&gt;", "0.750 (0.700 – 0.800)",
-        "<td>0.250</td>", "<td>knn</td>", "linear_small of step 4 failed: &lt;script&gt;", "odd.json is no result",
+        "<td>0.250</td>", "<td>knn</td><td>knn_small</td>", "knn_small: knn", "linear_small of step 4 failed: &lt;script&gt;", "odd.json is no result",
         "trained, step 4", "small, 12 images, 48 px", "fields &amp; woods", "Searched: 20 of 20 images of split",
         "resized to 256 x 256 px: 32 x 32 patches", "kNN accuracy in training", "first date", "nir",
     ):  # fmt: skip

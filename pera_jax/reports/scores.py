@@ -45,9 +45,9 @@ def table(results: Sequence[dict[str, Any]], step: int | None) -> str:
     }
     order = list(dict.fromkeys(place for of in reversed(values.values()) for place in of))
     data = {entry["name"]: entry for _, entries in columns for entry in entries}
-    rows = [["score", *values, "test data"]]
+    rows = [["score", "result", *values, "test data"]]
     for name, score in order:
-        rows.append([score, *(text(of.get((name, score))) for of in values.values()), _data(data[name])])
+        rows.append([score, name, *(text(of.get((name, score))) for of in values.values()), _data(data[name])])
     failed = [f"{of['name']} of {folder.who(of)} failed: {of['failure']}" for of in results if of["failure"]]
     sentences = "".join(f'<p class="warn">{html.escaped(sentence)}</p>' for sentence in failed)
     return (html.table(rows) if order else "") + sentences
@@ -89,5 +89,5 @@ def over_steps(results: Sequence[dict[str, Any]]) -> str:
         values = np.array([score["value"] for score in scores])
         bars = np.array([[np.nan if score[end] is None else score[end] for end in ("low", "high")] for score in scores])
         level = (("pixels", levels[place]),) if place in levels else ()
-        drawn.append(charts.svg(Chart(place[1], (Series("network", steps, values, bars),), level)))
+        drawn.append(charts.svg(Chart(": ".join(place), (Series("network", steps, values, bars),), level)))
     return charts.row(drawn) if any(drawn) else ""
