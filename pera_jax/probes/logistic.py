@@ -2,17 +2,17 @@
 
 The objective is scikit-learn's `LogisticRegression`: with the features standardised by the mean and deviation of the
 training images (constant ones are zero) it is `C sum_n loss_n + |W|^2 / 2`, the bias without penalty. The loss is the
-multinomial cross-entropy; with two classes the binomial one, as there; of several labels for an image the sum of one
+multinomial cross-entropy; with two classes the binomial one, as there; of several labels for an image the sum of a
 binomial loss for each class.
 
 Scores: `logistic` (accuracy) and `logistic_macro_f1`, or `logistic_map_micro` and `logistic_map_macro`; `supervised`
 tells what else. The variant of the features and C are chosen on a part of the training images that is held out: for
 each variant C rises by decades, each solution the start of the next, until `PATIENCE` further ones are no better; for
-the best variant by steps of `REFINEMENT` around the best decade. Of equal choices the first variant and the smallest C.
+the best variant by `REFINEMENT` around its best decade. Of equal choices the first variant and the smallest C count.
 
 Settings:
   smallest, largest: the decades of C, as powers of ten.
-  tolerance: length of the gradient of `objective / (C N)`, by the weights of the standardised features, at which a final
+  tolerance: length of the gradient of `objective / (C N)` by the weights of the standardised features, at which a last
     solution has converged; `chosen` and `unconverged` tell where it has not. The settings are chosen with `ROUGH`.
   iterations: at most, of L-BFGS.
   blocks, held_out, shares, seeds: see `supervised`.
@@ -65,7 +65,7 @@ class Problem:
         truth = np.eye(classes, dtype=bool)[targets] if self.multinomial else targets  # [N, classes]
         images, self.number, self.classes = truth.sum(axis=0), len(truth), classes
         self.fitted = np.flatnonzero((images > 0) & (images < self.number))
-        # The softmax of two classes has two equal and opposite columns, which share the penalty of the one of scikit-learn.
+        # The softmax of two classes has two opposite columns, which share the penalty of the one that scikit-learn has.
         self.share = 0.5 if self.multinomial and len(self.fitted) == 2 else 1.0
         self.truth = np.ascontiguousarray(truth[:, self.fitted].T, np.float64)  # [classes, N]
         self.absent = np.log((images + 0.5) / (self.number - images + 0.5))  # [classes]
@@ -133,7 +133,7 @@ class Problem:
         return loss / self.number + strength * np.sum(weights[:, :-1] ** 2) / 2.0, gradient
 
 
-def choose(train, labels, fit, held, classes, seed, settings):  # noqa: ARG001 - the protocol's signature
+def choose(train, labels, fit, held, classes, seed, settings):
     """See `supervised.Choose`: C and variant, and what each reached on the held-out part."""
     several = labels.ndim == 2
     measure = next(iter(supervised.measures(several, classes).values()))
@@ -163,7 +163,7 @@ def _best(row: dict[float, float]) -> float:
     return min(power for power, value in row.items() if value == max(row.values()))
 
 
-def predict(choice, train, labels, test, classes, seed, settings):  # noqa: ARG001 - the protocol's signature
+def predict(choice, train, labels, test, classes, seed, settings):
     """See `supervised.Predict`; the notes tell the gradient that was left and whether that is convergence."""
     solution = Problem(train, labels, classes).solve(choice["C"], settings["tolerance"], settings["iterations"])
     notes = {"converged": solution.gradient <= settings["tolerance"], "gradient": solution.gradient}
@@ -187,7 +187,10 @@ def run(data: Labelled, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             left += [choice["gradient"] for choice in value]
         yield name, value
     if max(left) > settings["tolerance"]:
-        yield "unconverged", (
-            f"a gradient of {max(left):.1e} was left after at most {settings['iterations']} iterations where "
-            f"{settings['tolerance']:.1e} was asked for; raise iterations"
+        yield (
+            "unconverged",
+            (
+                f"a gradient of {max(left):.1e} was left after at most {settings['iterations']} iterations where "
+                f"{settings['tolerance']:.1e} was asked for; raise iterations"
+            ),
         )
