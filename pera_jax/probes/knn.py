@@ -112,7 +112,7 @@ def predict(
       own: as in `nearest`.
 
     Returns:
-      By k the class with the largest vote, of equal ones the lowest: int64 [M]; of several labels the votes [M, classes].
+      By k the class of the largest vote, of equal ones the lowest, int64 [M]; of several labels all votes [M, classes].
     """
     ks = [k for k in ks if k <= len(train) - (own is not None)]
     if not ks:
@@ -182,8 +182,8 @@ def run(data: Labelled, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         raise UserError(f"temperature is {settings['temperature']}; it must be above 0")
     if min(ks) > len(labels) - alone:
         raise UserError(
-            f"the training split holds {len(labels)} images, and {min(ks)} nearest neighbours ask for more; give it more "
-            "images or set k to smaller numbers"
+            f"the training split holds {len(labels)} images, and {min(ks)} nearest neighbours ask for more; give it "
+            "more images or set k to smaller numbers"
         )
     several = {"_map_micro": scores.map_micro, "_map_macro": scores.map_macro}
     measures = {"": scores.accuracy} if labels.ndim == 1 else several

@@ -60,7 +60,7 @@ def _train(features, labels, order, rates, decays, momentum, classes):
         rate = (rates * decline)[:, None]  # [G, 1]
         return (weights - rate * weights_speed, bias - rate * bias_speed, weights_speed, bias_speed), None
 
-    zeros = lambda: (jnp.zeros((dims, grid, classes)), jnp.zeros((grid, classes)))  # noqa: E731
+    zeros = lambda: (jnp.zeros((dims, grid, classes)), jnp.zeros((grid, classes)))
     decline = (1.0 + jnp.cos(jnp.pi * jnp.arange(steps) / steps)) / 2.0
     (weights, bias, *_), _ = jax.lax.scan(step, zeros() + zeros(), (order, decline))
     return weights, bias

@@ -2,18 +2,19 @@
 
 The objective is scikit-learn's `LogisticRegression`: with the features standardised by the mean and deviation of the
 training images (constant ones are zero) it is `C sum_n loss_n + |W|^2 / 2`, the bias without penalty. The loss is the
-multinomial cross-entropy; with two classes the binomial one, as there; of several labels for an image the sum of one
+multinomial cross-entropy; with two classes the binomial one, as there; of several labels for an image the sum of a
 binomial loss for each class.
 
 Scores: `logistic` (accuracy) and `logistic_macro_f1`, or `logistic_map_micro` and `logistic_map_macro`; `supervised`
 tells what else. The variant of the features and C are chosen on a part of the training images that is held out: for
 each variant C rises by decades, each solution the start of the next, until `PATIENCE` further ones are no better; for
-the best variant by steps of `REFINEMENT` around the best decade. Of equal choices the first variant and the smallest C.
+the best variant by `REFINEMENT` around its best decade. Of equal choices the first variant and the smallest C count.
 
 Settings:
   smallest, largest: the decades of C, as powers of ten.
-  tolerance: length of the gradient of `objective / (C N)`, by the weights of the standardised features, at which a final
-    solution has converged; `chosen` and `unconverged` tell where it has not. The settings are chosen with `ROUGH`.
+  tolerance: length of the gradient of `objective / (C N)` by the weights of the standardised features, at which a last
+    solution has converged; `chosen` and `unconverged` tell where it has not. On 4,800 images, 768 dimensions and 30
+    classes a tenth of it changed no prediction. The settings are chosen with `ROUGH`.
   iterations: at most, of L-BFGS.
   blocks, held_out, shares, seeds: see `supervised`.
 """
@@ -31,7 +32,7 @@ from pera_jax.errors import UserError
 from pera_jax.probes import supervised
 from pera_jax.probes.labelled import Labelled
 
-SETTINGS = supervised.SETTINGS | {"smallest": -5, "largest": 3, "tolerance": 1e-6, "iterations": 2000}
+SETTINGS = supervised.SETTINGS | {"smallest": -5, "largest": 3, "tolerance": 1e-5, "iterations": 2000}
 PATIENCE = 2
 REFINEMENT = (-0.5, -0.25, 0.25, 0.5)  # in powers of ten
 ROUGH = 3e-3  # the tolerance while settings are chosen
@@ -65,7 +66,7 @@ class Problem:
         truth = np.eye(classes, dtype=bool)[targets] if self.multinomial else targets  # [N, classes]
         images, self.number, self.classes = truth.sum(axis=0), len(truth), classes
         self.fitted = np.flatnonzero((images > 0) & (images < self.number))
-        # The softmax of two classes has two equal and opposite columns, which share the penalty of the one of scikit-learn.
+        # The softmax of two classes has two opposite columns, which share the penalty of the one that scikit-learn has.
         self.share = 0.5 if self.multinomial and len(self.fitted) == 2 else 1.0
         self.truth = np.ascontiguousarray(truth[:, self.fitted].T, np.float64)  # [classes, N]
         self.absent = np.log((images + 0.5) / (self.number - images + 0.5))  # [classes]
@@ -133,7 +134,7 @@ class Problem:
         return loss / self.number + strength * np.sum(weights[:, :-1] ** 2) / 2.0, gradient
 
 
-def choose(train, labels, fit, held, classes, seed, settings):  # noqa: ARG001 - the protocol's signature
+def choose(train, labels, fit, held, classes, seed, settings):
     """See `supervised.Choose`: C and variant, and what each reached on the held-out part."""
     several = labels.ndim == 2
     measure = next(iter(supervised.measures(several, classes).values()))
@@ -163,7 +164,7 @@ def _best(row: dict[float, float]) -> float:
     return min(power for power, value in row.items() if value == max(row.values()))
 
 
-def predict(choice, train, labels, test, classes, seed, settings):  # noqa: ARG001 - the protocol's signature
+def predict(choice, train, labels, test, classes, seed, settings):
     """See `supervised.Predict`; the notes tell the gradient that was left and whether that is convergence."""
     solution = Problem(train, labels, classes).solve(choice["C"], settings["tolerance"], settings["iterations"])
     notes = {"converged": solution.gradient <= settings["tolerance"], "gradient": solution.gradient}
@@ -187,7 +188,10 @@ def run(data: Labelled, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             left += [choice["gradient"] for choice in value]
         yield name, value
     if max(left) > settings["tolerance"]:
-        yield "unconverged", (
-            f"a gradient of {max(left):.1e} was left after at most {settings['iterations']} iterations where "
-            f"{settings['tolerance']:.1e} was asked for; raise iterations"
+        yield (
+            "unconverged",
+            (
+                f"a gradient of {max(left):.1e} was left after at most {settings['iterations']} iterations where "
+                f"{settings['tolerance']:.1e} was asked for; raise iterations"
+            ),
         )

@@ -53,7 +53,7 @@ def accuracy_by_class(predicted: np.ndarray, labels: np.ndarray, classes: int) -
 def f1_by_class(
     predicted: np.ndarray, labels: np.ndarray, classes: int, counts: np.ndarray | None = None
 ) -> np.ndarray:
-    """`2 right / (predicted + true)` of each class, float64 [classes] ([R, classes]); NaN where neither array has it."""
+    """`2 right / (predicted + true)` by class, float64 [classes] ([R, classes]); NaN where neither array has it."""
     if counts is None:
         counts = np.ones((1, len(labels)))
         return f1_by_class(predicted, labels, classes, counts)[0]

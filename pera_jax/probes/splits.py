@@ -35,7 +35,7 @@ def hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, n
         held.append(members[: min(max(round(share * len(members)), 1), len(members) - 1)])
     held = np.sort(np.concatenate(held)) if held else np.zeros(0, np.int64)
     if not len(held):
-        raise UserError("the training split has no class with two images, so nothing can be held out; add images")
+        raise UserError("no class has two training images, so nothing can be held out; add images or train on more")
     return np.setdiff1d(np.arange(len(labels)), held), held
 
 

@@ -1,8 +1,8 @@
 """The protocol that linear and logistic classifiers share: choose on a part of the training images, refit, test once.
 
-Variants of the features: the class tokens of the last {1, 4} blocks, alone or each with the mean of its patch tokens
+Variants of the features: class tokens of the last {1, 4} blocks, alone or each with the mean of its patch tokens
 (Oquab et al., "DINOv2", arXiv:2304.07193, section 7). For each seed a part of the training images is held out, the
-classifier chooses the variant and its own settings there, is fitted to all training images and predicts the test images.
+classifier chooses the variant and its own settings there, is fitted to all training images and tested.
 
 A score is the mean over the seeds; its interval resamples the test images and takes the mean over the seeds each time.
 With `shares` the training and test images are pooled and split by class at random, the share to train on and the rest
@@ -34,14 +34,15 @@ from pera_jax.probes.labelled import Labelled
 
 SETTINGS = {"blocks": (1, 4), "held_out": 0.2, "shares": (), "seeds": (0, 1, 2)}
 
-# (features [N, F] by variant, labels, indices to fit, held out, classes, seed, settings) -> (choice, with "variant"; table)
+# (features [N, F] by variant, labels, indices to fit, held out, classes, seed, settings) -> (choice, table); the choice
+# has a "variant"
 Choose = Callable[..., tuple[dict[str, Any], dict[str, Any]]]
 # (choice, features [N, F], labels, features to predict [M, F], classes, seed, settings) -> (logits [M, classes], notes)
 Predict = Callable[..., tuple[np.ndarray, dict[str, Any]]]
 
 
 def variants(tokens: features.Features, blocks: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """Features [N, F] by name: `class_1`, `class_mean_1`, `class_4`, `class_mean_4`; fewer blocks where there are fewer."""
+    """Features [N, F] by name: `class_1`, `class_mean_1`, `class_4`, `class_mean_4`; of fewer blocks if there are."""
     return {
         f"{'class_mean' if means else 'class'}_{number}": tokens.concatenated(number, means)
         for number in sorted({min(number, tokens.class_tokens.shape[1]) for number in blocks})
@@ -52,7 +53,8 @@ def variants(tokens: features.Features, blocks: tuple[int, ...]) -> dict[str, np
 def standardisation(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(mean, 1 / deviation) of the columns of [N, F], float64 [F]; constants, which tell nothing, get 0."""
     mean, std = features.mean(axis=0, dtype=np.float64), features.std(axis=0, dtype=np.float64)
-    return mean, np.where(std > 1e-6 * (1.0 + np.abs(mean)), 1.0 / np.maximum(std, 1e-12), 0.0)
+    varies = std > 1e-6 * np.abs(features).max(axis=0)  # below lies what float32 rounds
+    return mean, np.divide(1.0, std, out=np.zeros_like(std), where=varies)
 
 
 def measures(several: bool, classes: int) -> dict[str, Callable]:
