@@ -214,6 +214,8 @@ def check(config: ConfigDict, batch_shards: int, weight_shards: int, hosts: int)
         raise UserError(f"data.workers={config.data.workers} must be at least 0, or -1 for a number by the host's cores")
     if config.stall_seconds < 0:
         raise UserError(f"stall_seconds={config.stall_seconds} must be at least 0, which is never")
+    if config.monitor.images < 1:
+        raise UserError(f"monitor.images={config.monitor.images} must be at least 1")
     _one_of(config, "objective", ("pera",))
     _one_of(config.model, "remat", ("none", "dots", "block"), "model.")
     _one_of(config.model, "attention", ("auto", "cudnn", "xla"), "model.")

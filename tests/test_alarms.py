@@ -148,24 +148,24 @@ NO_CENTRE = dict(loss__center_momentum=1.0)  # it stays at 0
 PLANTED = {
     "no centre, sharp targets": (
         NO_CENTRE | dict(schedules__teacher_temperature__start=0.02, schedules__teacher_temperature__end=0.02),
-        "collapse to few prototypes",
+        "collapse to few prototypes", 100,
     ),
-    "no centre, no KoLeo": (NO_CENTRE | dict(loss__koleo_weight=0.0), "collapse to few prototypes"),
-    "a rate 100 times too high": (dict(schedules__learning_rate__peak=0.1), "updates too large"),
+    "no centre, no KoLeo": (NO_CENTRE | dict(loss__koleo_weight=0.0), "collapse to few prototypes", 100),
+    "a rate 100 times too high": (dict(schedules__learning_rate__peak=0.1), "updates too large", 60),
 }
 
 
 @pytest.mark.parametrize("failure", PLANTED)
 def test_a_planted_failure_is_named(failure, scenes, one_device, tmp_path, capsys):
-    changes, name = PLANTED[failure]
-    train.train(small(scenes, "120 steps", **changes), str(tmp_path / "run"))
+    changes, name, total = PLANTED[failure]
+    train.train(small(scenes, f"{total} steps", **changes), str(tmp_path / "run"))
     found = alarms_of(tmp_path / "run")
     (begun,) = (alarm["step"] for alarm in found if alarm["alarm"] == name)
     assert len({alarm["alarm"] for alarm in found}) == len(found)
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("alarm")]
     assert said == [f"alarm at step {alarm['step']}, {alarm['alarm']}: {alarm['text']}" for alarm in found]
     on = {line["step"]: line[alarms.metric(name)] for line in metrics_of(tmp_path / "run")}
-    assert on == {step: int(step >= begun) for step in range(10, 121, 10)}
+    assert on == {step: int(step >= begun) for step in range(10, total + 1, 10)}
 
 
 def test_a_healthy_run_raises_none_from_start_to_end(scenes, one_device, tmp_path, capsys):
