@@ -1,10 +1,10 @@
 """Alarms: a run that goes wrong, told from the numbers of its steps.
 
 What is watched is relative to what is possible (the entropy of so many prototypes, a prototype for each image of a batch,
-the norm of the parameters), so the same bounds hold for any number of prototypes and any batch. An alarm begins
-when most of the last steps are beyond its bound, however far, and ends when most are within a second, milder one: a single
-step raises none. Until the learning rate has come to its peak a healthy teacher may say the same of all crops, so some
-conditions wait for it.
+the norm of the parameters), so the same bounds hold for any number of prototypes and any batch. An alarm begins when
+most of the last steps are beyond its bound, however far, and ends when most are within a second, milder one: a single step
+raises none. Until the learning rate has come to its peak a healthy teacher may say the same of all crops, so some conditions
+wait for it.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class Condition:
       quantity: what is watched, by its name in `Alarms._seen`.
       begins, ends: its bounds; the alarm is for values beyond `begins`, which lies on the far side of `ends`.
       after_peak: whether it counts only once the learning rate has come to its peak.
-      text: a sentence with places for what `Alarms.seen` says.
+      text: a sentence with places for what `Alarms._seen` gives.
     """
 
     name: str
@@ -59,7 +59,7 @@ CONDITIONS = (
         "images; let the centre follow with loss.center_momentum=0.9, or raise loss.koleo_weight",
     ),
     Condition(
-        "uniform teacher", "entropy", 0.98, 0.96, True,
+        "uniform teacher", "entropy", 0.985, 0.97, True,
         "the teacher's targets are nearly uniform and say nothing (entropy {entropy_nats:.2f} of {log_k:.2f} nats); lower "
         "schedules.learning_rate.peak or schedules.teacher_temperature",
     ),

@@ -219,6 +219,8 @@ def check(config: ConfigDict, batch_shards: int, weight_shards: int, hosts: int)
         raise UserError(f"init_center_batches={config.init_center_batches} must be at least 0")
     if config.stall_seconds < 0:
         raise UserError(f"stall_seconds={config.stall_seconds} must be at least 0, which is never")
+    if config.monitor.images < 1:
+        raise UserError(f"monitor.images={config.monitor.images} must be at least 1")
     _one_of(config, "objective", ("pera",))
     _one_of(config.model, "remat", ("none", "dots", "block"), "model.")
     _one_of(config.model, "attention", ("auto", "cudnn", "xla"), "model.")

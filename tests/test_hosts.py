@@ -27,7 +27,9 @@ STALL = 60  # seconds; a step of these programs that compiles takes half of it o
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return toy_data.write(tmp_path_factory.mktemp("data") / "toy", undecodable=(3, 20))
+    folder = tmp_path_factory.mktemp("data")
+    toy_data.write(folder / "labelled")
+    return toy_data.write(folder / "toy", undecodable=(3, 20))
 
 
 def launch(data, workdir, hosts: int, total: int, *more: str) -> list[subprocess.Popen]:
@@ -39,6 +41,7 @@ def launch(data, workdir, hosts: int, total: int, *more: str) -> list[subprocess
     command = [
         sys.executable, "-m", "pera_jax.train", "--config", "configs/demo.py:smoke", f"--config.data.path={data}",
         f"--config.total={total} steps", "--config.checkpoint.every=4 steps", "--config.mesh.fsdp=2",
+        f"--config.monitor.data={pathlib.Path(data).parent / 'labelled'}", "--config.monitor.every=4 steps",
         f"--config.stall_seconds={STALL}", "--workdir", str(workdir), *more,
     ]  # fmt: skip
     flags = [[]]
@@ -105,6 +108,7 @@ def test_two_hosts_compute_what_one_computes_and_end_where_the_other_is_lost_or_
     said = end(processes)
     assert [process.returncode for process in processes] == [0, 0], said
     assert_close(test_train.everything(alone, 12), test_train.everything(workdir, 12))
+    assert [line["step"] for line in test_train.metrics_of(alone) if "monitor/knn20" in line] == [4, 8, 12]
     for line, other in zip(test_train.metrics_of(workdir), test_train.metrics_of(alone), strict=True):
         assert_close(other, line)
 
