@@ -35,7 +35,7 @@ test-beam: $(VENV)/ready $(BEAM)/ready
 	$(BEAM)/bin/python -m pytest -q tests/test_beam.py
 
 test-torch: $(TORCH)/ready
-	$(TORCH)/bin/python -m pytest -q tests/torch
+	$(TORCH)/bin/python -m pytest -q tests/with_torch
 
 $(VENV)/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is %d.%d; set PYTHON=" % sys.version_info[:2])'

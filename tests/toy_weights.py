@@ -1,5 +1,7 @@
 """Small networks with random parameters under the names of other programs, for tests of weights in and out."""
 
+import functools
+
 import jax
 import numpy as np
 
@@ -44,3 +46,8 @@ def dictionary(rng) -> dict[str, np.ndarray]:
     teacher = filled({name: params[name] for name in objective.teacher_keys}, rng)
     tree = {"params": params, "teacher": teacher}
     return tables.to_named(tree, released.table(3, objective.vit.split), heads=2, patch=4)
+
+
+def assert_same(one, other) -> None:
+    """The same tree, bit for bit."""
+    jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), one, other)
