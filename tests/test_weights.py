@@ -35,7 +35,12 @@ def test_any_backbone_comes_back_bit_for_bit_from_either_format(seed, tmp_path):
     assert weights.meta["bands"] == list(NAMES[: description["bands"]])
 
     timm.export(weights, "teacher", None, tmp_path / "exported")
-    assert (tmp_path / "exported" / "model.safetensors").read_bytes() == file.read_bytes()
+    again = tmp_path / "exported" / "model.safetensors"
+    assert again.read_bytes() == file.read_bytes()
+    # config.json beside it tells heads, mean and std
+    meta, _ = imports.import_timm(again, tmp_path / "again", imports.Options(bands=NAMES[: description["bands"]]))
+    for name in ("model", "bands", "mean", "std"):
+        assert meta[name] == weights.meta[name]
 
 
 def test_a_released_dictionary_comes_back_bit_for_bit_with_what_a_run_has(tmp_path):
@@ -119,6 +124,9 @@ def test_the_command_writes_what_timm_and_a_reader_need(tmp_path):
     assert named["pos_embed"].shape == (1, 13, 16)
     wanted = arrays.read(tmp_path / "a.safetensors")["student.backbone.blocks.2.mlp.fc1.weight"]
     np.testing.assert_array_equal(named["blocks.2.mlp.fc1.weight"], wanted)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="config.json is no config of timm's; move a.safetensors to a folder without it"):
+        timm.beside(tmp_path / "a.safetensors")
     card = (out / "README.md").read_text()
     assert "| 1 | green | 0.0 | 255.0 | 0.456 | 0.224 |" in card and "interpolated from the training's 16 x 16 px" in card
     assert "student at step 0" in card and "imported from the file a.safetensors" in card

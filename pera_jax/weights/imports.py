@@ -65,10 +65,15 @@ def import_released(file: pathlib.Path, output: pathlib.Path, options: Options, 
 def import_timm(file: pathlib.Path, output: pathlib.Path, options: Options) -> tuple[dict[str, Any], list[str]]:
     """Writes the run folder `output` from a ViT under timm's names; returns the `meta` and the names that were left out.
 
+    Args:
+      options: before what timm's config.json beside the file says.
+
     Raises:
-      UserError: as `import_released`.
+      UserError: as `import_released`; a config.json that is none of timm's.
     """
     named, left_out = timm.without_extras(arrays.read(file))
+    told = {name: value for name, value in timm.beside(file).items() if getattr(options, name) is None}
+    options = dataclasses.replace(options, **told)
     return _import(file, output, options, named, "", timm.table), left_out
 
 
