@@ -71,7 +71,8 @@ def main(argv: list[str] | None = None) -> None:
             meta, left_out = imports.import_released(file, output, wanted, teacher_only), []
         else:
             meta, left_out = imports.import_timm(file, output, wanted)
-        print(f"{file}: {_described(meta, (meta['model']['image_size'],) * 2)}")
+        parts = "a backbone alone" if checkpoint.backbone_alone(meta) else "student, teacher and heads"
+        print(f"{file}: {parts}, {_described(meta, (meta['model']['image_size'],) * 2)}")
         if left_out:
             print(f"left out: {', '.join(left_out)}")
     elif command == "timm":

@@ -3,6 +3,9 @@
 What such files hold beside the ViT is left out: classifiers (`head.*`), the decoder and the mask token of pre-training.
 LayerScale, a factor for each channel at the end of a block's branch, `x + gamma * (W y + b)`, is multiplied into the
 branch's last linear layer, `(gamma W) y + gamma b`: the same function, each weight rounded once more.
+
+No file tells the activation and the norms' epsilon: here they are the exact GELU and 1e-6, as in the ViTs named above;
+CLIP's networks, for one, have others and would give other features.
 """
 
 import json
