@@ -27,7 +27,8 @@ def default() -> ConfigDict:
             precision="bfloat16",  # of matrix products: bfloat16 or float32
             parameter_precision="float32",  # of everything else; float64 only with jax_enable_x64
             # Weights to start from when the workdir holds no checkpoint: a run to go on with (its state, optimiser and
-            # step), or one whose weights only are taken. A folder of a run, "" for none.
+            # step), or one whose weights only are taken, which may be an import of `pera_jax.export`. A folder of a run, ""
+            # for none.
             resume_from="",
             init_from="",
             # Batches over which the teacher's mean output is taken before the first step after `init_from`: the centre to

@@ -52,10 +52,11 @@ def _parser() -> argparse.ArgumentParser:
     for command in (theirs, vit):
         command.add_argument("file", type=pathlib.Path, help="NAME.safetensors, or a file of torch.save")
         command.add_argument("--output", required=True, type=pathlib.Path, help="folder for the run that it becomes")
-        command.add_argument("--heads", type=int, help="of attention (default: width / 64)")
+        beside = " config.json beside the file, or" if command is vit else ""
+        command.add_argument("--heads", type=int, help=f"of attention (default:{beside} width / 64)")
         command.add_argument("--bands", type=_words, help="names of the bands (default: red,green,blue)")
-        command.add_argument("--mean", type=_numbers, help="of each band in [0, 1] (default: ImageNet's)")
-        command.add_argument("--std", type=_numbers, help="of each band in [0, 1] (default: ImageNet's)")
+        command.add_argument("--mean", type=_numbers, help=f"of each band in [0, 1] (default:{beside} ImageNet's)")
+        command.add_argument("--std", type=_numbers, help=f"of each band in [0, 1] (default:{beside} ImageNet's)")
     return parser
 
 
@@ -70,24 +71,27 @@ def main(argv: list[str] | None = None) -> None:
             meta, left_out = imports.import_released(file, output, wanted, teacher_only), []
         else:
             meta, left_out = imports.import_timm(file, output, wanted)
-        print(f"{file}: {_described(meta)}")
+        parts = "a backbone alone" if checkpoint.backbone_alone(meta) else "student, teacher and heads"
+        print(f"{file}: {parts}, {_described(meta, (meta['model']['image_size'],) * 2)}")
         if left_out:
             print(f"left out: {', '.join(left_out)}")
     elif command == "timm":
         weights = checkpoint.load_weights(options["run"], options["step"], options["which"])
         timm.export(weights, options["which"], options["image_size"], output)
-        print(f"{options['run']}, {options['which']} at step {weights.step}: {_described(weights.meta)}")
+        size = options["image_size"] or (weights.meta["model"]["image_size"],) * 2
+        print(f"{options['run']}, {options['which']} at step {weights.step}: {_described(weights.meta, size)}")
     else:
         step = released.export(options["run"], options["step"], output)
         print(f"{options['run']}, student, teacher and heads at step {step}")
     print(f"written to {output}")
 
 
-def _described(meta: dict) -> str:
+def _described(meta: dict, size: tuple[int, int]) -> str:
     shape = meta["model"]
+    mean, std = (", ".join(f"{value:g}" for value in meta[name]) for name in ("mean", "std"))
     return (
         f"a ViT of width {shape['width']}, depth {shape['depth']}, {shape['heads']} heads, patches of {shape['patch']} px, "
-        f"images of {shape['image_size']} px, bands {', '.join(meta['bands'])}"
+        f"for images of {size[0]} x {size[1]} px\nbands {', '.join(meta['bands'])}; mean {mean}; std {std}"
     )
 
 

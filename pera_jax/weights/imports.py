@@ -57,16 +57,23 @@ def import_released(file: pathlib.Path, output: pathlib.Path, options: Options, 
     if teacher_only:
         named = {name: each for name, each in named.items() if not name.startswith(_REST)}
         return _import(file, output, options, named, "teacher.backbone.", _teacher_table)
+    if "teacher.backbone.cls_token" in named and not any(name.startswith("student.") for name in named):
+        raise UserError(f"{file} holds no student; take the teacher's backbone alone with --teacher-only")
     return _import(file, output, options, named, "teacher.backbone.", released.table)
 
 
 def import_timm(file: pathlib.Path, output: pathlib.Path, options: Options) -> tuple[dict[str, Any], list[str]]:
     """Writes the run folder `output` from a ViT under timm's names; returns the `meta` and the names that were left out.
 
+    Args:
+      options: before what timm's config.json beside the file says.
+
     Raises:
-      UserError: as `import_released`.
+      UserError: as `import_released`; a config.json that is none of timm's.
     """
     named, left_out = timm.without_extras(arrays.read(file))
+    told = {name: value for name, value in timm.beside(file).items() if getattr(options, name) is None}
+    options = dataclasses.replace(options, **told)
     return _import(file, output, options, named, "", timm.table), left_out
 
 

@@ -74,7 +74,7 @@ def _laid_out_as(value, like: jax.Array) -> jax.Array:
     """`value`, which each host holds whole, cut and spread over the devices of all hosts as `like` is."""
     if isinstance(value, jax.Array) and value.sharding == like.sharding:
         return value
-    whole = np.asarray(value)
+    whole = np.asarray(value, like.dtype)
     return jax.make_array_from_callback(whole.shape, like.sharding, lambda index: whole[index])
 
 

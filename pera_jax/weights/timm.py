@@ -3,8 +3,12 @@
 What such files hold beside the ViT is left out: classifiers (`head.*`), the decoder and the mask token of pre-training.
 LayerScale, a factor for each channel at the end of a block's branch, `x + gamma * (W y + b)`, is multiplied into the
 branch's last linear layer, `(gamma W) y + gamma b`: the same function, each weight rounded once more.
+
+No file tells the activation and the norms' epsilon: here they are the exact GELU and 1e-6, as in the ViTs named above;
+CLIP's networks, for one, have others and would give other features.
 """
 
+import json
 import pathlib
 import re
 from typing import Any
@@ -51,6 +55,24 @@ def without_extras(named: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray],
     if wrong:
         raise UserError(f"LayerScale does not fit the layer before it: {', '.join(sorted(wrong))}")
     return kept, left_out
+
+
+def beside(file: pathlib.Path) -> dict[str, Any]:
+    """What timm's config.json in the folder of `file` says, where there is one: `heads`, `mean`, `std`, or None for each.
+
+    Raises:
+      UserError: a config.json that is none of timm's.
+    """
+    place = file.with_name("config.json")
+    try:
+        told = json.loads(place.read_text())
+        settings, args = told["pretrained_cfg"], told.get("model_args", {})
+        mean, std = (tuple(map(float, settings[name])) if name in settings else None for name in ("mean", "std"))
+        return {"heads": args.get("num_heads"), "mean": mean, "std": std}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{place} is no config of timm's; move {file.name} to a folder without it") from error
 
 
 # ---------------------------------------------------------------- out
