@@ -75,7 +75,7 @@ def write_run(workdir: pathlib.Path, saved=((4, 0), (12, 77))) -> pathlib.Path:
     """A run with a checkpoint for each (step, seed), of a network as it is at birth; seed 0 is the run's own."""
     config = configs.smoke(configs.default())
     objective = pera.from_config(config, Bands.plain(mean=0.4, std=0.1))
-    card = {"name": "small", "fingerprint": "train", "class_names": CLASSES}
+    card = {"name": "small", "split": "train", "records": 45, "fingerprint": "train", "class_names": CLASSES}
     meta = run_meta.describe(config, objective, card)
     store = checkpoint.Store(str(workdir), keep_last=20, keep_every=100)
     optimiser = steps.make_optimiser(config.optimiser)
