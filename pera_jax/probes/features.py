@@ -177,7 +177,8 @@ def extract(extractor: Extractor | Pixels, samples: Samples, image_size: int, ba
     most = -(-len(samples) // hosts)
     rows = range(min(own * most, len(samples)), min((own + 1) * most, len(samples)))
     read_size = lambda image: resized(image, image_size)  # noqa: E731
-    batches = [extractor(images) for images in read(samples, extractor.bands, read_size, batch_size, "features", rows)]
+    parts = batched(rows, batch_size)
+    batches = [extractor(images) for images in read(samples, extractor.bands, read_size, parts, "features")]
     if hosts == 1:
         return Features(*(np.concatenate([getattr(b, name) for b in batches]) for name in ("class_tokens", "patch_means")))
     return _of_all_hosts(batches, len(samples), most, rows)
@@ -194,26 +195,30 @@ def _of_all_hosts(batches: list[Features], number: int, most: int, rows: range) 
     return Features(*rearrange(gathered, "p t m n d -> t (p m) n d")[:, :number])
 
 
+def batched(rows: range, size: int) -> list[range]:
+    """`rows` in runs of `size`, the last one shorter."""
+    return [rows[first : first + size] for first in range(0, len(rows), size)]
+
+
 def read(
     samples: Samples,
     bands: Bands,
     transform: Callable[[np.ndarray], np.ndarray],
-    batch_size: int,
+    batches: Sequence[range],
     label: str,
-    rows: Sequence[int] | None = None,
 ) -> Iterator[np.ndarray]:
-    """Yields transformed images [b, ...] in order, decoded by a pool of threads.
+    """Yields the transformed images [b, ...] of each batch, decoded by a pool of threads.
 
     Args:
       bands: those to hand over.
       transform: takes stored values [H, W, C]; runs in the threads and gives equal shapes.
+      batches: rows of `samples`; one batch is decoded ahead.
       label: what the line of progress begins with.
-      rows: which images, all by default.
 
     Raises:
       UserError: an image that cannot be read or decoded; a band that is missing.
     """
-    places, rows = bands.places(samples, samples.path), range(len(samples)) if rows is None else rows
+    places = bands.places(samples, samples.path)
 
     def decode(row, raw):
         try:
@@ -223,9 +228,8 @@ def read(
 
     with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         waiting = collections.deque()
-        with Progress(len(rows), "images", label) as progress:
-            for first in range(0, len(rows), batch_size):
-                part = rows[first : first + batch_size]
+        with Progress(sum(map(len, batches)), "images", label) as progress:
+            for part in batches:
                 waiting.append(pool.map(decode, part, map(samples.raw, part)))
                 if len(waiting) == 2:  # the threads decode the next batch while the devices work on this one
                     yield _collect(waiting.popleft(), progress)

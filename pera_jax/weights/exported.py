@@ -50,7 +50,9 @@ def load(folder: pathlib.Path, step: int | None, which: str) -> checkpoint.Weigh
             "or make a run of the file with import-timm"
         ) from error
     if version != _FORMAT_VERSION:
-        raise UserError(f"{folder / CONFIG} has format version {version}, this program reads {_FORMAT_VERSION}; export it anew")
+        raise UserError(
+            f"{folder / CONFIG} has format version {version}, this program reads {_FORMAT_VERSION}; export it anew"
+        )
     if (which, held[1] if step is None else step) != held:
         raise UserError(f"{folder} holds the {held[0]} of step {held[1]}; ask for that, or name the run")
     if height != width:

@@ -66,8 +66,7 @@ def of_backbone(backbone: dict[str, Any], shape: dict[str, Any], height: int, wi
       UserError: sides that the patch does not divide.
     """
     patch = shape["patch"]
-    if min(height, width) < patch or height % patch or width % patch:
-        raise UserError(f"the image size {height}x{width} is not a multiple of the patch of {patch} px; choose one that is")
+    fit.check_size(height, width, patch)
     backbone = fit.resized(backbone, shape, height // patch, width // patch)
     tree = {"teacher": {"backbone": jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), backbone)}}
     return tables.to_named(tree, table(shape["depth"], shape["split"]), shape["heads"], patch)
