@@ -1,16 +1,18 @@
 # `make demo` runs the main job from nothing to scores and pictures; `make test` runs the tests.
 # Both make what they need in .venv from the pinned requirements. `make test-beam` runs the tests that need Apache Beam,
-# in .venv-beam: Beam does not go with the newest Pillow.
+# in .venv-beam: Beam does not go with the newest Pillow. `make test-torch` runs those that need PyTorch and timm, in
+# .venv-torch.
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 BEAM := .venv-beam
+TORCH := .venv-torch
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
 DEMO := demo
 
-.PHONY: demo test test-beam clean
+.PHONY: demo test test-beam test-torch clean
 
 demo: $(VENV)/ready
 	@date +%s > .demo-began
@@ -32,6 +34,9 @@ test: $(VENV)/ready-test
 test-beam: $(VENV)/ready $(BEAM)/ready
 	$(BEAM)/bin/python -m pytest -q tests/test_beam.py
 
+test-torch: $(TORCH)/ready
+	$(TORCH)/bin/python -m pytest -q tests/with_torch
+
 $(VENV)/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is %d.%d; set PYTHON=" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +50,11 @@ $(VENV)/ready-test: requirements-test.txt $(VENV)/ready
 $(BEAM)/ready: requirements-beam.txt
 	$(PYTHON) -m venv $(BEAM)
 	$(BEAM)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-beam.txt
+	@touch $@
+
+$(TORCH)/ready: requirements-torch.txt requirements.txt
+	$(PYTHON) -m venv $(TORCH)
+	$(TORCH)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-torch.txt
 	@touch $@
 
 clean:

@@ -12,8 +12,9 @@ def text(weights: checkpoint.Weights, which: str, height: int, width: int) -> st
       height, width: px, the images that the position embedding is for.
     """
     meta, bands = weights.meta, Bands.of(weights.meta)
-    shape, data, trained = meta["model"], meta["data"], meta["model"]["image_size"]
+    shape, trained = meta["model"], meta["model"]["image_size"]
     grid = f"{height // shape['patch']} x {width // shape['patch']}"
+    tokens = f"[B, 1 + {grid.replace('x', '*')}, {shape['width']}]"
     embedding = (
         "as trained" if (height, width) == (trained, trained)
         else f"interpolated from the training's {trained} x {trained} px"
@@ -24,10 +25,9 @@ def text(weights: checkpoint.Weights, which: str, height: int, width: int) -> st
             zip(bands.names, bands.ranges, bands.mean, bands.std, strict=True)
         )
     )
-    low, high, mean, std = ([str(float(value)) for value in values] for values in (*zip(*bands.ranges), bands.mean, bands.std))
     vectors = "\n".join(
-        f"{name} = torch.tensor([{', '.join(values)}]).view(1, -1, 1, 1)"
-        for name, values in (("low", low), ("high", high), ("mean", mean), ("std", std))
+        f"{name} = torch.tensor({list(map(float, values))}).view(1, -1, 1, 1)"
+        for name, values in zip(("low", "high", "mean", "std"), (*zip(*bands.ranges), bands.mean, bands.std), strict=True)
     )
     return f"""---
 library_name: timm
@@ -38,15 +38,14 @@ tags:
 ---
 # {meta["config"]["name"]}, {which} at step {weights.step}
 
-A vision transformer: width {shape["width"]}, {shape["depth"]} blocks, {shape["heads"]} heads, patches of {shape["patch"]} px,
-{shape["bands"]} bands, no classifier. {_origin(meta, weights.step)}
-
-Data: {data["name"]}{_records(data)}, fingerprint `{data["fingerprint"]}`. Program: pera_jax, revision `{meta["git"]}`.
+A vision transformer: width {shape["width"]}, {shape["depth"]} blocks, {shape["heads"]} heads, patches of
+{shape["patch"]} px, {shape["bands"]} band(s), no classifier. {_origin(meta, weights.step)} Exported by pera_jax, revision
+`{meta["git"]}`.
 
 ## Input
 
-Images of {height} x {width} px ({grid} patches; the position embedding is {embedding}), bands in this order, stored as
-{bands.dtype}. Values between "low" and "high" map to 0 and 1, what lies outside is cut; then subtract the mean and divide by
+Images of {height} x {width} px, {grid} patches; the position embedding is {embedding}. Bands in this order, stored as
+{bands.dtype}. Values from "low" to "high" map to [0, 1], what lies outside is clipped; then subtract the mean and divide by
 the std:
 
 | channel | band | low | high | mean | std |
@@ -64,7 +63,7 @@ model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # the fol
 {vectors}
 images = ...  # [B, {shape["bands"]}, {height}, {width}], stored values
 x = (((images.float() - low) / (high - low)).clamp(0, 1) - mean) / std
-tokens = model.forward_features(x)  # [B, 1 + {grid.replace("x", "*")}, {shape["width"]}] after the final norm: class token, then patches
+tokens = model.forward_features(x)  # {tokens} after the final norm: class token, patches
 features = model(x)  # [B, {shape["width"]}], the class token
 ```
 """
@@ -72,12 +71,10 @@ features = model(x)  # [B, {shape["width"]}], the class token
 
 def _origin(meta: dict, step: int) -> str:
     if "imported" in meta:
-        return f"Its weights were imported from the file {meta['imported']['file']}, not trained by this program."
+        file, digest = meta["imported"]["file"], meta["imported"]["sha256"]
+        return f"Its weights were imported from the file {file} (SHA-256 `{digest}`), not trained by pera_jax."
+    data = meta["data"]
     return (
         f"Pre-trained without labels for {step:,} steps of {meta['config']['batch_size']:,} images by PerA (Shen et al., "
-        "arXiv:2505.19447)."
+        f"arXiv:2505.19447) on {data['name']}: {data['records']:,} images, fingerprint `{data['fingerprint']}`."
     )
-
-
-def _records(data: dict) -> str:
-    return "" if data["records"] is None else f", {data['records']:,} images"

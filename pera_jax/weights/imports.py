@@ -57,6 +57,8 @@ def import_released(file: pathlib.Path, output: pathlib.Path, options: Options, 
     if teacher_only:
         named = {name: each for name, each in named.items() if not name.startswith(_REST)}
         return _import(file, output, options, named, "teacher.backbone.", _teacher_table)
+    if "teacher.backbone.cls_token" in named and not any(name.startswith("student.") for name in named):
+        raise UserError(f"{file} holds no student; take the teacher's backbone alone with --teacher-only")
     return _import(file, output, options, named, "teacher.backbone.", released.table)
 
 

@@ -24,6 +24,7 @@ ALLOWED = frozenset((
     "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter", "torch.storage.UntypedStorage",
     *(f"torch.{name}Storage" for name in _STORAGES),
 ))  # fmt: skip
+_TORCH_ERRORS = (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError, OSError)
 _LEGACY_PICKLES = 5  # one after the other in a file that is no zip: magic number, version, system, content, storages
 
 
@@ -48,14 +49,14 @@ def load(path: pathlib.Path) -> Any:
     try:
         import torch
     except ImportError as error:
-        raise UserError(f"reading {path} needs PyTorch: install pera_jax[torch], or convert it to safetensors") from error
+        raise UserError(f"reading {path} needs PyTorch; pip install pera_jax[torch], or pip install torch") from error
     scalar = np._core.multiarray.scalar
     dtypes = {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
     allowed = [*((scalar, name) for name in _SCALARS), np.dtype, *dtypes]
     try:
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError, OSError) as error:
+    except _TORCH_ERRORS as error:
         raise UserError(f"{path} is no file of torch.save, or is cut off") from error
 
 

@@ -39,10 +39,9 @@ def table(depth: int, split: int) -> list[Entry]:
 
 
 def head_sizes(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """`config.heads` of a dictionary that has all names: sizes as far as arrays have the axes to tell them."""
-    head = "student.cls_head"
-    sizes = {"hidden": f"{head}.mlp.0.weight", "bottleneck": f"{head}.mlp.4.weight", "prototypes": f"{head}.last_layer.weight_v"}
-    return {field: max(arrays[name].shape[0], 1) if arrays[name].ndim else 1 for field, name in sizes.items()}
+    """`config.heads` of a dictionary that has all names; where an array has no first axis to tell a size, 1."""
+    sizes = {"hidden": "mlp.0.weight", "bottleneck": "mlp.4.weight", "prototypes": "last_layer.weight_v"}
+    return {field: (*arrays[f"student.cls_head.{name}"].shape, 1)[0] or 1 for field, name in sizes.items()}
 
 
 def export(run: str, step: int | None, output: pathlib.Path) -> int:
@@ -55,7 +54,7 @@ def export(run: str, step: int | None, output: pathlib.Path) -> int:
     try:
         import torch
     except ImportError as error:
-        raise UserError("writing a file for torch.load needs PyTorch: pip install pera_jax[torch], or pip install torch") from error
+        raise UserError(f"writing {output} needs PyTorch; pip install pera_jax[torch], or pip install torch") from error
     shape = teacher.meta["model"]
     tree = jax.tree.map(np.asarray, {"params": student.params, "teacher": teacher.params})
     named = tables.to_named(tree, table(shape["depth"], shape["split"]), shape["heads"], shape["patch"])

@@ -136,9 +136,10 @@ def shape_of(arrays: dict[str, np.ndarray], prefix: str, heads: int | None, what
     if wrong:
         listed = ", ".join(f"{prefix}{name} {list(shapes[name])}" for name in wrong)
         raise UserError(f"{what} is of no ViT with a class token and square patches in a square grid: {listed}")
-    if width % (heads or 64):
-        reason = f"no multiple of {heads} heads" if heads else "no multiple of 64, so that the number of heads is not known"
-        raise UserError(f"{what} has the width {width}, {reason}; give --heads")
+    if heads is None and width % 64:
+        raise UserError(f"{what} has the width {width}, no multiple of 64, which leaves the heads unknown; give --heads")
+    if heads is not None and (heads < 1 or width % heads):
+        raise UserError(f"{what} has the width {width}, no multiple of {heads} heads; give another --heads")
     ratio = hidden / width
     depth = depth_of(arrays, prefix)
     return dict(
