@@ -51,7 +51,7 @@ class Model:
       bands: which values it takes, in which order, and how they are normalised.
     """
 
-    params: dict[str, Any]
+    params: dict[str, Any] = dataclasses.field(repr=False)
     network: vit.ViT
     bands: Bands
 
@@ -90,13 +90,23 @@ class Model:
         return (self.bands.mapped(images) - np.float32(self.bands.mean)) / np.float32(self.bands.std)
 
     def encode(self, params: dict[str, Any], values, *, blocks: int | Sequence[int] = ()) -> Tokens:
-        """`apply` on `normalised` values, [B, H, W, C] or [H, W, C], whose sides are multiples of the patch."""
+        """`apply` on `normalised` values [B, H, W, C] or [H, W, C], for augmentations of one's own.
+
+        Raises:
+          UserError: sides that are no multiples of the patch; no such block.
+        """
+        (height, width), patch = values.shape[-3:-1], self.network.patch
+        if height % patch or width % patch:
+            raise UserError(
+                f"images of {height} x {width} px are not multiples of the patch of {patch} px; resize them, or pad them "
+                "with size='pad'"
+            )
         chosen = _chosen(blocks, self.network.depth)
         batch = values if values.ndim == 4 else values[None]
         last = self.network.depth - min(chosen, default=self.network.depth)
         found = self.network.apply({"params": params}, batch, blocks=last)
         asked = [found["blocks"][block - self.network.depth] for block in chosen]  # [B, 1 + L, D]
-        to_map = functools.partial(rearrange, pattern="b (h w) d -> b h w d", h=batch.shape[1] // self.network.patch)
+        to_map = functools.partial(rearrange, pattern="b (h w) d -> b h w d", h=height // patch)
         tokens = Tokens(
             found["class_token"], to_map(found["patch_tokens"]),
             tuple(each[:, 0] for each in asked), tuple(to_map(each[:, 1:]) for each in asked),
@@ -104,7 +114,7 @@ class Model:
         return tokens if values.ndim == 4 else jax.tree.map(lambda array: array[0], tokens)
 
     def _check(self, images, size: str) -> None:
-        names, patch = self.bands.names, self.network.patch
+        names = self.bands.names
         if size not in SIZES:
             raise UserError(f"size={size!r} is none of {', '.join(SIZES)}")
         if images.ndim not in (3, 4) or 0 in images.shape:
@@ -118,12 +128,6 @@ class Model:
             raise UserError(
                 f"the images are {images.dtype}, and these weights take stored values of {self.bands.dtype}; hand over "
                 "the values as they are stored, not normalised"
-            )
-        height, width = images.shape[-3:-1]
-        if size == "refuse" and (height % patch or width % patch):
-            raise UserError(
-                f"images of {height} x {width} px are not multiples of the patch of {patch} px; resize them, or pad them "
-                "with size='pad'"
             )
 
 

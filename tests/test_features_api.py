@@ -176,7 +176,7 @@ def change_config(folder: pathlib.Path, **changes) -> None:
         (lambda folder: (folder / "model.safetensors").unlink(), {}, "neither checkpoints/ of a run nor model.safetensors"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), {}, "is no safetensors file"),
         (lambda folder: (folder / "config.json").unlink(), {}, "config.json is not of python -m pera_jax.export timm"),
-        (lambda folder: (folder / "config.json").write_text("{}"), {}, "config.json is not of python -m pera_jax.export timm"),
+        (lambda folder: (folder / "config.json").write_text("{}"), {}, "config.json is not of .* export it anew"),
         (lambda folder: change_config(folder, format_version=9), {}, "has format version 9, this program reads 1"),
         (lambda folder: change_config(folder, image_size=[48, 64]), {}, "was exported for 48 x 64 px"),
         (lambda folder: [path.unlink() for path in folder.iterdir()] and folder.rmdir(), {}, "does not exist"),

@@ -46,7 +46,7 @@ def export(weights: checkpoint.Weights, size: tuple[int, int] | None, output: pa
         raise UserError("writing StableHLO needs flatbuffers: pip install flatbuffers") from error
     model = Model.of(weights.backbone, weights.meta)
     if sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) > _LARGEST:
-        raise UserError("the network has more than 2 GB of parameters, which no file of jax.export can hold; export it for timm")
+        raise UserError("the network has more than 2 GB of parameters, too many for a file of jax.export; export it for timm")
     height, width = size or (model.network.image_size,) * 2
     fit.check_size(height, width, model.network.patch)
 
