@@ -4,6 +4,8 @@
     python -m pera_jax.export released --run runs/aid --output aid.params    # for the authors' PyTorch program
     python -m pera_jax.export import-released pera.params --output runs/pera
     python -m pera_jax.export import-timm vit_base.safetensors --output runs/vit_base
+    python -m pera_jax.export features --run runs/aid --input images --output features    # NumPy arrays of a whole data set
+    python -m pera_jax.export stablehlo --run runs/aid --output aid.stablehlo             # to run without this program
 
 An import is a run with one checkpoint, of step 0: probe it, export it, or begin a training from it with `init_from`.
 Reading and writing files of torch.save needs PyTorch, the extra `torch`.
@@ -13,8 +15,9 @@ import argparse
 import pathlib
 import re
 
-from pera_jax import checkpoint, errors
-from pera_jax.weights import imports, released, timm
+from pera_jax import checkpoint, errors, feature_folder, features
+from pera_jax.probes.samples import open_images
+from pera_jax.weights import imports, released, stablehlo, timm
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -22,6 +25,13 @@ def _size(text: str) -> tuple[int, int]:
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of pixels, as 224, or HEIGHTxWIDTH, as 224x320")
     return int(found[1]), int(found[2] or found[1])
+
+
+def _blocks(text: str) -> int | tuple[int, ...]:
+    last = re.fullmatch(r"last(\d+)", text)
+    if not last and not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither indices from 0, as 3,7,11, nor so many last ones, as last4")
+    return int(last[1]) if last else tuple(map(int, text.split(",")))
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -38,12 +48,26 @@ def _parser() -> argparse.ArgumentParser:
 
     out = commands.add_parser("timm", help="a network for timm")
     out.add_argument("--output", required=True, type=pathlib.Path, help="folder for safetensors, config and model card")
-    out.add_argument("--which", choices=("teacher", "student"), default="teacher")
-    out.add_argument("--image-size", type=_size, help="px, SIDE or HEIGHTxWIDTH (default: the global crops' size)")
+    artefact = commands.add_parser("stablehlo", help="a network as StableHLO, to run without this program")
+    artefact.add_argument("--output", required=True, type=pathlib.Path, help="file for jax.export.deserialize")
+    for command in (out, artefact):
+        command.add_argument("--image-size", type=_size, help="px, SIDE or HEIGHTxWIDTH (default: the global crops' size)")
+    folder = commands.add_parser("features", help="features of a data set as NumPy arrays")
+    folder.add_argument("--input", required=True, help="images: a folder of them, of class folders, of shards, or tfds:NAME")
+    folder.add_argument("--split", default="", help="default: all of a folder, or the only split of shards")
+    folder.add_argument("--output", required=True, type=pathlib.Path, help="folder for the arrays and their index")
+    folder.add_argument("--image-size", type=int, help="px, a multiple of the patch (default: the global crops' size)")
+    folder.add_argument("--maps", action="store_true", help="also the maps of patch tokens")
+    folder.add_argument("--blocks", type=_blocks, default=(), help="also the tokens of these: 3,7,11 from 0, or last4")
+    folder.add_argument("--part-size", type=int, default=1024, help="images in a file (default 1024)")
+    folder.add_argument("--batch-size", type=int, default=256, help="images decoded at a time; changes no feature")
     dictionary = commands.add_parser("released", help="student, teacher and heads for the authors' PyTorch program")
     dictionary.add_argument("--output", required=True, type=pathlib.Path, help="file for torch.load")
-    for command in (out, dictionary):
-        command.add_argument("--run", required=True, help="folder of the run (the --workdir of the training)")
+    for command in (out, artefact, folder):
+        command.add_argument("--which", choices=features.NETWORKS, default="teacher")
+    for command in (out, dictionary, artefact, folder):
+        command.add_argument("--run", required=True, help="folder of the run (the --workdir of the training)"
+                             + ", or of an export for timm" * (command in (artefact, folder)))  # fmt: skip
         command.add_argument("--step", type=int, help="the checkpoint (default: the latest)")
 
     theirs = commands.add_parser("import-released", help="a dictionary of the authors' PyTorch program")
@@ -80,18 +104,27 @@ def main(argv: list[str] | None = None) -> None:
         timm.export(weights, options["which"], options["image_size"], output)
         size = options["image_size"] or (weights.meta["model"]["image_size"],) * 2
         print(f"{options['run']}, {options['which']} at step {weights.step}: {_described(weights.meta, size)}")
+    elif command in ("features", "stablehlo"):
+        source = {name: options.pop(name) for name in ("run", "step", "which")}
+        weights = features.load_weights(source["run"], source["step"], source["which"])
+        if command == "stablehlo":
+            said = stablehlo.export(weights, options["image_size"], output)
+        else:
+            said = feature_folder.write(weights, open_images(options.pop("input"), options.pop("split")), **options)
+        print(f"{source['run']}, {source['which']} at step {weights.step}: {_described(weights.meta)}\n{said}")
     else:
         step = released.export(options["run"], options["step"], output)
         print(f"{options['run']}, student, teacher and heads at step {step}")
     print(f"written to {output}")
 
 
-def _described(meta: dict, size: tuple[int, int]) -> str:
+def _described(meta: dict, size: tuple[int, int] | None = None) -> str:
     shape = meta["model"]
+    sides = f", for images of {size[0]} x {size[1]} px" if size else ""
     mean, std = (", ".join(f"{value:g}" for value in meta[name]) for name in ("mean", "std"))
     return (
-        f"a ViT of width {shape['width']}, depth {shape['depth']}, {shape['heads']} heads, patches of {shape['patch']} px, "
-        f"for images of {size[0]} x {size[1]} px\nbands {', '.join(meta['bands'])}; mean {mean}; std {std}"
+        f"a ViT of width {shape['width']}, depth {shape['depth']}, {shape['heads']} heads, patches of {shape['patch']} px"
+        f"{sides}\nbands {', '.join(meta['bands'])}; mean {mean}; std {std}"
     )
 
 

@@ -114,9 +114,9 @@ def tree_shardings(tree, mesh: Mesh):
 
 
 def shards_in_use() -> int:
-    """The number of parts that a batch is cut into by the mesh in use; 1 without one."""
+    """The number of parts that a batch is cut into by the mesh in use; 1 without one, or with one of other axes."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else batch_shards(mesh)
+    return batch_shards(mesh) if mesh.axis_names == AXES else 1
 
 
 def axes_in_use() -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -156,7 +156,7 @@ def gathered(params, prefix: str, dtype):
     parameters' own, are cut again where they arise, so that no device holds them whole for more than one block.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape["fsdp"] == 1:
+    if mesh.shape.get("fsdp", 1) == 1:
         return params
 
     def gather(path, leaf):

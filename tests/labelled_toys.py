@@ -71,11 +71,13 @@ def write_folders(folder: pathlib.Path, labels: dict[str, list[int]]) -> pathlib
     return folder
 
 
-def write_run(workdir: pathlib.Path, saved=((4, 0), (12, 77))) -> pathlib.Path:
+def write_run(workdir: pathlib.Path, saved=((4, 0), (12, 77)), bands=Bands.plain(mean=0.4, std=0.1)) -> pathlib.Path:
     """A run with a checkpoint for each (step, seed), of a network as it is at birth; seed 0 is the run's own."""
     config = configs.smoke(configs.default())
-    objective = pera.from_config(config, Bands.plain(mean=0.4, std=0.1))
-    card = {"name": "small", "fingerprint": "train", "class_names": CLASSES}
+    if bands.names != records.RGB:
+        config.views.update(dict(saturation=0.0, hue=0.0, student_grey=0.0))
+    objective = pera.from_config(config, bands)
+    card = {"name": "small", "split": "train", "records": 45, "fingerprint": "train", "class_names": CLASSES}
     meta = run_meta.describe(config, objective, card)
     store = checkpoint.Store(str(workdir), keep_last=20, keep_every=100)
     optimiser = steps.make_optimiser(config.optimiser)

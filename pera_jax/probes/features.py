@@ -23,14 +23,15 @@ from pera_jax.bands import Bands
 from pera_jax.data import codecs
 from pera_jax.data import crops as geometry
 from pera_jax.errors import UserError
+from pera_jax.features import Model
 from pera_jax.metrics import Progress
-from pera_jax.models import vit
 from pera_jax.probes.samples import Samples
 
 MICRO_BATCH = 32  # images per device
 BLOCKS = 4  # last blocks whose tokens are kept
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Features:
     """Tokens of N images from the last n blocks, each after the final norm, the last block last."""
@@ -51,8 +52,44 @@ class Features:
         return Features(self.class_tokens[indices], self.patch_means[indices])
 
 
+class OverDevices:
+    """A function of images on all devices of this host, each of which always gets `MICRO_BATCH` of them."""
+
+    def __init__(self, function: Callable[[dict, jax.Array], Any], params: dict[str, Any], devices: list | None = None):
+        """
+        Args:
+          function: (params, images [B, H, W, C]) -> a tree of arrays [B, ...]; pure.
+          devices: those to use, all of this host by default.
+        """
+        self._mesh = sharding.make_mesh(devices=devices or jax.local_devices())
+        self._step = MICRO_BATCH * sharding.batch_shards(self._mesh)
+        self._where = jax.sharding.NamedSharding(self._mesh, sharding.BATCH)
+        everywhere = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
+        self._params = jax.device_put(params, everywhere)
+        self._function = jax.jit(function, in_shardings=(everywhere, self._where), out_shardings=self._where)
+
+    def __call__(self, images: np.ndarray) -> Any:
+        """The tree of float32 arrays [B, ...] of images [B, H, W, C].
+
+        Raises:
+          UserError: values that are not finite.
+        """
+        results = []
+        with jax.set_mesh(self._mesh):
+            for first in range(0, len(images), self._step):
+                part = images[first : first + self._step]
+                padded = np.zeros((self._step, *images.shape[1:]), images.dtype)
+                padded[: len(part)] = part
+                results.append(self._function(self._params, jax.device_put(padded, self._where)))
+        join = lambda *parts: np.concatenate([np.asarray(part) for part in parts])[: len(images)]  # noqa: E731
+        found = jax.tree.map(join, *results)  # only the end is padded
+        if not all(np.isfinite(array).all() for array in jax.tree.leaves(found)):
+            raise UserError("the checkpoint gives features that are not finite; take an earlier step with --step")
+        return found
+
+
 class Extractor:
-    """A frozen backbone on a mesh over this host's devices.
+    """A frozen backbone on the devices of this host.
 
     Attributes:
       bands: what it sees; patch: side of a patch, px.
@@ -65,54 +102,27 @@ class Extractor:
           meta: of the checkpoint.
           devices: the devices to use, all of this host by default.
         """
-        self.bands, self.patch = Bands.of(meta), meta["model"]["patch"]
-        self._mesh = sharding.make_mesh(devices=devices or jax.local_devices())
-        self._step = MICRO_BATCH * sharding.batch_shards(self._mesh)
-        self._where = jax.sharding.NamedSharding(self._mesh, sharding.BATCH)
-        everywhere = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
-        self._backbone = jax.device_put(backbone, everywhere)
-        model = vit.build(meta["model"])  # float32 throughout
-        mean, std = np.float32(self.bands.mean), np.float32(self.bands.std)
+        model = Model.of(backbone, meta)
+        self.bands, self.patch = model.bands, model.network.patch
+        blocks = min(BLOCKS, model.network.depth)
 
-        def tokens(backbone, images):  # [B, H, W, C] -> [B, n, 1 + L, D]
-            normalised = (self.bands.mapped(images) - mean) / std
-            blocks = model.apply({"params": backbone}, normalised, blocks=min(BLOCKS, model.depth))["blocks"]
-            return jnp.stack(blocks, axis=1)
+        def summaries(params, images):
+            found = model.apply(params, images, blocks=blocks)
+            means = [tokens.mean(axis=(1, 2)) for tokens in found.block_maps]
+            return Features(jnp.stack(found.block_class_tokens, axis=1), jnp.stack(means, axis=1))  # [B, n, D] each
 
-        def summaries(backbone, images):
-            found = tokens(backbone, images)
-            return jnp.stack([found[:, :, 0], found[:, :, 1:].mean(axis=2)], axis=1)  # [B, 2, n, D]
+        def maps(params, images):
+            return jnp.stack(model.apply(params, images, blocks=blocks).block_maps, axis=1)  # [B, n, h, w, D]
 
-        def maps(backbone, images):
-            rows = images.shape[1] // self.patch
-            return rearrange(tokens(backbone, images)[:, :, 1:], "b n (h w) d -> b n h w d", h=rows)
-
-        self._summaries, self._maps = (
-            jax.jit(function, in_shardings=(everywhere, self._where), out_shardings=self._where)
-            for function in (summaries, maps)
-        )
+        self._summaries, self._maps = (OverDevices(function, backbone, devices) for function in (summaries, maps))
 
     def __call__(self, images: np.ndarray) -> Features:
         """Stored values [B, H, W, C], H and W multiples of the patch."""
-        found = self._apply(self._summaries, images)
-        return Features(found[:, 0], found[:, 1])
+        return self._summaries(images)
 
     def maps(self, images: np.ndarray) -> np.ndarray:
         """Stored values [B, H, W, C] -> the patch tokens float32 [B, n, H / patch, W / patch, D]."""
-        return self._apply(self._maps, images)
-
-    def _apply(self, function, images):
-        results = []
-        with jax.set_mesh(self._mesh):
-            for first in range(0, len(images), self._step):
-                part = images[first : first + self._step]
-                padded = np.zeros((self._step, *images.shape[1:]), images.dtype)
-                padded[: len(part)] = part
-                results.append(function(self._backbone, jax.device_put(padded, self._where)))
-        found = np.concatenate([np.asarray(result) for result in results])[: len(images)]  # only the end is padded
-        if not np.isfinite(found).all():
-            raise UserError("the checkpoint gives features that are not finite; probe an earlier step with --step")
-        return found
+        return self._maps(images)
 
 
 class Pixels:
@@ -167,7 +177,8 @@ def extract(extractor: Extractor | Pixels, samples: Samples, image_size: int, ba
     most = -(-len(samples) // hosts)
     rows = range(min(own * most, len(samples)), min((own + 1) * most, len(samples)))
     read_size = lambda image: resized(image, image_size)  # noqa: E731
-    batches = [extractor(images) for images in read(samples, extractor.bands, read_size, batch_size, "features", rows)]
+    parts = batched(rows, batch_size)
+    batches = [extractor(images) for images in read(samples, extractor.bands, read_size, parts, "features")]
     if hosts == 1:
         return Features(*(np.concatenate([getattr(b, name) for b in batches]) for name in ("class_tokens", "patch_means")))
     return _of_all_hosts(batches, len(samples), most, rows)
@@ -184,26 +195,30 @@ def _of_all_hosts(batches: list[Features], number: int, most: int, rows: range) 
     return Features(*rearrange(gathered, "p t m n d -> t (p m) n d")[:, :number])
 
 
+def batched(rows: range, size: int) -> list[range]:
+    """`rows` in runs of `size`, the last one shorter."""
+    return [rows[first : first + size] for first in range(0, len(rows), size)]
+
+
 def read(
     samples: Samples,
     bands: Bands,
     transform: Callable[[np.ndarray], np.ndarray],
-    batch_size: int,
+    batches: Sequence[range],
     label: str,
-    rows: Sequence[int] | None = None,
 ) -> Iterator[np.ndarray]:
-    """Yields transformed images [b, ...] in order, decoded by a pool of threads.
+    """Yields the transformed images [b, ...] of each batch, decoded by a pool of threads.
 
     Args:
       bands: those to hand over.
       transform: takes stored values [H, W, C]; runs in the threads and gives equal shapes.
+      batches: rows of `samples`; one batch is decoded ahead.
       label: what the line of progress begins with.
-      rows: which images, all by default.
 
     Raises:
       UserError: an image that cannot be read or decoded; a band that is missing.
     """
-    places, rows = bands.places(samples, samples.path), range(len(samples)) if rows is None else rows
+    places = bands.places(samples, samples.path)
 
     def decode(row, raw):
         try:
@@ -213,9 +228,8 @@ def read(
 
     with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         waiting = collections.deque()
-        with Progress(len(rows), "images", label) as progress:
-            for first in range(0, len(rows), batch_size):
-                part = rows[first : first + batch_size]
+        with Progress(sum(map(len, batches)), "images", label) as progress:
+            for part in batches:
                 waiting.append(pool.map(decode, part, map(samples.raw, part)))
                 if len(waiting) == 2:  # the threads decode the next batch while the devices work on this one
                     yield _collect(waiting.popleft(), progress)

@@ -25,14 +25,17 @@ class Found:
     class_names: tuple[str, ...] | None
 
 
-def list_images(folder: pathlib.Path, split: str, with_classes: bool) -> Found:
+def list_images(folder: pathlib.Path, split: str, with_classes: bool | None) -> Found:
     """The images of FOLDER/SPLIT/CLASS/..., or of FOLDER/SPLIT/... without classes.
+
+    Args:
+      with_classes: None: with classes where each image lies at CLASS/NAME; the split may be "", the folder itself.
 
     Raises:
       UserError: no such folder, no image, images beside class folders.
     """
     place = folder / split
-    if not split or not place.is_dir():
+    if not place.is_dir() or (not split and with_classes is not None):
         held = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "no folder"
         raise UserError(f"{folder} has no folder {split!r} for the split; it has {held}")
     files = sorted(
@@ -41,6 +44,8 @@ def list_images(folder: pathlib.Path, split: str, with_classes: bool) -> Found:
     if not files:
         raise UserError(f"{place} holds no image (names ending in {' '.join(ENDINGS)}); name the folder above its splits")
     keys = [path.relative_to(place).as_posix() for path in files]
+    if with_classes is None:
+        with_classes = all(key.count("/") == 1 for key in keys)
     if not with_classes:
         return Found(files, keys, np.full(len(files), -1, np.int64), None)
     loose = next((path for path in files if path.parent == place), None)

@@ -62,15 +62,42 @@ def open_samples(data: str, split: str, labels: str = "") -> Samples:
     Raises:
       UserError: nothing there, no such split, damaged shards, a label without an image or the reverse.
     """
-    if data.startswith("tfds:"):
-        samples = _from_tfds(data, split)
-    elif (pathlib.Path(data) / records.INFO_FILE).is_file():
-        samples = _from_shards(data, split)
-    elif pathlib.Path(data).is_dir():
-        samples = _from_folder(data, split, with_classes=not labels)
-    else:
-        raise UserError(f"the data set {data} does not exist; name a folder of shards, of class folders, or tfds:NAME")
+    samples = _open(data, split, with_classes=not labels)
     return _relabelled(samples, labels) if labels else samples
+
+
+def open_images(data: str, split: str = "") -> Samples:
+    """Opens images that need no labels.
+
+    Args:
+      data: see the module; of a folder all images are taken, and where every one lies at [SPLIT/]CLASS/NAME the classes.
+      split: "" for all of a folder, or the only split of shards.
+
+    Raises:
+      UserError: nothing there, no such split, a split that must be named, damaged shards.
+    """
+    if not split and data.startswith("tfds:"):
+        raise UserError(f"{data} needs a split; name one with --split, as train or train[:80%]")
+    if not split and _are_shards(data):
+        held = sorted(records.load_info(data).splits)
+        if len(held) > 1:
+            raise UserError(f"{data} has the splits {', '.join(held)}; name one with --split")
+        split = held[0]
+    return _open(data, split, with_classes=None)
+
+
+def _open(data: str, split: str, with_classes: bool | None) -> Samples:
+    if data.startswith("tfds:"):
+        return _from_tfds(data, split)
+    if _are_shards(data):
+        return of_source(records.open_split(data, split))
+    if pathlib.Path(data).is_dir():
+        return _from_folder(data, split, with_classes)
+    raise UserError(f"the data set {data} does not exist; name a folder of shards, of images, or tfds:NAME")
+
+
+def _are_shards(data: str) -> bool:
+    return (pathlib.Path(data) / records.INFO_FILE).is_file()
 
 
 def of_source(source: records.RecordSource) -> Samples:
@@ -95,11 +122,7 @@ def of_source(source: records.RecordSource) -> Samples:
     )  # fmt: skip
 
 
-def _from_shards(data: str, split: str) -> Samples:
-    return of_source(records.open_split(data, split))
-
-
-def _from_folder(data: str, split: str, with_classes: bool) -> Samples:
+def _from_folder(data: str, split: str, with_classes: bool | None) -> Samples:
     found = folders.list_images(pathlib.Path(data), split, with_classes)
     bands, dtype = folders.bands_of(found.files[0])
 

@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
 
+from pera_jax.errors import UserError
 from pera_jax.models import positions
+
+
+def check_size(height: int, width: int, patch: int) -> None:
+    """Raises UserError where the patch does not divide the sides of an image, all in px."""
+    if min(height, width) < patch or height % patch or width % patch:
+        raise UserError(f"the image size {height}x{width} is not a multiple of the patch of {patch} px; choose one that is")
 
 
 def resized(backbone: dict[str, Any], shape: dict[str, Any], rows: int, columns: int) -> dict[str, Any]:

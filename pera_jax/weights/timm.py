@@ -19,7 +19,7 @@ import numpy as np
 from pera_jax import checkpoint, files
 from pera_jax.bands import Bands
 from pera_jax.errors import UserError
-from pera_jax.weights import arrays, card, fit, tables
+from pera_jax.weights import arrays, card, exported, fit, tables
 
 _LEFT_OUT = re.compile(r"(head\.|decoder_).*|mask_token")
 _SCALE = re.compile(r"(blocks\.\d+\.)ls([12])\.gamma")
@@ -88,15 +88,14 @@ def of_backbone(backbone: dict[str, Any], shape: dict[str, Any], height: int, wi
       UserError: sides that the patch does not divide.
     """
     patch = shape["patch"]
-    if min(height, width) < patch or height % patch or width % patch:
-        raise UserError(f"the image size {height}x{width} is not a multiple of the patch of {patch} px; choose one that is")
+    fit.check_size(height, width, patch)
     backbone = fit.resized(backbone, shape, height // patch, width // patch)
     tree = {"teacher": {"backbone": jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), backbone)}}
     return tables.to_named(tree, table(shape["depth"], shape["split"]), shape["heads"], patch)
 
 
-def config(meta: dict[str, Any], height: int, width: int) -> dict[str, Any]:
-    """config.json as timm and the Hugging Face hub read it."""
+def config(meta: dict[str, Any], step: int, which: str, height: int, width: int) -> dict[str, Any]:
+    """config.json as timm and the Hugging Face hub read it, with what only this program reads in an entry of its own."""
     shape, bands = meta["model"], Bands.of(meta)
     return {
         "architecture": ARCHITECTURE,
@@ -113,6 +112,7 @@ def config(meta: dict[str, Any], height: int, width: int) -> dict[str, Any]:
             "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash", "mean": list(bands.mean),
             "std": list(bands.std), "first_conv": "patch_embed.proj", "classifier": "head",
         },
+        exported.ENTRY: exported.described(meta, step, which, height, width),
     }  # fmt: skip
 
 
@@ -130,6 +130,6 @@ def export(weights: checkpoint.Weights, which: str, size: tuple[int, int] | None
     height, width = size or (meta["model"]["image_size"],) * 2
     named = of_backbone(weights.backbone, meta["model"], height, width)
     with files.whole_folder(output) as folder:
-        arrays.write(folder / "model.safetensors", named)
-        files.write_json(folder / "config.json", config(meta, height, width))
+        arrays.write(folder / exported.FILE, named)
+        files.write_json(folder / "config.json", config(meta, weights.step, which, height, width))
         files.write(folder / "README.md", card.text(weights, which, height, width).encode())

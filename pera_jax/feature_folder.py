@@ -1,0 +1,186 @@
+"""Features of a data set as NumPy arrays in a folder.
+
+    python -m pera_jax.export features --run runs/aid --input images --output features
+
+writes
+
+    features.json                     what they are of: weights, images, options; the arrays and their shape for one image
+    class_token-00000.npy             float32 [n, D] of the first n images (--part-size), -00001 of the next n, and so on
+    patch_mean-00000.npy              float32 [n, D], the mean of an image's patch tokens
+    patch_map-00000.npy               float32 [n, h, w, D], with --maps
+    block_class_tokens-00000.npy      float32 [n, blocks, D], with --blocks
+    block_maps-00000.npy              float32 [n, blocks, h, w, D], with both
+    index.csv                         a line for each image: key, label where there are classes, part, row
+
+A file is whole or not there, index.csv comes last. A command that was killed goes on with the first part that is not whole,
+to the same bytes on the same devices.
+"""
+
+import csv
+import io
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pera_jax import checkpoint, distributed, files
+from pera_jax.errors import UserError
+from pera_jax.features import Model
+from pera_jax.probes import features
+from pera_jax.probes.cache import digest
+from pera_jax.probes.samples import Samples
+
+PLAN, INDEX = "features.json", "index.csv"
+_FORMAT_VERSION = 1
+
+
+def write(
+    weights: checkpoint.Weights,
+    samples: Samples,
+    output: pathlib.Path,
+    *,
+    image_size: int | None = None,
+    blocks: int | tuple[int, ...] = (),
+    maps: bool = False,
+    part_size: int = 1024,
+    batch_size: int = 256,
+    devices: list | None = None,
+) -> str:
+    """Writes the folder; goes on with one that is begun.
+
+    Args:
+      image_size: px, to which each image is resized as a whole; None: the training's global crops.
+      blocks: also the tokens of these, see `Model.apply`.
+      maps: also the maps of patch tokens.
+      part_size: images in a file.
+      batch_size: images that are decoded ahead and held; changes no feature.
+      devices: the devices to use, all of this host by default.
+
+    Returns:
+      what is there now, in words.
+
+    Raises:
+      UserError: images or options that do not fit the weights; an image that cannot be read; a folder of other features, or
+        that cannot be written.
+    """
+    for name, value in (("part size", part_size), ("batch size", batch_size)):
+        if value < 1:
+            raise UserError(f"the {name} is {value}; it must be at least 1")
+    model = Model.of(weights.backbone, weights.meta)
+    size = weights.meta["model"]["image_size"] if image_size is None else image_size
+    features.check_image_size(size, weights.meta)
+    model.bands.places(samples, samples.path)  # raises where a band is missing
+    encode = _encoder(model, blocks, maps)
+    image = jax.ShapeDtypeStruct((1, size, size, len(model.bands)), model.bands.dtype)
+    arrays = {name: list(each.shape[1:]) for name, each in jax.eval_shape(encode, model.params, image).items()}
+    parts = features.batched(range(len(samples)), part_size)
+    plan = {
+        "format_version": _FORMAT_VERSION,
+        "weights": digest(weights.backbone),
+        "step": weights.step,
+        "data": {"name": samples.name, "split": samples.split, "fingerprint": samples.fingerprint},
+        "images": len(samples),
+        "image_size": size,
+        "blocks": blocks if isinstance(blocks, int) else list(blocks),
+        "part_size": part_size,
+        "parts": len(parts),
+        "arrays": arrays,
+    }
+    said = f"{len(samples):,} images in {len(parts)} parts: {', '.join(arrays)}"
+    try:
+        _begin(output, plan)
+        missing = [number for number, rows in enumerate(parts) if not _whole(output, number, len(rows), arrays)]
+        if not missing and (output / INDEX).is_file():
+            return f"{said}: finished, there is nothing to do"
+        if len(missing) < len(parts):
+            distributed.say(f"{output} has {len(parts) - len(missing)} of {len(parts)} parts; going on")
+        if missing:
+            run = features.OverDevices(encode, model.params, devices)
+            _write_parts(run, model, samples, size, output, {number: parts[number] for number in missing}, batch_size)
+        files.write(output / INDEX, _index(samples, parts))
+    except OSError as error:
+        raise UserError(
+            f"cannot write {output}: {error.strerror or error}; make room or choose another --output, and start again"
+        ) from error
+    return said
+
+
+def _encoder(model: Model, blocks, maps: bool):
+    def encode(params, images):
+        tokens = model.apply(params, images, blocks=blocks)
+        found = {"class_token": tokens.class_token, "patch_mean": tokens.patch_map.mean(axis=(1, 2))}
+        if maps:
+            found["patch_map"] = tokens.patch_map
+        if tokens.block_maps:
+            found["block_class_tokens"] = jnp.stack(tokens.block_class_tokens, axis=1)
+            if maps:
+                found["block_maps"] = jnp.stack(tokens.block_maps, axis=1)
+        return found
+
+    return encode
+
+
+def _begin(output: pathlib.Path, plan: dict[str, Any]) -> None:
+    """Writes the plan into a new folder. Raises UserError: one of another plan, or of other things."""
+    if not output.is_dir() or all(path.name == f"{PLAN}.tmp" for path in output.iterdir()):  # killed as it wrote that
+        files.write_json(output / PLAN, plan)
+        return
+    try:
+        found = json.loads((output / PLAN).read_bytes())
+        differing = [name for name in plan if found[name] != plan[name]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{output} is not empty and holds no features; choose another --output") from error
+    if differing:
+        name = differing[0]
+        raise UserError(
+            f"{output} holds features of other {name} ({_short(found[name])}, now {_short(plan[name])}); choose another "
+            "--output, or remove it"
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def _whole(output: pathlib.Path, number: int, images: int, arrays: dict[str, list[int]]) -> bool:
+    """Whether the files of a part are there and as long as their headers say."""
+    try:
+        found = [np.load(_file(output, name, number), mmap_mode="r") for name in arrays]
+    except (OSError, ValueError):
+        return False
+    return all(each.shape == (images, *shape) for each, shape in zip(found, arrays.values(), strict=True))
+
+
+def _file(output: pathlib.Path, name: str, number: int) -> pathlib.Path:
+    return output / f"{name}-{number:05d}.npy"
+
+
+def _write_parts(run, model, samples, size, output, parts: dict[int, range], batch_size) -> None:
+    # Batches begin anew with each part, so that its bytes do not depend on where a command began.
+    batches = [(number, batch) for number, rows in parts.items() for batch in features.batched(rows, batch_size)]
+    resize = lambda image: features.resized(image, size)  # noqa: E731
+    read = features.read(samples, model.bands, resize, [batch for _, batch in batches], "features")
+    found = []
+    for (number, batch), images in zip(batches, read, strict=True):
+        found.append(run(images))
+        if batch.stop == parts[number].stop:
+            for name in found[0]:
+                content = io.BytesIO()
+                np.save(content, np.concatenate([each[name] for each in found]))
+                files.write(_file(output, name, number), content.getvalue())
+            found = []
+
+
+def _index(samples: Samples, parts: list[range]) -> bytes:
+    names, text = samples.class_names, io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["key", *(["label"] if names else []), "part", "row"])
+    for number, part in enumerate(parts):
+        for row, image in enumerate(part):
+            label = int(samples.labels[image])
+            rows.writerow([samples.keys[image], *([names[label] if label >= 0 else ""] if names else []), number, row])
+    return text.getvalue().encode("utf-8", "surrogateescape")

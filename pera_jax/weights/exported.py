@@ -1,0 +1,67 @@
+"""A folder that `python -m pera_jax.export timm` has written, read back without its run."""
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pera_jax import checkpoint
+from pera_jax.errors import UserError
+from pera_jax.models import vit
+from pera_jax.weights import arrays, tables
+
+FILE, CONFIG = "model.safetensors", "config.json"
+ENTRY = "pera_jax"  # of config.json
+_FORMAT_VERSION = 1
+
+
+def described(meta: dict[str, Any], step: int, which: str, height: int, width: int) -> dict[str, Any]:
+    """The entry of config.json: the network, and how stored values become what it takes.
+
+    Args:
+      meta, step, which: of the checkpoint that is exported.
+      height, width: px, what the position embedding is for.
+    """
+    names = ("bands", "dtype", "ranges", "mean", "std")
+    return {
+        "format_version": _FORMAT_VERSION, "network": which, "step": step, "image_size": [height, width],
+        "model": meta["model"] | {"image_size": height}, **{name: meta[name] for name in names}, "git": meta["git"],
+    }  # fmt: skip
+
+
+def load(folder: pathlib.Path, step: int | None, which: str) -> checkpoint.Weights:
+    """The weights of an exported folder; their `meta` is the entry of config.json.
+
+    Args:
+      step, which: what the folder must hold; None: any step.
+
+    Raises:
+      UserError: files that are missing, damaged or do not fit each other; another step or network; not square.
+    """
+    try:
+        meta = json.loads((folder / CONFIG).read_bytes())[ENTRY]
+        shape, (height, width), held = meta["model"], meta["image_size"], (meta["network"], meta["step"])
+        version = meta["format_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / CONFIG} is not of python -m pera_jax.export timm ({type(error).__name__}: {error}); export it anew, "
+            "or make a run of the file with import-timm"
+        ) from error
+    if version != _FORMAT_VERSION:
+        raise UserError(
+            f"{folder / CONFIG} has format version {version}, this program reads {_FORMAT_VERSION}; export it anew"
+        )
+    if (which, held[1] if step is None else step) != held:
+        raise UserError(f"{folder} holds the {held[0]} of step {held[1]}; ask for that, or name the run")
+    if height != width:
+        raise UserError(f"{folder} was exported for {height} x {width} px; export it for a square, or name the run")
+    file, entries = folder / FILE, tables.backbone("", ("backbone",), shape["depth"], shape["split"])
+    named = arrays.read(file)
+    tables.check_names(named, entries, str(file))
+    network, image = vit.build(shape), jnp.zeros((1, height, width, shape["bands"]))
+    abstract = jax.eval_shape(lambda: network.init(jax.random.key(0), image))
+    tables.check_shapes(named, {"backbone": abstract["params"]}, entries, shape, str(file))
+    tree = tables.from_named(named, entries, shape["heads"], shape["patch"])
+    return checkpoint.Weights(jax.tree.map(jnp.asarray, tree), meta, held[1])
