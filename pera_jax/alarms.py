@@ -9,7 +9,7 @@ wait for it.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 DECAY = 0.95  # of averages, for each step: they tell of the last 20

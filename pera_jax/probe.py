@@ -12,7 +12,7 @@ import argparse
 import os
 import pathlib
 
-from pera_jax import checkpoint, distributed, errors
+from pera_jax import distributed, errors
 from pera_jax.errors import UserError
 from pera_jax.probes import results, specs
 from pera_jax.probes.follow import follow

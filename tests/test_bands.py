@@ -10,7 +10,6 @@ import pytest
 from data_prep import scenes
 from pera_jax import checkpoint, train
 from pera_jax import config as configs
-from pera_jax.bands import Bands
 from pera_jax.data import mixture, pipeline, records, statistics
 from pera_jax.errors import UserError
 from pera_jax.probes import features, samples

@@ -2,7 +2,6 @@
 
 import csv
 import functools
-import io
 import json
 import pathlib
 import re
@@ -11,14 +10,12 @@ import jax
 import labelled_toys
 import numpy as np
 import pytest
-from labelled_toys import CLASSES, write_shards
-from PIL import Image
+from labelled_toys import write_shards
 from tensorboardX.proto import event_pb2
 
 from pera_jax import checkpoint, errors, probe
-from pera_jax.bands import Bands
 from pera_jax.models import vit
-from pera_jax.probes import features, folders, results, samples, specs
+from pera_jax.probes import features, results, samples
 
 QUICK = ("knn", "--set", "knn.k=(5,20)")
 

@@ -119,16 +119,16 @@ def from_names(tasks: Sequence[str], fields: Mapping[str, Any], changes: Sequenc
 
 
 def _changed(tasks: dict[str, dict[str, Any]], changes: Sequence[str]) -> list[Spec]:
-    for change in changes:
-        place, equals, text = change.partition("=")
+    for text in changes:
+        place, equals, value = text.partition("=")
         name, dot, field = place.partition(".")
         if not equals or not dot:
-            raise UserError(f"the change {change!r} is not of the form NAME.FIELD=VALUE")
+            raise UserError(f"the change {text!r} is not of the form NAME.FIELD=VALUE")
         if name not in tasks:
             raise UserError(f"there is no {name!r} to change; there are {', '.join(tasks)}")
         try:
-            value = ast.literal_eval(text)
+            value = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            value = text
+            pass  # a word needs no quotes
         tasks[name][field] = value
     return [make(name, fields) for name, fields in tasks.items()]
