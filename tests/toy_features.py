@@ -1,7 +1,5 @@
 """Labelled features for the tests of the classification probes, and a quick run of a task."""
 
-import dataclasses
-
 import numpy as np
 
 from pera_jax.probes import features, knn, linear, logistic, scores
@@ -11,8 +9,7 @@ TASKS = {"knn": knn, "linear": linear, "logistic": logistic}
 
 
 def tokens(class_tokens: np.ndarray, patch_means: np.ndarray) -> features.Features:
-    rest = len(dataclasses.fields(features.Features)) - 2
-    return features.Features(class_tokens.astype(np.float32), patch_means.astype(np.float32), *[None] * rest)
+    return features.Features(class_tokens.astype(np.float32), patch_means.astype(np.float32))
 
 
 def images(rng, labels, noise=1.0, blocks=2, dims=6):
