@@ -82,7 +82,8 @@ class Loop:
         self._fetch()  # a state whose loss is not finite is not worth keeping
         self.saved = int(state.step)
         replaced, *drawn = np.asarray(self.tally).tolist()
-        self.store.save(state, self.meta, {"batches": self.saved, "replaced": replaced, "drawn": drawn, "alarms": self.alarms.state()})
+        position = {"batches": self.saved, "replaced": replaced, "drawn": drawn, "alarms": self.alarms.state()}
+        self.store.save(state, self.meta, position)
         self.watchdog.fed()
 
     def _fetch(self):
@@ -127,7 +128,7 @@ class Loop:
             "lower schedules.learning_rate.peak or optimiser.clip_norm and start again"
         )
         if self.writer:
-            self.writer.write_alarm(step, NOT_FINITE, text)
+            self.writer.write_alarm(step, NOT_FINITE, text, say=False)  # the error says it
         raise UserError(text)
 
 

@@ -262,4 +262,5 @@ def mean_direction(tokens: jax.Array) -> jax.Array:
     The square of its length is the mean cosine similarity of two of them, so 1 minus it is their variance: 0 where all
     are the same, near 1 where they point everywhere.
     """
-    return jnp.mean(tokens / jnp.linalg.norm(tokens, axis=-1, keepdims=True), axis=(0, 1))
+    length = jnp.linalg.norm(tokens, axis=-1, keepdims=True)
+    return jnp.mean(tokens / jnp.maximum(length, 1e-12), axis=(0, 1))

@@ -85,11 +85,12 @@ class MetricsWriter:
             self._write_event(event_pb2.Event(step=int(step), summary=summary_pb2.Summary(value=scalars)))
         self._line.show(self._describe(step, values))
 
-    def write_alarm(self, step: int, name: str, text: str) -> None:
-        """Records an alarm that begins at `step`, and says it. Raises UserError as `write`."""
+    def write_alarm(self, step: int, name: str, text: str, say: bool = True) -> None:
+        """Records an alarm that begins at `step`, and says it on stderr. Raises UserError as `write`."""
         with self._told():
             _write_all(self._alarms, json.dumps({"step": int(step), "alarm": name, "text": text}).encode() + b"\n")
-        self._line.say(f"alarm at step {step:,}, {name}: {text}")
+        if say:
+            self._line.say(f"alarm at step {step:,}, {name}: {text}")
 
     def close(self) -> None:
         """Ends the live line and closes the files. Raises UserError as `write` does, unless `write` has said it."""
