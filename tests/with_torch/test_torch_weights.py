@@ -186,9 +186,9 @@ def test_the_input_of_the_card_is_that_of_the_probes(run, tmp_path):
     with torch.no_grad():
         exec(code, names)
     weights = checkpoint.load_weights(run)
-    classes, means = features.Extractor(weights.backbone, weights.meta)(stored.transpose(0, 2, 3, 1))
-    np.testing.assert_allclose(names["features"].numpy(), classes[:, -1], atol=CLOSE)
-    np.testing.assert_allclose(names["tokens"][:, 1:].mean(1).numpy(), means[:, -1], atol=CLOSE)
+    found = features.Extractor(weights.backbone, weights.meta)(stored.transpose(0, 2, 3, 1))
+    np.testing.assert_allclose(names["features"].numpy(), found.class_tokens[:, -1], atol=CLOSE)
+    np.testing.assert_allclose(names["tokens"][:, 1:].mean(1).numpy(), found.patch_means[:, -1], atol=CLOSE)
 
 
 def test_the_released_dictionary_out_and_in_again_is_the_same_bits(run, tmp_path):
