@@ -56,6 +56,15 @@ def test_a_pickle_with_code_is_refused_and_not_run(protocol, tmp_path):
     assert not marker.exists()
 
 
+def test_a_name_that_hides_behind_an_allowed_one_is_refused(tmp_path):
+    remembered = b"\x8c\x05posix\x94\x8c\x05mkdir\x94"
+    decoys = b"\x8c\x0bcollections0\x8c\x0bOrderedDict0"
+    call = b"h\x00h\x01\x93\x8c\x06marker\x85R."  # the two from memory, then posix.mkdir("marker")
+    (tmp_path / "a.params").write_bytes(b"\x80\x04" + remembered + decoys + call)
+    said = refused(tmp_path / "a.params", tmp_path)
+    assert "collections.OrderedDict (by way of the stack)" in said and "nothing of it was loaded" in said
+
+
 def test_without_pytorch_an_honest_dictionary_says_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     (tmp_path / "a.params").write_bytes(pickle.dumps({"model": {}}, 2))

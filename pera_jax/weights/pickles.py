@@ -79,12 +79,13 @@ def _globals(path: pathlib.Path) -> Iterator[str]:
 
 
 def _globals_of_one(file: BinaryIO) -> Iterator[str]:
-    texts: list[str] = []  # what may be on the stack: STACK_GLOBAL takes its two names from there
+    texts: list[str] = []  # the newest are probably what STACK_GLOBAL takes its two names from
     for opcode, argument, _ in pickletools.genops(file):
         if opcode.name in ("GLOBAL", "INST"):
             yield argument.replace(" ", ".")
         elif opcode.name == "STACK_GLOBAL":
-            yield ".".join(texts[-2:]) or "a name that is made up as it is read"
+            # PyTorch writes none, and these may not be the ones that a reader would find there: never allowed.
+            yield f"{'.'.join(texts[-2:])} (by way of the stack)"
         elif isinstance(argument, str):
             texts.append(argument)
         elif opcode.name.startswith("EXT"):
