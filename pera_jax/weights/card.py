@@ -39,8 +39,7 @@ tags:
 # {meta["config"]["name"]}, {which} at step {weights.step}
 
 A vision transformer: width {shape["width"]}, {shape["depth"]} blocks, {shape["heads"]} heads, patches of
-{shape["patch"]} px, {shape["bands"]} band(s), no classifier. {_origin(meta, weights.step)} Exported by pera_jax, revision
-`{meta["git"]}`.
+{shape["patch"]} px, {shape["bands"]} band(s), no classifier. {_origin(meta, weights.step)}
 
 ## Input
 
@@ -76,5 +75,6 @@ def _origin(meta: dict, step: int) -> str:
     data = meta["data"]
     return (
         f"Pre-trained without labels for {step:,} steps of {meta['config']['batch_size']:,} images by PerA (Shen et al., "
-        f"arXiv:2505.19447) on {data['name']}: {data['records']:,} images, fingerprint `{data['fingerprint']}`."
+        f"arXiv:2505.19447) on {data['name']}: {data['records']:,} images, fingerprint `{data['fingerprint']}`; "
+        f"pera_jax, revision `{meta['git']}`."
     )
