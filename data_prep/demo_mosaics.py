@@ -28,6 +28,7 @@ VERSION = 1  # of the pictures: goes up when the same seed gives others
 CLASSES = ("forest", "crop_rows", "orchard", "dense_roofs", "solar_farm")
 BUILT = CLASSES.index("dense_roofs")
 SIZE = 192  # px
+ZOOM = np.float32(0.6)  # of the layouts: about that at which global crops of the demo show them
 NUMBERS = {"train": 16, "test": 8}
 _FIELDS = 7
 _SETTINGS_FILE = "mosaics.json"
@@ -103,9 +104,10 @@ def pair(rng: np.random.Generator, fields: np.ndarray, changes: bool) -> tuple[n
 def render(rng: np.random.Generator, fields: np.ndarray, classes: np.ndarray) -> np.ndarray:
     """uint8 [SIZE, SIZE, 3]: each field cut from a scene of its class."""
     picture = np.zeros((SIZE, SIZE, 3), np.float32)
-    sun = rng.uniform(0, 2 * np.pi)
+    at, sun = raster.frame(SIZE), rng.uniform(0, 2 * np.pi)
+    at = raster.Frame(at.u / ZOOM, at.v / ZOOM)
     for field in np.unique(fields):
-        scene = LAYOUTS[CLASSES[classes[field]]](rng, raster.frame(SIZE), Tones(rng, sun=sun))  # [SIZE, SIZE, 3]
+        scene = LAYOUTS[CLASSES[classes[field]]](rng, at, Tones(rng, sun=sun))  # [SIZE, SIZE, 3]
         picture[fields == field] = scene[fields == field]
     return expose(picture, rng)
 
