@@ -10,6 +10,7 @@ With several hosts each writes its part, into one folder that all of them see; w
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import os
 import pathlib
 import shutil
@@ -202,6 +203,14 @@ def folder_of(run: str | pathlib.Path, step: int | None) -> tuple[pathlib.Path, 
         raise UserError(f"{run} has no checkpoint of step {step}; there are {', '.join(map(str, finished))}")
     chosen = finished[-1] if step is None else step
     return pathlib.Path(run).absolute() / FOLDER / str(chosen), chosen
+
+
+def identity(folder: pathlib.Path) -> str:
+    """SHA-256 of what Orbax notes of a save, its times among it: differs where a step was saved again. "" without."""
+    try:
+        return hashlib.sha256((folder / "_CHECKPOINT_METADATA").read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 def load_meta(folder: pathlib.Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -115,6 +115,26 @@ def anywhere(fact: bool) -> bool:
 def of_main_host(value: int) -> int:
     """The first host's value. All of them must ask."""
     return value if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int64(value)))
+
+
+def raise_anywhere(error: Exception | None) -> None:
+    """Raises where any host has an error, on all of them: its own, or one that says that another host failed.
+
+    All of them must ask: a host that ended alone would leave the others waiting for it.
+    """
+    if anywhere(error is not None):
+        raise error or UserError("another host failed; its own message says why")
+
+
+def on_main_host(function: Callable[[], None]) -> None:
+    """The first host calls it, the others wait; where it raises, all do."""
+    error = None
+    if main_host():
+        try:
+            function()
+        except Exception as wrong:
+            error = wrong
+    raise_anywhere(error)
 
 
 def check_same(value: int, message: str) -> None:

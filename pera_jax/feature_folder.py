@@ -18,6 +18,7 @@ to the same bytes on the same devices.
 
 import csv
 import io
+import functools
 import json
 import pathlib
 from typing import Any
@@ -98,7 +99,8 @@ def write(
         if len(missing) < len(parts):
             distributed.say(f"{output} has {len(parts) - len(missing)} of {len(parts)} parts; going on")
         if missing:
-            run = features.OverDevices(encode, model.params, devices)
+            over_devices = features.OverDevices(encode, devices)
+            run = functools.partial(over_devices, over_devices.placed(model.params))
             _write_parts(run, model, samples, size, output, {number: parts[number] for number in missing}, batch_size)
         files.write(output / INDEX, _index(samples, parts))
     except OSError as error:

@@ -28,9 +28,14 @@ def probe(
     Raises:
       UserError: everything that is wrong with the arguments, the run or the data, before a score is computed.
     """
-    network = load_network(run, step, encoder)
-    job = Job(chosen, network.meta, base_of(run, output), batch_size)
-    return [job.judge(network, spec) for spec in chosen]
+    network, job = load_network(run, step, encoder), Job(chosen, base_of(run, output), batch_size)
+    job.prepare(network.meta)
+    entries = []
+    for spec in chosen:
+        result = job.judge(network, spec)
+        job.write(result)
+        entries.append(result.entry)
+    return entries
 
 
 def base_of(run: str, output: str | None) -> pathlib.Path:
@@ -67,8 +72,9 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"{base_of(options.run, options.output)} holds no result; probe the run first")
         print(results.markdown(found))
         return
-    if options.batch_size < 1:
-        raise UserError(f"--batch-size is {options.batch_size}; it must be at least 1")
+    for name in ("batch_size", "poll", "patience"):
+        if not getattr(options, name) > 0:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be more than 0")
     chosen = _chosen(options)
     if options.follow:
         if options.encoder != "teacher" or options.step is not None:
@@ -76,15 +82,16 @@ def main(argv: list[str] | None = None) -> None:
     elif not pathlib.Path(options.run).is_dir():
         raise UserError(f"the run's folder {options.run} does not exist; name the --workdir of a training")
     distributed.initialize(distributed.cluster_of(options.coordinator, options.num_processes, options.process_id, os.environ))
+    base = base_of(options.run, options.output)
     with distributed.ends_alone():
         if options.follow:
-            entries = follow(options.run, chosen, base_of(options.run, options.output), options.batch_size,
-                             options.poll, 3600 * options.patience)  # fmt: skip
+            follow(options.run, chosen, base, options.batch_size, options.poll, 3600 * options.patience)
+            entries = results.read(base)
         else:
             entries = probe(options.run, chosen, encoder=options.encoder, step=options.step, output=options.output,
                             batch_size=options.batch_size)  # fmt: skip
     if distributed.main_host():
-        print(f"{results.markdown(entries)}\n\nwritten to {base_of(options.run, options.output)}")
+        print(f"{results.markdown(entries)}\n\nwritten to {base}")
 
 
 def _chosen(options) -> list[specs.Spec]:

@@ -15,7 +15,7 @@ import pytest
 
 from pera_jax import checkpoint
 from pera_jax.errors import UserError
-from pera_jax.probes import follow, job, knn, specs
+from pera_jax.probes import follow, job, knn, results, specs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, "-m", "pera_jax.probe", "--follow", "--poll", "0.2", "--tasks", "knn", "--set", "knn.k=(5,)"]
@@ -88,7 +88,7 @@ def test_a_job_that_was_killed_goes_on_in_the_middle(finished, data, tmp_path, m
     entries = run_follow(finished, tmp_path, two_tasks(data))
     found = written + [(entry["checkpoint"]["step"], entry["name"]) for entry in entries]
     assert found == [(step, name) for step in (4, 8, 12) for name in ("knn", "linear")]
-    assert not (tmp_path / "cache").exists()
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_a_checkpoint_that_is_being_removed_is_no_result(finished, data, tmp_path, monkeypatch):
@@ -111,7 +111,7 @@ def test_a_checkpoint_that_is_being_removed_is_no_result(finished, data, tmp_pat
 
 
 def test_one_job_at_a_time_and_an_end_to_patience(finished, data, tmp_path):
-    with follow._only_one(tmp_path), pytest.raises(UserError, match="another job follows this run"):
+    with results.only_one(tmp_path, "follow.lock", wait=False), pytest.raises(UserError, match="another job follows this run"):
         run_follow(finished, tmp_path, two_tasks(data))
     (tmp_path / "run").mkdir()
     with pytest.raises(UserError, match="has no new checkpoint for .* hours and has not ended"):

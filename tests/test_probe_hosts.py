@@ -58,9 +58,10 @@ def launch(run, data, output, devices: int, batch: int, hosts: int = 1) -> list[
 def found(output: pathlib.Path):
     """(arrays of the training and the test split, the entries)."""
     arrays = {}
-    for place in (output / "cache").iterdir():
-        split = json.loads((place / "of.json").read_text())["split"]
-        arrays |= {f"{split}/{file.stem}": np.load(file) for file in place.glob("*.npy")}
+    for file in (output / "cache").glob("*.npz"):
+        kept = dict(np.load(file))
+        split = json.loads(str(kept.pop("of")))["split"]
+        arrays |= {f"{split}/{name}": values for name, values in kept.items()}
     return arrays, [json.loads((output / "step_000001" / f"{name}.json").read_text()) for name in ("knn", "logistic")]
 
 

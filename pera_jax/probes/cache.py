@@ -2,16 +2,17 @@
 
 import hashlib
 import json
+import os
 import pathlib
-import shutil
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from pera_jax import distributed, files
-from pera_jax.errors import UserError
+from pera_jax import distributed
 
+LARGEST = 16 * 2**30  # bytes that a folder holds
 _VERSION = 1  # of how features are computed; another one makes them anew
 
 
@@ -33,25 +34,25 @@ def digest(tree: Any) -> str:
 
 
 class Cache:
-    """A folder of arrays; each set lies in a folder of its own, beside the description that names it."""
+    """A folder of arrays, a file for each set; its name is a hash of what the arrays are made of, which it holds too.
+
+    An aid: what cannot be kept is made anew.
+    """
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
+        self._used: set[pathlib.Path] = set()  # by this object: another job may write beside it
 
     def arrays(self, described: dict[str, Any], make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """The arrays of this description (JSON): those in the folder, else those that `make` gives, which are kept.
 
-        With several hosts all must call it; the first one writes. Raises UserError where that fails.
+        With several hosts all must call it; the first one writes.
         """
         text = json.dumps(described | {"version": _VERSION}, sort_keys=True, indent=1)
-        place = self.folder / hashlib.sha256(text.encode()).hexdigest()[:24]
-        try:
-            found = None if not place.is_dir() else {
-                file.stem: np.load(file) for file in sorted(place.glob("*.npy"))
-            }
-        except (OSError, ValueError):
-            found = None  # a file that is cut off or was taken away is made anew
-        if not distributed.anywhere(not found):
+        place = self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.npz"
+        found = _read(place)
+        self._used.add(place)
+        if not distributed.anywhere(found is None):
             return found
         made = make()
         if distributed.main_host():
@@ -59,20 +60,32 @@ class Cache:
         return made
 
     def clear(self) -> None:
-        """Takes the folder away; the first host does."""
-        if distributed.main_host():
-            shutil.rmtree(self.folder, ignore_errors=True)
+        """Takes away what this object has read or made."""
+        for place in self._used:
+            place.unlink(missing_ok=True)
+        self._used = set()
 
     def _write(self, place: pathlib.Path, text: str, arrays: dict[str, np.ndarray]) -> None:
-        staging = place.with_name(f"{place.name}.tmp")
+        temporary = place.with_name(f"{place.name}.{os.getpid()}.tmp")
         try:
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
-            for name, values in arrays.items():
-                np.save(staging / f"{name}.npy", values)
-            files.write(staging / "of.json", text.encode() + b"\n")
-            shutil.rmtree(place, ignore_errors=True)
-            staging.rename(place)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            size = sum(values.nbytes for values in arrays.values())
+            if size + sum(file.stat().st_size for file in self.folder.glob("*.npz")) > LARGEST:
+                return
+            with open(temporary, "wb") as file:
+                np.savez(file, of=np.array(text), **arrays)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, place)
         except OSError as error:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise UserError(f"cannot write to {self.folder}: {error.strerror}; make room or choose another --output") from error
+            temporary.unlink(missing_ok=True)
+            distributed.say(f"features are not kept in {self.folder}: {error.strerror}")
+
+
+def _read(place: pathlib.Path) -> dict[str, np.ndarray] | None:
+    """The arrays of a file; None where there is none, or it is damaged."""
+    try:
+        with np.load(place) as found:
+            return {name: found[name] for name in found.files if name != "of"}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        return None

@@ -18,7 +18,7 @@ import numpy as np
 from einops import rearrange
 from jax.experimental import multihost_utils
 
-from pera_jax import sharding
+from pera_jax import distributed, sharding
 from pera_jax.bands import Bands
 from pera_jax.data import codecs
 from pera_jax.data import crops as geometry
@@ -47,15 +47,11 @@ class Features:
         parts = [self.class_tokens[:, -blocks:]] + ([self.patch_means[:, -blocks:]] if patch_means else [])
         return np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
 
-    def take(self, indices: np.ndarray) -> "Features":
-        """The features of some of the images."""
-        return Features(self.class_tokens[indices], self.patch_means[indices])
-
 
 class OverDevices:
     """A function of images on all devices of this host, each of which always gets `MICRO_BATCH` of them."""
 
-    def __init__(self, function: Callable[[dict, jax.Array], Any], params: dict[str, Any], devices: list | None = None):
+    def __init__(self, function: Callable[[dict, jax.Array], Any], devices: list | None = None):
         """
         Args:
           function: (params, images [B, H, W, C]) -> a tree of arrays [B, ...]; pure.
@@ -64,12 +60,15 @@ class OverDevices:
         self._mesh = sharding.make_mesh(devices=devices or jax.local_devices())
         self._step = MICRO_BATCH * sharding.batch_shards(self._mesh)
         self._where = jax.sharding.NamedSharding(self._mesh, sharding.BATCH)
-        everywhere = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
-        self._params = jax.device_put(params, everywhere)
-        self._function = jax.jit(function, in_shardings=(everywhere, self._where), out_shardings=self._where)
+        self._everywhere = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
+        self._function = jax.jit(function, in_shardings=(self._everywhere, self._where), out_shardings=self._where)
 
-    def __call__(self, images: np.ndarray) -> Any:
-        """The tree of float32 arrays [B, ...] of images [B, H, W, C].
+    def placed(self, params: dict[str, Any]) -> dict[str, Any]:
+        """The parameters on every device."""
+        return jax.device_put(params, self._everywhere)
+
+    def __call__(self, params: dict[str, Any], images: np.ndarray) -> Any:
+        """The tree of float32 arrays [B, ...] of images [B, H, W, C], by parameters that are `placed`.
 
         Raises:
           UserError: values that are not finite.
@@ -80,7 +79,7 @@ class OverDevices:
                 part = images[first : first + self._step]
                 padded = np.zeros((self._step, *images.shape[1:]), images.dtype)
                 padded[: len(part)] = part
-                results.append(self._function(self._params, jax.device_put(padded, self._where)))
+                results.append(self._function(params, jax.device_put(padded, self._where)))
         join = lambda *parts: np.concatenate([np.asarray(part) for part in parts])[: len(images)]  # noqa: E731
         found = jax.tree.map(join, *results)  # only the end is padded
         if not all(np.isfinite(array).all() for array in jax.tree.leaves(found)):
@@ -102,7 +101,7 @@ class Extractor:
           meta: of the checkpoint.
           devices: the devices to use, all of this host by default.
         """
-        model = Model.of(backbone, meta)
+        model = dataclasses.replace(Model.of(backbone, meta), params={})  # which come with each call
         self.bands, self.patch = model.bands, model.network.patch
         blocks = min(BLOCKS, model.network.depth)
 
@@ -114,15 +113,21 @@ class Extractor:
         def maps(params, images):
             return jnp.stack(model.apply(params, images, blocks=blocks).block_maps, axis=1)  # [B, n, h, w, D]
 
-        self._summaries, self._maps = (OverDevices(function, backbone, devices) for function in (summaries, maps))
+        self._summaries, self._maps = (OverDevices(function, devices) for function in (summaries, maps))
+        self._params = self._summaries.placed(backbone)
+
+    def take(self, backbone: dict[str, Any]) -> None:
+        """Goes on with other parameters of the same network: nothing is compiled again."""
+        self._params = None  # first, so that there is room for the new ones
+        self._params = self._summaries.placed(backbone)
 
     def __call__(self, images: np.ndarray) -> Features:
         """Stored values [B, H, W, C], H and W multiples of the patch."""
-        return self._summaries(images)
+        return self._summaries(self._params, images)
 
     def maps(self, images: np.ndarray) -> np.ndarray:
         """Stored values [B, H, W, C] -> the patch tokens float32 [B, n, H / patch, W / patch, D]."""
-        return self._maps(images)
+        return self._maps(self._params, images)
 
 
 class Pixels:
@@ -165,7 +170,7 @@ def resized(pixels: np.ndarray, size: int) -> np.ndarray:
 def extract(extractor: Extractor | Pixels, samples: Samples, image_size: int, batch_size: int) -> Features:
     """The features of every image of a split, each resized as a whole to `image_size` x `image_size` px.
 
-    All hosts must call it; each encodes its part.
+    All hosts must call it; each encodes its part, and where one fails all do.
 
     Args:
       batch_size: images that are decoded ahead and held; changes no result.
@@ -177,8 +182,12 @@ def extract(extractor: Extractor | Pixels, samples: Samples, image_size: int, ba
     most = -(-len(samples) // hosts)
     rows = range(min(own * most, len(samples)), min((own + 1) * most, len(samples)))
     read_size = lambda image: resized(image, image_size)  # noqa: E731
-    parts = batched(rows, batch_size)
-    batches = [extractor(images) for images in read(samples, extractor.bands, read_size, parts, "features")]
+    parts, batches, error = batched(rows, batch_size), [], None
+    try:
+        batches = [extractor(images) for images in read(samples, extractor.bands, read_size, parts, "features")]
+    except Exception as wrong:
+        error = wrong
+    distributed.raise_anywhere(error)
     if hosts == 1:
         return Features(*(np.concatenate([getattr(b, name) for b in batches]) for name in ("class_tokens", "patch_means")))
     return _of_all_hosts(batches, len(samples), most, rows)

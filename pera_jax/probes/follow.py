@@ -5,16 +5,15 @@ middle of a checkpoint's tasks, too. A task that fails leaves its failure as its
 """
 
 import contextlib
-import fcntl
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from pera_jax import checkpoint, distributed
 from pera_jax.errors import UserError
 from pera_jax.probes import results
-from pera_jax.probes.job import Job, Network
+from pera_jax.probes.job import Job, Network, Result
 from pera_jax.probes.specs import Spec
 
 _NOTHING = -1  # no checkpoint to judge
@@ -32,57 +31,97 @@ def follow(
     Raises:
       UserError: bad data, before anything is judged; another job that follows the run; no new checkpoint for `patience`.
     """
-    entries, job, idle = [], None, time.monotonic()
-    gone: set[int] = set()
-    with _only_one(base):
-        while True:
-            ended = (pathlib.Path(run) / "FINISHED").exists()  # before the look for checkpoints, or the last is missed
-            step = distributed.of_main_host(_next(run, base, specs, gone))
-            if step == _NOTHING:
-                if distributed.anywhere(ended):
-                    return entries
-                if distributed.anywhere(time.monotonic() - idle > patience):
-                    raise UserError(
-                        f"{run} has no new checkpoint for {patience / 3600:g} hours and has not ended; see what has become "
-                        "of the training, then start this job again"
-                    )
-                time.sleep(poll)
-                continue
-            weights = load_if_kept(run, step)
-            if distributed.anywhere(weights is None):
-                distributed.say(f"the checkpoint of step {step} was removed before it could be read")
-                gone.add(step)
-                continue
-            job = job or Job(specs, weights.meta, base, batch_size)
-            network = Network.of(weights, run, "teacher")
-            for spec in specs:
-                if distributed.of_main_host(int(_judged(base, step, spec))):
-                    continue
-                entry = _judge(job, network, spec)
-                said = entry.get("failure") or ", ".join(f"{k} {v['value']:.4f}" for k, v in entry["scores"].items())
-                distributed.say(f"step {step}, {spec.name}: {said}")
-                entries.append(entry)
-            job.forget()  # the next checkpoint has other features
-            idle = time.monotonic()
+    with results.only_one(base, "follow.lock", wait=False) if distributed.main_host() else contextlib.nullcontext():
+        job = Job(specs, base, batch_size)
+        entries = _follow(run, job, poll, patience)
+        if distributed.main_host():
+            results.write_table(base)  # of a job that was killed before it could
+        return entries
 
 
-def _judge(job: Job, network: Network, spec: Spec) -> dict[str, Any]:
+def _follow(run: str, job: Job, poll: float, patience: float) -> list[dict[str, Any]]:
+    entries, network, idle, waits = [], None, time.monotonic(), False
+    passed_over: set[int] = set()
+    while True:
+        # On one host, and the end before the look for checkpoints: else the last one could be missed.
+        ended = distributed.of_main_host(int((pathlib.Path(run) / "FINISHED").exists()))
+        step = distributed.of_main_host(_next(run, job, passed_over) if distributed.main_host() else _NOTHING)
+        if step == _NOTHING:
+            if ended:
+                return entries
+            if distributed.anywhere(time.monotonic() - idle > patience):
+                raise UserError(
+                    f"{run} has no new checkpoint for {patience / 3600:g} hours and has not ended; see what has become "
+                    "of the training, then start this job again"
+                )
+            if not waits:
+                distributed.say(f"waiting for a checkpoint in {run}")
+            waits = True
+            time.sleep(poll)
+            continue
+        weights = _load(run, step, passed_over)
+        if weights is None:
+            time.sleep(poll)
+            continue
+        job.prepare(weights.meta)
+        network = Network.of(weights, run, "teacher", checkpoint.identity(_folder(run, step)), network)
+        for spec in job.specs:
+            if distributed.of_main_host(int(_judged(run, job, step, spec))):
+                continue
+            result = _judge(job, network, spec)
+            job.write(result)
+            entries.append(result.entry)
+            found = {name: f"{score['value']:.4f}" for name, score in result.entry.get("scores", {}).items()}
+            said = result.entry.get("failure") or ", ".join(f"{name} {value}" for name, value in found.items())
+            distributed.say(f"step {step}, {spec.name}: {said}")
+        job.forget()  # the next checkpoint has other features
+        idle, waits = time.monotonic(), False
+
+
+def _judge(job: Job, network: Network, spec: Spec) -> Result:
     try:
         return job.judge(network, spec)
     except Exception as error:  # whatever it is: the other tasks and checkpoints are worth having
         return job.failed(network, spec, error)
 
 
-def _next(run: str, base: pathlib.Path, specs: Sequence[Spec], gone: set[int]) -> int:
+def _next(run: str, job: Job, passed_over: set[int]) -> int:
     """The first checkpoint for which a result is missing."""
-    steps = (step for step in checkpoint.saved_steps(run) if step not in gone)
-    return next((step for step in steps if not all(_judged(base, step, spec) for spec in specs)), _NOTHING)
+    steps = (step for step in checkpoint.saved_steps(run) if step not in passed_over)
+    return next((step for step in steps if not all(_judged(run, job, step, spec) for spec in job.specs)), _NOTHING)
 
 
-def _judged(base: pathlib.Path, step: int, spec: Spec) -> bool:
-    """Whether the result of this very spec is there; one of other data or settings is none."""
-    entry = results.read_one(base, "teacher", step, spec.name)
-    return entry is not None and entry["spec"] == spec.described()
+def _judged(run: str, job: Job, step: int, spec: Spec) -> bool:
+    """Whether the result is there of this very checkpoint and spec, on this very data."""
+    entry = results.read_one(job.base, "teacher", step, spec.name)
+    if entry is None or entry["spec"] != spec.described() or entry["checkpoint"]["run"] != run:
+        return False
+    prints = job.fingerprints(spec)
+    same_data = prints is None or [entry["data"][f"{part}_fingerprint"] for part in ("train", "test")] == list(prints)
+    return same_data and entry["checkpoint"]["saved"] == checkpoint.identity(_folder(run, step))
+
+
+def _load(run: str, step: int, passed_over: set[int]) -> checkpoint.Weights | None:
+    """The teacher of a checkpoint on every host, or None: for good where it is gone or damaged, else for now."""
+    weights = damaged = None
+    try:
+        weights = load_if_kept(run, step)
+    except checkpoint.Damaged as error:
+        damaged = error
+    if distributed.anywhere(damaged is not None):
+        distributed.say(str(damaged or f"the checkpoint of step {step} cannot be read on another host"))
+        passed_over.add(step)
+        return None
+    if not distributed.anywhere(weights is None):
+        return weights
+    if not distributed.of_main_host(int(_folder(run, step).is_dir())):  # else another host does not see it yet
+        distributed.say(f"the checkpoint of step {step} was removed before it could be read")
+        passed_over.add(step)
+    return None
+
+
+def _folder(run: str, step: int) -> pathlib.Path:
+    return pathlib.Path(run).absolute() / "checkpoints" / str(step)
 
 
 def load_if_kept(run: str, step: int) -> checkpoint.Weights | None:
@@ -91,7 +130,7 @@ def load_if_kept(run: str, step: int) -> checkpoint.Weights | None:
     Raises:
       Damaged: it is there and cannot be read.
     """
-    folder = pathlib.Path(run).absolute() / "checkpoints" / str(step)
+    folder = _folder(run, step)
     before = _files(folder)
     try:
         weights = checkpoint.load_weights(run, step)
@@ -107,22 +146,3 @@ def _files(folder: pathlib.Path) -> set[pathlib.Path]:
     with contextlib.suppress(FileNotFoundError):
         return {path for path in folder.rglob("*")}
     return set()
-
-
-@contextlib.contextmanager
-def _only_one(base: pathlib.Path) -> Iterator[None]:
-    """Raises UserError where another job follows the same run; the lock goes with the process that holds it."""
-    if not distributed.main_host():
-        yield
-        return
-    try:
-        base.mkdir(parents=True, exist_ok=True)
-        lock = open(base / "follow.lock", "w")
-    except OSError as error:
-        raise UserError(f"cannot write to {base}: {error.strerror}; make room or choose another --output") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another job follows this run into {base}; wait for it, or choose another --output") from error
-        yield

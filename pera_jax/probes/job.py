@@ -31,6 +31,7 @@ class Network:
       encoder: "teacher", "untrained" (as it was before the first step) or "pixels" (the baseline).
       meta: of the checkpoint.
       weights: SHA-256 of the backbone, "" of pixels.
+      saved: SHA-256 of what Orbax says of the save: another one under the same step is another checkpoint.
     """
 
     encoder: str
@@ -38,20 +39,31 @@ class Network:
     step: int
     meta: dict[str, Any]
     weights: str
+    saved: str
     extractor: features.Extractor | features.Pixels
 
     @classmethod
-    def of(cls, weights: checkpoint.Weights, run: str, encoder: str) -> "Network":
-        """The network of weights that are loaded."""
+    def of(
+        cls, weights: checkpoint.Weights, run: str, encoder: str, saved: str, before: "Network | None" = None
+    ) -> "Network":
+        """The network of weights that are loaded.
+
+        Args:
+          before: another checkpoint of the same run, whose compiled programs this one takes over; it is of no use then.
+        """
         if encoder == "pixels":
-            return cls(encoder, run, 0, weights.meta, "", features.Pixels(weights.meta))
-        extractor = features.Extractor(weights.backbone, weights.meta)
-        return cls(encoder, run, weights.step, weights.meta, digest(weights.backbone), extractor)
+            return cls(encoder, run, 0, weights.meta, "", saved, features.Pixels(weights.meta))
+        if before and before.meta["model"] == weights.meta["model"] and before.extractor.bands == Bands.of(weights.meta):
+            extractor = before.extractor
+            extractor.take(weights.backbone)
+        else:
+            extractor = features.Extractor(weights.backbone, weights.meta)
+        return cls(encoder, run, weights.step, weights.meta, digest(weights.backbone), saved, extractor)
 
     def described(self) -> dict[str, Any]:
         return {
-            "run": self.run, "step": self.step, "encoder": self.encoder, "weights": self.weights, "git": self.meta["git"],
-            "trained_on": self.meta["data"]["fingerprint"],
+            "run": self.run, "step": self.step, "encoder": self.encoder, "weights": self.weights, "saved": self.saved,
+            "git": self.meta["git"], "trained_on": self.meta["data"]["fingerprint"],
         }  # fmt: skip
 
 
@@ -59,50 +71,68 @@ def load_network(run: str, step: int | None, encoder: str) -> Network:
     """Raises UserError: no such run, step or encoder."""
     if encoder not in ENCODERS:
         raise UserError(f"there is no encoder {encoder!r}; choose from {', '.join(ENCODERS)}")
-    return Network.of(checkpoint.load_weights(run, step, untrained=encoder != "teacher"), run, encoder)
+    saved = checkpoint.identity(checkpoint.folder_of(run, step)[0])
+    return Network.of(checkpoint.load_weights(run, step, untrained=encoder != "teacher"), run, encoder, saved)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a task found: the entry of `results`, and its pictures."""
+
+    entry: dict[str, Any]
+    pictures: dict[str, np.ndarray]
 
 
 class Job:
     """The data of all specs, opened and checked; what networks may be judged on.
 
-    With several hosts all hold one and call the same; each encodes a part, the first one writes.
+    With several hosts all hold one and call the same. Each encodes a part of the whole images, and all the scenes of
+    dense tasks; every host computes the scores, and the first one writes.
     """
 
-    def __init__(self, specs: Sequence[Spec], meta: dict[str, Any], base: pathlib.Path, batch_size: int = 256):
-        """
+    def __init__(self, specs: Sequence[Spec], base: pathlib.Path, batch_size: int = 256):
+        """Opens what needs no checkpoint.
+
         Args:
-          meta: of a checkpoint of the run; the others have the same bands and patch.
           base: folder for results.
           batch_size: images decoded at a time; changes no score.
 
         Raises:
-          UserError: everything that is wrong with the data.
+          UserError: data that cannot be opened, labels that do not fit, a folder of results that holds something else.
         """
         self.specs, self.base, self._batch_size = specs, base, batch_size
-        self._bands, self._cache = Bands.of(meta), Cache(base / "cache")
+        self._cache = Cache(base / "cache")
         self._samples: dict[tuple[str, str, str], Samples] = {}
         self._scenes: dict[str, scenes.Folder] = {}
+        results.read(base)
         for spec in specs:
-            if spec.task in DENSE:
-                self._scenes[spec.name] = scenes.load(
-                    spec.data, _DATES[spec.task], self._bands, spec.settings["folds"],
-                    spec.settings.get("class_names", ()), (spec.train_split, spec.test_split),
-                )  # fmt: skip
-            else:
-                features.check_image_size(_image_size(spec, meta), meta)
+            if spec.task not in DENSE:
                 self._open(spec)
+            elif not pathlib.Path(spec.data).is_dir():
+                raise UserError(f"{spec.name}: the folder of scenes {spec.data} does not exist; name one with --data")
 
-    def judge(self, network: Network, spec: Spec) -> dict[str, Any]:
-        """Runs one task and writes its result.
-
-        Returns:
-          the entry, see `results`.
+    def prepare(self, meta: dict[str, Any]) -> None:
+        """Checks the data against the `meta` of a checkpoint; those of one run have the same bands and patch.
 
         Raises:
-          UserError: data that the task cannot work on; features that are not finite; a folder that cannot be written.
+          UserError: other bands, sizes that the patch does not divide, scenes that do not fit.
         """
+        bands = Bands.of(meta)
+        for spec in self.specs:
+            if spec.task not in DENSE:
+                features.check_image_size(_image_size(spec, meta), meta)
+                for samples in filter(None, self._open(spec)):
+                    bands.places(samples, samples.path)  # raises where a band is missing
+            elif spec.name not in self._scenes:
+                self._scenes[spec.name] = scenes.load(
+                    spec.data, _DATES[spec.task], bands, spec.settings["folds"], spec.settings.get("class_names", ()),
+                    (spec.train_split, spec.test_split),
+                )  # fmt: skip
+
+    def judge(self, network: Network, spec: Spec) -> Result:
+        """Runs one task. Raises UserError: data that the task cannot work on; features that are not finite."""
         began = time.perf_counter()
-        entry, data = self._described(network, spec), self._data(network, spec)
+        data = self._data(network, spec)
         scores, details, pictures = {}, {}, {}
         for name, value in TASKS[spec.task].run(data, dict(spec.settings)):
             if isinstance(value, Score):
@@ -111,23 +141,29 @@ class Job:
                 pictures[name] = value
             else:
                 details[name] = value
-        entry |= {"scores": scores, "details": details, "seconds": round(time.perf_counter() - began, 1)}
-        return self._write(entry, pictures)
+        found = {"scores": scores, "details": details, "seconds": round(time.perf_counter() - began, 1)}
+        return Result(self._described(network, spec) | found, pictures)
 
-    def failed(self, network: Network, spec: Spec, error: Exception) -> dict[str, Any]:
-        """Writes that a task has failed, and returns the entry."""
+    def failed(self, network: Network, spec: Spec, error: Exception) -> Result:
+        """That a task has failed."""
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        return self._write(self._described(network, spec) | {"failure": " ".join(text.split())}, {})
+        return Result(self._described(network, spec) | {"failure": " ".join(text.split())}, {})
+
+    def write(self, result: Result) -> None:
+        """Writes what was found. Raises UserError on all hosts where the first one cannot."""
+        distributed.on_main_host(lambda: results.write(self.base, result.entry, result.pictures))
+
+    def fingerprints(self, spec: Spec) -> tuple[str, str] | None:
+        """Of the training and the test split; None as long as they are not known."""
+        if spec.task in DENSE:
+            folder = self._scenes.get(spec.name)
+            return folder and folder.fingerprints
+        train, test = self._open(spec)
+        return train.fingerprint, (test or train).fingerprint
 
     def forget(self) -> None:
-        """Removes the features that are kept."""
+        """Removes the features that this job has kept."""
         self._cache.clear()
-
-    def _write(self, entry, pictures):
-        if distributed.main_host():
-            results.write(self.base, entry, pictures)
-        distributed.meet("a result is written")
-        return entry
 
     # ---------------------------------------------------------------- data
 
@@ -135,9 +171,7 @@ class Job:
         for split in (spec.train_split, spec.test_split):
             place = (spec.data, split, spec.labels)
             if split and place not in self._samples:
-                samples = open_samples(*place)
-                self._bands.places(samples, samples.path)  # raises where a band is missing
-                self._samples[place] = samples
+                self._samples[place] = open_samples(*place)
         if spec.train_split == spec.test_split:
             raise UserError(f"the training and the test split are both {spec.train_split!r}; a test needs images of its own")
         train = self._samples[spec.data, spec.train_split, spec.labels]
@@ -147,7 +181,7 @@ class Job:
 
     def _data(self, network: Network, spec: Spec) -> Labelled | scenes.Dense:
         if spec.task in DENSE:
-            return self._scenes[spec.name].dense(network.extractor.patch, self._tokens(network))
+            return self._scenes[spec.name].dense(network.extractor.patch, self._tokens(network, spec))
         train, test = self._open(spec)
         size = _image_size(spec, network.meta)
         return Labelled(
@@ -160,28 +194,34 @@ class Job:
         make = lambda: vars(features.extract(network.extractor, samples, image_size, self._batch_size))  # noqa: E731
         return features.Features(**self._cache.arrays(described, make))
 
-    def _tokens(self, network: Network) -> Callable[[np.ndarray, int, int], np.ndarray]:
+    def _tokens(self, network: Network, spec: Spec) -> Callable[[np.ndarray, int, int], np.ndarray]:
+        extractor, blocks = network.extractor, max(spec.settings["blocks"])
+
+        def maps(images):
+            return extractor.maps(images)[:, -blocks:]
+
         def tokens(image, window, stride):
             image = np.ascontiguousarray(image)
             content = hashlib.sha256(image).hexdigest()
-            described = _of(network) | {"image": content, "shape": image.shape, "window": window, "stride": stride}
-            extractor = network.extractor
-            make = lambda: {"tokens": dense.encode(extractor.maps, image, extractor.patch, window, stride)}  # noqa: E731
+            described = _of(network) | {
+                "image": content, "shape": image.shape, "window": window, "stride": stride, "blocks": blocks,
+            }  # fmt: skip
+            make = lambda: {"tokens": dense.encode(maps, image, extractor.patch, window, stride)}  # noqa: E731
             return self._cache.arrays(described, make)["tokens"]
 
         return tokens
 
     def _described(self, network: Network, spec: Spec) -> dict[str, Any]:
         """What an entry says of the checkpoint and the data."""
+        prints = self.fingerprints(spec)
         if spec.task in DENSE:
             folder = self._scenes[spec.name]
             trained, tested = ({place for fold in folder.folds for place in fold[part]} for part in (0, 1))
-            numbers, prints, names = (len(trained), len(tested)), folder.fingerprints, folder.class_names
+            numbers, names = (len(trained), len(tested)), folder.class_names
             size, data_name = 0, pathlib.Path(spec.data).resolve().name
         else:
             train, test = self._open(spec)
-            numbers = len(train), len(test) if test else len(train)
-            prints, names = (train.fingerprint, (test or train).fingerprint), train.class_names
+            numbers, names = (len(train), len(test) if test else len(train)), train.class_names
             size, data_name = _image_size(spec, network.meta), train.name
         described = spec.described()
         return {

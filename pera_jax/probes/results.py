@@ -9,13 +9,17 @@ An entry holds name, task, checkpoint, data, settings, spec (all that was asked 
 {name: ...}; or, where the task failed, a failure: one sentence.
 """
 
+import contextlib
 import csv
+import fcntl
 import io
 import json
 import os
 import pathlib
+import shutil
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,10 +33,36 @@ from pera_jax.errors import UserError
 COLUMNS = ("name", "task", "score", "value", "low", "high", "seeds", "step", "encoder", "data", "train_split", "test_split",
            "image_size", "train_fingerprint", "test_fingerprint", "weights", "git", "run", "failure")  # fmt: skip
 
+_PLACES = ("step_*", "untrained", "pixels")
+
 
 def folder_of(encoder: str, step: int) -> str:
     """The name of the folder of a checkpoint's results."""
     return f"step_{step:06d}" if encoder == "teacher" else encoder
+
+
+@contextlib.contextmanager
+def only_one(base: pathlib.Path, name: str, wait: bool) -> Iterator[None]:
+    """While entered, no other process is in the same with `base` and `name`; the lock goes with its process.
+
+    Where the file system has no locks it is entered all the same.
+
+    Raises:
+      UserError: another one is in, and `wait` is not set; the folder cannot be written.
+    """
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        lock = open(base / name, "w")
+    except OSError as error:
+        raise _unwritable(base, error) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise UserError(f"another job follows this run into {base}; wait for it, or choose another --output") from error
+        except OSError as error:
+            print(f"{base} has no locks ({error.strerror}): start one job at a time", file=sys.stderr)
+        yield
 
 
 def write(base: pathlib.Path, entry: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
@@ -45,22 +75,41 @@ def write(base: pathlib.Path, entry: dict[str, Any], pictures: dict[str, np.ndar
       UserError: the folder cannot be written, or holds a file that is no result.
     """
     place = base / folder_of(entry["checkpoint"]["encoder"], entry["checkpoint"]["step"])
+    content = json.dumps(entry, indent=1, allow_nan=False)
+    with only_one(base, "write.lock", wait=True):
+        try:
+            shutil.rmtree(place / entry["name"], ignore_errors=True)
+            for key, values in pictures.items():
+                encoded = io.BytesIO()
+                Image.fromarray(values).save(encoded, "PNG")
+                files.write(place / entry["name"] / f"{key.split('/')[-1]}.png", encoded.getvalue())
+            _write_events(base / "tb", entry)  # before the sign that it is done: twice does not matter
+            files.write(place / f"{entry['name']}.json", content.encode() + b"\n")
+        except OSError as error:
+            raise _unwritable(base, error) from error
+        _write_table(base)
+
+
+def write_table(base: pathlib.Path) -> None:
+    """Writes results.csv anew from the results that are there. Raises UserError as `write`."""
+    with only_one(base, "write.lock", wait=True):
+        _write_table(base)
+
+
+def _write_table(base: pathlib.Path) -> None:
     try:
-        for key, values in pictures.items():
-            encoded = io.BytesIO()
-            Image.fromarray(values).save(encoded, "PNG")
-            files.write(place / entry["name"] / f"{key.split('/')[-1]}.png", encoded.getvalue())
-        content = json.dumps(entry, indent=1, allow_nan=False)
-        files.write(place / f"{entry['name']}.json", content.encode() + b"\n")
         files.write(base / "results.csv", _csv(read(base)).encode())
-        _write_events(base / "tb", entry)
     except OSError as error:
-        raise UserError(f"cannot write to {base}: {error.strerror}; make room or choose another --output") from error
+        raise _unwritable(base, error) from error
+
+
+def _unwritable(base: pathlib.Path, error: OSError) -> UserError:
+    return UserError(f"cannot write to {base}: {error.strerror}; make room or choose another --output")
 
 
 def read(base: pathlib.Path) -> list[dict[str, Any]]:
     """All entries below `base`, by step, encoder and name. Raises UserError for a file that is no result."""
-    entries = [_entry(file) for file in base.glob("*/*.json")]
+    entries = [_entry(file) for place in _PLACES for file in base.glob(f"{place}/*.json")]
     return sorted(entries, key=lambda e: (e["checkpoint"]["step"], e["checkpoint"]["encoder"], e["name"]))
 
 

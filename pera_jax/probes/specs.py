@@ -69,8 +69,11 @@ def make(name: str, fields: Mapping[str, Any]) -> Spec:
         if key not in known:
             raise UserError(f"{name} has no setting {key!r}; the task {task} has {', '.join(known)}")
         settings[key] = _like(value, known[key], f"{name}.{key}")
-    if task in DENSE and own.get("image_size"):
-        raise UserError(f"{name}.image_size is for whole images; the task {task} has a window")
+    for field in ("image_size", "labels") if task in DENSE else ():
+        if own.get(field):
+            raise UserError(f"{name}.{field} is for whole images; the task {task} has masks and a window")
+    if own.get("train_split") == "" and task in WHOLE_IMAGES:
+        raise UserError(f"{name}.train_split is empty; name the split to fit on")
     return Spec(name=name, settings=settings, **own)
 
 
@@ -111,9 +114,9 @@ def from_names(tasks: Sequence[str], fields: Mapping[str, Any], changes: Sequenc
     unknown = [task for task in tasks if task not in TASKS]
     if unknown or not tasks:
         raise UserError(f"there is no task {', '.join(unknown)!r}; choose from {', '.join(TASKS)}")
-    common = {key: value for key, value in fields.items()}
+    others = {} if set(tasks) <= set(DENSE) else {"image_size", "labels"}  # what dense tasks have no use for
     return _changed({
-        task: {"task": task} | {k: v for k, v in common.items() if k != "image_size" or task in WHOLE_IMAGES}
+        task: {"task": task} | {k: v for k, v in fields.items() if task in WHOLE_IMAGES or k not in others}
         for task in tasks
     }, changes)  # fmt: skip
 
