@@ -41,7 +41,7 @@ def describe(config: ConfigDict, objective: pera.PerA, data: dict[str, Any]) -> 
 
 
 def write(workdir: str, meta: dict[str, Any]) -> None:
-    """Writes `meta` to `workdir`/config.json, for people to read; no program does.
+    """Writes `meta` to `workdir`/config.json, for people to read, and for the report of a run without a checkpoint.
 
     Raises:
       UserError: the workdir cannot be written.

@@ -110,6 +110,44 @@ def test_a_checkpoint_that_is_being_removed_is_no_result(finished, data, tmp_pat
     assert sorted(path.name for path in (tmp_path / "out").glob("step_*")) == ["step_000012"]
 
 
+def test_a_damaged_checkpoint_is_passed_over_and_a_full_disk_is_no_result(finished, data, tmp_path, monkeypatch):
+    load, write, chosen = checkpoint.load_weights, results.write, two_tasks(data)[:1]
+
+    def damaged_at_4(*args, **kwargs):
+        if args[1] == 4:
+            raise checkpoint.Damaged("the checkpoint of step 4 cannot be read")
+        return load(*args, **kwargs)
+
+    def full(*args):
+        raise UserError("make room")
+
+    monkeypatch.setattr(checkpoint, "load_weights", damaged_at_4)
+    monkeypatch.setattr(results, "write", full)
+    with pytest.raises(UserError, match="make room"):
+        run_follow(finished, tmp_path, chosen)
+    assert times(tmp_path) == {}  # what was found is not taken for a failure of the task
+    monkeypatch.setattr(results, "write", write)
+    assert [entry["checkpoint"]["step"] for entry in run_follow(finished, tmp_path, chosen)] == [8, 12]
+
+
+def test_a_result_is_of_one_checkpoint_of_one_run_on_one_data_set(finished, data, tmp_path):
+    run, other, base = tmp_path / "run", tmp_path / "other", tmp_path / "out"
+    for copy in (run, other):
+        shutil.copytree(finished, copy)
+    steps = lambda where, on=data: [e["checkpoint"]["step"] for e in run_follow(where, base, two_tasks(on)[:1])]  # noqa: E731
+    assert steps(run) == [4, 8, 12] and steps(run) == []
+    assert steps(other) == [4, 8, 12]  # another run into the same folder
+    assert steps(run) == [4, 8, 12]
+    note = run / "checkpoints" / "8" / "_CHECKPOINT_METADATA"
+    note.write_text(note.read_text().replace('"init_timestamp_nsecs": ', '"init_timestamp_nsecs": 1'))  # saved again
+    assert steps(run) == [8] and steps(run) == []
+    info = json.loads((pathlib.Path(data) / "info.json").read_text())
+    info["splits"]["train"]["fingerprint"] = "made anew"
+    changed = pathlib.Path(shutil.copytree(data, tmp_path / "data"))
+    (changed / "info.json").write_text(json.dumps(info))
+    assert steps(run, str(changed)) == [4, 8, 12]
+
+
 def test_one_job_at_a_time_and_an_end_to_patience(finished, data, tmp_path):
     with results.only_one(tmp_path, "follow.lock", wait=False), pytest.raises(UserError, match="another job follows this run"):
         run_follow(finished, tmp_path, two_tasks(data))

@@ -86,3 +86,13 @@ def test_scores_depend_on_nothing_but_images_and_weights(run, data, tmp_path):
         for one, entry in zip(entries, other, strict=True):
             assert entry["scores"] == one["scores"]
             assert entry["details"].get("confusion") == one["details"].get("confusion")
+
+
+def test_hosts_fail_together(run, tmp_path):
+    """An image that only one of them reads, in the second half of the training split."""
+    data = labelled_toys.write_folders(tmp_path / "data", {"train": [0, 1, 2] * 5, "test": [0, 1, 2]})
+    (data / "train" / "stripes" / "8.png").write_bytes(b"no image")
+    processes = launch(run, data, tmp_path / "out", devices=1, batch=4, hosts=2)
+    said = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1], said
+    assert "8.png of" in said[1] and "cannot be decoded" in said[1] and "error: " in said[0], said
