@@ -267,8 +267,12 @@ def load_weights(
     objective = objective_of(meta)
     optimiser = steps.make_optimiser(ConfigDict(meta["config"]).optimiser)
     if untrained:
-        state = jax.jit(lambda: steps.new_state(objective, optimiser, meta["config"]["seed"]))()
-        return Weights(state.teacher if which == "teacher" else state.params, meta, 0)
+
+        def born():  # the rest of the state is never made: it is several times as large
+            state = steps.new_state(objective, optimiser, meta["config"]["seed"])
+            return state.teacher if which == "teacher" else state.params
+
+        return Weights(jax.jit(born)(), meta, 0)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.eval_shape(lambda: steps.new_state(objective, optimiser, 0))
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)

@@ -4,6 +4,7 @@ The number is for watching a run, not for reporting one: of each image of a smal
 images of the set. It reads the teacher and changes nothing of the training.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -71,15 +72,6 @@ def small_set(settings, bands: Bands, side: int) -> tuple[np.ndarray, np.ndarray
     return np.stack(images), np.array(labels)
 
 
-def leave_one_out(features: np.ndarray, labels: np.ndarray, k: int) -> float:
-    """The share of `features` [N, D] whose label is that of their k nearest others, N > k."""
-    similarities, indices = knn.nearest(features, features, k + 1)  # [N, k + 1]
-    others = indices != np.arange(len(features))[:, None]
-    others[others.all(axis=1), -1] = False  # images that are equal to so many others that they are not among them
-    similarities, indices = (x[others].reshape(-1, k) for x in (similarities, indices))
-    return float(np.mean(knn.vote(similarities, labels[indices], int(labels.max()) + 1) == labels))
-
-
 class Monitor:
     """The small set and the teacher's features of it, computed over the mesh of the training.
 
@@ -105,10 +97,17 @@ class Monitor:
             normalised = (objective.bands.mapped(images, wide) - mean) / std
             return objective.vit.apply({"params": backbone}, normalised)["class_token"]
 
+        everywhere = NamedSharding(mesh, sharding.P())
         self._encode = jax.jit(
             encode,
             in_shardings=(jax.tree.map(lambda leaf: leaf.sharding, teacher["backbone"]), self._where),
-            out_shardings=NamedSharding(mesh, sharding.P()),
+            out_shardings=everywhere,
+        )
+        # Each device works on all of it, so that all of them find the same.
+        self._vote = jax.jit(
+            functools.partial(knn.leave_one_out, classes=int(self.labels.max()) + 1, k=NEIGHBOURS),
+            in_shardings=everywhere,
+            out_shardings=everywhere,
         )
 
     def features(self, teacher: Any) -> np.ndarray:
@@ -124,4 +123,4 @@ class Monitor:
 
     def __call__(self, teacher: Any) -> dict[str, float]:
         """The metric: leave-one-out accuracy with k = 20, T = 0.07 on the class tokens."""
-        return {METRIC: leave_one_out(self.features(teacher), self.labels, NEIGHBOURS)}
+        return {METRIC: float(self._vote(self.features(teacher), self.labels))}

@@ -1,6 +1,7 @@
 """The protocol of the classification tasks: what choices may look at, which scores and details come out, bad input."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -109,6 +110,17 @@ def relabelled(data, train=lambda labels: labels, test=lambda labels: labels):
 def test_labels_that_cannot_be_learnt(name, several, change, sentence):
     with pytest.raises(UserError, match=sentence):
         run(name, relabelled(labelled(several=several), **change))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_few_labels_among_many_images_give_numbers_or_one_sentence(name):
+    data, sparse = labelled(several=True), np.zeros((120, 4), bool)
+    sparse[[5, 60, 61, 62], [0, 1, 2, 3]] = True
+    with pytest.raises(UserError, match="no image with a label can be held out"):
+        run(name, relabelled(data, train=lambda y: sparse))
+    sparse[[70, 71, 72], 1] = True
+    found, details = run(name, relabelled(data, train=lambda y: sparse))
+    json.dumps([details, [dataclasses.asdict(score) for score in found.values()]], allow_nan=False)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,10 @@ from test_train import assert_same_bits, everything, metrics_of, smoke
 
 from pera_jax import checkpoint, monitor, sharding, train
 from pera_jax import step as steps
-
 from pera_jax.errors import UserError
+from pera_jax.probes import knn
+
+leave_one_out = jax.jit(knn.leave_one_out, static_argnums=(2, 3))
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +39,16 @@ def test_leave_one_out_is_the_loop(seed):
         others = sorted((j for j in range(60) if j != i), key=lambda j: (-round(float(similarity[j]), 5), j))[:20]
         votes = [sum(np.exp(similarity[j] / 0.07) for j in others if labels[j] == label) for label in range(4)]
         right += int(np.argmax(votes) == labels[i])
-    assert monitor.leave_one_out(features, labels, 20) == pytest.approx(right / 60, abs=1.5 / 60)  # equal neighbours
+    found = leave_one_out(features, labels, 4, 20)
+    assert float(found) == pytest.approx(right / 60, abs=1.5 / 60)  # equal neighbours
 
 
 def test_leave_one_out_leaves_the_image_out():
     """Each image is its own best neighbour, and here the only one of its class."""
     features = np.random.default_rng(0).normal(size=(30, 5))
-    assert monitor.leave_one_out(features, np.arange(30), 20) == 0
+    assert leave_one_out(features, np.arange(30), 30, 20) == 0
     features[:] = 1  # a collapsed teacher: itself is not even among its neighbours
-    assert monitor.leave_one_out(features, np.repeat([0, 1], 15), 20) <= 0.5
+    assert leave_one_out(features, np.repeat([0, 1], 15), 2, 20) <= 0.5
 
 
 def test_the_small_set_has_as_many_images_of_each_class(data):
@@ -83,13 +86,15 @@ def test_features_are_the_teachers_and_padding_does_not_count(data, mesh):
     teacher = steps.born_sharded(objective, steps.make_optimiser(config.optimiser), mesh, 3).teacher
     with jax.set_mesh(mesh):
         watch = monitor.Monitor(settings(data, images=27), objective, teacher, mesh)
-        found = watch.features(teacher)
+        found, said = watch.features(teacher), watch(teacher)
     images = objective.bands.mapped(watch.images)
     images = (images - np.float32(objective.bands.mean)) / np.float32(objective.bands.std)
     plain = objective.vit.apply({"params": jax.device_get(teacher["backbone"])}, images)["class_token"]
     assert found.shape == (27, 16)
     np.testing.assert_allclose(found, plain, atol=2e-5)
     assert np.abs(plain - plain.mean(axis=0)).max() > 1e-2  # images differ by more than the bound
+    predicted = knn.predict(found, watch.labels, found, 4, ks=(20,), own=np.arange(27))[20]
+    assert said == {monitor.METRIC: pytest.approx(np.mean(predicted == watch.labels))}
 
 
 def with_monitor(train_data, **changes):

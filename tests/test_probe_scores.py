@@ -158,6 +158,18 @@ def test_hold_out_of_several_labels_keeps_rare_ones_in_both_parts(seed):
     assert labels[fit, 4].any() and labels[held, 4].any()
 
 
+def test_hold_out_of_several_labels_holds_out_labels_or_ends():
+    """No score is defined on images that carry no label at all."""
+    labels = np.zeros((40, 4), bool)
+    labels[[3, 8, 9], [0, 1, 2]] = labels[8, 0] = True  # each the only image of its rarest label
+    with pytest.raises(UserError, match="no image with a label can be held out"):
+        splits.hold_out(labels, 0.2, seed=0)
+    labels[20, 2] = True
+    for seed in range(10):
+        fit, held = splits.hold_out(labels, 0.2, seed)
+        assert labels[fit].any() and labels[held].any()
+
+
 def test_shares_are_named_in_percent():
     assert [splits.name_of(share) for share in (0.1, 0.2, 0.28, 0.5, 0.005)] == [
         "10/90", "20/80", "28/72", "50/50", "0.5/99.5",

@@ -27,7 +27,7 @@ def hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, n
     Of n images of a class `round(share n)` are held out, at least one and at most n - 1; `seed` decides which.
 
     Raises:
-      UserError: no class has two images.
+      UserError: no class has two images; of several labels, no image that carries one could be held out.
     """
     rng, held, groups = np.random.default_rng(seed), [], strata(labels)
     for group in np.unique(groups):
@@ -36,6 +36,11 @@ def hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, n
     held = np.sort(np.concatenate(held)) if held else np.zeros(0, np.int64)
     if not len(held):
         raise UserError("no class has two training images, so nothing can be held out; add images or train on more")
+    if labels.ndim == 2 and not labels[held].any():
+        raise UserError(
+            "no two training images have the same rarest label, so no image with a label can be held out; add images or "
+            "train on more"
+        )
     return np.setdiff1d(np.arange(len(labels)), held), held
 
 
