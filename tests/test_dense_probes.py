@@ -242,8 +242,27 @@ def test_hold_out_takes_tiles_where_no_scene_can_go():
         assert set(np.concatenate(fitted).ravel()) - {IGNORE} == set(np.concatenate(masks).ravel())
         tiles = np.concatenate([part.reshape(5, 8, 5, 8).transpose(0, 2, 1, 3).reshape(25, 64) for part in held])
         assert np.sum(np.all(tiles != IGNORE, axis=1)) == np.sum(np.any(tiles != IGNORE, axis=1)) == 5 * len(masks)
-    with pytest.raises(UserError, match="no tile of 64 px .* without losing a class"):
+    with pytest.raises(UserError, match="no tiles of 64 px .* none is lost to training"):
         dense.hold_out([mask], 0.2, 64, seed=1)
+
+
+def test_two_classes_are_held_out():
+    """Few scenes, and few tiles, hold the second class: those are looked for, in scenes before tiles."""
+    empty, changed = np.zeros((16, 16), np.uint8), np.zeros((16, 16), np.uint8)
+    changed[:4, :4] = changed[12:, 12:] = 1
+    for changes, whole in ((2, True), (1, False)):  # a single one must not go: it would take the class along
+        masks = [changed] * changes + [empty] * (12 - changes)
+        for seed in range(20):
+            fitted, held = dense.hold_out(masks, 0.1, 8, seed)
+            for part in (fitted, held):
+                assert set(np.unique(part)) - {IGNORE} == {0, 1}
+            parts = [np.all(mask != IGNORE) for mask in held if np.any(mask != IGNORE)]
+            assert all(parts) == whole and (len(parts) <= 2 or not whole)
+    changed[12:, 12:] = 0
+    with pytest.raises(UserError, match="no tiles of 8 px .* take a smaller tile"):
+        dense.hold_out([changed, empty], 0.2, 8, seed=0)
+    _, held = dense.hold_out([changed, empty], 0.2, 2, seed=0)
+    assert set(np.unique(held)) == {0, 1, IGNORE}
 
 
 # ---------------------------------------------------------------- the tasks

@@ -106,11 +106,12 @@ def _class_counts(mask: np.ndarray, side: int) -> np.ndarray:
 def hold_out(masks: list[np.ndarray], share: float, side: int, seed: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Divides the labels of the training scenes: (masks to fit, masks held out), IGNORE in the other's place.
 
-    Whole scenes are held out, `round(share n)` of n and at least one. No class is left without a label to fit; where
-    that lets no scene go, as with a single one, tiles of `side` px take the place of scenes.
+    Whole scenes are held out, `round(share n)` of n and at least one, and more until the labels held out are of two
+    classes (of one, no head could be told from a constant). No class is left without a label to fit. Where scenes do not
+    allow both, as with a single one, tiles of `side` px take their place.
 
     Raises:
-      UserError: nothing can be held out.
+      UserError: tiles do not allow it either.
     """
     for whole in (True, False):
         sides = [max(mask.shape) if whole else side for mask in masks]
@@ -118,13 +119,16 @@ def hold_out(masks: list[np.ndarray], share: float, side: int, seed: int) -> tup
         firsts = np.cumsum([0] + [len(part) for part in counts[:-1]])
         counts = np.concatenate(counts)
         labelled = np.flatnonzero(counts.sum(axis=1))
-        left, held = counts.sum(axis=0), []
+        left, held, present = counts.sum(axis=0), [], np.zeros(counts.shape[1], bool)
+        wanted = min(np.count_nonzero(left), 2)  # classes
         for unit in np.random.default_rng(seed).permutation(labelled):
             empties = np.any((left > 0) & (left == counts[unit]))
-            if not empties and len(held) < max(round(share * len(labelled)), 1):
+            adds = present.sum() < wanted and np.any((counts[unit] > 0) & ~present)
+            if not empties and (adds or len(held) < max(round(share * len(labelled)), 1)):
                 left = left - counts[unit]
                 held.append(unit)
-        if held:
+                present |= counts[unit] > 0
+        if held and present.sum() >= wanted:
             fitted, kept = [], []
             for mask, cut, first in zip(masks, sides, firsts, strict=True):
                 out = np.isin(tiles(mask.shape, cut) + first, held)
@@ -132,5 +136,6 @@ def hold_out(masks: list[np.ndarray], share: float, side: int, seed: int) -> tup
                 kept.append(np.where(out, mask, np.uint8(IGNORE)))
             return fitted, kept
     raise UserError(
-        f"no tile of {side} px of the training scenes can be held out without losing a class; label more of them"
+        f"no tiles of {side} px of the training scenes can be held out so that two classes are in them and none is lost "
+        "to training; label more, or take a smaller tile"
     )
