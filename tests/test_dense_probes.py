@@ -1,5 +1,6 @@
 """Segmentation and change: pixel scores against scikit-learn, maps of whole scenes, heads, what folds may see."""
 
+import dataclasses
 import warnings
 
 import jax
@@ -88,6 +89,9 @@ def test_the_interval_resamples_units_and_pools_their_pixels():
         values.append(np.mean([overlap.mean_iou(of_seed[units].sum(axis=0)) for of_seed in with_labels]))
     assert (score.low, score.high) == pytest.approx(tuple(np.quantile(values, [0.025, 0.975])))
     assert score.low < score.value < score.high
+    alone = overlap.score(with_labels[:, :1], overlap.mean_iou, seed=5)
+    assert (alone.low, alone.high) == (None, None) and len(alone.seeds) == 2
+    assert alone.value == pytest.approx(np.mean(overlap.mean_iou(with_labels[:, 0])))
 
 
 # ---------------------------------------------------------------- tokens of a whole scene
@@ -349,7 +353,8 @@ def test_a_test_without_change_breaks_nothing():
     data = scenes.Dense(data.scenes[:3] + (still,), data.folds, data.class_names, 4, data.tokens)
     found = results(change, data)
     assert found["change_f1"].value == found["change_iou"].value == found["change_precision"].value == 1.0
-    assert (found["change_f1"].low, found["change_f1"].high) == (1.0, 1.0) and found["per_class"]["changed"] is None
+    assert (found["change_f1"].low, found["change_f1"].high) == (None, None)  # of one unit nothing can be resampled
+    assert found["per_class"]["changed"] is None
 
 
 def test_a_test_scene_has_no_part_in_its_own_fold():
@@ -369,13 +374,29 @@ def test_a_test_scene_has_no_part_in_its_own_fold():
         ({"stride": 20}, "stride=20 px is more than window=16 px and leaves gaps; take at most the window"),
         ({"scale": 3}, "scale=3 does not divide the patch of 4 px"),
         ({"scale": 0}, "scale=0 must be 1 or more"),
-        ({"blocks": (0, 1)}, "blocks=(0, 1) must be 1 or more"),
-        ({"held_out": 1.0}, "held_out=1.0 is a share and must lie between 0 and 1"),
+        ({"steps": 0}, "steps=0 must be 1 or more"),
+        ({"batch": -5}, "batch=-5 must be 1 or more"),
+        ({"tile": 0}, "tile=0 must be 1 or more"),
+        ({"blocks": ()}, "blocks=() must hold at least one value to choose from, numbers from 1"),
+        ({"blocks": (0, 1)}, "blocks=(0, 1) must hold at least one value to choose from, numbers from 1"),
+        ({"learning_rates": ()}, "learning_rates=() must hold at least one value to choose from, numbers above 0"),
+        ({"learning_rates": (0.1, 0.0)},
+         "learning_rates=(0.1, 0.0) must hold at least one value to choose from, numbers above 0"),
+        ({"priors": ()}, "priors=() must hold at least one value to choose from, numbers from 0"),
+        ({"priors": (float("nan"),)}, "priors=(nan,) must hold at least one value to choose from, numbers from 0"),
+        ({"held_out": 1.0}, "held_out holds 1.0, but a share of the images lies between 0 and 1, as 0.2 does"),
+        ({"held_out": 0.0}, "held_out holds 0.0, but a share of the images lies between 0 and 1, as 0.2 does"),
+        ({"seeds": ()}, "seeds is (); give at least one whole number that is not negative"),
+        ({"seeds": (0, -1)}, "seeds is (0, -1); give at least one whole number that is not negative"),
     ],
-)
-def test_settings_that_cannot_be(changes, sentence):
+)  # fmt: skip
+@pytest.mark.parametrize("task, dates", [(segmentation, 1), (change, 2)])
+def test_settings_that_cannot_be(task, dates, changes, sentence):
+    def tokens(*_):
+        raise AssertionError("settings are checked before anything is encoded")
+
     with pytest.raises(UserError) as error:
-        results(segmentation, toy(), **changes)
+        results(task, dataclasses.replace(toy(dates=dates), tokens=tokens), **changes)
     assert str(error.value) == sentence
 
 

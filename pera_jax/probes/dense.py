@@ -12,6 +12,16 @@ WINDOWS = 16  # that a network gets at once
 # ---------------------------------------------------------------- tokens of a whole scene
 
 
+def check_windows(patch: int, window: int, stride: int) -> None:
+    """Raises UserError for a window or stride (px) that is no multiple of the patch, and for a stride with gaps."""
+    for name, value in (("window", window), ("stride", stride)):
+        if value < patch or value % patch:
+            nearest = max(round(value / patch), 1) * patch
+            raise UserError(f"{name}={value} px is not a multiple of the patch of {patch} px; try {name}={nearest}")
+    if stride > window:
+        raise UserError(f"stride={stride} px is more than window={window} px and leaves gaps; take at most the window")
+
+
 def encode(
     maps: Callable[[np.ndarray], np.ndarray],
     image: np.ndarray,
@@ -35,14 +45,9 @@ def encode(
       float32 [n, ceil(H / patch), ceil(W / patch), D].
 
     Raises:
-      UserError: window or stride that is no multiple of the patch; a stride with gaps; tokens that are not finite.
+      UserError: as `check_windows`; tokens that are not finite.
     """
-    for name, value in (("window", window), ("stride", stride)):
-        if value < patch or value % patch:
-            nearest = max(round(value / patch), 1) * patch
-            raise UserError(f"{name}={value} px is not a multiple of the patch of {patch} px; try {name}={nearest}")
-    if stride > window:
-        raise UserError(f"stride={stride} px is more than window={window} px and leaves gaps; take at most the window")
+    check_windows(patch, window, stride)
     height, width = (max(-(-side // patch) * patch, window) for side in image.shape[:2])
     padding = ((0, height - image.shape[0]), (0, width - image.shape[1]), (0, 0))
     padded = np.pad(image, padding, "symmetric")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pera_jax.errors import UserError
-from pera_jax.probes import dense, overlap, pixel_head
+from pera_jax.probes import dense, overlap, pixel_head, splits
 from pera_jax.probes.overlap import IGNORE
 from pera_jax.probes.scenes import Dense, Scene
 
@@ -47,7 +47,7 @@ def probe(
     """Trains, chooses and tests on all folds, with all seeds.
 
     Args:
-      settings: scale, blocks, learning_rates, priors, steps, batch, held_out, tile, seeds; see the tasks.
+      settings: window, stride, scale, blocks, learning_rates, priors, steps, batch, held_out, tile, seeds; see the tasks.
       tokens_of: the tokens float32 [n, h, w, D] of a scene, h = ceil(H scale / patch).
       units_of: the unit of the interval, from 0, that each pixel [H, W] of a scene belongs to.
       statistic: of confusion matrices [..., C, C]; the largest on the held-out part is chosen.
@@ -94,12 +94,17 @@ def probe(
 
 def _check(data: Dense, settings: dict[str, Any]) -> None:
     """Raises UserError for settings that cannot be, and for test scenes that cannot be scored."""
-    for name in ("scale", "steps", "batch", "tile", "blocks"):
+    splits.check_settings(settings)
+    for name in ("scale", "steps", "batch", "tile"):
+        if settings[name] < 1:
+            raise UserError(f"{name}={settings[name]} must be 1 or more")
+    for name, low, needed in (
+        ("blocks", 1, "numbers from 1"), ("learning_rates", 1e-12, "numbers above 0"), ("priors", 0, "numbers from 0"),
+    ):  # fmt: skip
         values = settings[name]
-        if not np.all(np.asarray(values) >= 1):
-            raise UserError(f"{name}={values} must be 1 or more")
-    if not 0 < settings["held_out"] < 1:
-        raise UserError(f"held_out={settings['held_out']} is a share and must lie between 0 and 1")
+        if not values or not all(low <= value < np.inf for value in values):
+            raise UserError(f"{name}={values} must hold at least one value to choose from, {needed}")
+    dense.check_windows(data.patch, settings["window"], settings["stride"])
     if data.patch % settings["scale"]:
         raise UserError(f"scale={settings['scale']} does not divide the patch of {data.patch} px")
     for train, test in data.folds:
