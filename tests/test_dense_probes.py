@@ -134,6 +134,21 @@ def test_tokens_do_not_depend_on_the_batches_of_windows(network):
         np.testing.assert_allclose(other, maps[0], rtol=0, atol=1e-5)
 
 
+def test_a_network_gets_whole_batches_of_windows(monkeypatch):
+    """Not fewer than the devices work on anyway, not more than memory allows."""
+    for window, devices, sizes in ((8, 1, [256, 256, 113]), (8, 16, [512, 113]), (128, 1, [64, 1]), (256, 1, [32, 1])):
+        monkeypatch.setattr(jax, "local_device_count", lambda: devices)  # noqa: B023
+        number, seen = sum(sizes), []
+
+        def maps(batch):
+            seen.append(len(batch))  # noqa: B023
+            return means(batch)
+
+        image = picture(window, number * window)
+        np.testing.assert_array_equal(dense.encode(maps, image, 4, window, window)[None], means(image[None]))
+        assert seen == sizes
+
+
 def test_overlapping_tokens_are_averaged(network):
     image = picture(16, 24)
     left, right = (network(image[None, :, start : start + 16])[0] for start in (0, 8))  # [2, 4, 4, 16]

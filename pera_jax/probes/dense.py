@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 
+import jax
 import numpy as np
 
 from pera_jax.errors import UserError
+from pera_jax.probes.features import MICRO_BATCH
 from pera_jax.probes.overlap import IGNORE
 
-WINDOWS = 16  # that a network gets at once
+_TOKENS = 2**16  # places whose tokens a network gives at once: 600 MB of 4 blocks of ViT-B
+_MOST_WINDOWS = 256
 
 # ---------------------------------------------------------------- tokens of a whole scene
 
@@ -28,7 +31,7 @@ def encode(
     patch: int,
     window: int,
     stride: int,
-    windows: int = WINDOWS,
+    windows: int | None = None,
 ) -> np.ndarray:
     """The patch tokens of a scene, from overlapping windows; where these overlap, their mean.
 
@@ -39,7 +42,8 @@ def encode(
       maps: stored values [B, window, window, C] -> float32 [B, n, window / patch, window / patch, D].
       image: stored values [H, W, C].
       window, stride: px, multiples of `patch`.
-      windows: the largest B; all batches of a scene are as large, the last one is filled up with zeros.
+      windows: the largest B; None: a multiple of what the devices work on anyway, `MICRO_BATCH` each, as far as memory
+        allows. Changes no result.
 
     Returns:
       float32 [n, ceil(H / patch), ceil(W / patch), D].
@@ -52,18 +56,17 @@ def encode(
     padding = ((0, height - image.shape[0]), (0, width - image.shape[1]), (0, 0))
     padded = np.pad(image, padding, "symmetric")
     places = [(top, left) for top in _starts(height, window, stride) for left in _starts(width, window, stride)]
-    windows = -(-len(places) // -(-len(places) // windows))  # no more than an even share
     side, total = window // patch, None
+    step = MICRO_BATCH * jax.local_device_count()
+    windows = windows or max(min(_TOKENS // side**2, _MOST_WINDOWS) // step, 1) * step
     counts = np.zeros((height // patch, width // patch, 1), np.float32)
     for first in range(0, len(places), windows):
         part = places[first : first + windows]
-        batch = np.zeros((windows, window, window, image.shape[2]), image.dtype)
-        for number, (top, left) in enumerate(part):
-            batch[number] = padded[top : top + window, left : left + window]
+        batch = np.stack([padded[top : top + window, left : left + window] for top, left in part])
         tokens = np.asarray(maps(batch))  # [B, n, side, side, D]
         if total is None:
             total = np.zeros((tokens.shape[1], *counts.shape[:2], tokens.shape[4]), np.float32)
-        for found, (top, left) in zip(tokens, part, strict=False):  # in order: the sums do not depend on the batches
+        for found, (top, left) in zip(tokens, part, strict=True):  # in order: the sums do not depend on the batches
             rows, columns = slice(top // patch, top // patch + side), slice(left // patch, left // patch + side)
             total[:, rows, columns] += found
             counts[rows, columns] += 1.0
