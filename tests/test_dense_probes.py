@@ -12,7 +12,7 @@ import sklearn.metrics
 
 from pera_jax.errors import UserError
 from pera_jax.models import vit
-from pera_jax.probes import change, dense, overlap, pixel_head, scenes, segmentation
+from pera_jax.probes import change, dense, overlap, pixel_head, pixel_probe, scenes, segmentation
 from pera_jax.probes.overlap import IGNORE
 
 # ---------------------------------------------------------------- scores of pixels
@@ -183,12 +183,13 @@ def test_enlarged_images_are_half_pixel_bilinear(dtype):
 @pytest.mark.parametrize("px", [1, 2, 3, 8])
 def test_a_pixel_is_labelled_by_its_bilinear_logits(monkeypatch, px):
     monkeypatch.setattr(pixel_head, "_LOGITS", 5 * px * px * 8)  # in parts of five cells
+    monkeypatch.setattr(pixel_head, "_VALUES", 5 * 7)  # and of seven tokens
     rng, (height, width, dims) = np.random.default_rng(px), (4, 6, 5)
     tokens = rng.normal(size=(height, width, dims)).astype(np.float32)
     weights, bias = rng.normal(size=(2, dims, 4)).astype(np.float32), rng.normal(size=(2, 4)).astype(np.float32)
     shape = (height * px - px // 2, width * px - px // 3)
     found = pixel_head.predict(
-        jnp.asarray(tokens.reshape(-1, dims)), pixel_head.corners(height, width), weights.transpose(1, 0, 2), bias,
+        tokens.reshape(-1, dims), pixel_head.corners(height, width), weights.transpose(1, 0, 2), bias,
         np.zeros((1, 4), np.float32), px,
     )  # fmt: skip
     for head in range(2):
@@ -208,7 +209,7 @@ def test_cells_hold_each_pixel_once():
 
 
 def test_equal_logits_give_the_lowest_class():
-    tokens, corners = jnp.ones((6, 3)), pixel_head.corners(2, 3)
+    tokens, corners = np.ones((6, 3), np.float32), pixel_head.corners(2, 3)
     bias = np.float32([[1.0, 2.0, 2.0, 2.0]])
     found = pixel_head.predict(tokens, corners, np.zeros((3, 1, 4), np.float32), bias, np.zeros((2, 4), np.float32), 2)
     assert np.all(found == 1)
@@ -225,7 +226,7 @@ def test_heads_reach_the_loss_of_a_converged_fit():
     labels = pixel_head.cells(truth.reshape(height * px, width * px), height, width, px)
     kept = np.array([[True, True], [True, True], [True, False], [True, False]])
     weights, bias = pixel_head.fit(
-        jnp.asarray(tokens), pixel_head.corners(height, width), labels, 3, np.array([0.3, 0.3]), kept, 1500, 224, 0
+        tokens, pixel_head.corners(height, width), labels, 3, np.array([0.3, 0.3]), kept, 1500, 224, 0
     )
     for head, dims in ((0, 4), (1, 2)):
         assert not weights[dims:, head].any()
@@ -235,6 +236,24 @@ def test_heads_reach_the_loss_of_a_converged_fit():
         exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
         found = sklearn.metrics.log_loss(truth, exponents / exponents.sum(axis=1, keepdims=True))
         assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_heads_depend_on_no_other_token_and_on_no_part(monkeypatch):
+    rng, (height, width, px) = np.random.default_rng(2), (9, 8, 2)
+    tokens = rng.normal(3.0, 2.0, (height * width, 5)).astype(np.float32)
+    labels = pixel_head.cells(rng.integers(0, 3, (18, 16), dtype=np.uint8), height, width, px)
+    corners, rest = pixel_head.corners(height, width), (3, np.array([0.1, 0.5]), np.ones((5, 2), bool), 7, 16, 1)
+    assert 7 * 16 // px**2 < len(corners)  # not all cells are drawn
+    expected = pixel_head.fit(tokens, corners, labels, *rest)
+    among = np.full((200, 5), np.nan, np.float32)
+    places = rng.permutation(200)[: height * width]
+    among[places] = tokens
+    monkeypatch.setattr(pixel_head, "_VALUES", 5 * 11)
+    for found, wanted in zip(pixel_head.fit(among, places[corners], labels, *rest), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    mean, deviation = pixel_head._statistics(tokens, np.arange(20, 60))
+    np.testing.assert_allclose(mean, tokens[20:60].mean(axis=0, dtype=np.float64), rtol=1e-12)
+    np.testing.assert_allclose(deviation, tokens[20:60].std(axis=0, dtype=np.float64), rtol=1e-12)
 
 
 # ---------------------------------------------------------------- what is held out
@@ -413,6 +432,17 @@ def test_settings_that_cannot_be(task, dates, changes, sentence):
     with pytest.raises(UserError) as error:
         results(task, dataclasses.replace(toy(dates=dates), tokens=tokens), **changes)
     assert str(error.value) == sentence
+
+
+def test_tokens_that_are_too_many_are_an_error(monkeypatch):
+    """Those of training scenes count: 2 of 12 x 14 tokens of 3 values; others are not kept."""
+    data = toy(folds=(((0, 1), (2,)),))
+    found = results(segmentation, data)
+    monkeypatch.setattr(pixel_probe, "MOST_BYTES", 2 * 12 * 14 * 3 * 4)
+    assert results(segmentation, data)["segmentation_miou"] == found["segmentation_miou"]
+    monkeypatch.setattr(pixel_probe, "MOST_BYTES", 2 * 12 * 14 * 3 * 4 - 1)
+    with pytest.raises(UserError, match="336 places with 1 blocks of 3 values each.* take fewer blocks, a smaller scale"):
+        results(segmentation, data)
 
 
 def test_a_test_without_labels_is_an_error():

@@ -9,7 +9,7 @@ from pera_jax.errors import UserError
 from pera_jax.probes.features import MICRO_BATCH
 from pera_jax.probes.overlap import IGNORE
 
-_TOKENS = 2**16  # places whose tokens a network gives at once: 600 MB of 4 blocks of ViT-B
+_TOKENS = 2**16  # places whose tokens a network gives at once: 0.8 GB of 4 blocks of ViT-B
 _MOST_WINDOWS = 256
 
 # ---------------------------------------------------------------- tokens of a whole scene
