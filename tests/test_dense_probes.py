@@ -1,5 +1,6 @@
 """Segmentation and change: pixel scores against scikit-learn, maps of whole scenes, heads, what folds may see."""
 
+import dataclasses
 import warnings
 
 import jax
@@ -11,7 +12,7 @@ import sklearn.metrics
 
 from pera_jax.errors import UserError
 from pera_jax.models import vit
-from pera_jax.probes import change, dense, overlap, pixel_head, scenes, segmentation
+from pera_jax.probes import change, dense, overlap, pixel_head, pixel_probe, scenes, segmentation
 from pera_jax.probes.overlap import IGNORE
 
 # ---------------------------------------------------------------- scores of pixels
@@ -88,6 +89,9 @@ def test_the_interval_resamples_units_and_pools_their_pixels():
         values.append(np.mean([overlap.mean_iou(of_seed[units].sum(axis=0)) for of_seed in with_labels]))
     assert (score.low, score.high) == pytest.approx(tuple(np.quantile(values, [0.025, 0.975])))
     assert score.low < score.value < score.high
+    alone = overlap.score(with_labels[:, :1], overlap.mean_iou, seed=5)
+    assert (alone.low, alone.high) == (None, None) and len(alone.seeds) == 2
+    assert alone.value == pytest.approx(np.mean(overlap.mean_iou(with_labels[:, 0])))
 
 
 # ---------------------------------------------------------------- tokens of a whole scene
@@ -130,6 +134,21 @@ def test_tokens_do_not_depend_on_the_batches_of_windows(network):
         np.testing.assert_allclose(other, maps[0], rtol=0, atol=1e-5)
 
 
+def test_a_network_gets_whole_batches_of_windows(monkeypatch):
+    """Not fewer than the devices work on anyway, not more than memory allows."""
+    for window, devices, sizes in ((8, 1, [256, 256, 113]), (8, 16, [512, 113]), (128, 1, [64, 1]), (256, 1, [32, 1])):
+        monkeypatch.setattr(jax, "local_device_count", lambda: devices)  # noqa: B023
+        number, seen = sum(sizes), []
+
+        def maps(batch):
+            seen.append(len(batch))  # noqa: B023
+            return means(batch)
+
+        image = picture(window, number * window)
+        np.testing.assert_array_equal(dense.encode(maps, image, 4, window, window)[None], means(image[None]))
+        assert seen == sizes
+
+
 def test_overlapping_tokens_are_averaged(network):
     image = picture(16, 24)
     left, right = (network(image[None, :, start : start + 16])[0] for start in (0, 8))  # [2, 4, 4, 16]
@@ -164,12 +183,13 @@ def test_enlarged_images_are_half_pixel_bilinear(dtype):
 @pytest.mark.parametrize("px", [1, 2, 3, 8])
 def test_a_pixel_is_labelled_by_its_bilinear_logits(monkeypatch, px):
     monkeypatch.setattr(pixel_head, "_LOGITS", 5 * px * px * 8)  # in parts of five cells
+    monkeypatch.setattr(pixel_head, "_VALUES", 5 * 7)  # and of seven tokens
     rng, (height, width, dims) = np.random.default_rng(px), (4, 6, 5)
     tokens = rng.normal(size=(height, width, dims)).astype(np.float32)
     weights, bias = rng.normal(size=(2, dims, 4)).astype(np.float32), rng.normal(size=(2, 4)).astype(np.float32)
     shape = (height * px - px // 2, width * px - px // 3)
     found = pixel_head.predict(
-        jnp.asarray(tokens.reshape(-1, dims)), pixel_head.corners(height, width), weights.transpose(1, 0, 2), bias,
+        tokens.reshape(-1, dims), pixel_head.corners(height, width), weights.transpose(1, 0, 2), bias,
         np.zeros((1, 4), np.float32), px,
     )  # fmt: skip
     for head in range(2):
@@ -189,7 +209,7 @@ def test_cells_hold_each_pixel_once():
 
 
 def test_equal_logits_give_the_lowest_class():
-    tokens, corners = jnp.ones((6, 3)), pixel_head.corners(2, 3)
+    tokens, corners = np.ones((6, 3), np.float32), pixel_head.corners(2, 3)
     bias = np.float32([[1.0, 2.0, 2.0, 2.0]])
     found = pixel_head.predict(tokens, corners, np.zeros((3, 1, 4), np.float32), bias, np.zeros((2, 4), np.float32), 2)
     assert np.all(found == 1)
@@ -206,7 +226,7 @@ def test_heads_reach_the_loss_of_a_converged_fit():
     labels = pixel_head.cells(truth.reshape(height * px, width * px), height, width, px)
     kept = np.array([[True, True], [True, True], [True, False], [True, False]])
     weights, bias = pixel_head.fit(
-        jnp.asarray(tokens), pixel_head.corners(height, width), labels, 3, np.array([0.3, 0.3]), kept, 1500, 224, 0
+        tokens, pixel_head.corners(height, width), labels, 3, np.array([0.3, 0.3]), kept, 1500, 224, 0
     )
     for head, dims in ((0, 4), (1, 2)):
         assert not weights[dims:, head].any()
@@ -216,6 +236,24 @@ def test_heads_reach_the_loss_of_a_converged_fit():
         exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
         found = sklearn.metrics.log_loss(truth, exponents / exponents.sum(axis=1, keepdims=True))
         assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_heads_depend_on_no_other_token_and_on_no_part(monkeypatch):
+    rng, (height, width, px) = np.random.default_rng(2), (9, 8, 2)
+    tokens = rng.normal(3.0, 2.0, (height * width, 5)).astype(np.float32)
+    labels = pixel_head.cells(rng.integers(0, 3, (18, 16), dtype=np.uint8), height, width, px)
+    corners, rest = pixel_head.corners(height, width), (3, np.array([0.1, 0.5]), np.ones((5, 2), bool), 7, 16, 1)
+    assert 7 * 16 // px**2 < len(corners)  # not all cells are drawn
+    expected = pixel_head.fit(tokens, corners, labels, *rest)
+    among = np.full((200, 5), np.nan, np.float32)
+    places = rng.permutation(200)[: height * width]
+    among[places] = tokens
+    monkeypatch.setattr(pixel_head, "_VALUES", 5 * 11)
+    for found, wanted in zip(pixel_head.fit(among, places[corners], labels, *rest), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    mean, deviation = pixel_head._statistics(tokens, np.arange(20, 60))
+    np.testing.assert_allclose(mean, tokens[20:60].mean(axis=0, dtype=np.float64), rtol=1e-12)
+    np.testing.assert_allclose(deviation, tokens[20:60].std(axis=0, dtype=np.float64), rtol=1e-12)
 
 
 # ---------------------------------------------------------------- what is held out
@@ -242,8 +280,27 @@ def test_hold_out_takes_tiles_where_no_scene_can_go():
         assert set(np.concatenate(fitted).ravel()) - {IGNORE} == set(np.concatenate(masks).ravel())
         tiles = np.concatenate([part.reshape(5, 8, 5, 8).transpose(0, 2, 1, 3).reshape(25, 64) for part in held])
         assert np.sum(np.all(tiles != IGNORE, axis=1)) == np.sum(np.any(tiles != IGNORE, axis=1)) == 5 * len(masks)
-    with pytest.raises(UserError, match="no tile of 64 px .* without losing a class"):
+    with pytest.raises(UserError, match="no tiles of 64 px .* none is lost to training"):
         dense.hold_out([mask], 0.2, 64, seed=1)
+
+
+def test_two_classes_are_held_out():
+    """Few scenes, and few tiles, hold the second class: those are looked for, in scenes before tiles."""
+    empty, changed = np.zeros((16, 16), np.uint8), np.zeros((16, 16), np.uint8)
+    changed[:4, :4] = changed[12:, 12:] = 1
+    for changes, whole in ((2, True), (1, False)):  # a single one must not go: it would take the class along
+        masks = [changed] * changes + [empty] * (12 - changes)
+        for seed in range(20):
+            fitted, held = dense.hold_out(masks, 0.1, 8, seed)
+            for part in (fitted, held):
+                assert set(np.unique(part)) - {IGNORE} == {0, 1}
+            parts = [np.all(mask != IGNORE) for mask in held if np.any(mask != IGNORE)]
+            assert all(parts) == whole and (len(parts) <= 2 or not whole)
+    changed[12:, 12:] = 0
+    with pytest.raises(UserError, match="no tiles of 8 px .* take a smaller tile"):
+        dense.hold_out([changed, empty], 0.2, 8, seed=0)
+    _, held = dense.hold_out([changed, empty], 0.2, 2, seed=0)
+    assert set(np.unique(held)) == {0, 1, IGNORE}
 
 
 # ---------------------------------------------------------------- the tasks
@@ -330,7 +387,8 @@ def test_a_test_without_change_breaks_nothing():
     data = scenes.Dense(data.scenes[:3] + (still,), data.folds, data.class_names, 4, data.tokens)
     found = results(change, data)
     assert found["change_f1"].value == found["change_iou"].value == found["change_precision"].value == 1.0
-    assert (found["change_f1"].low, found["change_f1"].high) == (1.0, 1.0) and found["per_class"]["changed"] is None
+    assert (found["change_f1"].low, found["change_f1"].high) == (None, None)  # of one unit nothing can be resampled
+    assert found["per_class"]["changed"] is None
 
 
 def test_a_test_scene_has_no_part_in_its_own_fold():
@@ -350,14 +408,41 @@ def test_a_test_scene_has_no_part_in_its_own_fold():
         ({"stride": 20}, "stride=20 px is more than window=16 px and leaves gaps; take at most the window"),
         ({"scale": 3}, "scale=3 does not divide the patch of 4 px"),
         ({"scale": 0}, "scale=0 must be 1 or more"),
-        ({"blocks": (0, 1)}, "blocks=(0, 1) must be 1 or more"),
-        ({"held_out": 1.0}, "held_out=1.0 is a share and must lie between 0 and 1"),
+        ({"steps": 0}, "steps=0 must be 1 or more"),
+        ({"batch": -5}, "batch=-5 must be 1 or more"),
+        ({"tile": 0}, "tile=0 must be 1 or more"),
+        ({"blocks": ()}, "blocks=() must hold at least one value to choose from, numbers from 1"),
+        ({"blocks": (0, 1)}, "blocks=(0, 1) must hold at least one value to choose from, numbers from 1"),
+        ({"learning_rates": ()}, "learning_rates=() must hold at least one value to choose from, numbers above 0"),
+        ({"learning_rates": (0.1, 0.0)},
+         "learning_rates=(0.1, 0.0) must hold at least one value to choose from, numbers above 0"),
+        ({"priors": ()}, "priors=() must hold at least one value to choose from, numbers from 0"),
+        ({"priors": (float("nan"),)}, "priors=(nan,) must hold at least one value to choose from, numbers from 0"),
+        ({"held_out": 1.0}, "held_out holds 1.0, but a share of the images lies between 0 and 1, as 0.2 does"),
+        ({"held_out": 0.0}, "held_out holds 0.0, but a share of the images lies between 0 and 1, as 0.2 does"),
+        ({"seeds": ()}, "seeds is (); give at least one whole number that is not negative"),
+        ({"seeds": (0, -1)}, "seeds is (0, -1); give at least one whole number that is not negative"),
     ],
-)
-def test_settings_that_cannot_be(changes, sentence):
+)  # fmt: skip
+@pytest.mark.parametrize("task, dates", [(segmentation, 1), (change, 2)])
+def test_settings_that_cannot_be(task, dates, changes, sentence):
+    def tokens(*_):
+        raise AssertionError("settings are checked before anything is encoded")
+
     with pytest.raises(UserError) as error:
-        results(segmentation, toy(), **changes)
+        results(task, dataclasses.replace(toy(dates=dates), tokens=tokens), **changes)
     assert str(error.value) == sentence
+
+
+def test_tokens_that_are_too_many_are_an_error(monkeypatch):
+    """Those of training scenes count: 2 of 12 x 14 tokens of 3 values; others are not kept."""
+    data = toy(folds=(((0, 1), (2,)),))
+    found = results(segmentation, data)
+    monkeypatch.setattr(pixel_probe, "MOST_BYTES", 2 * 12 * 14 * 3 * 4)
+    assert results(segmentation, data)["segmentation_miou"] == found["segmentation_miou"]
+    monkeypatch.setattr(pixel_probe, "MOST_BYTES", 2 * 12 * 14 * 3 * 4 - 1)
+    with pytest.raises(UserError, match="336 places with 1 blocks of 3 values each.* take fewer blocks, a smaller scale"):
+        results(segmentation, data)
 
 
 def test_a_test_without_labels_is_an_error():

@@ -97,6 +97,18 @@ def test_splits_are_one_fold(tmp_path):
     assert scenes.load(tmp_path, 1, RGB, splits=("train", "val")).fingerprints == found.fingerprints
 
 
+def test_without_a_test_split_scenes_are_tested_in_turn(tmp_path):
+    write(tmp_path, "xyz")
+    assert [scene.key for scene in scenes.load(tmp_path, 1, RGB, splits=("train", "")).scenes] == list("xyz")
+    write(tmp_path / "train", "ab")
+    write(tmp_path / "test", "c")
+    found = scenes.load(tmp_path, 1, RGB, splits=("train", ""))
+    assert [scene.key for scene in found.scenes] == list("ab") and found.folds == (((1,), (0,)), ((0,), (1,)))
+    assert len(scenes.load(tmp_path, 1, RGB, splits=("", "")).folds) == 3
+    with pytest.raises(UserError, match="test holds one scene only"):
+        scenes.load(tmp_path, 1, RGB, splits=("", "test"))
+
+
 def test_the_fingerprint_tells_names_and_contents(tmp_path):
     folders = [write(tmp_path / name) for name in ("one", "same", "renamed", "edited")]
     (folders[2] / "image" / "d.png").rename(folders[2] / "image" / "e.png")

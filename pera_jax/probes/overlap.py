@@ -4,6 +4,7 @@ A confusion matrix is int64 [true class, predicted class], counts of labelled pi
 [..., C, C], so that the matrices of many resampled test sets are scored at once.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -110,7 +111,7 @@ def score(
     """A statistic of the pooled pixels of all units: of each seed, and the bootstrap interval of the mean over seeds.
 
     The interval tells the chance of the drawn test units only: the units with labelled pixels are resampled, the same
-    ones for all seeds, and their matrices added.
+    ones for all seeds, and their matrices added. A single unit gives no interval.
 
     Args:
       matrices: int64 [seeds, units, C, C].
@@ -122,8 +123,11 @@ def score(
     matrices = matrices[:, matrices[0].sum(axis=(1, 2)) > 0]  # the truth, and so the count, is the same for all seeds
     seeds, units = matrices.shape[:2]
     values = statistic(matrices.sum(axis=1))  # [seeds]
+    found = Score(float(values.mean()), seeds=tuple(float(value) for value in values))
+    if units < 2:
+        return found
     drawn = np.random.default_rng(seed).multinomial(units, np.full(units, 1.0 / units), resamples)  # [R, units]
     pooled = np.stack([drawn @ of_seed.reshape(units, -1) for of_seed in matrices], axis=1)  # [R, seeds, C C]
     resampled = statistic(pooled.reshape(resamples, seeds, classes, classes)).mean(axis=1)  # [R]
     low, high = np.quantile(resampled, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
-    return Score(float(values.mean()), float(low), float(high), tuple(float(value) for value in values))
+    return dataclasses.replace(found, low=float(low), high=float(high))

@@ -4,6 +4,9 @@ A pixel's logits are those of the four tokens around it, interpolated bilinearly
 between the same four token centres, a cell of `px` x `px`, need four tokens and one fixed matrix: training draws cells,
 exactly as they are in the whole map, and prediction goes through a scene by parts of its cells.
 
+The tokens of many scenes are more than a device may hold: they stay with the host, and a fit gets those of the cells
+that it draws, a prediction one part after the other.
+
 All settings of the grid see the same cells, so that they are one matrix product, as in `probes.linear`.
 """
 
@@ -17,6 +20,7 @@ from pera_jax.probes.overlap import IGNORE
 
 MOMENTUM = 0.9
 _LOGITS = 2**22  # that are held at once: 16 MiB
+_VALUES = 2**24  # of tokens that are worked on at once, where not all are needed: 64 MiB
 
 # ---------------------------------------------------------------- cells between token centres
 
@@ -64,13 +68,9 @@ def _product(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
 
 
-def _logits(x: jax.Array, weights: jax.Array, bias: jax.Array, px: int) -> jax.Array:
-    """Logits [K, px px, G, C] of the pixels of cells with the tokens x [K, 4, F]; weights [F, G, C], bias [G, C]."""
-    number, _, dims = x.shape
-    grid, classes = bias.shape
-    at_tokens = _product(x.reshape(number * 4, dims), weights.reshape(dims, grid * classes))
-    at_pixels = _product(_taps(px), at_tokens.reshape(number, 4, grid * classes))  # [K, P, G C]
-    return at_pixels.reshape(number, px * px, grid, classes) + bias
+def _logits(at_tokens: jax.Array, bias: jax.Array, px: int) -> jax.Array:
+    """Logits [K, px px, G, C] of the pixels of cells from those at their tokens [K, 4, G C]; bias [G, C]."""
+    return _product(_taps(px), at_tokens).reshape(len(at_tokens), px * px, *bias.shape) + bias
 
 
 @functools.partial(jax.jit, static_argnames=("classes", "px"))
@@ -90,12 +90,13 @@ def _train(tokens, corners, labels, order, mean, scale, rates, kept, classes, px
         chosen, decline = inputs
         x = (tokens[corners[chosen]] - mean) * scale  # [B, 4, F]
         y = labels[chosen][:, :, None, None]  # [B, P, 1, 1]
-        logits = _logits(x, weights, bias, px)  # [B, P, G, C]
+        at_tokens = _product(x.reshape(batch * 4, dims), weights.reshape(dims, grid * classes))
+        logits = _logits(at_tokens.reshape(batch, 4, grid * classes), bias, px)  # [B, P, G, C]
         labelled = y != IGNORE
         error = jnp.where(labelled, jax.nn.softmax(logits) - (y == jnp.arange(classes)), 0.0) / labelled.sum()
         error = error.reshape(batch, px * px, grid * classes)  # the gradient of the mean cross-entropy
-        at_tokens = _product(taps.T, error).reshape(batch * 4, grid * classes)
-        gradient = _product(x.reshape(batch * 4, dims).T, at_tokens).reshape(dims, grid, classes) * kept[:, :, None]
+        error_at_tokens = _product(taps.T, error).reshape(batch * 4, grid * classes)
+        gradient = _product(x.reshape(batch * 4, dims).T, error_at_tokens).reshape(dims, grid, classes) * kept[:, :, None]
         weights_speed = MOMENTUM * weights_speed + gradient
         bias_speed = MOMENTUM * bias_speed + error.sum(axis=(0, 1)).reshape(grid, classes)
         rate = (rates * decline)[:, None]  # [G, 1]
@@ -107,8 +108,23 @@ def _train(tokens, corners, labels, order, mean, scale, rates, kept, classes, px
     return weights, bias
 
 
+def _padded(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """`values[rows]`, filled up with zeros to a power of two: few shapes, so that few programs are compiled."""
+    padded = np.zeros((1 << (len(rows) - 1).bit_length(), *values.shape[1:]), values.dtype)
+    np.take(values, rows, axis=0, out=padded[: len(rows)], mode="clip")  # "raise" would make a copy first
+    return padded
+
+
+def _statistics(tokens: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation, float64 [F], of the tokens [T, F] of these rows, without a copy of them all."""
+    size = max(_VALUES // tokens.shape[1], 1)
+    parts = [rows[first : first + size] for first in range(0, len(rows), size)]
+    mean = sum(tokens[part].sum(axis=0, dtype=np.float64) for part in parts) / len(rows)
+    return mean, np.sqrt(sum(np.square(tokens[part] - mean).sum(axis=0) for part in parts) / len(rows))
+
+
 def fit(
-    tokens: jax.Array,
+    tokens: np.ndarray,
     corners: np.ndarray,
     labels: np.ndarray,
     classes: int,
@@ -122,6 +138,7 @@ def fit(
 
     Args:
       tokens: float32 [T, F]; each dimension is standardised by its mean and deviation over the tokens of these cells.
+        The device gets those of the cells that are drawn, at most `4 steps batch / px^2`.
       corners: int32 [K, 4], rows of `tokens`; labels: uint8 [K, px px], below `classes` or IGNORE.
       rates: [G], learning rates; kept: bool [F, G], the dimensions that head g uses.
       batch: pixels of a step, in whole cells.
@@ -136,11 +153,13 @@ def fit(
     order = np.concatenate([rng.permutation(number).astype(np.int32) for _ in range(passes)])
     order = order[: steps * size].reshape(steps, size)
 
-    used = np.asarray(tokens)[np.unique(corners)]
-    mean, std = used.mean(axis=0, dtype=np.float64), used.std(axis=0, dtype=np.float64)
+    mean, std = _statistics(tokens, np.unique(corners))
     scale = np.where(std > 1e-6 * (1.0 + np.abs(mean)), 1.0 / np.maximum(std, 1e-12), 0.0)  # constants tell nothing
-    room = ((0, (1 << (number - 1).bit_length()) - number), (0, 0))  # few shapes, so that few programs are compiled
-    arrays = (tokens, np.pad(corners, room), np.pad(labels, room), order, np.float32(mean), np.float32(scale))
+    drawn, order = np.unique(order, return_inverse=True)  # cells, and each step's places among them
+    rows, places = np.unique(corners[drawn], return_inverse=True)  # tokens, and the corners' places among them
+    order, places = np.int32(order).reshape(steps, size), np.int32(places).reshape(-1, 4)
+    cells = _padded(places, np.arange(len(drawn))), _padded(labels, drawn)
+    arrays = _padded(tokens, rows), *cells, order, np.float32(mean), np.float32(scale)
     settings = np.float32(rates), np.float32(kept)
     weights, bias = (np.asarray(part, np.float64) for part in _train(*arrays, *settings, classes, px))
     weights = weights * scale[:, None, None]
@@ -148,25 +167,38 @@ def fit(
     return weights.astype(np.float32), bias.astype(np.float32)
 
 
+_at_tokens = jax.jit(_product)
+
+
 @functools.partial(jax.jit, static_argnames="px")
-def _predict(tokens, corners, weights, bias, offsets, px):
-    logits = _logits(tokens[corners], weights, bias, px)  # [K, P, G, C]
+def _predict(at_tokens, bias, offsets, px):
+    logits = _logits(at_tokens, bias, px)  # [K, P, G, C]
     return jnp.argmax(logits[:, :, :, None] + offsets, axis=-1).astype(jnp.uint8)  # [K, P, G, O]
 
 
 def predict(
-    tokens: jax.Array, corners: np.ndarray, weights: np.ndarray, bias: np.ndarray, offsets: np.ndarray, px: int
+    tokens: np.ndarray, corners: np.ndarray, weights: np.ndarray, bias: np.ndarray, offsets: np.ndarray, px: int
 ) -> np.ndarray:
     """The class of each pixel of cells by each head with each offset, uint8 [K, px px, G, O]; of equal ones the lowest.
 
     Args:
-      tokens: [T, F]; corners: int32 [K, 4]; weights, bias: of `fit`; offsets: float32 [O, C], added to the logits.
+      tokens: float32 [T, F]; corners: int32 [K, 4]; weights, bias: of `fit`; offsets: float32 [O, C], added to the
+        logits.
     """
+    rows, places = np.unique(corners, return_inverse=True)
+    places = places.reshape(-1, 4)
+    size = max(_VALUES // tokens.shape[1], 1)
+    matrix = jnp.asarray(weights.reshape(len(weights), -1))  # [F, G C]
+    found = []
+    for first in range(0, len(rows), size):
+        part = rows[first : first + size]
+        found.append(np.asarray(_at_tokens(_padded(tokens, part), matrix))[: len(part)])
+    at_tokens = np.concatenate(found)  # [R, G C]
     chunk = max(_LOGITS // (px * px * bias.size * len(offsets)), 1)
     found = []
-    for first in range(0, len(corners), chunk):
-        part = corners[first : first + chunk]
-        padded = np.zeros((chunk, 4), np.int32)  # one shape, compiled once; the padding is cut off below
-        padded[: len(part)] = part
-        found.append(np.asarray(_predict(tokens, padded, weights, bias, offsets, px))[: len(part)])
+    for first in range(0, len(places), chunk):
+        part = places[first : first + chunk]
+        padded = np.zeros((chunk, 4, at_tokens.shape[1]), np.float32)  # one shape, compiled once; cut off below
+        padded[: len(part)] = at_tokens[part]
+        found.append(np.asarray(_predict(padded, bias, offsets, px))[: len(part)])
     return np.concatenate(found)

@@ -9,13 +9,15 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 from pera_jax.errors import UserError
-from pera_jax.probes import dense, overlap, pixel_head
+from pera_jax.probes import dense, overlap, pixel_head, splits
 from pera_jax.probes.overlap import IGNORE
 from pera_jax.probes.scenes import Dense, Scene
+
+MOST_BYTES = 2**34  # of the tokens of all training scenes, which the host keeps: 16 GiB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,18 +49,20 @@ def probe(
     """Trains, chooses and tests on all folds, with all seeds.
 
     Args:
-      settings: scale, blocks, learning_rates, priors, steps, batch, held_out, tile, seeds; see the tasks.
+      settings: window, stride, scale, blocks, learning_rates, priors, steps, batch, held_out, tile, seeds; see the tasks.
       tokens_of: the tokens float32 [n, h, w, D] of a scene, h = ceil(H scale / patch).
       units_of: the unit of the interval, from 0, that each pixel [H, W] of a scene belongs to.
       statistic: of confusion matrices [..., C, C]; the largest on the held-out part is chosen.
 
     Raises:
-      UserError: settings that cannot be; nothing can be held out; no test pixel of a class that is trained on.
+      UserError: settings that cannot be; nothing can be held out; no test pixel of a class that is trained on; training
+        tokens of more than `MOST_BYTES`.
     """
     scenes, classes = data.scenes, len(data.class_names)
     _check(data, settings)
     priors = settings["priors"]
-    heads = Heads(scenes, tokens_of, classes, data.patch // settings["scale"], settings)
+    training = sorted({place for train, _ in data.folds for place in train})
+    heads = Heads(scenes, training, tokens_of, classes, data.patch // settings["scale"], settings)
 
     matrices, seen, pictures, chosen, held_out = [], [], {}, [], []
     for seed in settings["seeds"]:
@@ -94,12 +98,17 @@ def probe(
 
 def _check(data: Dense, settings: dict[str, Any]) -> None:
     """Raises UserError for settings that cannot be, and for test scenes that cannot be scored."""
-    for name in ("scale", "steps", "batch", "tile", "blocks"):
+    splits.check_settings(settings)
+    for name in ("scale", "steps", "batch", "tile"):
+        if settings[name] < 1:
+            raise UserError(f"{name}={settings[name]} must be 1 or more")
+    for name, low, needed in (
+        ("blocks", 1, "numbers from 1"), ("learning_rates", 1e-12, "numbers above 0"), ("priors", 0, "numbers from 0"),
+    ):  # fmt: skip
         values = settings[name]
-        if not np.all(np.asarray(values) >= 1):
-            raise UserError(f"{name}={values} must be 1 or more")
-    if not 0 < settings["held_out"] < 1:
-        raise UserError(f"held_out={settings['held_out']} is a share and must lie between 0 and 1")
+        if not values or not all(low <= value < np.inf for value in values):
+            raise UserError(f"{name}={values} must hold at least one value to choose from, {needed}")
+    dense.check_windows(data.patch, settings["window"], settings["stride"])
     if data.patch % settings["scale"]:
         raise UserError(f"scale={settings['scale']} does not divide the patch of {data.patch} px")
     for train, test in data.folds:
@@ -123,22 +132,47 @@ def offsets(masks: list[np.ndarray], classes: int, priors: Sequence[float]) -> n
     return np.where(counts > 0, -np.float64(priors)[:, None] * logs, -np.inf).astype(np.float32)
 
 
-class Heads:
-    """The tokens of all scenes in one array, and the heads that are fitted to parts of them."""
+def _check_size(number: int, blocks: int, width: int) -> None:
+    """Raises UserError where `number` tokens are more than the host should keep."""
+    size = number * blocks * width * 4
+    if size > MOST_BYTES:
+        raise UserError(
+            f"the training scenes have {number:,} places with {blocks} blocks of {width} values each, "
+            f"{size / 2**30:.1f} GiB, and at most {MOST_BYTES / 2**30:g} GiB are kept; take fewer blocks, a smaller scale, "
+            "or fewer training scenes"
+        )
 
-    def __init__(self, scenes, tokens_of, classes, px, settings):
-        maps, used = [], max(settings["blocks"])
-        for scene in scenes:
-            tokens = tokens_of(scene)[-used:]  # [n, h, w, D]
-            maps.append(np.moveaxis(tokens, 0, 2).reshape(*tokens.shape[1:3], -1))  # [h, w, n D]
-        self._sizes = [found.shape[:2] for found in maps]
-        firsts = np.cumsum([0] + [height * width for height, width in self._sizes], dtype=np.int32)
-        self._corners = [pixel_head.corners(*size) + first for size, first in zip(self._sizes, firsts, strict=False)]
-        self._tokens = jnp.concatenate([found.reshape(-1, found.shape[2]) for found in maps])  # [T, n D]
-        self._scenes, self._classes, self._px, self._settings = scenes, classes, px, settings
-        last, width = len(tokens), tokens.shape[3]
+
+def _flat(tokens: np.ndarray) -> np.ndarray:
+    """[n, h, w, D] -> [h w, n D]."""
+    return rearrange(tokens, "n h w d -> (h w) (n d)")
+
+
+class Heads:
+    """The tokens of the training scenes in one array, and the heads that are fitted to parts of them.
+
+    Scenes that are only tested are encoded when they are.
+    """
+
+    def __init__(self, scenes, training, tokens_of, classes, px, settings):
+        self._scenes, self._tokens_of, self._classes, self._px, self._settings = scenes, tokens_of, classes, px, settings
+        self._sizes = [tuple(-(-side // px) for side in scene.mask.shape) for scene in scenes]
+        self._parts, number = {}, 0  # rows of a scene's tokens
+        for place in training:
+            height, width = self._sizes[place]
+            self._parts[place] = slice(number, number + height * width)
+            number += height * width
+        self._tokens = None
+        for place, part in self._parts.items():
+            tokens = tokens_of(scenes[place])[-max(settings["blocks"]) :]  # [n, h, w, D]
+            last, width = len(tokens), tokens.shape[3]
+            if self._tokens is None:
+                _check_size(number, last, width)
+                self._tokens = np.empty((number, last * width), np.float32)  # [T, n D]
+            self._tokens[part] = _flat(tokens)
         blocks = sorted({min(number, last) for number in settings["blocks"]})
         self.grid = [(number, rate) for number in blocks for rate in settings["learning_rates"]]
+        self._last = last
         from_end = last - np.arange(last * width) // width  # [F]; the last block is 1
         self._kept = np.stack([from_end <= number for number, _ in self.grid], axis=1)  # [F, G]
 
@@ -148,7 +182,7 @@ class Heads:
         for place, mask in zip(places, masks, strict=True):
             cut = pixel_head.cells(mask, *self._sizes[place], self._px)
             labelled = np.any(cut != IGNORE, axis=1)
-            corners.append(self._corners[place][labelled])
+            corners.append(pixel_head.corners(*self._sizes[place])[labelled] + self._parts[place].start)
             labels.append(cut[labelled])
         return np.concatenate(corners), np.concatenate(labels)
 
@@ -172,7 +206,12 @@ class Heads:
 
     def predict(self, place, model, offset):
         """The classes uint8 [H, W] of the scene at `place`."""
-        found = pixel_head.predict(self._tokens, self._corners[place], *model, offset, self._px)[:, :, 0, 0]
+        if place in self._parts:
+            tokens = self._tokens[self._parts[place]]
+        else:
+            tokens = _flat(self._tokens_of(self._scenes[place])[-self._last :])
+        corners = pixel_head.corners(*self._sizes[place])
+        found = pixel_head.predict(tokens, corners, *model, offset, self._px)[:, :, 0, 0]
         return pixel_head.picture(found, self._scenes[place].mask.shape, self._sizes[place][1], self._px)
 
 

@@ -94,30 +94,45 @@ def load(
       folds: in how many parts the scenes of a folder without splits are tested; 0, or more than there are scenes: each
         by itself.
       class_names: of segmentation, where the folder has no classes.txt (one name a line); (): "class 0" and so on.
-      splits: the subfolders to train and to test on.
+      splits: the subfolders to train and to test on, see `folders`.
 
     Raises:
       UserError: bad input, in one sentence that names the file.
     """
     folder = pathlib.Path(folder)
-    present = [split for split in splits if (folder / split).is_dir()]
+    places = folders(folder, splits)
+    names = _class_names(folder, dates, class_names)
+    parts = [_read_part(place, dates, bands, names) for place in places]
+    scenes = tuple(scene for part, _ in parts for scene in part)
+    if len(parts) == 2:
+        first = len(parts[0][0])
+        cut = ((tuple(range(first)), tuple(range(first, len(scenes)))),)
+    else:
+        cut = _cut(len(scenes), folds, places[0])
+    names = names or tuple(f"class {index}" for index in range(_highest(scenes) + 1))
+    for train, _ in cut:
+        _check_training(folder, [scenes[index] for index in train])
+    return Folder(scenes, cut, names, (parts[0][1], parts[-1][1]))
+
+
+def folders(folder: pathlib.Path, splits: tuple[str, str]) -> tuple[pathlib.Path, ...]:
+    """Where the training and the test scenes lie; one folder where they are the same ones, in folds.
+
+    That is where neither split is a subfolder, or where one of them is "", none of its own: then the other, or without
+    such a subfolder the folder itself.
+
+    Raises:
+      UserError: only one of two splits is there; twice the same split.
+    """
+    present = [split for split in splits if split and (folder / split).is_dir()]
+    if not all(splits):
+        return (folder / present[0],) if present else (folder,)
     if len(present) == 1:
         missing = splits[1 - splits.index(present[0])]
         raise UserError(f"{folder} has the split {present[0]!r} but not {missing!r}; add it, or do without both")
     if len(set(splits)) == 1 and present:
         raise UserError(f"the training and the test split are both {splits[0]!r}; a test needs scenes of its own")
-    names = _class_names(folder, dates, class_names)
-    parts = [_read_part(folder / split, dates, bands, names) for split in present or ("",)]
-    scenes = tuple(scene for part, _ in parts for scene in part)
-    if present:
-        first = len(parts[0][0])
-        cut = ((tuple(range(first)), tuple(range(first, len(scenes)))),)
-    else:
-        cut = _cut(len(scenes), folds, folder)
-    names = names or tuple(f"class {index}" for index in range(_highest(scenes) + 1))
-    for train, _ in cut:
-        _check_training(folder, [scenes[index] for index in train])
-    return Folder(scenes, cut, names, (parts[0][1], parts[-1][1]))
+    return tuple(folder / split for split in present) or (folder,)
 
 
 def _class_names(folder, dates, given):
