@@ -7,6 +7,8 @@ Cost:     see the README.
 
 from ml_collections import ConfigDict
 
+ZURICH = ("road", "building", "tree", "grass", "bare soil", "water", "railway", "swimming pool")
+
 
 def get_config(argument=None):
     del argument
@@ -19,7 +21,7 @@ def get_config(argument=None):
                 aid_knn=dict(task="knn", **aid),
                 aid_logistic=dict(task="logistic", **aid),
                 # Folders of two scenes and of eleven pairs, without splits: each is tested by a head trained on the others.
-                zurich=dict(task="segmentation", data="data/zurich_summer", **window),
+                zurich=dict(task="segmentation", data="data/zurich_summer", class_names=ZURICH, **window),
                 levir=dict(task="change", data="data/levir_cd", scale=2, **window),
             )
         )
