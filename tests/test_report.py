@@ -103,9 +103,12 @@ def write_results(run: pathlib.Path, folder: pathlib.Path) -> None:
     for task, kinds in (("segmentation", ["image"]), ("change", ["A", "B"])):
         for kind in [*kinds, "label"]:
             (folder / task / "test" / kind).mkdir(parents=True)
-            mask = rng.integers(0, 3, (30, 40)) if task == "segmentation" else 255 * np.eye(30, 40)
-            pixels = mask if kind == "label" else rng.integers(0, 255, (30, 40, 3), np.uint8)
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / task / "test" / kind / "key.png")
+            place = folder / task / "test" / kind
+            if kind == "label":
+                mask = rng.integers(0, 2, (30, 40)) if task == "segmentation" else 255 * np.eye(30, 40)
+                Image.fromarray(mask.astype(np.uint8)).save(place / "key.png")
+            else:
+                (place / "key.tif").write_bytes(codecs.encode_tiff(rng.integers(0, 5000, (30, 40, 3), np.uint16)))
         scenes = {"path": str(folder / task), "name": "s", "test_split": "test", "class_names": CLASSES[:2]}
         put("step_000004", entry(task, "teacher", 4, 0.5, scenes, confusion=[[6, 2], [1, 3]]))
         (run / f"probe/step_000004/{task}_s").mkdir()
@@ -447,6 +450,8 @@ def test_scenes_show_where_the_prediction_is_wrong(tmp_path):
     Image.fromarray(predicted).save(tmp_path / "probe/7.png")
     result = {"task": "segmentation", "file": tmp_path / "probe.json",
               "data": {"path": str(tmp_path), "test_split": "", "class_names": ["no", "yes"]}}  # fmt: skip
+    (tmp_path / "image/7.jgw").write_text("no image, though its name comes first")
+    (tmp_path / "image/7.png").rename(tmp_path / "image/7.tif")
     grid, remarks = overlays.grid(result, Bands.plain(), ())
     assert remarks == [] and grid.names == ("image", "truth", "prediction", "errors")
     image, true, guess, wrong = (tile.pixels.astype(int) for tile in grid.rows[0])
@@ -455,7 +460,10 @@ def test_scenes_show_where_the_prediction_is_wrong(tmp_path):
     np.testing.assert_array_equal(guess, colours[predicted])
     np.testing.assert_array_equal(true[truth != 255], colours[truth[truth != 255]])
     np.testing.assert_array_equal(wrong[..., 0] > wrong[..., 1] + 50, (truth != predicted) & (truth != 255))
-    (tmp_path / "label/7.png").unlink()
+    (tmp_path / "label/7.png").write_bytes(b"no mask")
     grid, remarks = overlays.grid(result, Bands.plain(), ())
     assert grid is None and len(remarks) == 1 and "7.png is not shown" in remarks[0]
+    (tmp_path / "label/7.png").unlink()
+    grid, remarks = overlays.grid(result, Bands.plain(), ())
+    assert grid is None and len(remarks) == 1 and "The scenes are not shown: " in remarks[0]
     assert len(set(overlays.colours_of(45))) == 45

@@ -9,37 +9,21 @@ them the scenes are tested in turn, by a head that was trained on the others.
 
 import dataclasses
 import hashlib
-import io
 import pathlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from PIL import Image
 
 from pera_jax.bands import Bands
-from pera_jax.data import codecs
 from pera_jax.errors import UserError
+from pera_jax.probes import scene_files
 from pera_jax.probes.overlap import IGNORE
+from pera_jax.probes.scene_files import Scene
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
 CHANGE_CLASSES = ("unchanged", "changed")
 CLASSES_FILE = "classes.txt"
 
 Fold = tuple[tuple[int, ...], tuple[int, ...]]  # (training scenes, test scenes), by their places
-
-
-@dataclasses.dataclass(frozen=True)
-class Scene:
-    """
-    Attributes:
-      key: the file's stem.
-      images: stored values [H, W, C] of the encoder's bands; one, or two dates.
-      mask: uint8 [H, W] of class indices, IGNORE without label.
-    """
-
-    key: str
-    images: tuple[np.ndarray, ...]
-    mask: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,90 +162,12 @@ def _check_training(folder: pathlib.Path, scenes: Sequence[Scene]) -> None:
 
 def _read_part(folder, dates, bands, names) -> tuple[list[Scene], str]:
     """The scenes of a folder or of a split of it, in order of names, and their fingerprint."""
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}")
-    kinds = ("image",) if dates == 1 else ("A", "B")
-    files = {kind: _files(folder / kind, SUFFIXES) for kind in kinds} | {"label": _files(folder / "label", (".png",))}
-    for kind in (*kinds[1:], "label"):
-        for one, other in ((kinds[0], kind), (kind, kinds[0])):
-            for stem in sorted(files[one].keys() - files[other].keys()):
-                raise UserError(f"{files[one][stem]} has no counterpart {stem!r} in {folder / other}; add or remove it")
-    digest, scenes = hashlib.sha256(), []
-    for stem in files["label"]:
-        images = tuple(_image(files[kind][stem], bands, digest, folder) for kind in kinds)
-        paths = [files[kind][stem] for kind in kinds]
-        mask = _mask(files["label"][stem], dates, names, digest, folder)
-        for path, shape in [(paths[-1], images[-1].shape[:2]), (files["label"][stem], mask.shape)]:
-            if shape != images[0].shape[:2]:
-                raise UserError(
-                    f"{path} is {shape[1]} x {shape[0]} px and {paths[0]} is {images[0].shape[1]} x "
-                    f"{images[0].shape[0]} px; they must be of one size"
-                )
-        scenes.append(Scene(stem, images, mask))
+    found, digest = scene_files.files(folder, dates), hashlib.sha256()
+
+    def seen(path, content):
+        for part in (path.relative_to(folder).as_posix().encode(), content):
+            digest.update(len(part).to_bytes(8, "big"))  # so that no other names and contents give the same bytes
+            digest.update(part)
+
+    scenes = [scene_files.read(found, key, bands, names, seen) for key in found["label"]]
     return scenes, digest.hexdigest()
-
-
-def _files(folder: pathlib.Path, suffixes: Sequence[str]) -> dict[str, pathlib.Path]:
-    """The images of a folder by their stems, ascending."""
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; images belong in image/ (or A/ and B/), masks in label/")
-    files = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in suffixes and not path.name.startswith("."):
-            if path.stem in files:
-                raise UserError(f"{files[path.stem]} and {path} have one name; rename or remove one of them")
-            files[path.stem] = path
-    if not files:
-        raise UserError(f"{folder} holds no file {', '.join('*' + suffix for suffix in suffixes)}")
-    return files
-
-
-def _content(path: pathlib.Path, digest, folder: pathlib.Path) -> bytes:
-    """A file's bytes, which with its name go into the digest."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    name = path.relative_to(folder).as_posix().encode()
-    for part in (name, content):
-        digest.update(len(part).to_bytes(8, "big"))  # so that no other names and contents give the same bytes
-        digest.update(part)
-    return content
-
-
-def _image(path: pathlib.Path, bands: Bands, digest, folder: pathlib.Path) -> np.ndarray:
-    try:
-        pixels = codecs.decode_image(_content(path, digest, folder))
-    except codecs.ImageDecodeError as error:
-        raise UserError(f"{path} cannot be decoded; replace or remove it") from error
-    if pixels.shape[2] != len(bands) or pixels.dtype != bands.dtype:
-        raise UserError(
-            f"{path} has {pixels.shape[2]} bands of {pixels.dtype}, and the encoder takes {len(bands)} of "
-            f"{bands.dtype} ({', '.join(bands.names)})"
-        )
-    return pixels
-
-
-def _mask(path: pathlib.Path, dates: int, names: Sequence[str], digest, folder: pathlib.Path) -> np.ndarray:
-    """uint8 [H, W] of class indices and IGNORE."""
-    try:
-        with Image.open(io.BytesIO(_content(path, digest, folder))) as image:
-            mask = np.array(image)  # indices where there is a palette
-    except codecs.DECODE_ERRORS as error:
-        raise UserError(f"{path} cannot be decoded; replace or remove it") from error
-    if mask.ndim != 2:
-        raise UserError(f"{path} has {mask.shape[2]} bands; a mask has one, of class indices")
-    values = np.unique(mask)
-    if dates == 2:
-        if not (set(values.tolist()) <= {0, 1} or set(values.tolist()) <= {0, 255}):
-            raise UserError(f"{path} holds the values {_listed(values)}; a mask of change holds 0 and 255, or 0 and 1")
-        return (mask > 0).astype(np.uint8)
-    limit = len(names) or IGNORE
-    wrong = values[(values != IGNORE) & ((values < 0) | (values >= limit))]
-    if len(wrong):
-        raise UserError(f"{path} holds the class {_listed(wrong)}; classes are 0 to {limit - 1}, and {IGNORE} no label")
-    return mask.astype(np.uint8)
-
-
-def _listed(values: np.ndarray) -> str:
-    return ", ".join(map(str, values[:5].tolist())) + (", ..." if len(values) > 5 else "")

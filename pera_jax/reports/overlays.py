@@ -5,10 +5,11 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from pera_jax.bands import Bands
-from pera_jax.data import codecs
+from pera_jax.errors import UserError
+from pera_jax.probes import scene_files, scenes
+from pera_jax.probes.overlap import IGNORE
 from pera_jax.reports.grid import Grid, Tile
 from pera_jax.reports.images import as_bytes, visible
 
@@ -17,7 +18,6 @@ READING = (
     "on frozen features predicts, and where it is wrong (red) over the image in dark grey. Light grey has no "
     "label and counts nowhere."
 )
-IGNORE = 255
 _MOST = 6  # scenes of a result
 _UNLABELLED, _WRONG = (205, 205, 205), (225, 40, 40)
 _DISTINCT = (
@@ -56,11 +56,15 @@ def grid(entry: dict[str, Any], bands: Bands, rgb: tuple[str, ...]) -> tuple[Gri
     names = tuple(entry["data"]["class_names"])
     colours, change = colours_of(len(names)), entry["task"] == "change"
     rows, faults = [], []
-    for picture in pictures[:_MOST]:
-        try:
-            rows.append(_row(entry["data"], picture, change, colours, bands, rgb))
-        except (OSError, ValueError) as error:
-            faults.append(f"{picture.name} is not shown: {error}.")
+    try:
+        found = _found(entry["data"], change)
+        for picture in pictures[:_MOST]:
+            try:
+                rows.append(_row(found, picture, names, colours, bands, rgb))
+            except UserError as error:
+                faults.append(f"{picture.name} is not shown: {error}.")
+    except UserError as error:
+        faults.append(f"The scenes are not shown: {error}.")
     looks = ("first date", "second date") if change else ("image",)
     columns = (*looks, "truth", "prediction", "errors")
     side = 1130 // len(columns) - 8
@@ -70,38 +74,22 @@ def grid(entry: dict[str, Any], bands: Bands, rgb: tuple[str, ...]) -> tuple[Gri
     return (Grid(columns, tuple(rows), side, kinds) if rows else None), faults
 
 
-def _row(data, picture: pathlib.Path, change: bool, colours, bands: Bands, rgb) -> tuple[Tile, ...]:
-    base = pathlib.Path(str(data.get("path") or ""))
-    split = base / str(data.get("test_split") or "")
-    base = split if (split / "label").is_dir() else base
-    looks = [_scene(base / kind, picture.stem, bands, rgb) for kind in (("A", "B") if change else ("image",))]
-    truth, predicted = _mask(base / "label" / f"{picture.stem}.png"), _mask(picture)
-    if change:
-        truth = np.where(truth == IGNORE, 1, truth).astype(np.uint8)  # a change is stored as 255
-    shapes = {look.shape[:2] for look in looks} | {truth.shape, predicted.shape}
-    if len(shapes) > 1:
-        raise ValueError("image, label and prediction have several sizes")
-    maps = (coloured(truth, colours), coloured(predicted, colours))
+def _found(data: dict[str, Any], change: bool) -> dict[str, dict[str, pathlib.Path]]:
+    """The files of the scenes that were tested, see `scene_files.files`."""
+    splits = tuple(str(data.get(name) or "") for name in ("train_split", "test_split"))
+    tested = scenes.folders(pathlib.Path(str(data.get("path") or "")), splits)[-1]
+    return scene_files.files(tested, 2 if change else 1)
+
+
+def _row(found, picture: pathlib.Path, names, colours, bands: Bands, rgb) -> tuple[Tile, ...]:
+    if picture.stem not in found["label"]:
+        raise UserError("the folder of scenes no longer holds it")
+    scene = scene_files.read(found, picture.stem, bands, names)
+    predicted = scene_files.read_mask(picture, False, names)
+    if predicted.shape != scene.mask.shape:
+        raise UserError("the labels are of another size than the prediction")
+    looks = [as_bytes(bands.mapped(image), visible(bands, rgb)) for image in scene.images]
+    maps = (coloured(scene.mask, colours), coloured(predicted, colours))
     tiles = [Tile(look) for look in looks] + [Tile(of, exact=True) for of in maps]
     tiles[0] = Tile(looks[0], picture.stem)
-    return (*tiles, Tile(errors(looks[-1], truth, predicted)))
-
-
-def _mask(file: pathlib.Path) -> np.ndarray:
-    """Class indices uint8 [H, W] of a PNG: its values, or the places in its palette."""
-    with Image.open(file) as image:
-        values = np.asarray(image if image.mode in ("L", "P") else image.convert("L"))
-    return values.astype(np.uint8)
-
-
-def _scene(folder: pathlib.Path, key: str, bands: Bands, rgb) -> np.ndarray:
-    """The image as uint8 [H, W, 3]: the network's bands as they are shown elsewhere, or the first three stretched."""
-    file = next((path for path in sorted(folder.glob("*")) if path.stem == key), None)
-    if file is None:
-        raise ValueError(f"{folder} holds no image of that name")
-    pixels = codecs.decode_image(file.read_bytes())
-    if pixels.shape[2] == len(bands) and pixels.dtype == bands.dtype:
-        return as_bytes(bands.mapped(pixels), visible(bands, rgb))
-    channels = (0, 1, 2) if pixels.shape[2] > 2 else (0, 0, 0)
-    low, high = np.percentile(pixels, (1, 99), axis=(0, 1))
-    return as_bytes((pixels - low) / np.maximum(high - low, 1e-6), channels)
+    return (*tiles, Tile(errors(looks[-1], scene.mask, predicted)))
