@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
 from toy_features import TASKS, images, labelled, run, tokens
 
 from pera_jax.errors import UserError
+from pera_jax.probes import supervised
 from pera_jax.probes.labelled import Labelled
 
 # ---------------------------------------------------------------- the protocol
@@ -86,6 +88,24 @@ def test_more_dimensions_than_images_and_a_class_of_one_image():
         found, _ = run(name, data, seeds=(0, 1))
         assert found["knn20_best" if name == "knn" else name].value >= 2 / 3
     assert sorted(run("knn", data)[0]) == ["knn10", "knn20", "knn20_best"]
+
+
+@pytest.mark.parametrize("name", ["linear", "logistic"])
+def test_rows_are_worked_on_in_pieces_with_the_same_scores_and_little_memory(name, monkeypatch):
+    rng = np.random.default_rng(0)
+    labels, tests = rng.integers(0, 4, 2500), rng.integers(0, 4, 20)
+    data = Labelled(images(rng, labels, 8.0, 4, 32), images(rng, tests, 8.0, 4, 32), labels, tests, tuple("abcd"))
+    quick = {"seeds": (0,)} | ({"smallest": -4, "largest": -3} if name == "logistic" else {})
+    whole, _ = run(name, data, **quick)
+    monkeypatch.setattr(supervised, "_ROWS", 300)
+    tracemalloc.start()
+    in_pieces, _ = run(name, data, **quick)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert {key: score.value for key, score in in_pieces.items()} == pytest.approx(
+        {key: score.value for key, score in whole.items()}, abs=1e-6
+    )
+    assert peak < 5 * (data.train.class_tokens.nbytes + data.train.patch_means.nbytes)
 
 
 # ---------------------------------------------------------------- bad input

@@ -95,7 +95,7 @@ def fit(
 
     features = np.asarray(features, np.float32)
     mean, scale = supervised.standardisation(features)
-    standard = ((features - mean) * scale).astype(np.float32)
+    standard = supervised.standardised(features, mean, scale, np.float32)
     targets = np.asarray(labels, np.int32 if labels.ndim == 1 else np.float32)
     rates, decays = np.float32(rates), np.float32(decays)
     weights, bias = _train(standard, targets, order, rates, decays, np.float32(settings["momentum"]), classes)
@@ -116,9 +116,11 @@ def choose(train, labels, fit_part, held, classes, seed, settings):
     rates, decays = np.array(grid).T
     measure = next(iter(supervised.measures(labels.ndim == 2, classes).values()))
     table = {}
-    for name, rows in train.items():
-        models = fit(rows[fit_part], labels[fit_part], classes, rates, decays, seed, settings)
-        table[name] = np.array([measure(found, labels[held]) for found in logits(*models, rows[held])])  # [G]
+    for name in train:
+        fitted, tests = train.cut(name, fit_part, held)
+        models = fit(fitted, labels[fit_part], classes, rates, decays, seed, settings)
+        table[name] = np.array([measure(found, labels[held]) for found in logits(*models, tests)])  # [G]
+        del fitted, tests  # before the next ones are put together
     variant = max(table, key=lambda name: table[name].max())  # of equal ones the first
     rate, decay = grid[int(np.argmax(table[variant]))]
     choice = {"variant": variant, "learning_rate": rate, "weight_decay": decay}

@@ -50,6 +50,11 @@ class Solution:
     bias: np.ndarray
     gradient: float
 
+    def logits(self, features: np.ndarray) -> np.ndarray:
+        """Float64 [M, classes] of raw features [M, F]."""
+        found = [features[rows] @ self.weights for rows in supervised.pieces(len(features))]
+        return np.concatenate(found) + self.bias
+
 
 class Problem:
     """The training images of one regression, for any number of C.
@@ -71,7 +76,7 @@ class Problem:
         self.truth = np.ascontiguousarray(truth[:, self.fitted].T, np.float64)  # [classes, N]
         self.absent = np.log((images + 0.5) / (self.number - images + 0.5))  # [classes]
         self.mean, self.scale = supervised.standardisation(features)
-        standard = (features - self.mean) * self.scale  # [N, F]
+        standard = supervised.standardised(features, self.mean, self.scale, np.float64)  # [N, F]
         # Neither the loss nor the penalty change under a rotation of the features: in their principal axes they are
         # uncorrelated, and axes in which no image differs keep the weight 0, so that at most N are left.
         if standard.shape[1] <= self.number:
@@ -81,7 +86,9 @@ class Problem:
             self.axes = standard.T @ (axes / np.sqrt(np.maximum(self.squares, 1e-300)))
         kept = self.squares > 1e-12 * max(self.squares.max(), 1e-300)
         self.squares, self.axes = self.squares[kept], self.axes[:, kept]
-        self.rotated = standard @ self.axes  # [N, A]
+        for rows in supervised.pieces(self.number):  # where they stand: in float64 they are the most that is held
+            standard[rows, : len(self.squares)] = standard[rows] @ self.axes
+        self.rotated = standard[:, : len(self.squares)]  # [N, A]
         self.start = np.zeros((len(self.fitted), self.axes.shape[1] + 1))  # of weights in principal axes, then the bias
 
     def solve(self, c: float, tolerance: float, iterations: int) -> Solution:
@@ -138,22 +145,28 @@ def choose(train, labels, fit, held, classes, seed, settings):
     """See `supervised.Choose`: C and variant, and what each reached on the held-out part."""
     several = labels.ndim == 2
     measure = next(iter(supervised.measures(several, classes).values()))
-    table, problems = {}, {}
+    table, best = {}, (-np.inf,)  # value, variant, problem and held-out features of the best so far; one is kept
 
-    def reached(name, power):
-        solution = problems[name].solve(10.0**power, ROUGH, settings["iterations"])
-        table[name][power] = measure(train[name][held] @ solution.weights + solution.bias, labels[held])
+    def reached(name, problem, tests, power):
+        solution = problem.solve(10.0**power, ROUGH, settings["iterations"])
+        table[name][power] = measure(solution.logits(tests), labels[held])
 
-    for name, rows in train.items():
-        problems[name], table[name] = Problem(rows[fit], labels[fit], classes), {}
+    for name in train:
+        fitted, tests = train.cut(name, fit, held)
+        problem, table[name] = Problem(fitted, labels[fit], classes), {}
+        del fitted
         for power in range(settings["smallest"], settings["largest"] + 1):
-            reached(name, power)
+            reached(name, problem, tests, power)
             if power - _best(table[name]) >= PATIENCE:
                 break
-    chosen = max(table, key=lambda name: max(table[name].values()))  # of equal ones the first
+        value = max(table[name].values())
+        if value > best[0]:  # of equal ones the first
+            best = value, name, problem, tests
+        del problem, tests  # before the next ones are put together
+    _, chosen, *best = best
     decade = _best(table[chosen])
     for step in REFINEMENT:
-        reached(chosen, decade + step)
+        reached(chosen, *best, decade + step)
     power = _best(table[chosen])
     choice = {"variant": chosen, "C": 10.0**power}
     return choice, {name: {f"{10.0**power:.4g}": row[power] for power in sorted(row)} for name, row in table.items()}
@@ -168,7 +181,7 @@ def predict(choice, train, labels, test, classes, seed, settings):
     """See `supervised.Predict`; the notes tell the gradient that was left and whether that is convergence."""
     solution = Problem(train, labels, classes).solve(choice["C"], settings["tolerance"], settings["iterations"])
     notes = {"converged": solution.gradient <= settings["tolerance"], "gradient": solution.gradient}
-    return test @ solution.weights + solution.bias, notes
+    return solution.logits(test), notes
 
 
 def run(data: Labelled, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:

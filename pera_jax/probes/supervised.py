@@ -23,7 +23,7 @@ Details:
   confusion: of the first seed, [true class][predicted class] numbers of images; not of several labels.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,27 +34,67 @@ from pera_jax.probes.labelled import Labelled
 
 SETTINGS = {"blocks": (1, 4), "held_out": 0.2, "shares": (), "seeds": (0, 1, 2)}
 
-# (features [N, F] by variant, labels, indices to fit, held out, classes, seed, settings) -> (choice, table); the choice
-# has a "variant"
+_ROWS = 2**13  # of which float64 copies are made at once
+
+# (Variants of N images, labels, indices to fit, held out, classes, seed, settings) -> (choice, table); the choice has a
+# "variant"
 Choose = Callable[..., tuple[dict[str, Any], dict[str, Any]]]
 # (choice, features [N, F], labels, features to predict [M, F], classes, seed, settings) -> (logits [M, classes], notes)
 Predict = Callable[..., tuple[np.ndarray, dict[str, Any]]]
 
 
-def variants(tokens: features.Features, blocks: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """Features [N, F] by name: `class_1`, `class_mean_1`, `class_4`, `class_mean_4`; of fewer blocks if there are."""
-    return {
-        f"{'class_mean' if means else 'class'}_{number}": tokens.concatenated(number, means)
-        for number in sorted({min(number, tokens.class_tokens.shape[1]) for number in blocks})
-        for means in (False, True)
-    }
+class Variants(Mapping[str, np.ndarray]):
+    """Features [N, F] by name: `class_1`, `class_mean_1`, `class_4`, `class_mean_4`; of fewer blocks if there are.
+
+    Each is put together where it is asked for, and not kept: of 100,000 images the largest takes several GiB.
+    """
+
+    def __init__(self, tokens: features.Features, blocks: tuple[int, ...]):
+        self._tokens = tokens
+        self._parts = {
+            f"{'class_mean' if means else 'class'}_{number}": (number, means)
+            for number in sorted({min(number, tokens.class_tokens.shape[1]) for number in blocks})
+            for means in (False, True)
+        }
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._tokens.concatenated(*self._parts[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def cut(self, name: str, *indices: np.ndarray) -> list[np.ndarray]:
+        """Some of the rows of one variant, for each of `indices`."""
+        rows = self[name]
+        return [rows[part] for part in indices]
+
+
+def pieces(rows: int) -> Iterator[slice]:
+    """So many rows, a few at a time: what is worked on in float64 is never copied whole."""
+    return (slice(first, first + _ROWS) for first in range(0, rows, _ROWS))
 
 
 def standardisation(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(mean, 1 / deviation) of the columns of [N, F], float64 [F]; constants, which tell nothing, get 0."""
-    mean, std = features.mean(axis=0, dtype=np.float64), features.std(axis=0, dtype=np.float64)
-    varies = std > 1e-6 * np.abs(features).max(axis=0)  # below lies what float32 rounds
+    mean = features.mean(axis=0, dtype=np.float64)
+    squares, largest = np.zeros_like(mean), np.zeros_like(mean)
+    for rows in pieces(len(features)):
+        squares += np.square(features[rows] - mean).sum(axis=0)
+        largest = np.maximum(largest, np.abs(features[rows]).max(axis=0))
+    std = np.sqrt(squares / len(features))
+    varies = std > 1e-6 * largest  # below lies what float32 rounds
     return mean, np.divide(1.0, std, out=np.zeros_like(std), where=varies)
+
+
+def standardised(features: np.ndarray, mean: np.ndarray, scale: np.ndarray, dtype: type) -> np.ndarray:
+    """`(features - mean) * scale` [N, F], computed in float64 and rounded to `dtype`."""
+    standard = np.empty(features.shape, dtype)
+    for rows in pieces(len(features)):
+        standard[rows] = (features[rows] - mean) * scale
+    return standard
 
 
 def measures(several: bool, classes: int) -> dict[str, Callable]:
@@ -92,7 +132,7 @@ def run(
     splits.check(data)
     splits.check_settings(settings)
     seeds, several, classes = settings["seeds"], data.train_labels.ndim == 2, data.classes
-    train, test = variants(data.train, settings["blocks"]), variants(data.test, settings["blocks"])
+    train, test = Variants(data.train, settings["blocks"]), Variants(data.test, settings["blocks"])
     labels, truth = data.train_labels, data.test_labels
 
     def decide(seed, train, labels):
@@ -120,13 +160,18 @@ def run(
     if not several:
         yield "confusion", scores.confusion(np.argmax(logits[0], axis=1), truth, classes).tolist()
 
-    pooled = {name: np.concatenate([train[name], test[name]]) for name in train}
+    if not settings["shares"]:
+        return
+    pooled = features.Features(*(
+        np.concatenate([getattr(part, name) for part in (data.train, data.test)])
+        for name in ("class_tokens", "patch_means")
+    ))  # fmt: skip
     everything = np.concatenate([labels, truth])
     for share in settings["shares"]:
         values, chosen = {suffix: [] for suffix in measures(several, classes)}, []
         for seed in seeds:
             part, rest = splits.hold_out(everything, 1.0 - share, seed)
-            train, test = ({name: rows[indices] for name, rows in pooled.items()} for indices in (part, rest))
+            train, test = (Variants(pooled.take(indices), settings["blocks"]) for indices in (part, rest))
             choice, _ = decide(seed, train, everything[part])
             found, notes = answer(choice, seed, train, everything[part], test)
             chosen.append({"seed": seed} | choice | notes)
