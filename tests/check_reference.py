@@ -170,7 +170,7 @@ def check(path: str) -> Table:
 
 
 def compare_outputs(file, table, n, objective, outputs, global_views):
-    student, teacher, predicted = outputs
+    student, teacher, predicted, _ = outputs
     for network, out in (("student", student), ("teacher", teacher)):
         z = objective.precision.logits(out.units, out.weights)  # [B, V, K]
         parts = {"global": z[:, : file.numbers["global"]], "local": z[:, file.numbers["global"] :]}

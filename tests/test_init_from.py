@@ -2,19 +2,21 @@
 
 import jax
 import jax.numpy as jnp
+import labelled_toys
 import numpy as np
 import pytest
 import tiny
 import toy_data
 import toy_weights
 
-from pera_jax import checkpoint, sharding
+from pera_jax import checkpoint, probe, sharding, train
 from pera_jax import step as steps
 from pera_jax.bands import RGB, Bands
 from pera_jax.data import mixture, pipeline
 from pera_jax.errors import UserError
 from pera_jax.objectives import pera
-from pera_jax.weights import arrays, imports, init
+from pera_jax.probes import specs
+from pera_jax.weights import arrays, imports, init, released, tables
 
 
 def config_like_the_dictionary(**changes):
@@ -120,7 +122,7 @@ def test_the_centre_begins_as_the_mean_of_the_teachers_outputs(imported, tmp_pat
         batch = {kind: value for kind, value in next(stream).items() if kind in pera.KINDS}
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), steps.CENTER), number)
         views = objective.make_views(objective.examples(key, batch))
-        _, out, _ = jax.jit(lambda views: objective.outputs(params, teacher, views, None))(views)
+        _, out, *_ = jax.jit(lambda views: objective.outputs(params, teacher, views, None))(views)
         outputs.append(np.einsum("bvd,kd->bvk", out.units, out.weights))
     stream.close()
     np.testing.assert_allclose(found.objective["center"], np.concatenate(outputs).mean((0, 1)), atol=1e-5)
@@ -129,3 +131,35 @@ def test_the_centre_begins_as_the_mean_of_the_teachers_outputs(imported, tmp_pat
     assert "teacher's mean output over 2 batches" in capsys.readouterr().err
     config.init_center_batches = 0
     assert init.with_center(state, config, objective, data, mesh) is state
+
+
+def test_going_on_forgets_nothing(tmp_path):
+    """100 steps at a small rate, from a whole import and from its teacher alone: neighbours as good as the import's."""
+    labels = {"train": list(range(3)) * 32, "test": list(range(3)) * 16}
+    data = str(labelled_toys.write_shards(tmp_path / "data", labels))
+
+    def settings(steps, rate, start=""):
+        config = config_like_the_dictionary(batch_size=16, data__path=data, init_from=start, init_center_batches=4)
+        config.update_from_flattened_dict({"total": f"{steps} steps", "log_every": "50 steps", "checkpoint.every": "100 percent"})
+        config.schedules.learning_rate.update(dict(start=rate, peak=rate, end=rate))
+        return config
+
+    def neighbours(run):
+        fields = {"data": data, "image_size": 48}
+        return probe.probe(str(run), specs.from_names(["knn"], fields, ["knn.k=(20,)"]), output=str(tmp_path / "out"))[0]
+
+    train.train(settings(60, 2e-3), str(tmp_path / "first"))
+    shape = checkpoint.load_weights(tmp_path / "first").meta["model"]
+    tree = {
+        root: jax.tree.map(np.asarray, checkpoint.load_weights(tmp_path / "first", which=which).params)
+        for root, which in (("params", "student"), ("teacher", "teacher"))
+    }
+    table = released.table(shape["depth"], shape["split"])
+    arrays.write(tmp_path / "first.safetensors", tables.to_named(tree, table, shape["heads"], shape["patch"]))
+    for alone in (True, False):
+        start = tmp_path / f"import_{alone}"
+        options = imports.Options(heads=2, mean=(0.4,) * 3, std=(0.1,) * 3)
+        imports.import_released(tmp_path / "first.safetensors", start, options, alone)
+        train.train(settings(100, 1e-5, str(start)), str(tmp_path / f"on_{alone}"))
+        before, after = (neighbours(run)["scores"]["knn20"]["value"] for run in (start, tmp_path / f"on_{alone}"))
+        assert before > 0.5 and after >= before - 1 / 48, (alone, before, after)
