@@ -31,14 +31,7 @@ def nearest(
     Returns:
       (cosines float32 [M, number] descending, indices [M, number]); fewer where `train` has no more.
     """
-    available = len(train) - (own is not None)
-    similarities, indices = knn.nearest(train, queries, min(number + (own is not None), len(train)))
-    if own is None:
-        return similarities, indices
-    keep = indices != np.asarray(own)[:, None]
-    keep[keep.all(axis=1), -1] = False  # where equal ones crowd it out, the last goes
-    number = min(number, available)
-    return similarities[keep].reshape(-1, number), indices[keep].reshape(-1, number)
+    return knn.nearest(train, queries, min(number, len(train) - (own is not None)), own)
 
 
 def grid(
