@@ -4,6 +4,8 @@ import os
 import pathlib
 import sys
 
+import pytest
+
 # These programs run for milliseconds: optimising them takes two thirds of the time to compile.
 FAST = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST} --xla_force_host_platform_device_count=8"
@@ -24,3 +26,14 @@ LONGEST = ("test_step", "test_train", "test_hosts")
 def pytest_collection_modifyitems(items):
     """The files that take longest first, so that the processes that share the files end together."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Eight virtual devices on a core or two take most of the time to wait for each other."""
+    import jax
+
+    from pera_jax import sharding
+
+    make_mesh = sharding.make_mesh
+    monkeypatch.setattr(sharding, "make_mesh", lambda **_: make_mesh(devices=jax.devices()[:1]))

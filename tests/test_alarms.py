@@ -5,14 +5,13 @@ import json
 import math
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from test_train import assert_same_bits, everything, metrics_of
 
 from configs import demo
 from data_prep import demo_scenes, images
-from pera_jax import alarms, metrics, sharding, train
+from pera_jax import alarms, metrics, train
 from pera_jax.errors import UserError
 
 HEALTHY = {
@@ -119,13 +118,6 @@ def scenes(tmp_path_factory):
     demo_scenes.main(["--output", str(folder / "scenes"), "--images", "300", "--size", "64"])
     images.main(["--input", str(folder / "scenes" / "train"), "--output", str(folder / "shards"), "--split", "train"])
     return str(folder / "shards")
-
-
-@pytest.fixture
-def one_device(monkeypatch):
-    """Eight virtual devices on a core or two take most of the time to wait for each other."""
-    make_mesh = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda **_: make_mesh(devices=jax.devices()[:1]))
 
 
 def small(scenes, total, **changes):

@@ -133,7 +133,7 @@ def test_the_centre_begins_as_the_mean_of_the_teachers_outputs(imported, tmp_pat
     assert init.with_center(state, config, objective, data, mesh) is state
 
 
-def test_going_on_forgets_nothing(tmp_path):
+def test_going_on_forgets_nothing(one_device, tmp_path):
     """100 steps at a small rate, from a whole import and from its teacher alone: neighbours as good as the import's."""
     labels = {"train": list(range(3)) * 32, "test": list(range(3)) * 16}
     data = str(labelled_toys.write_shards(tmp_path / "data", labels))

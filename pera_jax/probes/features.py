@@ -47,6 +47,10 @@ class Features:
         parts = [self.class_tokens[:, -blocks:]] + ([self.patch_means[:, -blocks:]] if patch_means else [])
         return np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
 
+    def take(self, indices: np.ndarray) -> "Features":
+        """The features of some of the images."""
+        return Features(self.class_tokens[indices], self.patch_means[indices])
+
 
 class OverDevices:
     """A function of images on all devices of this host, each of which always gets `MICRO_BATCH` of them."""
