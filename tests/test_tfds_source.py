@@ -14,6 +14,7 @@ from PIL import Image
 from data_prep import tfds
 from pera_jax.data import codecs, records
 from pera_jax.errors import UserError
+from pera_jax.probes import samples
 
 NAMES = ["forest", "river", "town"]
 features = tensorflow_datasets.features
@@ -35,7 +36,7 @@ class ToyFields(tensorflow_datasets.core.GeneratorBasedBuilder):
     """What TFDS can hold without TensorFlow: images given as bytes, tensors, text; two configs."""
 
     VERSION = tensorflow_datasets.core.Version("1.2.0")
-    BUILDER_CONFIGS = [tensorflow_datasets.core.BuilderConfig(name=name) for name in ("full", "bare")]
+    BUILDER_CONFIGS = [tensorflow_datasets.core.BuilderConfig(name=name) for name in ("full", "bare", "plain")]
 
     def _info(self):
         full = {
@@ -44,7 +45,8 @@ class ToyFields(tensorflow_datasets.core.GeneratorBasedBuilder):
                       "use": features.ClassLabel(num_classes=2)},
         }  # fmt: skip
         bare = {"image": features.Image(shape=(None, None, 3), encoding_format="jpeg")}
-        chosen = full if self.builder_config.name == "full" else bare
+        plain = {name: full[name] for name in ("image", "label")}
+        chosen = {"full": full, "bare": bare, "plain": plain}[self.builder_config.name]
         return tensorflow_datasets.core.DatasetInfo(builder=self, features=features.FeaturesDict(chosen))
 
     def _split_generators(self, _):
@@ -57,13 +59,14 @@ class ToyFields(tensorflow_datasets.core.GeneratorBasedBuilder):
                 "image": picture(i), "label": -1 if i == 21 else i % 3, "where": str(i),
                 "scene": {"bands": bands(i), "quick": picture(i + 100), "use": i % 2},
             }  # fmt: skip
-            yield i, full if self.builder_config.name == "full" else {"image": picture(i % 23)}
+            plain = {name: full[name] for name in ("image", "label")}
+            yield i, {"full": full, "bare": {"image": picture(i % 23)}, "plain": plain}[self.builder_config.name]
 
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     place = tmp_path_factory.mktemp("tfds")
-    for config in ("full", "bare"):
+    for config in ("full", "bare", "plain"):
         ToyFields(data_dir=str(place), config=config, file_format="array_record").download_and_prepare()
     return place
 
@@ -108,6 +111,23 @@ def test_images_keep_their_bytes_classes_and_order(data_dir, tmp_path):
         np.testing.assert_array_equal(example["image"], before["image"])
         assert example["label"] == before["label"]
     assert "tensorflow" not in sys.modules
+
+
+def test_probes_read_it_as_it_is(data_dir, tmp_path):
+    """The same images, keys and labels as the shards that are made of it; nothing is converted."""
+    shards = convert(data_dir, tmp_path / "out", "--dataset", data_dir / "toy_fields/plain/1.2.0", "--tfds-split", "train")
+    ours, theirs = samples.of_source(shards), samples.open_samples(f"tfds:{data_dir}/toy_fields/plain/1.2.0", "train")
+    assert (theirs.class_names, theirs.bands, theirs.dtype) == (ours.class_names, ours.bands, ours.dtype)
+    assert list(theirs.keys) == list(ours.keys) and theirs.labels.tolist() == ours.labels.tolist()
+    for index in range(len(ours)):
+        np.testing.assert_array_equal(theirs.decode(theirs.raw(index)), ours.decode(ours.raw(index)))
+    half = samples.open_samples(f"tfds:{data_dir}/toy_fields/plain/1.2.0", "train[50%:]")
+    assert list(half.keys) == list(ours.keys)[10:] and half.fingerprint != theirs.fingerprint
+    for name, split, sentence in (
+        ("plain", "val", "'val' names no examples"), ("full", "train", "choose with --image-feature of python -m data_prep.tfds"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=sentence):
+            samples.open_samples(f"tfds:{data_dir}/toy_fields/{name}/1.2.0", split)
 
 
 def test_parts_of_splits_keep_their_keys_and_options_apply(data_dir, tmp_path):
