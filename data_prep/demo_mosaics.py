@@ -9,16 +9,13 @@ some fields were; every fourth pair shows no change.
 """
 
 import argparse
-import json
-import os
 import pathlib
-import shutil
 
 import numpy as np
 from PIL import Image
 
 from data_prep import raster
-from data_prep.demo_scenes import expose
+from data_prep.demo_scenes import expose, write_once
 from data_prep.scene_layouts import LAYOUTS
 from data_prep.scene_parts import Tones
 from pera_jax.errors import UserError, run
@@ -31,7 +28,6 @@ SIZE = 192  # px
 ZOOM = np.float32(0.6)  # of the layouts: about that at which global crops of the demo show them
 NUMBERS = {"train": 16, "test": 8}
 _FIELDS = 7
-_SETTINGS_FILE = "mosaics.json"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -42,21 +38,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.seed < 0:
         raise UserError(f"--seed {args.seed} is negative; give 0 or more")
-    settings = json.dumps({"version": VERSION, "seed": args.seed})
-    if args.output.exists():
-        if not (args.output / _SETTINGS_FILE).is_file() or (args.output / _SETTINGS_FILE).read_text() != settings:
-            raise UserError(f"--output {args.output} exists and holds something else; remove it or name another")
+    settings = {"version": VERSION, "seed": args.seed}
+    if not write_once(args.output, settings, lambda staging: _write(staging, args.seed)):
         print(f"mosaics: already in {args.output}")
         return
-    staging = args.output.with_name(f".{args.output.name}.{os.getpid()}.partial")
-    try:
-        _write(staging, args.seed)
-        (staging / _SETTINGS_FILE).write_text(settings, encoding="ascii")
-        os.replace(staging, args.output)
-    except OSError as error:
-        raise UserError(f"cannot write {error.filename or args.output}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     print(f"{sum(NUMBERS.values())} scenes in {args.output}/cover and as many pairs in {args.output}/change")
 
 

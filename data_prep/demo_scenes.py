@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import pathlib
 import shutil
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
@@ -45,20 +46,35 @@ def main(argv: list[str] | None = None) -> None:
     if args.seed < 0:
         raise UserError(f"--seed {args.seed} is negative; give 0 or more")
     settings = {"version": VERSION, "images": args.images, "size": args.size, "seed": args.seed}
-    if args.output.exists():
-        if _settings_of(args.output) != settings:
-            raise UserError(f"--output {args.output} exists and holds something else; remove it or name another")
+    if not write_once(args.output, settings, lambda staging: _write(staging, settings)):
         print(f"{args.images} scenes: already in {args.output}")
         return
-    staging = args.output.with_name(f".{args.output.name}.{os.getpid()}.partial")
+    print(f"{args.images} scenes of {len(LAYOUTS)} classes in {args.output}/train and {args.output}/test")
+
+
+def write_once(output: pathlib.Path, settings: dict, write: Callable[[pathlib.Path], None]) -> bool:
+    """Makes a folder of pictures whole or not at all, with the settings that they were made by; whether it had to.
+
+    Args:
+      write: fills a folder that it makes; raises OSError.
+
+    Raises:
+      UserError: the folder holds something else, or cannot be written.
+    """
+    if output.exists():
+        if _settings_of(output) != settings:
+            raise UserError(f"--output {output} exists and holds something else; remove it or name another")
+        return False
+    staging = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
-        _write(staging, settings)
-        os.replace(staging, args.output)
+        write(staging)
+        (staging / _SETTINGS_FILE).write_text(json.dumps(settings), encoding="ascii")
+        os.replace(staging, output)
     except OSError as error:
-        raise UserError(f"cannot write {error.filename or args.output}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {error.filename or output}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    print(f"{args.images} scenes of {len(LAYOUTS)} classes in {args.output}/train and {args.output}/test")
+    return True
 
 
 def _settings_of(output: pathlib.Path) -> dict | None:
@@ -85,7 +101,6 @@ def _write(staging: pathlib.Path, settings: dict) -> None:
     ):
         for _ in pool.imap_unordered(save, jobs, chunksize=16):
             progress.update()
-    (staging / _SETTINGS_FILE).write_text(json.dumps(settings), encoding="ascii")
 
 
 def _save(staging: pathlib.Path, size: int, seed: int, job: tuple[str, int]) -> None:

@@ -14,10 +14,9 @@ from jax.sharding import Mesh, NamedSharding
 from pera_jax import sharding
 from pera_jax.bands import Bands
 from pera_jax.data import codecs, records
-from pera_jax.data import crops as geometry
 from pera_jax.errors import UserError
 from pera_jax.objectives import pera
-from pera_jax.probes import knn
+from pera_jax.probes import features, knn
 
 METRIC = "monitor/knn20"
 NEIGHBOURS = 20
@@ -58,10 +57,8 @@ def small_set(settings, bands: Bands, side: int) -> tuple[np.ndarray, np.ndarray
             pixels = codecs.decode_bands(record.image, source.info, places)
         except (RuntimeError, codecs.ImageDecodeError) as error:
             raise UserError(f"record {index} of {source.path} cannot be read; convert it anew") from error
-        image, out = geometry.Image(pixels), np.empty((side, side, len(bands)), pixels.dtype)
-        geometry.crop_resize(image, geometry.Box(0, 0, image.height, image.width), side, False, False, out)
         taken[record.label] += 1
-        images.append(out)
+        images.append(features.resized(pixels, side))
         labels.append(record.label)
     source.close()
     if len(images) <= NEIGHBOURS:

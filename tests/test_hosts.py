@@ -1,9 +1,7 @@
 """Several hosts, as processes on loopback with two virtual devices each: the same run, one end, one survivor's end."""
 
-import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +11,7 @@ import numpy as np
 import pytest
 import test_train
 import toy_data
-from conftest import FAST
+import toy_hosts
 
 from pera_jax import checkpoint, distributed, profiling, sharding, train
 from pera_jax import step as steps
@@ -34,22 +32,13 @@ def data(tmp_path_factory):
 
 def launch(data, workdir, hosts: int, total: int, *more: str) -> list[subprocess.Popen]:
     """The processes of one run over four devices."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {"XLA_FLAGS": f"{FAST} --xla_force_host_platform_device_count={4 // hosts}"}
     command = [
         sys.executable, "-m", "pera_jax.train", "--config", "configs/demo.py:smoke", f"--config.data.path={data}",
         f"--config.total={total} steps", "--config.checkpoint.every=4 steps", "--config.mesh.fsdp=2",
         f"--config.monitor.data={pathlib.Path(data).parent / 'labelled'}", "--config.monitor.every=4 steps",
         f"--config.stall_seconds={STALL}", "--workdir", str(workdir), *more,
     ]  # fmt: skip
-    flags = [[]]
-    if hosts > 1:
-        flags = [[f"--coordinator=127.0.0.1:{port}", f"--num_processes={hosts}", f"--process_id={i}"] for i in range(hosts)]
-    return [
-        subprocess.Popen([*command, *own], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) for own in flags
-    ]
+    return toy_hosts.launch(command, hosts, 4 // hosts)
 
 
 def end(processes) -> list[str]:

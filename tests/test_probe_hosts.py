@@ -4,14 +4,13 @@ they are."""
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 
 import labelled_toys
 import numpy as np
 import pytest
-from conftest import FAST
+import toy_hosts
 
 from pera_jax.probes import knn
 
@@ -39,20 +38,11 @@ def data(tmp_path_factory) -> pathlib.Path:
 
 
 def launch(run, data, output, devices: int, batch: int, hosts: int = 1) -> list[subprocess.Popen]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {"XLA_FLAGS": f"{FAST} --xla_force_host_platform_device_count={devices}"}
     command = [
         sys.executable, "-m", "pera_jax.probe", "--run", str(run), "--data", str(data), "--output", str(output),
         "--tasks", "knn,logistic", "--set", "logistic.seeds=(0,)", "--batch-size", str(batch),
     ]  # fmt: skip
-    flags = [[]]
-    if hosts > 1:
-        flags = [[f"--coordinator=127.0.0.1:{port}", f"--num_processes={hosts}", f"--process_id={i}"] for i in range(hosts)]
-    return [
-        subprocess.Popen([*command, *own], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) for own in flags
-    ]
+    return toy_hosts.launch(command, hosts, devices)
 
 
 def found(output: pathlib.Path):

@@ -1,6 +1,7 @@
 """Folders of labelled scenes: what is read, folds, fingerprints; bad input is one sentence that names the file."""
 
 import dataclasses
+import os
 import pathlib
 import re
 
@@ -14,7 +15,7 @@ from pera_jax.errors import UserError
 from pera_jax.probes import scenes
 from pera_jax.probes.overlap import IGNORE
 
-REAL = pathlib.Path("/work/shared/data")
+REAL = pathlib.Path(os.environ.get("PERA_JAX_SCENES", pathlib.Path(__file__).parents[2] / "shared/data"))
 RGB = Bands.plain()
 
 

@@ -15,20 +15,7 @@ import numpy as np
 from pera_jax.probes import dense, overlap, pixel_probe
 from pera_jax.probes.scenes import Dense
 
-SETTINGS = {
-    "window": 224,
-    "stride": 112,
-    "scale": 1,
-    "blocks": (1, 4),
-    "learning_rates": (0.01, 0.03, 0.1, 0.3, 1.0),
-    "priors": (0.0, 0.5, 1.0, 1.5),
-    "steps": 300,
-    "batch": 8192,
-    "held_out": 0.2,
-    "tile": 64,
-    "folds": 5,
-    "seeds": (0, 1, 2),
-}
+SETTINGS = pixel_probe.SETTINGS | {"priors": (0.0, 0.5, 1.0, 1.5), "tile": 64}
 
 SCORES = {
     "f1": overlap.change_f1, "iou": overlap.change_iou, "precision": overlap.change_precision,

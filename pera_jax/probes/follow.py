@@ -121,7 +121,7 @@ def _load(run: str, step: int, passed_over: set[int]) -> checkpoint.Weights | No
 
 
 def _folder(run: str, step: int) -> pathlib.Path:
-    return pathlib.Path(run).absolute() / "checkpoints" / str(step)
+    return pathlib.Path(run).absolute() / checkpoint.FOLDER / str(step)
 
 
 def load_if_kept(run: str, step: int) -> checkpoint.Weights | None:

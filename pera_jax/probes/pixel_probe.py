@@ -17,6 +17,19 @@ from pera_jax.probes import dense, overlap, pixel_head, splits
 from pera_jax.probes.overlap import IGNORE
 from pera_jax.probes.scenes import Dense, Scene
 
+# What both tasks take; `segmentation` says what each means.
+SETTINGS = {
+    "window": 224,
+    "stride": 112,
+    "scale": 1,
+    "blocks": (1, 4),
+    "learning_rates": (0.01, 0.03, 0.1, 0.3, 1.0),
+    "steps": 300,
+    "batch": 8192,
+    "held_out": 0.2,
+    "folds": 5,
+    "seeds": (0, 1, 2),
+}
 MOST_BYTES = 2**34  # of the tokens of all training scenes, which the host keeps: 16 GiB
 
 

@@ -24,21 +24,7 @@ from typing import Any
 from pera_jax.probes import dense, overlap, pixel_probe
 from pera_jax.probes.scenes import Dense
 
-SETTINGS = {
-    "window": 224,
-    "stride": 112,
-    "scale": 1,
-    "blocks": (1, 4),
-    "learning_rates": (0.01, 0.03, 0.1, 0.3, 1.0),
-    "priors": (0.0, 0.5, 1.0),
-    "steps": 300,
-    "batch": 8192,
-    "held_out": 0.2,
-    "tile": 128,
-    "folds": 5,
-    "class_names": (),
-    "seeds": (0, 1, 2),
-}
+SETTINGS = pixel_probe.SETTINGS | {"priors": (0.0, 0.5, 1.0), "tile": 128, "class_names": ()}
 
 SCORES = {"miou": overlap.mean_iou, "accuracy": overlap.accuracy, "macro_f1": overlap.macro_f1}
 
