@@ -53,6 +53,25 @@ def test_a_user_error_is_one_line_and_status_1(capsys):
     assert capsys.readouterr() == ("", "error: the thing is wrong; mend it\n")
 
 
+def test_no_name_in_an_error_forges_a_line_or_controls_the_terminal(capsys):
+    def main():
+        raise UserError("cannot read a\nerror: \x1b[31mforged\x9b\u202e\udce9.png; remove it" + "x" * 10**6)
+
+    with pytest.raises(SystemExit):
+        errors.run(main)
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: cannot read a\\nerror: \\x1b[31mforged\\x9b\\u202e\\udce9.png; remove it")
+    assert shown.count("\n") == 1
+    assert len(shown) < 2100
+
+
+def test_an_undecodable_name_is_printed_in_any_locale():
+    code = "from pera_jax import errors; errors.run(lambda: print('caf\\udce9 \\u65e5'))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONIOENCODING": "ascii"},
+                           capture_output=True, text=True)  # fmt: skip
+    assert (found.returncode, found.stdout, found.stderr) == (0, "caf\\udce9 \\u65e5\n", "")
+
+
 def test_ctrl_c_is_one_line_too(capsys):
     def main():
         raise KeyboardInterrupt
@@ -108,9 +127,9 @@ def cut_short(folder):
 DAMAGE = {
     "is damaged: it has": cut_short,
     "shard .* is missing": lambda folder: (folder / toy_data.SHARD).unlink(),
-    "names 4 bands and has statistics of 3": lambda folder: toy_data.edit_info(folder, bands=["red", "green", "blue", "infrared"]),
+    "has ranges of 3 bands and the data set 4": lambda folder: toy_data.edit_info(folder, bands=["red", "green", "blue", "infrared"]),
     "has format version 99": lambda folder: toy_data.edit_info(folder, format_version=99),
-    "info.json cannot be read": lambda folder: (folder / "info.json").write_text('{"name": '),
+    "info.json is damaged: it is no JSON": lambda folder: (folder / "info.json").write_text('{"name": '),
 }
 
 

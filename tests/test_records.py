@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -134,13 +136,51 @@ def test_bad_folders_are_one_clear_sentence(folder, tmp_path_factory):
     with pytest.raises(UserError, match="00000-of-00002 is missing"):
         records.open_split(folder, "train")
     edit_info(folder, dtype="int64")
-    with pytest.raises(UserError, match="holds int64; this program reads uint8"):
+    with pytest.raises(UserError, match="dtype is int64, expected one of uint8"):
         records.open_split(folder, "train")
     edit_info(folder, format_version=1, invented=1)
     with pytest.raises(UserError, match="format version 1, not 2"):
         records.load_info(folder)
     (folder / "info.json").write_text('{"format_version": 1, "na')
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="info.json is damaged: it is no JSON"):
+        records.load_info(folder)
+
+
+def test_an_info_that_cannot_be_true_is_refused_naming_the_field(folder):
+    sound = json.loads((folder / "info.json").read_text())
+    split, size = sound["splits"]["train"], sum(sound["splits"]["train"]["shard_bytes"])
+    shards = split["shards"]
+    for changes, sentence in [
+        ({"shards": ["../other/" + shards[0], shards[1]]}, "shards[0]: expected the name of a file in this folder"),
+        ({"shards": ["/etc/passwd", shards[1]]}, "shards[0]: expected the name of a file in this folder"),
+        ({"shards": [shards[0]] * 2}, "split 'train' names a shard twice"),
+        ({"mean": [0.5, math.nan, 0.5]}, "mean[1]: expected a finite number"),
+        ({"std": [0.1, -0.1, 0.1]}, "split 'train' has a negative deviation"),
+        ({"ranges": [[0, 255], [5, 5], [0, 255]]}, "split 'train' has a range whose lower end is not below"),
+        ({"ranges": [[0, 255], [0], [0, 255]]}, "ranges[1]: expected array of length >= 2"),
+        ({"shard_records": [3, 10**9], "records": 10**9 + 3}, f"holds 1,000,000,000 records in {split['shard_bytes'][1]:,}"),
+        ({"records": 1}, "split 'train' has 1 records, and its shards"),
+        ({"records": "7"}, "records: expected int, got str"),
+        ({"shard_bytes": [size]}, "has 2 shards, 2 numbers of records and 1 sizes"),
+        ({"percentiles": {"50": [1.0]}}, "has 50 of 1 bands and the data set 3"),
+        ({"percentiles": {"50": None}}, "expected array, got null"),
+    ]:
+        edit_info(folder, splits={"train": {**split, **changes}})
+        with pytest.raises(UserError, match=f"info.json is damaged: .*{re.escape(sentence)}"):
+            records.load_info(folder)
+    for changes, sentence in [
+        ({"bands": ["red", "red", "blue"]}, "bands is no list of different names"),
+        ({"class_names": ["a", ""]}, "class_names[1]: expected str of length >= 1"),
+        ({"class_names": ["a\n", "\ud800"]}, "bytes or escapes that are no text"),
+        ({"splits": {"../train": split}}, "splits: expected the name of a file"),
+        ({"splits": {}}, "it names no split"),
+        ({"splits": []}, "splits: expected object, got array"),
+    ]:
+        (folder / "info.json").write_text(json.dumps(sound | changes))
+        with pytest.raises(UserError, match=f"info.json is damaged: .*{re.escape(sentence)}"):
+            records.load_info(folder)
+    (folder / "info.json").write_bytes(b'{"a":' * 100_000)
+    with pytest.raises(UserError, match="nested too deeply"):
         records.load_info(folder)
 
 

@@ -15,13 +15,16 @@ data workers start in a fraction of a second.
 import bisect
 import dataclasses
 import itertools
-import json
 import pathlib
+from typing import Annotated, Any
 
+import msgspec
 from array_record.python import array_record_module
 
 from pera_jax.bands import RGB as RGB
-from pera_jax.data import codecs
+from pera_jax.common import json_files
+from pera_jax.common.text import printable, several
+from pera_jax.data import info_faults
 from pera_jax.errors import UserError
 
 FORMAT_VERSION = 2
@@ -63,14 +66,14 @@ class SplitInfo:
       source: SHA-256 over the list of source files and the options of the conversion.
     """
 
-    records: int
-    shards: list[str]
-    shard_records: list[int]
-    shard_bytes: list[int]
-    ranges: list[list[float]]
-    mean: list[float]
-    std: list[float]
-    percentiles: dict[str, list[float]]
+    records: json_files.Count
+    shards: list[json_files.FileName]
+    shard_records: list[json_files.Count]
+    shard_bytes: list[json_files.Count]
+    ranges: list[Annotated[list[json_files.Finite], msgspec.Meta(min_length=2, max_length=2)]]
+    mean: list[json_files.Finite]
+    std: list[json_files.Finite]
+    percentiles: dict[str, list[json_files.Finite]]
     fingerprint: str
     source: str
 
@@ -86,12 +89,12 @@ class DatasetInfo:
     """
 
     name: str
-    bands: list[str]
+    bands: list[json_files.Name]
     dtype: str
-    class_names: list[str] | None
+    class_names: list[json_files.Name] | None
     has_places: bool
     format_version: int
-    splits: dict[str, SplitInfo]
+    splits: dict[json_files.FileName, SplitInfo]
 
 
 # ---------------------------------------------------------------- the record (protobuf wire format)
@@ -175,22 +178,37 @@ def decode_record(raw: bytes) -> Record:
 
 
 def load_info(path: str | pathlib.Path) -> DatasetInfo:
-    """Reads FOLDER/info.json. Raises UserError where there is none, or one of another format version."""
+    """Reads FOLDER/info.json. Raises UserError: there is none, one of another format version, one that is damaged."""
     folder = pathlib.Path(path)
     file = folder / INFO_FILE
     if not folder.is_dir():
-        raise UserError(f"data set folder {folder} does not exist; make one with python -m data_prep.images")
+        raise UserError(f"data set folder {printable(folder)} does not exist; make one with python -m data_prep.images")
     if not file.is_file():
-        raise UserError(f"{folder} has no {INFO_FILE}: it is no data set folder, or its conversion has not finished")
+        raise UserError(
+            f"{printable(folder)} has no {INFO_FILE}: it is no data set folder, or its conversion has not finished"
+        )
+    fix = "copy it again, or convert the data set anew"
+    fields = json_files.read(file, dict[str, Any], fix)
+    version = fields.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{printable(folder)} has format version {printable(version)}, not {FORMAT_VERSION}; convert the data set anew"
+        )
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-        version = fields["format_version"]
-        if version != FORMAT_VERSION:
-            raise UserError(f"{folder} has format version {version}, not {FORMAT_VERSION}; convert the data set anew")
-        splits = {name: SplitInfo(**split) for name, split in fields.pop("splits").items()}
-        return DatasetInfo(splits=splits, **fields)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} cannot be read ({error}); convert the data set anew") from error
+        info = json_files.convert(fields, DatasetInfo)
+        wrong = info_faults.fault(info)
+    except json_files.Invalid as error:
+        wrong = str(error)
+    if wrong:
+        raise UserError(f"{printable(file)} is damaged: {wrong}; {fix}")
+    return info
+
+
+def check_split(path: str | pathlib.Path, info: DatasetInfo, split: str) -> None:
+    """Raises UserError where a data set folder has no such split."""
+    if split not in info.splits:
+        held = several(sorted(info.splits))
+        raise UserError(f"{printable(path)} has no split {printable(split)!r}; it has {held}")
 
 
 class RecordSource:
@@ -258,17 +276,12 @@ def open_split(path: str | pathlib.Path, split: str, skip_damaged: bool = False)
     Args:
       skip_damaged: go on without the shards that are missing or damaged, as long as there is a good one.
 
-    Raises UserError: the folder or the split is missing, the dtype is unknown, or a shard is missing, truncated or holds
-    another number of records than info.json says.
+    Raises UserError: as `load_info` and `check_split`, or a shard is missing, truncated or holds another number of records
+    than info.json says.
     """
     info = load_info(path)
-    if split not in info.splits:
-        raise UserError(f"{path} has no split {split!r}; it has {', '.join(sorted(info.splits))}")
-    if info.dtype not in codecs.DTYPES:
-        raise UserError(f"{path} holds {info.dtype}; this program reads {', '.join(codecs.DTYPES)}")
+    check_split(path, info, split)
     split_info = info.splits[split]
-    if not len(info.bands) == len(split_info.ranges) == len(split_info.mean) == len(split_info.std):
-        raise UserError(f"{path} names {len(info.bands)} bands and has statistics of {len(split_info.ranges)}; convert it anew")
     damaged = set()
     shards = zip(split_info.shards, split_info.shard_records, split_info.shard_bytes, strict=True)
     for number, (name, records, size) in enumerate(shards):
