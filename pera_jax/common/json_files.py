@@ -25,7 +25,7 @@ Name = Annotated[str, msgspec.Meta(min_length=1)]
 FileName = Annotated[str, msgspec.Meta(max_length=255, pattern=r"\A(?!\.{1,2}\Z)[^/\x00]+\Z")]
 """The name of a file in the folder that says so: never a path that leads out of it."""
 
-_PLACE = re.compile(r" - at `(key in )?\$(.*)`\Z", re.DOTALL)
+_PLACE = re.compile(r" - at (`key` in )?`\$(.*)`\Z", re.DOTALL)
 _NUMBER_BOUND = re.compile(r"Expected `float` [<>]= -?1e\+300")
 _NAME_PATTERN = re.compile(r"Expected `str` matching regex .*", re.DOTALL)
 
