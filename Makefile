@@ -1,18 +1,19 @@
 # `make demo` runs the main job from nothing to scores and pictures; `make test` runs the tests.
 # Both make what they need in .venv from the pinned requirements. `make test-beam` runs the tests that need Apache Beam,
 # in .venv-beam: Beam does not go with the newest Pillow. `make test-torch` runs those that need PyTorch and timm, in
-# .venv-torch.
+# .venv-torch. `make test-gpu-compile` compiles every published config for H100s, without a GPU, in .venv-gpu (an hour).
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 BEAM := .venv-beam
 TORCH := .venv-torch
+GPU := .venv-gpu
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
 DEMO := demo
 
-.PHONY: demo test test-beam test-torch clean
+.PHONY: demo test test-beam test-torch test-gpu-compile clean
 
 demo: $(VENV)/ready
 	@date +%s > .demo-began
@@ -39,6 +40,9 @@ test-beam: $(VENV)/ready $(BEAM)/ready
 test-torch: $(TORCH)/ready
 	$(TORCH)/bin/python -m pytest -q tests/with_torch
 
+test-gpu-compile: $(GPU)/ready
+	$(GPU)/bin/python -m pytest -q -s tests/with_gpu_compiler
+
 $(VENV)/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is %d.%d; set PYTHON=" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
@@ -57,6 +61,12 @@ $(BEAM)/ready: requirements-beam.txt
 $(TORCH)/ready: requirements-torch.txt requirements.txt
 	$(PYTHON) -m venv $(TORCH)
 	$(TORCH)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-torch.txt
+	@touch $@
+
+$(GPU)/ready: requirements-gpu-compile.txt requirements.txt
+	$(PYTHON) -m venv $(GPU)
+	$(GPU)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt pytest==9.2.0
+	$(GPU)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-gpu-compile.txt
 	@touch $@
 
 clean:

@@ -44,14 +44,15 @@ class Dense(pera.PerA):
             losses.Prototypes(*self.prototype_head.apply({"params": tree["prototype_head"]}, jnp.concatenate(x, axis=1)))
             for tree, x in ((params, tokens["student"]), (teacher, tokens["teacher"]))
         )
-        return student, jax.lax.stop_gradient(teacher), self.pixel_targets(None)
+        teacher, aligned = jax.lax.stop_gradient((teacher, jnp.concatenate(tokens["teacher"], axis=1)))
+        return student, teacher, self.pixel_targets(None), aligned
 
     def pixel_targets(self, view):
         return jnp.zeros((1, 1, 1))  # nothing is guessed
 
 
-def dense(config, bands):
-    objective = pera.from_config(config, bands)
+def dense(config, bands, device=None):
+    objective = pera.from_config(config, bands, device)
     return Dense(**{field.name: getattr(objective, field.name) for field in dataclasses.fields(objective)})
 
 

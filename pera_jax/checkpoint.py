@@ -245,7 +245,9 @@ class Weights:
 
 def objective_of(meta: dict[str, Any]) -> pera.PerA:
     """The objective that a checkpoint was trained with."""
-    return pera.from_config(ConfigDict(meta["config"]), Bands.of(meta))
+    config = ConfigDict(meta["config"])
+    config.model.attention = "auto"  # the machine that reads it need not have the kernels of the one that trained
+    return pera.from_config(config, Bands.of(meta))
 
 
 def load_weights(

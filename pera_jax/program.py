@@ -36,7 +36,7 @@ class Program:
           config: checked here as training would.
           devices: all of them by default; those of a topology that is not there will do.
           bands: uint8 of the names in config.data.bands by default, or red, green and blue.
-          make: the objective from (config, bands).
+          make: the objective from (config, bands, device).
 
         Raises:
           UserError: as `config.check` and `pera.from_config`.
@@ -45,7 +45,7 @@ class Program:
         self.mesh = sharding.make_mesh(**config.mesh, devices=devices)
         configs.check(config, sharding.batch_shards(self.mesh), sharding.weight_shards(self.mesh), 1)
         bands = bands or Bands.plain(config.data.bands or RGB)
-        self.objective = make(config, bands)
+        self.objective = make(config, bands, self.mesh.devices.flat[0])
         self.optimiser = steps.make_optimiser(config.optimiser)
         self.hyper = {name: np.asarray(value, config.parameter_precision) for name, value in HYPER.items()}
         self.crops = {

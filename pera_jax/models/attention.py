@@ -4,6 +4,8 @@ import functools
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from pera_jax import sharding
 from pera_jax.errors import UserError
@@ -13,31 +15,45 @@ IMPLEMENTATIONS = ("auto", "cudnn", "xla")
 _SCORES = 128 * 2**20  # bytes of scores on one device at a time
 
 
-def choose(name: str, precision: Precision, head_width: int) -> str:
-    """"cudnn" or "xla" for the config's field `model.attention`; "auto" takes cuDNN where it works.
+def choose(name: str, precision: Precision, head_width: int, device: jax.Device | None = None) -> str:
+    """"cudnn" or "xla" for the config's field `model.attention`; "auto" takes cuDNN where `cudnn_refusal` has no objection.
 
-    cuDNN's kernel wants an NVIDIA GPU of compute capability 8.0 or more, bfloat16 products, and heads of at most 128
-    values, a multiple of 8.
+    Args:
+      device: one of those that the program is for, which need not be there; None: the first of this process.
 
     Raises:
       UserError: cuDNN is asked for where it cannot work.
     """
-    device = jax.local_devices()[0]
-    capability = getattr(device, "compute_capability", "0") if device.platform == "gpu" else "0"
-    missing = [
-        words
-        for fits, words in (
-            (capability.split(".")[0].isdigit() and int(capability.split(".")[0]) >= 8, "an NVIDIA GPU of 8.0 or more"),
-            (precision.half, "precision=bfloat16"),
-            (head_width % 8 == 0 and head_width <= 128, "heads of at most 128 values, a multiple of 8"),
-        )
-        if not fits
-    ]
-    if name == "auto":
-        return "xla" if missing else "cudnn"
-    if name == "cudnn" and missing:
-        raise UserError(f"model.attention=cudnn needs {', '.join(missing)}; use model.attention=auto")
-    return name
+    if name not in ("auto", "cudnn"):
+        return name
+    refusal = cudnn_refusal(precision, head_width, jax.local_devices()[0] if device is None else device)
+    if name == "cudnn" and refusal:
+        raise UserError(f"model.attention=cudnn cannot run here: {refusal}; use model.attention=auto")
+    return "xla" if refusal else "cudnn"
+
+
+def cudnn_refusal(precision: Precision, head_width: int, device: jax.Device) -> str:
+    """Why cuDNN's kernel cannot run in training on a device, or "" where it can.
+
+    The kernel wants an NVIDIA GPU of compute capability 8.0 or more, bfloat16 products, and heads of at most 128 values,
+    a multiple of 8. What else JAX asks of it (cuDNN itself, its version) is found out by tracing `_fused`, forward and
+    backward.
+    """
+    if device.platform not in ("gpu", "cuda"):
+        return f"the device is a {device.platform.upper()} and not an NVIDIA GPU"
+    capability = str(getattr(device, "compute_capability", "0"))
+    if not capability.split(".")[0].isdigit() or int(capability.split(".")[0]) < 8:
+        return f"{device.device_kind} has compute capability {capability}, and it needs 8.0 or more"
+    if not precision.half:
+        return f"it needs precision=bfloat16, and the products are {precision.compute.name}"
+    if head_width % 8 or head_width > 128:
+        return f"a head has {head_width} values, and it needs a multiple of 8 up to 128"
+    like = jax.ShapeDtypeStruct((1, padded_length(3), 1, head_width), precision.compute)
+    try:
+        jax.eval_shape(jax.grad(lambda x: jnp.sum(_fused(x, x, x, 3), dtype=jnp.float32)), like)
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        return "JAX says: " + str(error).partition("\n")[0].rstrip(".")
+    return ""
 
 
 def _weights(query: jax.Array, key: jax.Array, precision: Precision) -> jax.Array:
@@ -69,6 +85,33 @@ def _mix_in_parts(query: jax.Array, key: jax.Array, value: jax.Array, precision:
     return sharding.merge_batch(jax.lax.map(lambda part: _mix(*part, precision), split), parts)
 
 
+def padded_length(tokens: int) -> int:
+    """The length that sequences of so many tokens have inside cuDNN's kernel: JAX differentiates only even ones."""
+    return tokens + tokens % 2
+
+
+def _fused(query: jax.Array, key: jax.Array, value: jax.Array, tokens: int) -> jax.Array:
+    """cuDNN's softmax(query key^T / sqrt(E)) value, [B, M, H, E] each; only the first `tokens` keys count.
+
+    Rows of the result behind these are of no use; in the backward pass nothing comes from them as long as their cotangents
+    are 0.
+    """
+    lengths = None if tokens == key.shape[1] else jnp.full(len(key), tokens, jnp.int32)  # [B]
+    return jax.nn.dot_product_attention(query, key, value, key_value_seq_lengths=lengths, implementation="cudnn")
+
+
+def _fused_by_device(query: jax.Array, key: jax.Array, value: jax.Array, tokens: int) -> jax.Array:
+    """`_fused` on each device's own crops and heads: the partitioner need not know the kernel."""
+    fused = functools.partial(_fused, tokens=tokens)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.axis_names != sharding.AXES or mesh.size == 1:
+        return fused(query, key, value)
+    crops = None if len(query) % sharding.shards_in_use() else ("data", "fsdp")
+    heads = None if query.shape[2] % mesh.shape["tensor"] else "tensor"
+    spec = P(crops, None, heads)
+    return jax.shard_map(fused, in_specs=spec, out_specs=spec, check_vma=False)(query, key, value)
+
+
 class Attention(nn.Module):
     """Self-attention with a bias in its projections; `implementation` as `choose` returns it."""
 
@@ -86,14 +129,17 @@ class Attention(nn.Module):
             kernel_init=self.kernel_init,
             precision=self.precision.matmul,
         )
-        width = x.shape[-1]
+        tokens, width = x.shape[1:]
+        if self.implementation == "cudnn" and not class_weights:
+            # Before the projections, where the zeros come with the norm's result and cost no pass of their own.
+            x = jnp.pad(x, [(0, 0), (0, padded_length(tokens) - tokens), (0, 0)])  # [B, M, D], M = N or N + 1
         # Three, heads and head dimension are axes of the kernel, so that heads can be cut over devices.
         qkv = nn.DenseGeneral((3, self.heads, width // self.heads), name="qkv", **policy)(x)  # [B, N, 3, H, D/H]
         query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, N, H, D/H]
         if class_weights:
             return _weights(query[:, :1], key, self.precision)[:, :, 0]  # [B, H, N]
         if self.implementation == "cudnn":  # its softmax is float32 inside the kernel
-            mixed = jax.nn.dot_product_attention(query, key, value, implementation="cudnn")  # [B, N, H, D/H]
+            mixed = _fused_by_device(query, key, value, tokens)  # [B, M, H, D/H]
         else:
             mixed = _mix_in_parts(query, key, value, self.precision)  # [B, N, H, D/H], wide
-        return nn.DenseGeneral(width, axis=(-2, -1), name="projection", **policy)(mixed)  # [B, N, D]
+        return nn.DenseGeneral(width, axis=(-2, -1), name="projection", **policy)(mixed)[:, :tokens]  # [B, N, D]

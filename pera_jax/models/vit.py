@@ -240,9 +240,9 @@ def description(model: ViT) -> dict[str, Any]:
 
 def build(
     shape: dict[str, Any], precision: Precision = Precision(), scan: bool = True, remat: str = "none",
-    attention: str = "auto",
+    attention: str = "auto", device: jax.Device | None = None,
 ) -> ViT:
-    """A `ViT` from its `description`; `attention` as the config's field, see `attention.choose`.
+    """A `ViT` from its `description`; `attention` as the config's field and `device`, see `attention.choose`.
 
     Raises:
       UserError: sizes that do not divide, or no block on one side of the split.
@@ -256,5 +256,5 @@ def build(
         )
     if not 0 < shape["split"] < shape["depth"]:
         raise UserError(f"model.depth={shape['depth']} must be at least 2: the learnable tokens join between two halves")
-    implementation = choose(attention, precision, shape["width"] // shape["heads"])
+    implementation = choose(attention, precision, shape["width"] // shape["heads"], device)
     return ViT(**shape, scan=scan, remat=remat, attention=implementation, precision=precision)

@@ -261,8 +261,11 @@ class PerA:
         return jnp.take_along_axis(patches, view.masks.learnable[:, :, None], axis=1)
 
 
-def from_config(config, bands: Bands) -> PerA:
+def from_config(config, bands: Bands, device: jax.Device | None = None) -> PerA:
     """The objective that a config describes, for images of these bands.
+
+    Args:
+      device: one of those that it will run on, see `attention.choose`.
 
     Raises:
       UserError: crops that the patch does not divide, masks with an empty part, sizes that do not fit together.
@@ -274,7 +277,7 @@ def from_config(config, bands: Bands) -> PerA:
             width=model.width, depth=model.depth, heads=model.heads, patch=model.patch, image_size=crops.global_size,
             bands=len(bands), split=model.depth // 2, mlp_ratio=model.mlp_ratio,
         ),
-        precision, scan=model.scan, remat=model.remat, attention=model.attention,
+        precision, scan=model.scan, remat=model.remat, attention=model.attention, device=device,
     )
     sizes = {"global": (crops.global_number, crops.global_size), "local": (crops.local_number, crops.local_size)}
     parts = {

@@ -1,0 +1,12 @@
+"""The GPU compiler of this folder's tests: set before JAX is imported."""
+
+import os
+import pathlib
+import sys
+
+CUDA = next((p for p in (pathlib.Path(entry, "nvidia/cuda_nvcc") for entry in sys.path) if p.is_dir()), None)
+if CUDA:
+    # Without the CPU tests' haste: what is compiled here is what would run.
+    os.environ["XLA_FLAGS"] = f"--xla_gpu_autotune_level=0 --xla_gpu_cuda_data_dir={CUDA}"
+    os.environ["PATH"] = f"{CUDA / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
