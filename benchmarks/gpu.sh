@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# What one GPU reaches, in about eight minutes: the authors' numbers on this device, then benchmarks/gpu.py.
+# Needs Python, JAX with CUDA, Flax, Optax, Orbax, einops and ml_collections; no data library.
+#   benchmarks/gpu.sh [FOLDER FOR gpu.json] [SECONDS]
+set -u
+cd "$(dirname "$0")/.."
+python3 tests/check_reference.py tests/data/reference_tiny.npz | tail -1
+exec python3 benchmarks/gpu.py --json "${1:-.}/gpu.json" --seconds "${2:-440}"
