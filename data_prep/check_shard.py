@@ -46,7 +46,8 @@ class Findings:
 
     Attributes:
       digests: SHA-256 of each record that could be read, in order.
-      counts: int64 [C, bins], the values of all pixels of the images that could be decoded; None without one.
+      counts: the values of the pixels with data of the images that could be decoded; None without one.
+      no_data: number of values that stand for no data, of all bands.
       decoded: number of images that could be decoded and have the right bands and dtype; lossy: those of them in JPEG.
       heights, widths: least and greatest, px.
       shard_problems: sentences on the shard as a whole.
@@ -54,7 +55,8 @@ class Findings:
     """
 
     digests: list[bytes] = dataclasses.field(default_factory=list)
-    counts: np.ndarray | None = None
+    counts: statistics.Histogram | None = None
+    no_data: int = 0
     decoded: int = 0
     lossy: int = 0
     heights: tuple[int, int] | None = None
@@ -68,17 +70,40 @@ class Findings:
         else:
             self.record_problems.append([number, number, text])
 
-    def add_image(self, pixels: np.ndarray, lossy: bool) -> None:
-        counts = statistics.count(pixels)
-        if self.counts is None:
-            self.counts = counts
-        else:
-            self.counts += counts
+    def add_image(self, pixels: np.ndarray, lossy: bool, no_data: dict | None = None) -> None:
+        """Adds an image [H, W, C]; `no_data` is what its place says. Raises ValueError where it does not fit."""
+        valid = None if no_data is None else with_data(pixels, no_data)
+        counts = statistics.count(pixels, valid)
+        self.counts = counts if self.counts is None else self.counts + counts
+        self.no_data += 0 if valid is None else int(valid.size - valid.sum())
         self.decoded += 1
         self.lossy += lossy
         self.heights, self.widths = (
             span(old, (side, side)) for old, side in zip((self.heights, self.widths), pixels.shape)
         )
+
+
+def with_data(pixels: np.ndarray, no_data: dict) -> np.ndarray:
+    """bool [H, W, C], which holds as many False as there are pixels without data, each at one that has their value.
+
+    Args:
+      pixels: [H, W, C].
+      no_data: `pixels` says how many there are in each band, and `values` what they hold.
+
+    Raises:
+      ValueError: there are fewer of that value.
+    """
+    numbers, values = no_data.get("pixels"), no_data.get("values")
+    for given, kinds in ((numbers, int), (values, (int, float))):
+        if not isinstance(given, list) or len(given) != pixels.shape[2] or not all(isinstance(v, kinds) for v in given):
+            raise ValueError("its place does not say for each band how many pixels have no data, and what they hold")
+    valid = np.ones(pixels.shape, bool)
+    for band, (number, value) in enumerate(zip(numbers, values, strict=True)):
+        held = np.flatnonzero(pixels[..., band] == pixels.dtype.type(value))
+        if not 0 <= number <= len(held):
+            raise ValueError(f"{number} pixels of band {band + 1} should have no data, and {len(held)} hold their value")
+        valid[..., band].flat[held[:number]] = False
+    return valid
 
 
 def span(one: tuple[int, int] | None, other: tuple[int, int] | None) -> tuple[int, int] | None:
@@ -135,7 +160,11 @@ def _read(task: Task, found: Findings) -> Iterator[tuple[int, bytes | str]]:
 def _check_record(raw: bytes, info: records.DatasetInfo, found: Findings) -> None:
     """Adds the image to the findings. Raises ValueError with what is wrong, or whatever a decoder raises."""
     record = records.decode_record(raw)
-    found.add_image(codecs.decode_bands(record.image, info, range(len(info.bands))), record.image[:2] == b"\xff\xd8")
+    place = json.loads(record.place) if record.place else {}
+    if not isinstance(place, dict):
+        raise ValueError("its place is no JSON object")
+    pixels = codecs.decode_bands(record.image, info, range(len(info.bands)))
+    found.add_image(pixels, record.image[:2] == b"\xff\xd8", place.get("no_data"))
     if not record.key:
         raise ValueError("its key is empty")
     if info.class_names is None and record.label != -1:
@@ -145,8 +174,6 @@ def _check_record(raw: bytes, info: records.DatasetInfo, found: Findings) -> Non
         raise ValueError(f"it has {what}, and the data set has {len(info.class_names)} classes")
     if info.has_places != bool(record.place):
         raise ValueError("it has no place" if info.has_places else "it has a place, and the data set has none")
-    if record.place and not isinstance(json.loads(record.place), dict):
-        raise ValueError("its place is no JSON object")
 
 
 # ---------------------------------------------------------------- processes

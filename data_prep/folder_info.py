@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from pera_jax.data import records, statistics
+from pera_jax.data.float_histogram import FloatHistogram
 from pera_jax.errors import UserError
 
 
@@ -18,13 +19,17 @@ def load(folder: Path, split: str | None = None) -> tuple[records.DatasetInfo, l
     return info, [split]
 
 
-def histogram(folder: Path, info: records.DatasetInfo, split: str) -> np.ndarray:
-    """The histogram of each band of a split, int64 [C, bins]. Raises UserError: missing, damaged, of other bands."""
+def histogram(folder: Path, info: records.DatasetInfo, split: str) -> statistics.Histogram:
+    """The histogram of each band of a split. Raises UserError: missing, damaged, of other bands."""
     file = folder / statistics.file_name(split)
-    counts = statistics.load(folder, split)
-    expected = (len(info.bands), statistics.bins(info.dtype))
-    if counts.shape != expected or counts.dtype != np.int64 or counts.min() < 0 or not counts.any(axis=1).all():
+    counts = statistics.of_dtype(statistics.load(folder, split), info.dtype)
+    if info.dtype == "float32":
+        fits = isinstance(counts, FloatHistogram) and len(counts) == len(info.bands)
+    else:
+        shape = (len(info.bands), statistics.bins(info.dtype))
+        fits = isinstance(counts, np.ndarray) and (counts.shape, counts.dtype) == (shape, np.int64) and counts.min() >= 0
+    if not fits or not all(band.sum() for _, band in map(statistics.table, counts)):
         raise UserError(
-            f"{file} does not count {expected[0]} bands of {info.dtype}; copy it again, or convert the data set anew"
+            f"{file} does not count {len(info.bands)} bands of {info.dtype}; copy it again, or convert the data set anew"
         )
     return counts

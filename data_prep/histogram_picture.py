@@ -1,12 +1,12 @@
 """A picture of the histograms of a split: one small panel for each band, all values in stored units."""
 
-import functools
 import math
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pera_jax.data import records, statistics
+from pera_jax.data.float_histogram import Cells
 
 SCALE = 2  # pixels of the picture for each of the sizes below, so that it is sharp on fine screens
 _WIDTH, _HEIGHT = 256, 96  # of the plot in a panel; one column for each value of uint8
@@ -16,49 +16,41 @@ _FILLS = {"red": (196, 62, 58), "green": (60, 142, 78), "blue": (52, 104, 192)}
 _FILL = (92, 104, 120)
 
 
-@functools.cache
-def _values(dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """(bool [bins]: the bins of a histogram that finite numbers fall into, float64 [their number]: their middles)."""
-    if dtype != "float32":
-        return np.ones(statistics.bins(dtype), bool), np.arange(statistics.bins(dtype), dtype=np.float64)
-    upper = np.arange(statistics.bins(dtype), dtype=np.uint32)  # a bin holds what agrees in the upper 16 bits
-    values = np.sort((upper << 16 | 1 << 15).view(np.float32))
-    values = values[np.isfinite(values)]
-    return statistics.count(values[:, None, None])[0] > 0, values.astype(np.float64)
-
-
-def densities(counts: np.ndarray, dtype: str, low: float, high: float, columns: int) -> np.ndarray:
+def densities(band: np.ndarray | Cells, low: float, high: float, columns: int) -> np.ndarray:
     """Pixels of one band in equal steps of its value.
 
     Args:
-      counts: int64 [bins].
+      band: its histogram.
       low, high: the values that the steps divide.
 
     Returns:
-      float64 [columns]. Pixels of a bin are spread evenly between the middles of the ways to its neighbours.
+      float64 [columns]. Pixels of a cell are spread evenly over it; of whole numbers, to half the way to the next one.
     """
-    held, values = _values(dtype)
-    middles = (values[1:] + values[:-1]) / 2
-    edges = np.concatenate([[2 * values[0] - middles[0]], middles, [2 * values[-1] - middles[-1]]])
-    below = np.concatenate([[0], np.cumsum(counts[held])])
-    return np.diff(np.interp(np.linspace(low, high, columns + 1), edges, below))
+    values, counts = statistics.table(band)
+    below = np.concatenate([[0], np.cumsum(counts)])
+    if isinstance(band, Cells):
+        first, after = band.edges()
+        edges, below = np.stack([first, after], axis=1).ravel(), np.stack([below[:-1], below[1:]], axis=1).ravel()
+    else:
+        edges = np.concatenate([values, [len(values)]]) - 0.5
+    return np.diff(np.interp(np.linspace(low, high, columns + 1), edges, below, left=0))
 
 
-def _window(counts: np.ndarray, info: records.DatasetInfo, low: float, high: float) -> tuple[float, float]:
+def _window(band: np.ndarray | Cells, info: records.DatasetInfo, low: float, high: float) -> tuple[float, float]:
     """The values that a panel shows: all of uint8, else percentiles 0.1 and 99.9 and the range, and a bit around."""
     if info.dtype == "uint8":
         return -0.5, 255.5
-    least, most = statistics.percentiles(counts[None], info.dtype, (0.1, 99.9))[:, 0]
+    least, most = statistics.percentiles([band], info.dtype, (0.1, 99.9))[:, 0]
     least, most = min(least, low), max(most, high)
     around = max(0.03 * (most - least), 0.5 if info.dtype == "uint16" else 0.0)  # half a value: it is drawn as a step
     return least - around, most + around
 
 
-def draw(info: records.DatasetInfo, split: str, counts: np.ndarray) -> Image.Image:
+def draw(info: records.DatasetInfo, split: str, counts: statistics.Histogram) -> Image.Image:
     """One picture of all bands.
 
     Args:
-      counts: the histogram of the split, int64 [C, bins], at least one pixel a band.
+      counts: the histogram of the split, at least one pixel a band.
     """
     across = min(3, len(info.bands))
     down = -(-len(info.bands) // across)
@@ -75,17 +67,17 @@ def draw(info: records.DatasetInfo, split: str, counts: np.ndarray) -> Image.Ima
     return picture
 
 
-def _panel(pen, corner: tuple[int, int], name: str, info, counts: np.ndarray, low: float, high: float) -> None:
+def _panel(pen, corner: tuple[int, int], name: str, info, band: np.ndarray | Cells, low: float, high: float) -> None:
     left, top = corner[0], corner[1] + _HEAD
     bottom = top + _HEIGHT
     font, small = ImageFont.load_default(size=SCALE * 12), ImageFont.load_default(size=SCALE * 10)
-    first, last = _window(counts, info, low, high)
+    first, last = _window(band, info, low, high)
 
     def x(value: float) -> float:
         return left + _WIDTH * (min(max(value, first), last) - first) / (last - first)
 
     pen.rectangle(_scaled(x(low), top, x(high), bottom), fill=_RANGE)
-    heights = densities(counts, info.dtype, first, last, _WIDTH)
+    heights = densities(band, first, last, _WIDTH)
     ordered = np.sort(heights)
     tallest = min(ordered[-1], 4 * ordered[-4] or ordered[-1])  # a lone value (saturation) would flatten all others
     for column, height in enumerate(heights):
@@ -97,9 +89,9 @@ def _panel(pen, corner: tuple[int, int], name: str, info, counts: np.ndarray, lo
                 fill=_FILLS.get(name.lower(), _FILL),
             )
     pen.line(_scaled(left, bottom, left + _WIDTH, bottom), fill=_INK, width=SCALE)
-    median = float(statistics.percentiles(counts[None], info.dtype, (50.0,))[0, 0])
+    median = float(statistics.percentiles([band], info.dtype, (50.0,))[0, 0])
     pen.line(_scaled(x(median), top, x(median), bottom), fill=_INK, width=1)
-    outside = 1.0 - heights.sum() / counts.sum()
+    outside = 1.0 - heights.sum() / statistics.table(band)[1].sum()
     _text(pen, (left, corner[1] + _HEAD / 2), name, font, _INK, "lm", _WIDTH - 110)
     remark = f"median {_number(median)}" + (f", {outside:.1%} not shown" if outside > 5e-4 else "")
     _text(pen, (left + _WIDTH, corner[1] + _HEAD / 2), remark, small, _PALE, "rm", _WIDTH)

@@ -27,6 +27,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from pera_jax.data import statistics
 from pera_jax.data.codecs import ImageDecodeError
 
 _BLANK = 2  # values that a band of a blank image spans at most
@@ -45,7 +46,7 @@ class Stored:
 
     Attributes:
       data: encoded bytes, as `codecs` says.
-      histogram: int64 [C, bins], pixels of each value in each band: `statistics.count`.
+      histogram: pixels of each value in each band: `statistics.count`.
       content: a hash of what it was made from, 16 bytes: equal ones are exact duplicates.
       found: what cleaning looks for: "small", "blank".
       place: JSON text of where on the ground a tile lies, "" for other images.
@@ -54,7 +55,7 @@ class Stored:
     """
 
     data: bytes
-    histogram: np.ndarray
+    histogram: statistics.Histogram
     changes: tuple[str, ...]
     content: bytes = b""
     found: tuple[str, ...] = ()

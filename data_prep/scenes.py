@@ -27,8 +27,6 @@ import os
 import pathlib
 from collections.abc import Callable
 
-import numpy as np
-
 from data_prep import command, folder, images, scene_plan, scene_reader
 from data_prep.pixels import Rejected, Stored, content_hash
 from data_prep.scene_grid import length
@@ -133,9 +131,7 @@ def convert_tile(item: Item, max_nodata: float) -> Stored:
     worst = int(missing.argmax())
     if missing[worst] > max_nodata or not valid[..., worst].any():
         raise Rejected("too little data")
-    histogram = np.concatenate([
-        statistics.count(pixels[..., band : band + 1], valid[..., band]) for band in range(pixels.shape[2])
-    ])  # fmt: skip
+    histogram = statistics.count(pixels, valid)
     changes = []
     if missing[worst] > 0:
         changes.append("no data to 0")

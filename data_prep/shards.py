@@ -18,7 +18,6 @@ import pathlib
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 
-import numpy as np
 from array_record.python import array_record_module
 
 from data_prep import processes
@@ -70,7 +69,7 @@ class Part:
       digests: SHA-256 of each record, in order, 32 bytes each.
       contents: a hash of what each record was made from, in order, 16 bytes each.
       histogram: pixels of each value in each band, packed by `statistics.to_bytes`: of 13 bands of uint16 an array would be
-        7 MB for each shard.
+        7 MB for each shard; empty where there is no record.
       corrupt: (key, reason) of the images that could not be decoded.
       rejected: (key, reason) of those that were not wanted.
       found: (key, kind) of those that cleaning has something to say of.
@@ -144,7 +143,7 @@ def write_shard(
     """
     temporary = _temporary(job.folder / job.shard)
     writer = array_record_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
-    histogram = np.zeros((), np.int64)  # takes the shape of the first image that is added
+    histogram = 0  # becomes that of the first image
     digests, contents, corrupt, rejected, found = bytearray(), bytearray(), [], [], []
     changes = collections.Counter()
     reported = 0
@@ -177,7 +176,7 @@ def write_shard(
     sync(job.folder)
     size = (job.folder / job.shard).stat().st_size
     part = Part(
-        job.shard, size, len(digests) // 32, bytes(digests), bytes(contents), statistics.to_bytes(histogram), corrupt,
+        job.shard, size, len(digests) // 32, bytes(digests), bytes(contents), statistics.to_bytes(histogram) if digests else b"", corrupt,
         rejected, found, dict(sorted(changes.items())),
     )  # fmt: skip
     part.save(job.folder)

@@ -5,20 +5,18 @@ import csv
 import hashlib
 import io
 
-import numpy as np
-
 from data_prep.shards import Part
 from pera_jax.data import records, statistics
 
 _SHOWN, _REASONS = 20, 50  # of a long list in the report, and lists
 
 
-def histogram(parts: list[Part]) -> np.ndarray:
-    """The values of all pixels of a split, int64 [C, bins]."""
-    return sum(statistics.from_bytes(part.histogram) for part in parts)
+def histogram(parts: list[Part]) -> statistics.Histogram:
+    """The values of all pixels of a split."""
+    return sum(statistics.from_bytes(part.histogram) for part in parts if part.records)
 
 
-def split_info(parts: list[Part], counts: np.ndarray, dtype: str, source: str) -> records.SplitInfo:
+def split_info(parts: list[Part], counts: statistics.Histogram, dtype: str, source: str) -> records.SplitInfo:
     """The entry of a split; `parts` in the order of the shards, `counts` their histogram, `dtype` of the images."""
     ranges = statistics.default_ranges(counts, dtype)
     mean, std = statistics.moments(counts, dtype, ranges)

@@ -8,8 +8,8 @@
 * Fingerprint: of all records in their order, computed anew.
 * Histogram and statistics: SPLIT.histogram.npz is compared with the pixels, and info.json with it. What can be
   compared: every value where all images are stored without loss; of JPEG, whose decoders differ by a grey level, the
-  number of pixels and their mean to two grey levels; of tiles of scenes every value but 0, which is what pixels
-  without data hold, and those are not counted.
+  number of pixels and their mean to two grey levels. Pixels without data are not counted: a tile of a scene says in
+  its place how many there are, and what they hold.
 * Files for TensorFlow Datasets: are there and name the same splits, shards and classes.
 
 Every fault is named with its shard and the number of the record in it, counted from 0; the exit status is 1 where there
@@ -120,7 +120,7 @@ def _check_split(folder, info, name: str, parts: list[Findings], counts) -> tupl
     else:
         faults += _check_statistics(split, stored, info.dtype)
         if decoded == split.records:
-            histogram, fault = compare(counts, stored, info, lossy > 0)
+            histogram, fault = compare(counts, stored, info, lossy > 0, sum(part.no_data for part in parts))
             if fault:
                 faults.append(f"{statistics.file_name(name)} does not fit the pixels: {fault}")
     heights = widths = None
@@ -133,35 +133,41 @@ def _check_split(folder, info, name: str, parts: list[Findings], counts) -> tupl
     }, faults  # fmt: skip
 
 
-def compare(counts: np.ndarray, stored: np.ndarray, info: records.DatasetInfo, lossy: bool) -> tuple[str, str | None]:
-    """Compares the values of all pixels with the histogram that is stored, int64 [C, bins] both.
+def compare(
+    counts: statistics.Histogram, stored: statistics.Histogram, info: records.DatasetInfo, lossy: bool, no_data: int = 0
+) -> tuple[str, str | None]:
+    """Compares the values of all pixels with the histogram that is stored.
+
+    Args:
+      counts: of the pixels; stored: of the folder.
+      lossy: some images are JPEG.
+      no_data: number of values that stand for no data, which `counts` lacks.
 
     Returns:
-      (the outcome in a word or two, the fault in words or None). `lossy`: some images are JPEG.
+      (the outcome in a word or two, the fault in words or None).
     """
-    if np.array_equal(counts, stored):
-        return "equal", None
-    more = counts - stored
-    if info.has_places:
-        zero = statistics.count(np.zeros((1, 1, 1), info.dtype))[0].astype(bool)  # bool [bins]
-        if (more[:, zero] >= 0).all() and not more[:, ~zero].any():
-            return f"equal ({int(more.sum()):,} without data)", None
-    for band, difference in zip(info.bands, more, strict=True):
+    more = statistics.differences(counts, stored)
+    if not any(band.any() for _, band in more):
+        return f"equal ({no_data:,} without data)" if no_data else "equal", None
+    if info.has_places and all((band[values == 0] >= 0).all() and not band[values != 0].any() for values, band in more):
+        # Tiles of older versions do not say how many of their zeros stand for no data.
+        return f"equal ({no_data + sum(int(band.sum()) for _, band in more):,} without data)", None
+    for name, (_, difference) in zip(info.bands, more, strict=True):
         if not lossy and difference.any():
             return (
                 "differs",
-                f"{int(np.abs(difference).sum()):,} pixels of band {band} are too many or too few of their value",
+                f"{int(np.abs(difference).sum()):,} pixels of band {name} are too many or too few of their value",
             )
         if difference.sum():
-            return "differs", f"band {band} has {int(-difference.sum()):+,} pixels"
-    full = [[0.0, 255.0]] * len(counts)
-    means, _ = statistics.moments(np.stack([counts, stored]).reshape(-1, counts.shape[1]), info.dtype, full * 2)
-    if np.abs(np.subtract(*np.split(255.0 * means, 2))).max() > _MOST_GREY_LEVELS:
+            return "differs", f"band {name} has {int(-difference.sum()):+,} pixels"
+    full = [[0.0, 255.0]] * len(info.bands)
+    ours, theirs = (statistics.moments(each, info.dtype, full)[0] for each in (counts, stored))
+    if np.abs(255.0 * (ours - theirs)).max() > _MOST_GREY_LEVELS:
         return "differs", f"the means differ by over {_MOST_GREY_LEVELS:g} grey levels"
     return "fits (JPEG)", None
 
 
-def _check_statistics(split: records.SplitInfo, stored: np.ndarray, dtype: str) -> list[str]:
+def _check_statistics(split: records.SplitInfo, stored: statistics.Histogram, dtype: str) -> list[str]:
     """Compares the numbers in info.json with the histogram that is stored."""
     mean, std = statistics.moments(stored, dtype, split.ranges)
     faults = []

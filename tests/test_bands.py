@@ -10,7 +10,7 @@ import pytest
 from data_prep import scenes
 from pera_jax import checkpoint, train
 from pera_jax import config as configs
-from pera_jax.data import mixture, pipeline, records, statistics
+from pera_jax.data import codecs, mixture, pipeline, records, statistics
 from pera_jax.errors import UserError
 from pera_jax.probes import features, samples
 
@@ -46,7 +46,7 @@ def test_chosen_bands_come_in_their_order_with_statistics_of_their_ranges(folder
     config = settings(folders, "deep", data__normalise="dataset", data__bands=("B08", "B02"), data__ranges=((0, 2000),))
     data = mixture.open_mixture(config.data)
     source = data.sources[0]
-    stack = np.stack([records.codecs.decode_image(records.decode_record(source.read(i)).image) for i in range(48)])
+    stack = np.stack([codecs.decode_image(records.decode_record(source.read(i)).image) for i in range(48)])
     wanted = stack[..., [7, 1]]
     mapped = np.clip(wanted / 2000.0, 0, 1)
     np.testing.assert_allclose(data.bands.mean, mapped.mean(axis=(0, 1, 2)), atol=1e-6)
@@ -153,7 +153,7 @@ def test_thirteen_bands_of_uint16_train_and_resume_and_their_features_are_extrac
 def test_random_ranges_give_the_statistics_of_the_clipped_values(folders):
     source = records.open_split(folders["float"], "train")
     counts = statistics.load(source.path, "train")
-    stack = np.stack([records.codecs.decode_image(records.decode_record(source.read(i)).image) for i in range(48)])
+    stack = np.stack([codecs.decode_image(records.decode_record(source.read(i)).image) for i in range(48)])
     rng = np.random.default_rng(0)
     ranges = np.sort(rng.uniform(0, 5000, (13, 2)), axis=1) + [0, 200]
     mapped = np.clip((stack - ranges[:, 0]) / (ranges[:, 1] - ranges[:, 0]), 0, 1)

@@ -11,9 +11,11 @@ import re
 import numpy as np
 import pytest
 from array_record.python import array_record_module
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from pera_jax.data import codecs, records, statistics
+from pera_jax.data import codecs, float_histogram, records, statistics
 from pera_jax.errors import UserError
 
 
@@ -214,16 +216,81 @@ def test_statistics_of_histograms_are_those_of_the_pixels(dtype):
     pixels = (pixels if dtype == "float32" else np.abs(pixels) * (1 if dtype == "uint8" else 100)).astype(dtype)
     valid = rng.random((50, 60)) < 0.7
     counts = statistics.count(pixels[:20], valid[:20]) + statistics.count(pixels[20:], valid[20:])
-    assert (counts.sum(axis=1) == valid.sum()).all()
+    assert [held.sum() for _, held in map(statistics.table, counts)] == [valid.sum()] * 3
     held = pixels[valid].astype(np.float64)  # [N, 3]
-    near = dict(rtol=1 / 128, atol=1e-6) if dtype == "float32" else dict(rtol=1e-9)
+    near = dict(rtol=1e-6) if dtype == "float32" else dict(rtol=1e-9)
     found = statistics.percentiles(counts, dtype, (1.0, 50.0, 99.0))
     np.testing.assert_allclose(found, np.percentile(held, (1, 50, 99), axis=0, method="inverted_cdf"), **near)
     ranges = [[10.0, 120.0], [0.0, 80.0], [-60.0, 30.0]]
     low, high = np.array(ranges).T
     mapped = np.clip((held - low) / (high - low), 0, 1)
     for got, wanted in zip(statistics.moments(counts, dtype, ranges), (mapped.mean(0), mapped.std(0)), strict=True):
-        np.testing.assert_allclose(got, wanted, atol=2e-3 if dtype == "float32" else 1e-9)
+        np.testing.assert_allclose(got, wanted, atol=1e-6 if dtype == "float32" else 1e-9)
     chosen = statistics.default_ranges(counts, dtype)
     assert chosen == [[0.0, 255.0]] * 3 if dtype == "uint8" else np.allclose(chosen, found[[0, 2]].T)
-    np.testing.assert_array_equal(statistics.from_bytes(statistics.to_bytes(counts)), counts)
+    assert np.all(statistics.from_bytes(statistics.to_bytes(counts)) == counts)
+
+
+@pytest.mark.parametrize(
+    "mean, std", [(301, 0.3), (3000, 2), (3000, 0.01), (-1e6, 1), (0.2, 1e-5), (-15, 4), (0, 1), (1e-30, 1e-31), (1e30, 1e28)]
+)
+def test_floats_far_from_zero_have_the_statistics_of_their_values(mean, std):
+    """Also where a few values lie all over the octave, and in others."""
+    rng = np.random.default_rng(0)
+    pixels = rng.normal(mean, std, (500, 400)).astype(np.float32)
+    odd = rng.random(pixels.shape) < 0.002
+    pixels[odd] = rng.choice([-9999, 0, 0.5, 3e8, 1.5 * mean], odd.sum())
+    counts = statistics.count(pixels[..., None])
+    held = np.sort(pixels.ravel().astype(np.float64))
+    truth = np.percentile(held, (1, 50, 99), method="inverted_cdf")
+    found = statistics.percentiles(counts, "float32", (1.0, 50.0, 99.0))[:, 0]
+    np.testing.assert_allclose(found, truth, atol=0.01 * std)
+    ((low, high),) = statistics.default_ranges(counts, "float32")
+    assert np.mean((held < low) | (held > high)) < 0.021
+    mapped = np.clip((held - low) / (high - low), 0, 1)
+    (got_mean,), (got_std,) = statistics.moments(counts, "float32", [[low, high]])
+    np.testing.assert_allclose([got_mean, got_std], [mapped.mean(), mapped.std()], atol=1e-3)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.sampled_from([20, 5000]))
+@settings(max_examples=30)
+def test_histograms_of_floats_do_not_depend_on_how_the_images_were_divided(seed, parts, cells):
+    """Bit for bit, also where cells grow, and where parts are packed on the way."""
+    rng = np.random.default_rng(seed)
+    pixels = rng.normal(rng.normal(0, 100), rng.lognormal(0, 3), (40, 40, 2)).astype(np.float32)
+    pixels[:5] = rng.choice([0.0, -0.0, -9999, 1e-42, 3e38], (5, 40, 2))
+    whole, cuts = pixels.reshape(1, -1, 2), np.sort(rng.integers(0, 1601, parts))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(float_histogram, "MOST_CELLS", cells)
+        patch.setattr(float_histogram, "_LOOSE", int(rng.integers(1, 2000)))
+        at_once = statistics.count(whole)
+        pieces = [statistics.count(part) for part in np.split(whole, cuts, axis=1)]
+        joined = sum(statistics.from_bytes(statistics.to_bytes(pieces[i])) for i in rng.permutation(len(pieces)))
+        assert joined == at_once and statistics.to_bytes(joined) == statistics.to_bytes(at_once)
+        assert not any(more.any() for _, more in statistics.differences(joined, at_once))
+    octaves = [np.bincount(band.keys >> 23) for band in at_once]
+    assert max(held.max() for held in octaves) <= cells
+    assert [band.total for band in at_once] == [1600, 1600]
+    for band in range(2):
+        values, held = statistics.table(at_once[band])
+        if cells > 1600:
+            np.testing.assert_array_equal(np.repeat(values, held), np.sort(np.where(abs(pixels[..., band]) < 1e-38, 0, pixels[..., band]), axis=None))
+        assert (np.diff(values) >= 0).all()
+
+
+def test_histograms_of_floats_of_older_folders_are_read():
+    """A bin for each pattern of the upper 16 bits, in the order of the values."""
+    pixels = np.random.default_rng(0).normal(-3, 5, (60, 50, 1)).astype(np.float32)
+    bits = pixels.view(np.uint32)
+    ordered = np.where(bits >> 31, ~bits, bits | (1 << 31)) >> 16
+    old = np.bincount(ordered.ravel(), minlength=65536)[None]
+    new = statistics.count(pixels)
+    assert not any(more.any() for _, more in statistics.differences(new, statistics.of_dtype(old, "float32")))
+    for shares in ((1.0,), (50.0,)):
+        found, exact = (statistics.percentiles(counts, "float32", shares) for counts in (old, new))
+        np.testing.assert_allclose(found, exact, rtol=1 / 128)
+    ranges = [[-10.0, 6.0]]
+    np.testing.assert_allclose(*(statistics.moments(counts, "float32", ranges) for counts in (old, new)), atol=2e-3)
+    with pytest.raises(ValueError):
+        arrays = new.arrays()
+        float_histogram.FloatHistogram.from_arrays(**{**arrays, "cells": arrays["cells"] + 1})

@@ -149,5 +149,5 @@ def _moments(source, places, ranges) -> tuple[np.ndarray, np.ndarray]:
     stored = source.split_info
     if all(list(pair) == stored.ranges[at] for pair, at in zip(ranges, places, strict=True)):
         return np.array(stored.mean)[places], np.array(stored.std)[places]
-    counts = statistics.load(source.path, source.split)[places]
-    return statistics.moments(counts, source.info.dtype, ranges)
+    counts = statistics.of_dtype(statistics.load(source.path, source.split), source.info.dtype)
+    return statistics.moments(counts[places], source.info.dtype, ranges)
