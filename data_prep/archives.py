@@ -35,13 +35,14 @@ _ZIP_HEADER = struct.Struct("<4s22x2H")  # signature, length of the name, length
 
 
 class Found(NamedTuple):
-    """A file as a listing meets it: its name, size in bytes, where it is (None in folders), and why it is no candidate
-    whatever its name (None: it may be one)."""
+    """A file as a listing meets it: its name, size in bytes, where it is (None in folders), why it is no candidate
+    whatever its name (None: it may be one), and whether backslashes in its name were taken for the slashes of folders."""
 
     name: str
     size: int
     part: tuple | None
     fault: str | None
+    backslashes: bool = False
 
 
 def is_archive(path: pathlib.Path) -> bool:
@@ -54,7 +55,12 @@ def members(path: pathlib.Path) -> Iterator[Found]:
     seen = set()
     try:
         for found in _zip(path) if path.name.lower().endswith(".zip") else _tar(path):
-            steps = [step for step in found.name.split("/") if step not in ("", ".")]
+            # A zip's names have slashes, says its specification; Windows PowerShell 5 and .NET before 4.6.1 write backslashes.
+            backslashes = found.part[0] == "zip" and "\\" in found.name
+            path_in_archive = found.name.replace("\\", "/") if backslashes else found.name
+            if path_in_archive.endswith("/") and not found.size:
+                continue  # a folder
+            steps = [step for step in path_in_archive.split("/") if step not in ("", ".")]
             name, fault = "/".join(steps), found.fault
             if re.match(r"[/\\]|[A-Za-z]:", found.name) or ".." in re.split(r"[/\\]", name):
                 name, fault = found.name, OUTSIDE
@@ -66,7 +72,7 @@ def members(path: pathlib.Path) -> Iterator[Found]:
                 fault = HIDDEN
             if fault is None:
                 seen.add(name)
-            yield Found(name, found.size, found.part, fault)
+            yield Found(name, found.size, found.part, fault, backslashes)
     except READ_ERRORS as error:
         raise UserError(f"archive {path} cannot be read ({error or type(error).__name__}); fetch it again") from error
 

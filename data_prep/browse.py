@@ -20,6 +20,7 @@ from data_prep import folder_info, histogram_picture, page, stats
 from data_prep.shards import write_file
 from data_prep.survey import THUMBNAIL, Survey, shown_bands, survey, thumbnails
 from pera_jax import html
+from pera_jax.common.text import printable
 from pera_jax.data import records
 from pera_jax.errors import UserError, run
 
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         write_file(args.output, content := html.document(info.name, parts, page.STYLE))
     except OSError as error:
         raise UserError(f"cannot write {args.output}: {error.strerror}; make room or name another file") from error
-    print(f"written to {args.output}, {len(content) / 1e6:.1f} MB")
+    print(f"written to {printable(args.output)}, {len(content) / 1e6:.1f} MB")
 
 
 def _heading(folder: pathlib.Path, info: records.DatasetInfo, names: list[str]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from data_prep import duplicates, folder, pixels
 from data_prep.shards import Item, run_jobs
+from pera_jax.common.text import printable
 from pera_jax.data import records
 
 DROPS = ("duplicates", "small", "blank")
@@ -89,7 +90,7 @@ def write(
     """
     info = folder.existing_info(args.output)
     if folder.already_complete(split, info):
-        print(f"{split.name}: already complete in {args.output}, {info.splits[split.name].records} records")
+        print(f"{split.name}: already complete in {printable(args.output)}, {info.splits[split.name].records} records")
         return
     classes = f"{len(split.class_names)} classes" if split.class_names else "no classes"
     workers = f", {args.workers} workers" if driver is run_jobs else ""
@@ -107,7 +108,7 @@ def write(
 def show(output: pathlib.Path, written: records.SplitInfo, report: dict) -> None:
     """Prints what a conversion wrote and left out."""
     split = report["split"]
-    print(f"{split}: {written.records} records, {sum(written.shard_bytes) / 1e6:.1f} MB, in {output}")
+    print(f"{split}: {written.records} records, {sum(written.shard_bytes) / 1e6:.1f} MB, in {printable(output)}")
     print(f"mean {written.mean}, std {written.std}, fingerprint {written.fingerprint[:12]}")
     left_out = {name: report[name]["number"] for name in ("duplicates", "rejected", "failed")}
     named = [f"{number} {name}" for name, number in left_out.items() if number]
@@ -117,4 +118,4 @@ def show(output: pathlib.Path, written: records.SplitInfo, report: dict) -> None
     if found:
         print(f"written, but look at them (--drop leaves them out): {', '.join(found)}")
     if named or found:
-        print(f"{output / split}.report.json and {split}.inputs.csv name them")
+        print(f"{printable(output / split)}.report.json and {split}.inputs.csv name them")

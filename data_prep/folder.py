@@ -123,6 +123,8 @@ def already_complete(split: Split, info: records.DatasetInfo | None) -> bool:
         )
     if info.class_names != split.class_names:
         ours, theirs = (set(names or ()) for names in (split.class_names, info.class_names))
+        if not ours ^ theirs:
+            raise UserError(f"{split.folder} has the classes of split {split.name!r} in another order; name another --output")
         odd = sorted(ours ^ theirs)[0]
         has, lacks = ("the input", split.folder) if odd in ours else (split.folder, "the input")
         raise UserError(

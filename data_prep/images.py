@@ -27,6 +27,7 @@ from collections.abc import Callable
 
 from data_prep import command, folder, pixels, sources
 from data_prep.shards import Item, run_jobs
+from pera_jax.common.text import several
 from pera_jax.data import records
 from pera_jax.errors import UserError, run
 
@@ -41,6 +42,9 @@ def main(argv: list[str] | None = None, driver: Callable = run_jobs) -> None:
     check_places(args.input, args.output, args.split)
 
     inventory = sources.take_stock(args.input)
+    for taken, number in inventory.backslashes.items():
+        what = "taken for folders" if taken else "part of the name and no folders: classes may lie hidden in it"
+        print(f"{number:,} names in {several(args.input)} have backslashes, which are {what}", flush=True)
     if not args.no_labels:
         inventory.label()
     options = command.conversion(args)

@@ -32,6 +32,7 @@ from data_prep.pixels import Rejected, Stored, content_hash
 from data_prep.scene_grid import length
 from data_prep.scene_reader import Tile
 from data_prep.shards import Item, run_jobs
+from pera_jax.common.text import printable, several
 from pera_jax.data import codecs, records, statistics
 from pera_jax.errors import run
 
@@ -51,10 +52,10 @@ def main(argv: list[str] | None = None, driver: Callable = run_jobs) -> None:
     dataset = info.name if info else images.dataset_name(args.output)
     split = scene_plan.make_split(args.output, dataset, args.split, names, dtype, items, shards, args.max_nodata)
     if folder.already_complete(split, info):
-        print(f"{args.split}: already complete in {args.output}, {info.splits[args.split].records} records")
+        print(f"{args.split}: already complete in {printable(args.output)}, {info.splits[args.split].records} records")
         return
     workers = f", {args.workers} workers" if driver is run_jobs else ""
-    print(f"{args.split}: {len(items)} tiles of {len(files)} scenes, {', '.join(names)} of {dtype}, {split.shards} shards"
+    print(f"{args.split}: {len(items)} tiles of {len(files)} scenes, {several(names, 20)} of {dtype}, {split.shards} shards"
           f"{workers}", flush=True)  # fmt: skip
     if number := sum(choice.alpha for choice in choices.values()):
         print(
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None, driver: Callable = run_jobs) -> None:
         max_corrupt_share=args.max_corrupt_share, rejected=rejected,
     )  # fmt: skip
     written = info.splits[args.split]
-    print(f"{args.split}: {written.records} records, {sum(written.shard_bytes) / 1e6:.1f} MB, in {args.output}")
+    print(f"{args.split}: {written.records} records, {sum(written.shard_bytes) / 1e6:.1f} MB, in {printable(args.output)}")
     print_bands(names, written)
     named = [f"{report[name]['number']} {name}" for name in ("rejected", "failed") if report[name]["number"]]
     if named:
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None, driver: Callable = run_jobs) -> None:
     if twins := report["found"]["number"]:
         print(f"written, but the same pixels as a tile before them: {twins}")
     if named or twins:
-        print(f"{args.output / args.split}.report.json and {args.split}.inputs.csv name them")
+        print(f"{printable(args.output / args.split)}.report.json and {args.split}.inputs.csv name them")
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -111,6 +112,7 @@ def _names(text: str) -> list[str]:
 
 def print_bands(names: list[str], split: records.SplitInfo) -> None:
     """Prints a line for each band: the range in stored units that maps to [0, 1], mean and deviation after that."""
+    names = list(map(printable, names))
     wide = max(map(len, [*names, "band"]))
     print(f"{'band':{wide}}  {'range':>19}  {'mean':>6}  {'std':>6}")
     for name, (low, high), mean, std in zip(names, split.ranges, split.mean, split.std, strict=True):

@@ -6,6 +6,7 @@ that is a link or whose name leads elsewhere.
 """
 
 import array
+import collections
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from data_prep import archives
 from data_prep.archives import HIDDEN, Found
 from data_prep.shards import Item
+from pera_jax.common import classes
 from pera_jax.data.codecs import ImageDecodeError
 from pera_jax.errors import UserError
 
@@ -56,6 +58,7 @@ class Inventory(Sequence[Item]):
         self.inputs = inputs
         self.keys = Names()
         self.rejected: list[tuple[str, str]] = []  # (name, reason)
+        self.backslashes = collections.Counter()  # names that have some, by whether they were taken for folders
         self.class_names: list[str] | None = None
         self._sizes, self._input = array.array("q"), array.array("i")
         self._kinds, self._parts = bytearray(), array.array("Q")  # of archives: _NUMBERS for each candidate
@@ -81,6 +84,8 @@ class Inventory(Sequence[Item]):
     def take(self, found: Found, place: int, prefix: str) -> None:
         """Adds a file of the input number `place` to the candidates, or to what is rejected."""
         name, fault, ending = prefix + found.name, found.fault, os.path.splitext(found.name)[1].lower()
+        if found.backslashes or "\\" in name:
+            self.backslashes[found.backslashes] += 1
         safe = name.encode("utf-8", "backslashreplace").decode()
         if safe != name:
             fault = "its name is not valid UTF-8"
@@ -100,7 +105,7 @@ class Inventory(Sequence[Item]):
             self._parts.extend(numbers + [0] * (_NUMBERS - len(numbers)))
 
     def label(self) -> None:
-        """Makes the topmost folders the classes, if every candidate lies in one. In each archive the folders that hold
+        """Makes the topmost folders the classes, as `classes.check` allows, if every candidate lies in one. In each archive the folders that hold
         all of its candidates are passed over first, as long as there are folders in them."""
         labels, numbers = array.array("i"), {}  # numbered as they come, as yet
         for key, skip in zip(self.keys, self._around(), strict=True):
@@ -109,6 +114,7 @@ class Inventory(Sequence[Item]):
                 return
             labels.append(numbers.setdefault(steps[skip], len(numbers)))
         self.class_names = sorted(numbers)
+        classes.check(self.class_names, self.inputs[0])
         places = {numbers[name]: i for i, name in enumerate(self.class_names)}
         self._labels = array.array("i", map(places.__getitem__, labels))
 

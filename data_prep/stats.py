@@ -22,6 +22,7 @@ import numpy as np
 
 from data_prep import folder_info, histogram_picture, tables
 from data_prep.shards import write_file
+from pera_jax.common.text import printable
 from pera_jax.data import records, statistics
 from pera_jax.errors import UserError, run
 
@@ -107,12 +108,12 @@ def main(argv: list[str] | None = None) -> None:
     counts = {name: folder_info.histogram(args.folder, info, name) for name in names}
     for name in names:
         described = describe(info, name, counts[name])
-        print(f"{info.name}, {name}: {info.splits[name].records:,} images of {info.dtype}")
+        print(f"{printable(info.name)}, {printable(name)}: {info.splits[name].records:,} images of {info.dtype}")
         print(tables.text(cells(described)))
         if args.output:
             _write(args.output, info, name, counts[name], described)
     if args.output:
-        print(f"written to {args.output}")
+        print(f"written to {printable(args.output)}")
 
 
 def _write(output: pathlib.Path, info, split: str, counts: statistics.Histogram, described: list[BandStatistics]) -> None:

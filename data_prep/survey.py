@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from pera_jax.bands import RGB
+from pera_jax.common.text import several
 from pera_jax.data import codecs, records
 from pera_jax.errors import UserError
 from pera_jax.metrics import Progress
@@ -138,7 +139,7 @@ def shown_bands(info: records.DatasetInfo, wanted: str | None) -> list[int]:
         names = [name.strip() for name in wanted.split(",")]
     for name in names:
         if name not in info.bands:
-            raise UserError(f"--bands names {name!r}, and the data set has {', '.join(info.bands)}")
+            raise UserError(f"--bands names {name!r}, and the data set has {several(info.bands, 20)}")
     if len(names) not in (1, 3):
         raise UserError(
             f"--bands={wanted} names {len(names)} bands; name three, for red, green and blue, or one for grey"

@@ -2,9 +2,15 @@
 
 from collections.abc import Sequence
 
+from pera_jax.common.text import printable
+
 
 def text(rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns, two spaces apart; the first to the left, the others right. `rows[0]` holds their names."""
+    """Aligned columns, two spaces apart; the first to the left, the others right. `rows[0]` holds their names.
+
+    Cells are safe to print whatever names they hold.
+    """
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(

@@ -28,6 +28,7 @@ from tensorflow_datasets.core import constants, features
 
 from data_prep import command, folder, images, tfds_examples
 from data_prep.shards import run_jobs
+from pera_jax.common import classes
 from pera_jax.data import records
 from pera_jax.data.tfds_sets import bands_of, feature_of, open_dataset, pick_image, pick_label
 from pera_jax.errors import UserError, run
@@ -62,6 +63,8 @@ def main(argv: list[str] | None = None, driver: Callable = run_jobs) -> None:
     info = folder.existing_info(args.output)
     reading = {"tfds_split": tfds_split, "image": image, "label": label}
     class_names = None if label is None else list(feature_of(builder, label).names)
+    if class_names is not None:
+        classes.check(class_names, builder.info.full_name)
     shards = command.number_of_shards(args, len(examples))
     dataset = info.name if info else images.dataset_name(args.output)
     described = [

@@ -27,6 +27,7 @@ import numpy as np
 from data_prep import folder_info, tables
 from data_prep.check_shard import Findings, Task, check_all, span
 from data_prep.shards import write_file
+from pera_jax.common.text import printable
 from pera_jax.data import records, statistics
 from pera_jax.errors import UserError, run
 from pera_jax.metrics import Progress
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("interrupted; nothing was changed, give the same command again") from error
     print(_table(found))
     for problem in found["problems"]:
-        print(_sentence(problem))
+        print(printable(_sentence(problem), limit=1000))
     if args.json:
         try:
             write_file(args.json, (json.dumps(found, indent=1) + "\n").encode("ascii"))
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"cannot write {args.json}: {error.strerror}; make room or name another file") from error
     if found["problems"]:
         raise UserError(f"{args.folder} is damaged, see the lines above; copy it again, or convert the data set anew")
-    print(f"{args.folder} is sound")
+    print(f"{printable(args.folder)} is sound")
 
 
 def verify(folder: pathlib.Path, split: str | None, workers: int) -> dict:

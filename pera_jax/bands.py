@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pera_jax.common.text import several
 from pera_jax.errors import UserError
 
 RGB = ("red", "green", "blue")
@@ -66,7 +67,7 @@ class Bands:
         """
         for name in self.names:
             if name not in info.bands:
-                raise UserError(f"{folder} has no band {name!r}; it has {', '.join(info.bands)}")
+                raise UserError(f"{folder} has no band {name!r}; it has {several(info.bands, 20)}")
         if info.dtype != self.dtype:
             raise UserError(f"{folder} holds {info.dtype}, and {self.dtype} is needed; convert it to the same dtype")
         return [info.bands.index(name) for name in self.names]

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from pera_jax.common.text import printable
 from pera_jax.errors import UserError
 
 _FIRST_CONTACT = 300  # seconds that a process waits for the coordinator, and the coordinator for all processes
@@ -96,9 +97,9 @@ def main_host() -> bool:
 
 
 def say(text: str) -> None:
-    """A line on stderr, from one process only."""
+    """One printable line on stderr, from one process only; foreign names in `text` are safe."""
     if main_host():
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text, limit=2000), file=sys.stderr, flush=True)
 
 
 def meet(where: str) -> None:

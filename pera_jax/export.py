@@ -16,6 +16,7 @@ import pathlib
 import re
 
 from pera_jax import checkpoint, errors, feature_folder, features
+from pera_jax.common.text import printable, several
 from pera_jax.probes.samples import open_images
 from pera_jax.weights import imports, released, stablehlo, timm
 
@@ -96,14 +97,14 @@ def main(argv: list[str] | None = None) -> None:
         else:
             meta, left_out = imports.import_timm(file, output, wanted)
         parts = "a backbone alone" if checkpoint.backbone_alone(meta) else "student, teacher and heads"
-        print(f"{file}: {parts}, {_described(meta, (meta['model']['image_size'],) * 2)}")
+        print(f"{printable(file)}: {parts}, {_described(meta, (meta['model']['image_size'],) * 2)}")
         if left_out:
-            print(f"left out: {', '.join(left_out)}")
+            print(f"left out: {several(left_out, 12)}")
     elif command == "timm":
         weights = checkpoint.load_weights(options["run"], options["step"], options["which"])
         timm.export(weights, options["which"], options["image_size"], output)
         size = options["image_size"] or (weights.meta["model"]["image_size"],) * 2
-        print(f"{options['run']}, {options['which']} at step {weights.step}: {_described(weights.meta, size)}")
+        print(f"{printable(options['run'])}, {options['which']} at step {weights.step}: {_described(weights.meta, size)}")
     elif command in ("features", "stablehlo"):
         source = {name: options.pop(name) for name in ("run", "step", "which")}
         weights = features.load_weights(source["run"], source["step"], source["which"])
@@ -111,11 +112,11 @@ def main(argv: list[str] | None = None) -> None:
             said = stablehlo.export(weights, options["image_size"], output)
         else:
             said = feature_folder.write(weights, open_images(options.pop("input"), options.pop("split")), **options)
-        print(f"{source['run']}, {source['which']} at step {weights.step}: {_described(weights.meta)}\n{said}")
+        print(f"{printable(source['run'])}, {source['which']} at step {weights.step}: {_described(weights.meta)}\n{said}")
     else:
         step = released.export(options["run"], options["step"], output)
-        print(f"{options['run']}, student, teacher and heads at step {step}")
-    print(f"written to {output}")
+        print(f"{printable(options['run'])}, student, teacher and heads at step {step}")
+    print(f"written to {printable(output)}")
 
 
 def _described(meta: dict, size: tuple[int, int] | None = None) -> str:
@@ -124,7 +125,7 @@ def _described(meta: dict, size: tuple[int, int] | None = None) -> str:
     mean, std = (", ".join(f"{value:g}" for value in meta[name]) for name in ("mean", "std"))
     return (
         f"a ViT of width {shape['width']}, depth {shape['depth']}, {shape['heads']} heads, patches of {shape['patch']} px"
-        f"{sides}\nbands {', '.join(meta['bands'])}; mean {mean}; std {std}"
+        f"{sides}\nbands {several(meta['bands'], 20)}; mean {mean}; std {std}"
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any, TextIO
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 
+from pera_jax.common.text import printable
 from pera_jax.errors import UserError
 
 _PIPED_INTERVAL = 10.0  # seconds between the lines of a progress that nobody watches live
@@ -212,7 +213,7 @@ class _Line:
     def say(self, text: str) -> None:
         """A line that stays."""
         self.end()
-        self._stream.write(text + "\n")
+        self._stream.write(printable(text, limit=2000) + "\n")
         self._stream.flush()
 
     def end(self) -> None:

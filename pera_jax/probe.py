@@ -13,6 +13,7 @@ import os
 import pathlib
 
 from pera_jax import distributed, errors
+from pera_jax.common.text import printable
 from pera_jax.errors import UserError
 from pera_jax.probes import results, specs
 from pera_jax.probes.follow import follow
@@ -91,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
             entries = probe(options.run, chosen, encoder=options.encoder, step=options.step, output=options.output,
                             batch_size=options.batch_size)  # fmt: skip
     if distributed.main_host():
-        print(f"{results.markdown(entries)}\n\nwritten to {base}")
+        print(f"{results.markdown(entries)}\n\nwritten to {printable(base)}")
 
 
 def _chosen(options) -> list[specs.Spec]:

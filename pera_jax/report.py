@@ -10,6 +10,7 @@ scenes and the config. What a run does not have yet is left out, which the page 
 import argparse
 
 from pera_jax import errors
+from pera_jax.common.text import printable
 from pera_jax.reports.job import report
 
 
@@ -25,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--image-size", type=int, help="px, a multiple of the patch (default: 32 patches)")
     parser.add_argument("--seed", type=int, default=0, help="of images, crops, looks and masks (default 0)")
     page = report(**vars(parser.parse_args(argv)))
-    print(f"written to {page}, {page.stat().st_size / 1e6:.1f} MB")
+    print(f"written to {printable(page)}, {page.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Archives that are damaged, cut off, or made to do harm."""
 
+import zipfile
+
 import numpy as np
 import pytest
 from toy_files import encode, pack
 
-from data_prep import archives, sources
-from pera_jax.data import codecs
+from data_prep import archives, images, sources
+from pera_jax.data import codecs, records
 from pera_jax.errors import UserError
 
 
@@ -25,6 +27,40 @@ def test_classes_of_several_archives_are_the_folders_in_them(tmp_path):
         "one.tar/AID/port/1.jpg": "port", "one.tar/AID/farm/1.jpg": "farm", "two.tar.gz/port/2.jpg": "port",
         "two.tar.gz/wood/x/3.jpg": "wood", "three.zip/top/in/wood/4.jpg": "wood", "three.zip/top/in/farm/4.jpg": "farm",
     }  # fmt: skip
+
+
+def test_backslashes_in_a_zip_are_folders_and_are_told(tmp_path, capsys):
+    """As Windows PowerShell 5 writes them; a name that leads out, or that is there twice, is rejected as ever."""
+    image = encode(np.zeros((40, 40, 3), np.uint8))
+    with zipfile.ZipFile(tmp_path / "win.zip", "w") as archive:
+        for name in ("train\\", "train\\wood\\1.png", "train\\wood/1.png", "train\\sea\\2.png", "train\\..\\..\\3.png", "\\4.png"):
+            member = zipfile.ZipInfo("x")
+            member.filename = name  # ZipInfo itself would cut at a backslash on Windows
+            archive.writestr(member, b"" if name.endswith("\\") else image)
+    images.main(["--input", str(tmp_path / "win.zip"), "--output", str(tmp_path / "out"), "--split", "train", "--workers", "1"])
+    said = capsys.readouterr().out
+    assert "5 names in " in said
+    assert "have backslashes, which are taken for folders" in said
+    info = records.load_info(tmp_path / "out")
+    assert info.class_names == ["sea", "wood"]
+    assert info.splits["train"].records == 2
+    table = (tmp_path / "out/train.inputs.csv").read_text()
+    assert "another member has this name" in table
+    assert table.count(archives.OUTSIDE) == 2
+
+
+def test_backslashes_that_are_no_folders_are_told(tmp_path, capsys):
+    pack(tmp_path / "in.tar", {f"wood\\{i}.png": encode(np.full((40, 40, 3), i, np.uint8)) for i in range(3)})
+    images.main(["--input", str(tmp_path / "in.tar"), "--output", str(tmp_path / "out"), "--split", "train", "--workers", "1"])
+    assert "3 names in " in (said := capsys.readouterr().out)
+    assert "classes may lie hidden" in said
+
+
+def test_classes_that_no_list_of_names_can_hold_are_refused(tmp_path):
+    pack(tmp_path / "in.tar", {"a\nerror: forged/1.png": b"?", "b/1.png": b"?"})
+    inventory = sources.take_stock([tmp_path / "in.tar"])
+    with pytest.raises(UserError, match=r"in.tar has classes .*'a\\nerror: forged'; rename them"):
+        inventory.label()
 
 
 def test_damaged_archives_are_one_sentence_and_damaged_members_fail(tmp_path):

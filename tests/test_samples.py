@@ -11,6 +11,7 @@ from PIL import Image
 
 from pera_jax.data import codecs
 from pera_jax.errors import UserError
+from pera_jax.probes import folders as class_folders
 from pera_jax.probes import samples
 
 LABELS = {"train": [0, 1, 2, 2, 1], "test": [2, 0, 1]}
@@ -70,6 +71,27 @@ def test_tables_of_labels(shards, folders, tmp_path):
     assert found.labels.tolist() == [int(pathlib.Path(key).stem) % 2 for key in found.keys]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("cell", [",", ";", "\t"])
+def test_tables_as_spreadsheets_save_them(tmp_path, encoding, cell):
+    keys = ["wood/caf\u00e9.png", "wood/2.png", "water/3.png"]
+    rows = ["key,label,,", "wood\\cafe\u0301.png, wood ,,", "", "wood/2.png,wood,,", "other.png,,,", "water/3.png,\u6c34,,", ",,,", ""]
+    (tmp_path / "l.csv").write_bytes("\r\n".join(rows).replace(",", cell).encode(encoding))
+    names, labels, _ = class_folders.read_labels(tmp_path / "l.csv", keys)
+    assert names == ("wood", "\u6c34")
+    assert labels.tolist() == [0, 0, 1]
+
+
+def test_class_folders_whose_names_no_table_could_hold_are_refused(tmp_path):
+    for name in ("a\n", "b\x1b[31m", "caf\udce9"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / "in" / name / "1.png")
+    with pytest.raises(UserError) as error:
+        class_folders.list_images(tmp_path / "in", "", None)
+    assert "names are empty or hold control characters" in str(error.value)
+    assert str(error.value).isprintable()
+
+
 def test_other_dtypes_and_bands(tmp_path):
     rng = np.random.default_rng(0)
     for split in ("train", "test"):
@@ -121,9 +143,11 @@ def test_bad_folders(folders, change, sentence):
         (None, "cannot be read"),
         ("name,label\n", "must have the column key"),
         ("key\n", "must have the column key"),
-        ("key,label\n0.png,a\n", "has no label for the image 1.png and 3 others"),
+        ("key,label\n0.png,a\n", "has no label for the images 1.png, 2.png, 3.png and 1 more"),
         ("key,label\n0.png,a,b\n", "line 2 .* has 3 cells instead of 2"),
         ("key,label\n0.png,a\n0.png,a\n", "line 3 .* is the second one of 0.png"),
+        ("key,label\n0.png,a\n1.png, \n2.png,b\n3.png,\n4.png,b\n", r"line 3 .* has an empty label for the image 1.png \(2 such"),
+        ("key,label,\n0.png,a,\n1.png,a,b\n", "line 3 .* has 3 cells instead of 2"),
         ("key,a,b\n" + "".join(f"{i}.png,0,2\n" for i in range(5)), "has '2' for the image 0.png, which is neither"),
     ],
 )

@@ -73,8 +73,9 @@ def test_masks_of_change_are_zero_and_one(tmp_path, high):
 def test_names_of_classes(tmp_path):
     write(tmp_path)
     assert scenes.load(tmp_path, 1, RGB, class_names=("x", "y", "z")).class_names == ("x", "y", "z")
-    (tmp_path / "classes.txt").write_text("road\nroof\n\ntree\nwater\n")  # one more than the masks hold
-    assert scenes.load(tmp_path, 1, RGB, class_names=("x",)).class_names == ("road", "roof", "tree", "water")
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):  # one more than the masks hold
+        (tmp_path / "classes.txt").write_bytes("road\r\nroof \r\ntree\r\nwater\r\n\r\n".encode(encoding))
+        assert scenes.load(tmp_path, 1, RGB, class_names=("x",)).class_names == ("road", "roof", "tree", "water")
 
 
 @pytest.mark.parametrize("number", [2, 3, 7])
@@ -136,6 +137,8 @@ BAD = {
                              r"FOLDER/B/b\.png is 10 x 9 px and .*A/b\.png is 10 x 12 px"),
     "class beyond names": (1, lambda f: (f / "classes.txt").write_text("x\ny"),
                            r"FOLDER/label/a\.png holds the class 2; classes are 0 to 1, and 255 no label"),
+    "a line that shifts the classes": (1, lambda f: (f / "classes.txt").write_text("x\n\ny\n"), "line 2 of .*classes.txt is blank"),
+    "one name twice": (1, lambda f: (f / "classes.txt").write_text("x\ny\nx\n"), "two classes of one name: x"),
     "no names": (1, lambda f: (f / "classes.txt").write_text("\n"), r"FOLDER/classes\.txt holds 0 class names"),
     "names that are no text": (1, lambda f: (f / "classes.txt").write_bytes(b"\xff\xfe\xfa"), "cannot be read as text"),
     "value of change": (2, lambda f: save(f / "label/c.png", image(12, 10, value=7)),

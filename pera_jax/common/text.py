@@ -5,6 +5,7 @@ escape sequence moves the cursor or renames the window, a bidirectional control 
 surrogate (an undecodable byte of a file name) ends `print` in a traceback.
 """
 
+import codecs
 import unicodedata
 from collections.abc import Iterable
 
@@ -48,6 +49,19 @@ def several(items: Iterable[object], limit: int = 3) -> str:
     items = list(items)
     shown = ", ".join(printable(item) for item in items[:limit])
     return f"{shown} and {len(items) - limit:,} more" if len(items) > limit else shown
+
+
+def decoded(content: bytes) -> str:
+    """The text in a file that people made with any editor or spreadsheet, its lines ended by line feeds.
+
+    UTF-8 with or without a byte order mark, and UTF-16 with one. Raises ValueError: another encoding.
+    """
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = content.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError("it is not encoded in UTF-8; save it as UTF-8") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _shown(character: str) -> str:

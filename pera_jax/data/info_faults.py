@@ -23,7 +23,7 @@ def fault(info: DatasetInfo) -> str | None:
     for name, split in info.splits.items():
         wrong = _fault_of_split(split, len(info.bands))
         if wrong:
-            return f"split {printable(name)!r} {wrong}"
+            return f"split '{printable(name)}' {wrong}"
     return None
 
 

@@ -208,7 +208,7 @@ def check_split(path: str | pathlib.Path, info: DatasetInfo, split: str) -> None
     """Raises UserError where a data set folder has no such split."""
     if split not in info.splits:
         held = several(sorted(info.splits))
-        raise UserError(f"{printable(path)} has no split {printable(split)!r}; it has {held}")
+        raise UserError(f"{printable(path)} has no split '{printable(split)}'; it has {held}")
 
 
 class RecordSource:

@@ -3,15 +3,20 @@
 import csv
 import dataclasses
 import hashlib
+import io
 import pathlib
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
 
 from pera_jax.bands import RGB
+from pera_jax.common import classes
+from pera_jax.common.text import decoded, printable, several
 from pera_jax.data import codecs
 from pera_jax.errors import UserError
 
+_DELIMITERS = ",;\t"  # of tables; spreadsheets write semicolons where numbers have a decimal comma
 ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
 
 
@@ -36,8 +41,8 @@ def list_images(folder: pathlib.Path, split: str, with_classes: bool | None) -> 
     """
     place = folder / split
     if not place.is_dir() or (not split and with_classes is not None):
-        held = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir())) or "no folder"
-        raise UserError(f"{folder} has no folder {split!r} for the split; it has {held}")
+        held = several(sorted(path.name for path in folder.iterdir() if path.is_dir()), 5) or "no folder"
+        raise UserError(f"{folder} has no folder '{printable(split)}' for the split; it has {held}")
     files = sorted(
         path for path in place.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file() and path.name[0] != "."
     )
@@ -52,6 +57,7 @@ def list_images(folder: pathlib.Path, split: str, with_classes: bool | None) -> 
     if loose:
         raise UserError(f"{loose} lies in no class folder; move it into one, or give a table with --labels")
     names = tuple(sorted({key.split("/")[0] for key in keys}))
+    classes.check(names, place)
     empty = sorted(path.name for path in place.iterdir() if path.is_dir() and path.name not in names)
     if empty:
         raise UserError(f"the class folder {place / empty[0]} holds no image; fill or remove it")
@@ -88,40 +94,75 @@ def fingerprint(found: Found) -> str:
 def read_labels(file: pathlib.Path, keys: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray, str]:
     """A table of labels, for the images of these keys; rows of other images are passed over.
 
+    Tables are read as spreadsheets save them: with a byte order mark, in UTF-16, with semicolons or tabs between cells,
+    blank lines, blanks around names, backslashes in keys and letters with accents in one piece or two.
+
     Returns:
       (class names; int64 [N], or bool [N, classes] where there is a column for each class; SHA-256 of the labels).
 
     Raises:
-      UserError: no such file, no column `key`, an image without a row, a key with two rows, a cell that is not 0 or 1.
+      UserError: no such file, no column `key`, an image without a row or a label, a key with two rows, a cell that is not
+        0 or 1.
     """
-    try:
-        with open(file, newline="", encoding="utf-8") as opened:
-            header, *rows = list(csv.reader(opened)) or [[]]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"the table of labels {file} cannot be read ({error}); give a CSV file") from error
-    if len(header) < 2 or "key" not in header or len(set(header)) < len(header):
-        raise UserError(f"{file} must have the column key and a column label, or one for each class, each once")
+    header, rows = _table(file)
     column = header.index("key")
-    by_key = {}
-    for number, row in enumerate(rows, start=2):
-        if len(row) != len(header):
-            raise UserError(f"line {number} of {file} has {len(row)} cells instead of {len(header)}; mend it")
-        if row[column] in by_key:
-            raise UserError(f"line {number} of {file} is the second one of {row[column]}; remove one")
-        by_key[row[column]] = [cell for place, cell in enumerate(row) if place != column]
-    missing = [key for key in keys if key not in by_key]
+    by_key, lines = {}, {}
+    for line, row in rows:
+        key = row.pop(column)
+        if key in by_key:
+            raise UserError(f"line {line} of {file} is the second one of {key}; remove one")
+        by_key[key], lines[key] = [cell.strip() for cell in row], line
+    as_written = {_same(key): key for key in by_key}
+    found = [key if key in by_key else as_written.get(_same(key)) for key in keys]
+    missing = [key for key, row in zip(keys, found, strict=True) if row is None]
     if missing:
-        more = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
-        raise UserError(f"{file} has no label for the image {missing[0]}{more}; add a row whose key is that name")
+        raise UserError(f"{file} has no label for the images {several(missing)}; add a row whose key is that name")
     names = tuple(name for name in header if name != "key")
     if names == ("label",):
-        names = tuple(sorted({cells[0] for cells in by_key.values()}))
+        unlabelled = [row for row in found if not by_key[row][0]]
+        if unlabelled:
+            raise UserError(
+                f"line {lines[unlabelled[0]]} of {file} has an empty label for the image {unlabelled[0]} "
+                f"({len(unlabelled):,} such images); fill it in, or remove the image"
+            )
+        names = tuple(sorted({cells[0] for cells in by_key.values()} - {""}))
         places = {name: number for number, name in enumerate(names)}
-        values = np.array([places[by_key[key][0]] for key in keys], np.int64)
+        values = np.array([places[by_key[row][0]] for row in found], np.int64)
     else:
-        for key in keys:
-            wrong = [cell for cell in by_key[key] if cell not in ("0", "1")]
+        for row in found:
+            wrong = [cell for cell in by_key[row] if cell not in ("0", "1")]
             if wrong:
-                raise UserError(f"{file} has {wrong[0]!r} for the image {key}, which is neither 0 nor 1; mend it")
-        values = np.array([[cell == "1" for cell in by_key[key]] for key in keys], bool)
+                raise UserError(f"{file} has {printable(wrong[0])!r} for the image {row}, which is neither 0 nor 1; mend it")
+        values = np.array([[cell == "1" for cell in by_key[row]] for row in found], bool)
     return names, values, hashlib.sha256(repr(names).encode() + values.tobytes()).hexdigest()
+
+
+def _same(key: str) -> str:
+    """What is equal for two spellings of one key: Windows writes backslashes, macOS accents as letters of their own."""
+    return unicodedata.normalize("NFC", key.replace("\\", "/"))
+
+
+def _table(file: pathlib.Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """The header of a table, and each row that is not blank with the number of its line. Raises UserError."""
+    try:
+        text = decoded(file.read_bytes())
+        delimiter = max(_DELIMITERS, key=text.partition("\n")[0].count)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+    except OSError as error:
+        raise UserError(f"the table of labels {file} cannot be read: {error.strerror}") from error
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"the table of labels {file} cannot be read ({error}); give a CSV file") from error
+    header = [name.strip() for name in rows[0][1]] if rows else []
+    while header and not header[-1]:  # empty columns to the right of a table
+        header.pop()
+    if len(header) < 2 or "key" not in header or "" in header or len(set(header)) < len(header):
+        raise UserError(
+            f"{file} must have the column key and a column label, or one for each class, each once; it has "
+            f"{several(header, 5) or 'no column'}"
+        )
+    for place, (line, row) in enumerate(rows):
+        if len(row) < len(header) or any(cell.strip() for cell in row[len(header) :]):
+            raise UserError(f"line {line} of {file} has {len(row)} cells instead of {len(header)}; mend it")
+        rows[place] = line, row[: len(header)]
+    return header, rows[1:]

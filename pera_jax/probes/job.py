@@ -11,6 +11,7 @@ import numpy as np
 
 from pera_jax import checkpoint, distributed
 from pera_jax.bands import Bands
+from pera_jax.common.text import printable
 from pera_jax.errors import UserError
 from pera_jax.probes import dense, features, results, scenes
 from pera_jax.probes.cache import Cache, digest
@@ -147,7 +148,7 @@ class Job:
     def failed(self, network: Network, spec: Spec, error: Exception) -> Result:
         """That a task has failed."""
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        return Result(self._described(network, spec) | {"failure": " ".join(text.split())}, {})
+        return Result(self._described(network, spec) | {"failure": printable(" ".join(text.split()), limit=2000)}, {})
 
     def write(self, result: Result) -> None:
         """Writes what was found. Raises UserError on all hosts where the first one cannot."""

@@ -28,6 +28,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 
 from pera_jax import files
+from pera_jax.common.text import printable
 from pera_jax.errors import UserError
 
 COLUMNS = ("name", "task", "score", "value", "low", "high", "seeds", "step", "encoder", "data", "train_split", "test_split",
@@ -61,7 +62,7 @@ def only_one(base: pathlib.Path, name: str, wait: bool) -> Iterator[None]:
         except BlockingIOError as error:
             raise UserError(f"another job follows this run into {base}; wait for it, or choose another --output") from error
         except OSError as error:
-            print(f"{base} has no locks ({error.strerror}): start one job at a time", file=sys.stderr)
+            print(f"{printable(base)} has no locks ({error.strerror}): start one job at a time", file=sys.stderr)
         yield
 
 
@@ -98,7 +99,7 @@ def write_table(base: pathlib.Path) -> None:
 
 def _write_table(base: pathlib.Path) -> None:
     try:
-        files.write(base / "results.csv", _csv(read(base)).encode())
+        files.write(base / "results.csv", _csv(read(base)).encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise _unwritable(base, error) from error
 
@@ -142,6 +143,7 @@ def markdown(entries: Sequence[dict[str, Any]]) -> str:
             interval = "" if score["low"] is None else f"{score['low']:.4f} - {score['high']:.4f}"
             seeds = f"{len(score['seeds'])}, std {np.std(score['seeds']):.4f}" if len(score["seeds"]) > 1 else ""
             rows.append((*where, name, f"{score['value']:.4f}", interval, seeds))
+    rows = [tuple(printable(cell) for cell in row) for row in rows]
     used = [column for column in range(len(rows[0])) if any(row[column] for row in rows[1:])]
     widths = {column: max(len(row[column]) for row in rows) for column in used}
     rows.insert(1, tuple("-" * widths.get(column, 0) for column in range(len(rows[0]))))

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from pera_jax.common.text import several
 from pera_jax.data import codecs, records
 from pera_jax.errors import UserError
 from pera_jax.probes import folders
@@ -81,7 +82,7 @@ def open_images(data: str, split: str = "") -> Samples:
     if not split and _are_shards(data):
         held = sorted(records.load_info(data).splits)
         if len(held) > 1:
-            raise UserError(f"{data} has the splits {', '.join(held)}; name one with --split")
+            raise UserError(f"{data} has the splits {several(held, 10)}; name one with --split")
         split = held[0]
     return _open(data, split, with_classes=None)
 
@@ -208,7 +209,7 @@ def check_labels(train: Samples, test: Samples | None) -> None:
         only = [f"{name} (in {there.split!r} only)" for there, other in ((train, test), (test, train))
                 for name in there.class_names if name not in other.class_names]  # fmt: skip
         raise UserError(
-            f"{train.path} has other classes in {train.split!r} than in {test.split!r}: {', '.join(only)}; "
+            f"{train.path} has other classes in {train.split!r} than in {test.split!r}: {several(only)}; "
             "both splits need the same class folders"
         )
     if train.labels.ndim == 2:
@@ -219,6 +220,6 @@ def check_labels(train: Samples, test: Samples | None) -> None:
     lacking = set(test.labels.tolist()) - present if test else ()
     if lacking:
         raise UserError(
-            f"split {train.split!r} of {train.path} has no image of {', '.join(train.class_names[c] for c in sorted(lacking))}, "
+            f"split {train.split!r} of {train.path} has no image of {several(train.class_names[c] for c in sorted(lacking))}, "
             f"which {test.split!r} has; convert both splits from folders of the same classes"
         )

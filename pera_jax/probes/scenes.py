@@ -9,12 +9,15 @@ them the scenes are tested in turn, by a head that was trained on the others.
 
 import dataclasses
 import hashlib
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from pera_jax.bands import Bands
+from pera_jax.common import classes
+from pera_jax.common.text import several
 from pera_jax.errors import UserError
 from pera_jax.probes import scene_files
 from pera_jax.probes.overlap import IGNORE
@@ -126,13 +129,7 @@ def _class_names(folder, dates, given):
     file = folder / CLASSES_FILE
     if not file.is_file():
         return tuple(given)
-    try:
-        names = tuple(line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as text; write one class name a line") from error
-    if not 0 < len(names) <= IGNORE:
-        raise UserError(f"{file} holds {len(names)} class names; write 1 to {IGNORE}, one a line")
-    return names
+    return classes.read(file, IGNORE)
 
 
 def _cut(number: int, folds: int, folder: pathlib.Path) -> tuple[Fold, ...]:
@@ -154,7 +151,7 @@ def _highest(scenes: Sequence[Scene]) -> int:
 def _check_training(folder: pathlib.Path, scenes: Sequence[Scene]) -> None:
     classes = np.unique(np.concatenate([np.unique(scene.mask) for scene in scenes]))
     if np.sum(classes != IGNORE) < 2:
-        keys = ", ".join(scene.key for scene in scenes[:3]) + (", ..." if len(scenes) > 3 else "")
+        keys = several(scene.key for scene in scenes)
         raise UserError(
             f"the training scenes {keys} of {folder} hold fewer than two classes; there is nothing to tell apart"
         )
@@ -165,7 +162,7 @@ def _read_part(folder, dates, bands, names) -> tuple[list[Scene], str]:
     found, digest = scene_files.files(folder, dates), hashlib.sha256()
 
     def seen(path, content):
-        for part in (path.relative_to(folder).as_posix().encode(), content):
+        for part in (os.fsencode(path.relative_to(folder).as_posix()), content):
             digest.update(len(part).to_bytes(8, "big"))  # so that no other names and contents give the same bytes
             digest.update(part)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from pera_jax.common import text
 from pera_jax.errors import UserError
 from pera_jax.probes.labelled import Labelled
 
@@ -60,7 +61,7 @@ def check(data: Labelled) -> None:
         present = np.unique(data.train_labels)
         if len(present) < 2:
             raise UserError(
-                f"all training images are of one class, {', '.join(names[present])}, so there is nothing to tell "
+                f"all training images are of one class, {text.several(names[present])}, so there is nothing to tell "
                 "apart; add images of another class"
             )
     elif (data.train_labels == data.train_labels[0]).all():
@@ -71,7 +72,7 @@ def check(data: Labelled) -> None:
         lacking = np.setdiff1d(tested, trained)
         if len(lacking):
             raise UserError(
-                f"the test split holds images of {', '.join(names[lacking])}, which the training split lacks; "
+                f"the test split holds images of {text.several(names[lacking])}, which the training split lacks; "
                 "convert both splits from images of the same classes"
             )
 

@@ -9,6 +9,7 @@ import safetensors
 import safetensors.numpy
 
 from pera_jax import files
+from pera_jax.common.text import several
 from pera_jax.errors import UserError
 from pera_jax.weights import pickles
 
@@ -65,4 +66,4 @@ def _torch(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 def _refuse(path: pathlib.Path, names: list[str]) -> None:
     if names:
-        raise UserError(f"{path} holds what is no array of floats: {', '.join(sorted(names))}")
+        raise UserError(f"{path} holds what is no array of floats: {several(sorted(names), tables.NAMED)}")

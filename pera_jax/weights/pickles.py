@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from pera_jax.common.text import several
 from pera_jax.errors import UserError
 
 _SCALARS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")  # before NumPy 2, and since
@@ -43,7 +44,7 @@ def load(path: pathlib.Path) -> Any:
         raise UserError(f"{path} is no file of torch.save, or is cut off") from error
     if foreign:
         raise UserError(
-            f"{path} refers to {', '.join(foreign)}, which is neither an array nor a number, and nothing of it was loaded; "
+            f"{path} refers to {several(foreign, 5)}, which is neither an array nor a number, and nothing of it was loaded; "
             "save the model's state_dict alone"
         )
     try:

@@ -14,7 +14,11 @@ import jax
 import numpy as np
 from einops import rearrange
 
+from pera_jax.common.text import several
 from pera_jax.errors import UserError
+
+NAMED = 6
+"""Arrays that an error names at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +138,7 @@ def shape_of(arrays: dict[str, np.ndarray], prefix: str, heads: int | None, what
         wrong += ["pos_embed"] * (grid < 1 or 1 + grid**2 != shapes["pos_embed"][1])
         wrong += ["patch_embed.proj.weight"] * (patch != other_patch)
     if wrong:
-        listed = ", ".join(f"{prefix}{name} {list(shapes[name])}" for name in wrong)
+        listed = several(f"{prefix}{name} {list(shapes[name])}" for name in wrong)
         raise UserError(f"{what} is of no ViT with a class token and square patches in a square grid: {listed}")
     if heads is None and width % 64:
         raise UserError(f"{what} has the width {width}, no multiple of 64, which leaves the heads unknown; give --heads")
@@ -156,7 +160,7 @@ def check_names(arrays: dict[str, np.ndarray], entries: list[Entry], what: str) 
         "has what does not belong there:": sorted(arrays.keys() - names),
         "has values that are not finite in": sorted(name for name, each in arrays.items() if not np.isfinite(each).all()),
     }
-    said = [f"{verb} {', '.join(found)}" for verb, found in problems.items() if found]
+    said = [f"{verb} {several(found, NAMED)}" for verb, found in problems.items() if found]
     if said:
         raise UserError(f"{what} {'; '.join(said)}")
 
@@ -169,4 +173,4 @@ def check_shapes(arrays: dict[str, np.ndarray], tree: Any, entries: list[Entry],
         for name in sorted(wanted) if arrays[name].shape != wanted[name].shape
     ]  # fmt: skip
     if wrong:
-        raise UserError(f"{what} has arrays of the wrong shape: {'; '.join(wrong)}")
+        raise UserError(f"{what} has arrays of the wrong shape: {several(wrong, NAMED)}")

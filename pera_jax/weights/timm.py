@@ -18,6 +18,7 @@ import numpy as np
 
 from pera_jax import checkpoint, files
 from pera_jax.bands import Bands
+from pera_jax.common.text import several
 from pera_jax.errors import UserError
 from pera_jax.weights import arrays, card, exported, fit, tables
 
@@ -53,7 +54,7 @@ def without_extras(named: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray],
             continue
         kept[f"{layer}.weight"], kept[f"{layer}.bias"] = gamma[:, None] * weight, gamma * bias
     if wrong:
-        raise UserError(f"LayerScale does not fit the layer before it: {', '.join(sorted(wrong))}")
+        raise UserError(f"LayerScale does not fit the layer before it: {several(sorted(wrong), tables.NAMED)}")
     return kept, left_out
 
 
