@@ -2,9 +2,11 @@
 
 import errno
 import io
+import json
 import os
 import pathlib
 import pickle
+import struct
 import sys
 import zipfile
 
@@ -155,3 +157,19 @@ def test_a_disk_that_is_full_leaves_nothing_half_written(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="cannot write .*out: No space left on device; make room"):
             export.main(["timm", "--run", str(tmp_path / "run"), "--output", str(tmp_path / "out")])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "run"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "data", "sentence"),
+    [
+        ([1 << 38], b"1234", "is no safetensors file, or is cut off"),
+        ([0, 1 << 62], b"", r"shapes that no network has: a\\n\\x1b\[31m \[0, 4611686018427387904\]"),
+        ([1] * 101, b"1234", r"no network has: a\\n\\x1b\[31m \[1, 1, .*, 101 dimensions"),
+    ],
+)
+def test_absurd_shapes_and_names_are_one_printable_sentence(tmp_path, shape, data, sentence):
+    header = json.dumps({"a\n\x1b[31m": {"dtype": "F32", "shape": shape, "data_offsets": [0, len(data)]}}).encode()
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + data)
+    with pytest.raises(UserError, match=sentence) as error:
+        arrays.read(tmp_path / "a.safetensors")
+    assert str(error.value).isprintable()

@@ -5,11 +5,14 @@ settings. Every name that it refers to is looked at before PyTorch sees it, and 
 takes no other either.
 """
 
+import lzma
 import pathlib
 import pickle
 import pickletools
+import struct
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -25,7 +28,11 @@ ALLOWED = frozenset((
     "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter", "torch.storage.UntypedStorage",
     *(f"torch.{name}Storage" for name in _STORAGES),
 ))  # fmt: skip
-_TORCH_ERRORS = (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError, OSError)
+# What damaged bytes make of zipfile, its decompressors and pickletools; MemoryError and OverflowError of absurd lengths.
+_FILE_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, ValueError, EOFError, RuntimeError, LookupError,
+                TypeError, AttributeError, MemoryError, OverflowError)  # fmt: skip
+_TORCH_ERRORS = (*_FILE_ERRORS, pickle.UnpicklingError, ImportError, AssertionError, OSError)
+_LARGEST_PICKLE = 1 << 28  # bytes; the arrays lie beside the pickle, which holds their names
 _LEGACY_PICKLES = 5  # one after the other in a file that is no zip: magic number, version, system, content, storages
 
 
@@ -40,7 +47,7 @@ def load(path: pathlib.Path) -> Any:
         foreign = sorted({name for name in _globals(path) if name not in ALLOWED})
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (zipfile.BadZipFile, ValueError, EOFError, RuntimeError) as error:
+    except _FILE_ERRORS as error:
         raise UserError(f"{path} is no file of torch.save, or is cut off") from error
     if foreign:
         raise UserError(
@@ -68,6 +75,8 @@ def _globals(path: pathlib.Path) -> Iterator[str]:
             pickles = [name for name in archive.namelist() if name.endswith(".pkl")]
             if not pickles:
                 raise ValueError("a zip without a pickle")
+            if max(archive.getinfo(name).file_size for name in pickles) > _LARGEST_PICKLE:
+                raise ValueError("a pickle without end")
             for name in pickles:
                 with archive.open(name) as file:
                     yield from _globals_of_one(file)

@@ -17,7 +17,7 @@ from einops import rearrange
 from pera_jax.common.text import several
 from pera_jax.errors import UserError
 
-NAMED = 6
+NAMED = 12
 """Arrays that an error names at most."""
 
 
@@ -153,7 +153,7 @@ def shape_of(arrays: dict[str, np.ndarray], prefix: str, heads: int | None, what
 
 
 def check_names(arrays: dict[str, np.ndarray], entries: list[Entry], what: str) -> None:
-    """Raises a UserError that names all entries that are missing, all arrays that are none, all that are not finite."""
+    """Raises a UserError that names entries that are missing, arrays that are none and those that are not finite."""
     names = {entry.name for entry in entries}
     problems = {
         "lacks": sorted(names - arrays.keys()),
@@ -166,7 +166,7 @@ def check_names(arrays: dict[str, np.ndarray], entries: list[Entry], what: str) 
 
 
 def check_shapes(arrays: dict[str, np.ndarray], tree: Any, entries: list[Entry], shape: dict[str, Any], what: str) -> None:
-    """Raises a UserError that names all arrays whose shape is not that of our `tree`, abstract or not."""
+    """Raises a UserError that names the arrays whose shape is not that of our `tree`, abstract or not."""
     wanted = jax.eval_shape(lambda tree: to_named(tree, entries, shape["heads"], shape["patch"]), tree)
     wrong = [
         f"{name} is {list(arrays[name].shape)} instead of {list(wanted[name].shape)}"
