@@ -17,7 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from pera_jax.data import codecs, records, statistics
+from pera_jax.common import environment
+from pera_jax.common.environment import EnvironmentFault
+from pera_jax.common.text import printable
+from pera_jax.data import codecs, records, shard_files, statistics
 
 _REPORT_EVERY = 32  # records between two messages of a worker
 
@@ -113,7 +116,7 @@ def span(one: tuple[int, int] | None, other: tuple[int, int] | None) -> tuple[in
 
 
 def check(task: Task, report: Callable[[int], None]) -> Findings:
-    """Reads and decodes every record of a shard. Raises nothing for damage.
+    """Reads and decodes every record of a shard. Raises nothing for damage, EnvironmentFault for a machine that fails.
 
     `report(done)` is called every few records; the calls add up to the number of records that info.json names.
     """
@@ -124,6 +127,7 @@ def check(task: Task, report: Callable[[int], None]) -> Findings:
             try:
                 _check_record(raw, task.info, found)
             except Exception as error:  # on damaged bytes decoders raise nearly anything
+                environment.raise_if_fault(error, f"record {number} of shard {task.shard} cannot be checked")
                 found.bad_record(number, str(error) or type(error).__name__)
         else:
             found.bad_record(number, raw)
@@ -137,24 +141,28 @@ def check(task: Task, report: Callable[[int], None]) -> Findings:
 def _read(task: Task, found: Findings) -> Iterator[tuple[int, bytes | str]]:
     """Yields (number, the record, or why it cannot be read) of each; notes what is wrong with the shard as a whole."""
     file, size = task.folder / task.shard, task.info.splits[task.split].shard_bytes[task.index]
-    if not file.is_file():
+    held = shard_files.size_of(file)
+    if held is None:
         found.shard_problems.append("is missing")
         return
-    if file.stat().st_size != size:
-        found.shard_problems.append(f"has {file.stat().st_size:,} bytes instead of {size:,}")
-    reader = records.open_shard(file)
-    if not reader.ok():
+    if held != size:
+        found.shard_problems.append(f"has {held:,} bytes instead of {size:,}")
+    try:
+        reader = shard_files.open_shard(file)
+    except RuntimeError:
         found.shard_problems.append("cannot be read: it is truncated, or its index is damaged")
-    held = reader.num_records() if reader.ok() else 0
-    if reader.ok() and held != task.records:
+        return
+    held = reader.num_records()
+    reader.close()
+    if held != task.records:
         found.shard_problems.append(f"holds {held:,} records instead of {task.records:,}")
+    owner = shard_files.OPEN.owner(found)
     for number in range(held):
         try:
-            yield number, reader.read([number])[0]
+            yield number, shard_files.OPEN.read(owner, file, number)
         except (RuntimeError, IndexError):
             yield number, "its bytes are damaged: the checksum does not fit"
-    with contextlib.suppress(RuntimeError):  # of a damaged file, which has been named by now
-        reader.close()
+    shard_files.OPEN.close(owner)
 
 
 def _check_record(raw: bytes, info: records.DatasetInfo, found: Findings) -> None:
@@ -184,14 +192,20 @@ def _work(connection: multiprocessing.connection.Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the main process decides what ends
     with contextlib.suppress(ConnectionError, EOFError):
         while True:
-            found = check(connection.recv(), lambda done: connection.send(("records", done)))
-            connection.send(("shard", found))
+            task = connection.recv()
+            try:
+                found = check(task, lambda done: connection.send(("records", done)))
+            except EnvironmentFault as error:
+                connection.send(("fault", str(error)))
+            else:
+                connection.send(("shard", found))
 
 
 def check_all(tasks: Sequence[Task], workers: int, report: Callable[[int], None]) -> Iterator[tuple[Task, Findings]]:
     """Yields each task with what was found, as they finish, from `workers` processes; `report(done)` counts records.
 
-    A worker that dies is a finding of its shard, and another takes its place.
+    A worker that dies is a finding of its shard, and another takes its place. Raises EnvironmentFault where the machine
+    fails, or the system kills a worker.
     """
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of the threads of ArrayRecord
     pending = collections.deque(tasks)
@@ -221,12 +235,19 @@ def check_all(tasks: Sequence[Task], workers: int, report: Callable[[int], None]
                 except (EOFError, ConnectionError):
                     process.join()
                     _end(connection, busy)
+                    if process.exitcode == -signal.SIGKILL:  # no decoder does that to itself
+                        raise EnvironmentFault(
+                            f"the process that read shard {printable(task.shard)} was killed, perhaps for want of memory; "
+                            "give the command again with --workers 1"
+                        ) from None
                     report(task.records - done)
                     if pending:
                         start()
                     why = f"cannot be checked: the process that read it {_exit_text(process.exitcode)}"
                     yield task, Findings(shard_problems=[why])
                     continue
+                if kind == "fault":
+                    raise EnvironmentFault(content)
                 if kind == "records":
                     busy[connection][2] += content
                     report(content)

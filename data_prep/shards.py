@@ -22,7 +22,7 @@ from array_record.python import array_record_module
 
 from data_prep import processes
 from data_prep.pixels import Rejected, Stored
-from pera_jax.data import codecs, records, statistics
+from pera_jax.data import codecs, records, shard_files, statistics
 from pera_jax.errors import UserError
 
 WRITER_OPTIONS = "group_size:1,uncompressed"  # one record per chunk: random access reads no other; JPEG does not shrink
@@ -168,7 +168,7 @@ def write_shard(
             reported = len(corrupt)
     writer.close()  # errors of all writes so far surface here, as RuntimeError
     try:
-        records.check_shard(temporary, len(digests) // 32)
+        shard_files.check_shard(temporary, len(digests) // 32)
     except UserError as error:
         raise RuntimeError(str(error)) from error
     sync(temporary)

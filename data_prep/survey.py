@@ -66,18 +66,13 @@ class Survey:
 def image_size(encoded: bytes) -> tuple[int, int]:
     """(width, height) of a stored image, from its head. Raises ImageDecodeError."""
     if encoded[:2] in (b"II", b"MM"):
-        import tifffile  # here: data sets of JPEG and PNG do without it
+        with codecs.decoding(Exception):  # on damaged bytes tifffile raises nearly anything
+            import tifffile  # here: data sets of JPEG and PNG do without it
 
-        try:
             with tifffile.TiffFile(io.BytesIO(encoded)) as file:
                 return file.pages.first.imagewidth, file.pages.first.imagelength
-        except Exception as error:  # on damaged bytes tifffile raises nearly anything
-            raise codecs.ImageDecodeError(str(error) or type(error).__name__) from error
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            return image.size
-    except codecs.DECODE_ERRORS as error:
-        raise codecs.ImageDecodeError(str(error) or type(error).__name__) from error
+    with codecs.decoding(), Image.open(io.BytesIO(encoded)) as image:
+        return image.size
 
 
 def survey(source: records.RecordSource, seed: int) -> Survey:

@@ -3,12 +3,19 @@
 import errno
 import os
 import pickle
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from array_record.python import array_record_module
 
+from data_prep import check_shard
 from pera_jax.common import environment
 from pera_jax.common.environment import EnvironmentFault, environment_fault, passing, patiently
+from pera_jax.data import codecs, shard_files
+from pera_jax.errors import UserError
 
 TENSORSTORE = (
     'RESOURCE_EXHAUSTED: Error opening "zarr" driver: Error reading local file "/tmp/a/.zarray": Failed to open: '
@@ -115,3 +122,101 @@ def test_patience(monkeypatch):
     assert next(once) == 1  # waiting makes no room
     with pytest.raises(FileNotFoundError):
         patiently(lambda: open("/nowhere"), "x")
+
+
+# ---------------------------------------------------------------- shards
+
+
+def write_shards(folder, number: int):
+    files = []
+    for i in range(number):
+        files.append(folder / f"{i:03d}")
+        writer = array_record_module.ArrayRecordWriter(str(files[-1]), "group_size:1,uncompressed")
+        for k in range(2):
+            writer.write(b"%d %d" % (i, k))
+        writer.close()
+    return files
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_more_shards_than_files_that_may_be_open(tmp_path):
+    """In a process of its own: a hard limit cannot be raised again."""
+    files = write_shards(tmp_path, 150)
+    code = (
+        "import pathlib, resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (40, 80))\n"
+        "from pera_jax.data import shard_files\n"
+        "owner = shard_files.OPEN.owner(shard_files.OPEN)\n"
+        "files = [pathlib.Path(name) for name in sys.argv[1:]]\n"
+        "held = [open('/dev/null') for _ in range(30)]\n"  # others need files too: fewer are left than the bound
+        "for place in range(2):\n"
+        "    for i, file in enumerate(files):\n"
+        "        shard_files.check_shard(file, 2)\n"
+        "        assert shard_files.OPEN.read(owner, file, place) == b'%d %d' % (i, place)\n"
+        "assert resource.getrlimit(resource.RLIMIT_NOFILE) == (80, 80)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *map(str, files)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_shards_are_kept_open_up_to_the_bound(tmp_path, monkeypatch):
+    files = write_shards(tmp_path, 6)
+    monkeypatch.setattr(shard_files, "MOST_OPEN", 3)
+    shards, opened = shard_files.OpenShards(), []
+    plain = shard_files._opened
+    monkeypatch.setattr(shard_files, "_opened", lambda file: opened.append(file) or plain(file))
+
+    class Holder:
+        pass
+
+    holder, before = Holder(), open_files()
+    owner = shards.owner(holder)
+    for i in (0, 1, 0, 2, 3, 0, 1):  # 3 closes 1, which was read least recently
+        assert shards.read(owner, files[i], 1) == b"%d 1" % i
+    assert [int(file.name) for file in opened] == [0, 1, 2, 3, 1] and open_files() == before + 3
+    other = Holder()
+    shards.read(shards.owner(other), files[0], 0)
+    shards.close(owner)
+    assert open_files() == before + 1
+    del other
+    shards.read(owner, files[5], 0)  # what was collected is closed at the next opening
+    assert open_files() == before + 1
+
+
+def test_a_machine_that_fails_damages_no_shard(tmp_path, monkeypatch):
+    (file,) = write_shards(tmp_path, 1)
+    monkeypatch.setattr(environment, "PAUSES", (0.0, 0.0))
+    plain, faults = shard_files._opened, ["Too many open files", "Stale file handle"]
+
+    def failing(file):
+        if faults:
+            raise RuntimeError(f"open() failed: {faults.pop()}; opening {file}")
+        return plain(file)
+
+    monkeypatch.setattr(shard_files, "_opened", failing)
+    shard_files.check_shard(file, 2)
+    faults += ["Input/output error"] * 3
+    with pytest.raises(EnvironmentFault, match=f"^shard {file} cannot be read: [iI]nput/output error; see that the disk"):
+        shard_files.check_shard(file, 2)
+    faults += ["Input/output error"] * 3
+    found = check_shard.Findings()
+    info = SimpleNamespace(splits={"train": SimpleNamespace(shards=["000"], shard_records=[2], shard_bytes=[1])})
+    with pytest.raises(EnvironmentFault):
+        list(check_shard._read(check_shard.Task(tmp_path, "train", 0, info), found))
+    file.write_bytes(bytes(70_000))
+    with pytest.raises(UserError, match="truncated or damaged"):
+        shard_files.check_shard(file, 2)
+
+
+@pytest.mark.parametrize("magic", [b"\x89PNG\r\n\x1a\n", b"II*\0"])
+def test_a_machine_that_fails_damages_no_image(magic, monkeypatch):
+    def no_file(*_, **__):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))  # of a library that is loaded at its first use
+
+    monkeypatch.setattr(codecs.Image, "open", no_file)
+    monkeypatch.setattr("tifffile.TiffFile", no_file)
+    with pytest.raises(EnvironmentFault, match="too many files are open"):
+        codecs.decode_image(magic)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pera_jax.data import codecs, float_histogram, records, statistics
+from pera_jax.data import codecs, float_histogram, records, shard_files, statistics
 from pera_jax.errors import UserError
 
 
@@ -129,11 +129,11 @@ def test_bad_folders_are_one_clear_sentence(folder, tmp_path_factory):
     with pytest.raises(UserError, match="has no info.json"):
         records.load_info(tmp_path_factory.mktemp("empty"))
     with pytest.raises(UserError, match="holds 3 records instead of 4"):
-        records.check_shard(shard, 4)
+        shard_files.check_shard(shard, 4)
     zeros = folder / "zeros"
     zeros.write_bytes(bytes(shard.stat().st_size))
     with pytest.raises(UserError, match="truncated or damaged"):
-        records.check_shard(zeros, 3, shard.stat().st_size)
+        shard_files.check_shard(zeros, 3, shard.stat().st_size)
     shard.rename(folder / "moved")
     with pytest.raises(UserError, match="00000-of-00002 is missing"):
         records.open_split(folder, "train")

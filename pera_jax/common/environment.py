@@ -71,6 +71,15 @@ def passing(error: BaseException) -> bool:
     return _find(error)[0] not in (None, _FULL, _DENIED)
 
 
+def raise_if_fault(error: BaseException, what: str) -> None:
+    """Raises EnvironmentFault, "WHAT: REASON; MEND ...", where an exception is a fault of the machine."""
+    if isinstance(error, EnvironmentFault):
+        raise error
+    fault = environment_fault(error)
+    if fault is not None:
+        raise EnvironmentFault(f"{what}: {fault}, and start again; the data are not damaged") from error
+
+
 def patiently(action: Callable[[], _T], what: str, relieve: Callable[[], None] = lambda: None) -> _T:
     """Calls `action`, which reads something, again for some seconds while it raises faults of the machine that may pass.
 
@@ -85,15 +94,11 @@ def patiently(action: Callable[[], _T], what: str, relieve: Callable[[], None] =
     while True:
         try:
             return action()
-        except EnvironmentFault:
-            raise
         except Exception as error:
-            fault = environment_fault(error)
-            if fault is None:
-                raise
-            pause = next(pauses, None) if passing(error) else None
+            pause = next(pauses, None) if passing(error) and not isinstance(error, EnvironmentFault) else None
             if pause is None:
-                raise EnvironmentFault(f"{what}: {fault}, and start again; the data are not damaged") from error
+                raise_if_fault(error, what)
+                raise
         relieve()
         time.sleep(pause)
 

@@ -4,14 +4,17 @@ The TIFF is what GDAL and tifffile write: bands one after the other (planar), ea
 (horizontal differencing, for floats Adobe's floating-point predictor) and packed with Zstandard. Nothing is lost.
 """
 
+import contextlib
 import io
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image
+
+from pera_jax.common import environment
 
 DTYPES = ("uint8", "uint16", "float32")
 # What Pillow's decoders raise on damaged input: `UnidentifiedImageError` is an OSError, PNG raises SyntaxError.
@@ -29,16 +32,29 @@ def decode_image(encoded: bytes) -> np.ndarray:
     """Decodes a stored image: [H, W, C] of uint8, uint16 or float32, writable.
 
     JPEG and PNG come out as red, green, blue of uint8; TIFF as it was stored. Raises ImageDecodeError on anything
-    undecodable.
+    undecodable, EnvironmentFault where the machine fails.
     """
     if encoded[:4] in _TIFF_MAGIC:
         return _decode_tiff(encoded)
+    with decoding(), Image.open(io.BytesIO(encoded)) as image:
+        return np.array(image if image.mode == "RGB" else image.convert("RGB"))  # a writable copy
+
+
+@contextlib.contextmanager
+def decoding(errors: type[Exception] | tuple[type[Exception], ...] = DECODE_ERRORS) -> Iterator[None]:
+    """Turns what a decoder raises on damaged bytes, by default Pillow's, into ImageDecodeError.
+
+    What it raises because the machine fails becomes EnvironmentFault: a decoder loads libraries and takes memory.
+    """
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(encoded)) as image:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return np.array(image if image.mode == "RGB" else image.convert("RGB"))  # a writable copy
-    except DECODE_ERRORS as error:
-        raise ImageDecodeError(f"undecodable image: {error}") from error
+            yield
+    except ImageDecodeError:
+        raise
+    except (*(errors if isinstance(errors, tuple) else (errors,)), MemoryError) as error:
+        environment.raise_if_fault(error, "an image cannot be decoded")
+        raise ImageDecodeError(f"undecodable image: {error or type(error).__name__}") from error
 
 
 def decode_bands(encoded: bytes, info, places: Sequence[int]) -> np.ndarray:
@@ -79,18 +95,14 @@ def encode_tiff(pixels: np.ndarray) -> bytes:
 
 
 def _decode_tiff(encoded: bytes) -> np.ndarray:
-    import tifffile
+    with decoding(Exception):  # on damaged bytes tifffile and its codecs raise nearly anything
+        import tifffile
 
-    try:
         with tifffile.TiffFile(io.BytesIO(encoded)) as file:
             page = file.pages.first
             planes = page.asarray(maxworkers=1)  # [C, H, W]; [H, W] where there is one band
             if page.dtype is None or page.dtype.name not in DTYPES or planes.ndim not in (2, 3):
                 raise ImageDecodeError(f"no image of a data set folder: a TIFF of {page.dtype} {page.shape}")
-    except ImageDecodeError:
-        raise
-    except Exception as error:  # on damaged bytes tifffile and its codecs raise nearly anything
-        raise ImageDecodeError(f"undecodable image: {error or type(error).__name__}") from error
     if planes.ndim == 2:
         return planes[:, :, None].copy()
     return np.ascontiguousarray(np.moveaxis(planes, 0, 2))  # [H, W, C]

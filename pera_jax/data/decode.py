@@ -6,9 +6,7 @@ after which every box is still longer than its crop. Crops of aerial photographs
 image by 0.3 to 0.9 grey levels on average; textures as fine as pixels and of full contrast, by up to 3.
 """
 
-import contextlib
 import io
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -53,12 +51,12 @@ def read_image(
         image = geometry.Image(codecs.decode_bands(encoded, info, places))
         return image, draw_crops(rng, image.height, image.width, crops)
 
-    with _undecodable():
+    with codecs.decoding():
         file = PIL.Image.open(io.BytesIO(encoded))
     with file:
         drawn = draw_crops(rng, file.height, file.width, crops)
         reduction = largest_reduction(drawn)
-        with _undecodable():
+        with codecs.decoding():
             if reduction > 1:
                 file.draft(None, (file.width // reduction, file.height // reduction))
             colours = file if file.mode == "RGB" else file.convert("RGB")
@@ -90,14 +88,3 @@ def largest_reduction(drawn: dict[str, list[tuple]]) -> int:
     """1, 2, 4 or 8: the largest after which every box is longer than its crop, by the margin."""
     room = min(min(box.height, box.width) / size for each in drawn.values() for box, size, *_ in each)
     return next((reduction for reduction in _REDUCTIONS if room >= _MARGIN * reduction), 1)
-
-
-@contextlib.contextmanager
-def _undecodable():
-    """Turns what Pillow raises on damaged input into ImageDecodeError."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-            yield
-    except codecs.DECODE_ERRORS as error:
-        raise codecs.ImageDecodeError(f"undecodable image: {error}") from error

@@ -19,12 +19,11 @@ import pathlib
 from typing import Annotated, Any
 
 import msgspec
-from array_record.python import array_record_module
-
 from pera_jax.bands import RGB as RGB
 from pera_jax.common import json_files
+from pera_jax.common.environment import EnvironmentFault
 from pera_jax.common.text import printable, several
-from pera_jax.data import info_faults
+from pera_jax.data import info_faults, shard_files
 from pera_jax.errors import UserError
 
 FORMAT_VERSION = 2
@@ -221,53 +220,31 @@ class RecordSource:
         self.damaged = damaged  # shards that are passed over: reading from them is an error
         self.split_info = info.splits[split]
         self._ends = list(itertools.accumulate(self.split_info.shard_records))
-        self._readers = {}
+        self._owner = shard_files.OPEN.owner(self)
 
     def __len__(self) -> int:
         return self.split_info.records
 
     def read(self, i: int) -> bytes:
-        """The serialised record `i`, for `decode_record`. A damaged one raises RuntimeError, a bad index IndexError."""
+        """The serialised record `i`, for `decode_record`.
+
+        A damaged one raises RuntimeError, a bad index IndexError, a machine that cannot read now EnvironmentFault.
+        """
         if not 0 <= i < len(self):
             raise IndexError(f"record {i} of {len(self)}")
         shard = bisect.bisect_right(self._ends, i)
         if shard in self.damaged:
             raise RuntimeError(f"shard {self.split_info.shards[shard]} is damaged")
-        if shard not in self._readers:
-            self._readers[shard] = open_shard(self.path / self.split_info.shards[shard])
         first = self._ends[shard] - self.split_info.shard_records[shard]
-        return self._readers[shard].read([int(i) - first])[0]
+        return shard_files.OPEN.read(self._owner, self.path / self.split_info.shards[shard], int(i) - first)
 
     def close(self) -> None:
         """Closes the shards that are open; a later read opens them again."""
-        for reader in self._readers.values():
-            reader.close()
-        self._readers = {}
+        shard_files.OPEN.close(self._owner)
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_readers": {}}
-
-
-def open_shard(file: pathlib.Path) -> array_record_module.ArrayRecordReader:
-    """A reader for random access; on a damaged file `.ok()` is False, and `.close()` raises RuntimeError."""
-    # Read-ahead and threads serve sequential reading, and each open shard would hold 16 MB of buffer for it.
-    return array_record_module.ArrayRecordReader(str(file), "readahead_buffer_size:0,max_parallelism:0")
-
-
-def check_shard(file: pathlib.Path, records: int, size: int | None = None) -> None:
-    """Raises UserError if the shard is missing, truncated, or holds another number of records or bytes."""
-    if not file.is_file():
-        raise UserError(f"shard {file} is missing; copy the data set folder whole, or convert it anew")
-    found = file.stat().st_size
-    if size is not None and found != size:
-        raise UserError(f"shard {file} is damaged: it has {found} bytes instead of {size}; copy or convert it anew")
-    reader = open_shard(file)
-    if not reader.ok():
-        raise UserError(f"shard {file} is truncated or damaged; copy or convert it anew")
-    held = reader.num_records()
-    reader.close()
-    if held != records:
-        raise UserError(f"shard {file} holds {held} records instead of {records}; copy or convert it anew")
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._owner = shard_files.OPEN.owner(self)
 
 
 def open_split(path: str | pathlib.Path, split: str, skip_damaged: bool = False) -> RecordSource:
@@ -286,7 +263,9 @@ def open_split(path: str | pathlib.Path, split: str, skip_damaged: bool = False)
     shards = zip(split_info.shards, split_info.shard_records, split_info.shard_bytes, strict=True)
     for number, (name, records, size) in enumerate(shards):
         try:
-            check_shard(pathlib.Path(path) / name, records, size)
+            shard_files.check_shard(pathlib.Path(path) / name, records, size)
+        except EnvironmentFault:
+            raise
         except UserError:
             damaged.add(number)
             if not skip_damaged or len(damaged) == len(split_info.shards):

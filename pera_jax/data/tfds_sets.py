@@ -9,7 +9,8 @@ from google.protobuf import json_format
 from tensorflow_datasets import decode
 from tensorflow_datasets.core import constants, features, read_only_builder
 
-from pera_jax.data import codecs, records
+from pera_jax.common import environment
+from pera_jax.data import codecs, records, shard_files
 from pera_jax.errors import UserError
 
 FORMAT = "array_record"  # of TFDS's file formats the one that is read without TensorFlow, at any place
@@ -70,8 +71,8 @@ def pieces(builder: read_only_builder.ReadOnlyBuilder, tfds_split: str) -> list[
     result = []
     for piece in found:
         shard = pathlib.Path(piece.filename)
-        records.check_shard(shard, piece.examples_in_shard)
-        result.append((shard.name, shard.stat().st_size, piece.examples_in_shard, piece.skip, piece.take))
+        shard_files.check_shard(shard, piece.examples_in_shard)
+        result.append((shard.name, shard_files.size_of(shard), piece.examples_in_shard, piece.skip, piece.take))
     return result
 
 
@@ -150,6 +151,7 @@ def bands_of(path: str, feature: features.FeatureConnector, names: str | None = 
 
 @functools.cache
 def _reader(data_dir: str, tfds_split: str, image: str, label: str | None) -> Callable[[int], dict]:
+    environment.raise_file_limit()  # TFDS keeps every shard open
     builder = read_only_builder.builder_from_directory(data_dir, file_format=FORMAT)
     raw = decode.DeserializeMethod.RAW_BYTES
     source = builder.as_data_source(tfds_split, deserialize_method=raw)
@@ -163,9 +165,13 @@ def _reader(data_dir: str, tfds_split: str, image: str, label: str | None) -> Ca
 def read(data_dir: str, tfds_split: str, image: str, label: str | None, index: int) -> dict:
     """Example `index` of a split: at the path `image` its encoded bytes or its array, at `label` its class.
 
-    A process opens the data set at its first use. Raises ImageDecodeError.
+    A process opens the data set at its first use. Raises ImageDecodeError, EnvironmentFault.
     """
     try:
-        return _reader(data_dir, tfds_split, image, label)(index)
+        return environment.patiently(
+            lambda: _reader(data_dir, tfds_split, image, label)(index), f"example {index} of {data_dir} cannot be read"
+        )
+    except environment.EnvironmentFault:
+        raise
     except Exception as error:  # ArrayRecord, protobuf and TFDS raise each their own
         raise codecs.ImageDecodeError(f"cannot be read: {first_line(error)}") from error
