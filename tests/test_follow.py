@@ -61,7 +61,8 @@ def test_each_checkpoint_once_and_a_failing_task_does_not_end_it(finished, data,
         (step, name) for step in (4, 8, 12) for name in ("knn", "linear")
     ]
     assert [entry.get("failure") for entry in entries] == [None, None, "ZeroDivisionError: as planned", None, None, None]
-    assert "scores" not in json.loads((tmp_path / "step_000008/knn.json").read_text())
+    [failed] = results.read_place(tmp_path, "teacher", 8, "knn")
+    assert "scores" not in failed
     assert "ZeroDivisionError: as planned" in (tmp_path / "results.csv").read_text()
     before = times(tmp_path)
     assert run_follow(finished, tmp_path, two_tasks(data)) == [] and times(tmp_path) == before and len(judged) == 3
@@ -137,7 +138,7 @@ def test_a_result_is_of_one_checkpoint_of_one_run_on_one_data_set(finished, data
     steps = lambda where, on=data: [e["checkpoint"]["step"] for e in run_follow(where, base, two_tasks(on)[:1])]  # noqa: E731
     assert steps(run) == [4, 8, 12] and steps(run) == []
     assert steps(other) == [4, 8, 12]  # another run into the same folder
-    assert steps(run) == [4, 8, 12]
+    assert steps(run) == [] and len(results.read(base)) == 6  # which lie beside the first one's
     note = run / "checkpoints" / "8" / "_CHECKPOINT_METADATA"
     note.write_text(note.read_text().replace('"init_timestamp_nsecs": ', '"init_timestamp_nsecs": 1'))  # saved again
     assert steps(run) == [8] and steps(run) == []
@@ -145,7 +146,7 @@ def test_a_result_is_of_one_checkpoint_of_one_run_on_one_data_set(finished, data
     info["splits"]["train"]["fingerprint"] = "made anew"
     changed = pathlib.Path(shutil.copytree(data, tmp_path / "data"))
     (changed / "info.json").write_text(json.dumps(info))
-    assert steps(run, str(changed)) == [4, 8, 12]
+    assert steps(run, str(changed)) == [4, 8, 12] and len(results.read(base)) == 9
 
 
 def test_one_job_at_a_time_and_an_end_to_patience(finished, data, tmp_path):
@@ -177,7 +178,7 @@ def test_beside_a_training(tmp_path, data):
     threads = [threading.Thread(target=listen, args=item) for item in jobs.items()]
     [thread.start() for thread in threads]
     deadline = time.monotonic() + 240
-    while not list(base.glob("step_*/knn.json")) and time.monotonic() < deadline:
+    while not list(base.glob("step_*/knn-*.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
     jobs["probe"].send_signal(signal.SIGKILL)
     before = times(base)
@@ -190,6 +191,6 @@ def test_beside_a_training(tmp_path, data):
     assert again.returncode == 0, output
     [thread.join() for thread in threads]
     after = times(base)
-    assert {f"step_{step:06d}/knn.json" for step in kept} <= set(after)
+    assert {f"step_{step:06d}" for step in kept} <= {pathlib.Path(name).parent.name for name in after}
     assert {name: after[name] for name in before} == before  # what was judged before was not judged again
     assert all("failure" not in json.loads((base / name).read_text()) for name in after)

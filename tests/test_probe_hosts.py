@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import toy_hosts
 
-from pera_jax.probes import knn
+from pera_jax.probes import knn, results
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PHOTOS = pathlib.Path(os.environ.get("PERA_JAX_PHOTOS", ROOT.parent / "shared" / "data" / "aid"))
@@ -52,7 +52,7 @@ def found(output: pathlib.Path):
         kept = dict(np.load(file))
         split = json.loads(str(kept.pop("of")))["split"]
         arrays |= {f"{split}/{name}": values for name, values in kept.items()}
-    return arrays, [json.loads((output / "step_000001" / f"{name}.json").read_text()) for name in ("knn", "logistic")]
+    return arrays, [results.read_place(output, "teacher", 1, name)[0] for name in ("knn", "logistic")]
 
 
 def test_scores_depend_on_nothing_but_images_and_weights(run, data, tmp_path):

@@ -87,8 +87,8 @@ def write_results(run: pathlib.Path, folder: pathlib.Path) -> None:
     small = {"path": "x", "name": "small", "test_images": 12, "class_names": CLASSES}
     confused = [[3, 1, 0], [0, 4, 0], [2, 0, 2]]
 
-    def put(place, value):
-        file = run / "probe" / place / f"{value['name']}.json"
+    def put(place, value, key=""):
+        file = run / "probe" / place / f"{value['name']}{key and '-' + key}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(value))
 
@@ -99,6 +99,13 @@ def write_results(run: pathlib.Path, folder: pathlib.Path) -> None:
     failed = entry("linear", "teacher", 4, 0.0, small) | {"failure": EVIL}
     put("step_000004", {name: value for name, value in failed.items() if name not in ("scores", "details")})
     (run / "probe/step_000004/odd.json").write_text('{"scores": 3}')
+    # The same name and task on other images, at another size, with other settings, of another run: rows of their own.
+    put("untrained", entry("knn", "untrained", 0, 0.125, small | {"test_fingerprint": "bbbbbbbbbb"}), "data")
+    larger = entry("knn", "teacher", 4, 0.875, small)
+    put("step_000004", larger | {"checkpoint": larger["checkpoint"] | {"image_size": 96}}, "size")
+    put("step_000004", entry("knn", "teacher", 4, 0.375, small) | {"settings": {"temperature": 0.5}}, "settings")
+    other = entry("knn", "teacher", 4, 0.999, small)
+    put("step_000004", other | {"checkpoint": other["checkpoint"] | {"origin": "../../other", "run": EVIL}}, "run")
     rng = np.random.default_rng(0)
     for task, kinds in (("segmentation", ["image"]), ("change", ["A", "B"])):
         for kind in [*kinds, "label"]:
@@ -146,11 +153,19 @@ def test_the_page_of_a_run_with_everything(run, data, tmp_path, capsys):
     assert {path.name for path in output.iterdir()} == {"index.html", *(f"{name}.png" for name in pictures)}
     for said in (
         "finished at step 4", "An alarm of the training", "step 3, collapse: &lt;script&gt;", "0.750 (0.700 – 0.800)",
-        "<td>0.250</td>", "<td>knn</td><td>knn_small</td>", "knn_small: knn", "linear_small of step 4 failed: &lt;script&gt;", "odd.json is no result",
+        "<td>0.250</td>", "Results of other runs lie in", "knn_small (small, 12 images, 48 px, no temperature, fingerprints None and None): knn", "linear_small of step 4 failed: &lt;script&gt;", "odd.json is no result",
         "trained, step 4", "small, 12 images, 48 px", "fields &amp; woods", "Searched: 20 of 20 images of split",
         "resized to 256 x 256 px: 32 x 32 patches", "kNN accuracy in training", "first date", "nir",
     ):  # fmt: skip
         assert said in text, said
+    table = re.search(r'<section id="scores">.*?</table>', text, re.S)[0]
+    cells = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", table)]
+    assert sorted(row[2:] for row in cells if row[:2] == ["knn", "knn_small"]) == sorted([
+        ["0.250", "0.500 (0.450 – 0.550)", "0.750 (0.700 – 0.800)", "small, 12 images, 48 px, no temperature, fingerprints None and None"],
+        ["", "", "0.375 (0.325 – 0.425)", "small, 12 images, 48 px, temperature=0.5"],
+        ["", "", "0.875 (0.825 – 0.925)", "small, 12 images, 96 px, no temperature"],
+        ["", "0.125 (0.075 – 0.175)", "", "small, 12 images, 48 px, no temperature, fingerprints None and bbbbbbbb"],
+    ]) and "0.999" not in table
     for bound in re.findall(r"[MLHV ](-?\d+\.\d|nan|inf)", " ".join(re.findall(r' d="([^"]*)"', text))):
         assert -1 <= float(bound) <= 300  # no line leaves its chart, and none is drawn through what is not finite
     # What is asked for anew takes the place of what was there.

@@ -12,7 +12,7 @@ from typing import Any
 
 from pera_jax import checkpoint, distributed
 from pera_jax.errors import UserError
-from pera_jax.probes import results
+from pera_jax.probes import keys, results
 from pera_jax.probes.job import Job, Network, Result
 from pera_jax.probes.specs import Spec
 
@@ -92,13 +92,18 @@ def _next(run: str, job: Job, passed_over: set[int]) -> int:
 
 
 def _judged(run: str, job: Job, step: int, spec: Spec) -> bool:
-    """Whether the result is there of this very checkpoint and spec, on this very data."""
-    entry = results.read_one(job.base, "teacher", step, spec.name)
-    if entry is None or entry["spec"] != spec.described() or entry["checkpoint"]["run"] != run:
+    """Whether a result is there of this very checkpoint and spec, on this very data."""
+    return any(_fits(entry, run, job, step, spec) for entry in results.read_place(job.base, "teacher", step, spec.name))
+
+
+def _fits(entry: dict[str, Any], run: str, job: Job, step: int, spec: Spec) -> bool:
+    of = entry["checkpoint"]
+    same_run = of["origin"] == keys.origin(job.base, run) if "origin" in of else of["run"] == run
+    if not same_run or entry["spec"] != spec.described():
         return False
     prints = job.fingerprints(spec)
     same_data = prints is None or [entry["data"][f"{part}_fingerprint"] for part in ("train", "test")] == list(prints)
-    return same_data and entry["checkpoint"]["saved"] == checkpoint.identity(_folder(run, step))
+    return same_data and of["saved"] == checkpoint.identity(_folder(run, step))
 
 
 def _load(run: str, step: int, passed_over: set[int]) -> checkpoint.Weights | None:

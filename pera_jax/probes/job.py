@@ -13,7 +13,7 @@ from pera_jax import checkpoint, distributed
 from pera_jax.bands import Bands
 from pera_jax.common.text import printable
 from pera_jax.errors import UserError
-from pera_jax.probes import dense, features, results, scenes
+from pera_jax.probes import dense, features, keys, results, scenes
 from pera_jax.probes.cache import Cache, digest
 from pera_jax.probes.labelled import Labelled
 from pera_jax.probes.samples import Samples, check_labels, open_samples
@@ -106,6 +106,7 @@ class Job:
         self._samples: dict[tuple[str, str, str], Samples] = {}
         self._scenes: dict[str, scenes.Folder] = {}
         results.read(base)
+        distributed.on_main_host(lambda: results.check_writable(base))
         for spec in specs:
             if spec.task not in DENSE:
                 self._open(spec)
@@ -151,8 +152,12 @@ class Job:
         return Result(self._described(network, spec) | {"failure": printable(" ".join(text.split()), limit=2000)}, {})
 
     def write(self, result: Result) -> None:
-        """Writes what was found. Raises UserError on all hosts where the first one cannot."""
-        distributed.on_main_host(lambda: results.write(self.base, result.entry, result.pictures))
+        """Writes what was found. Raises UserError on all hosts where the first one cannot, which prints it then."""
+        try:
+            distributed.on_main_host(lambda: results.write(self.base, result.entry, result.pictures))
+        except UserError:
+            distributed.say(results.markdown([result.entry]))  # it may have taken hours
+            raise
 
     def fingerprints(self, spec: Spec) -> tuple[str, str] | None:
         """Of the training and the test split; None as long as they are not known."""
@@ -228,7 +233,7 @@ class Job:
         return {
             "name": spec.name,
             "task": spec.task,
-            "checkpoint": network.described() | {"image_size": size},
+            "checkpoint": network.described() | {"image_size": size, "origin": keys.origin(self.base, network.run)},
             "data": {
                 "path": spec.data, "name": data_name, "train_split": spec.train_split, "test_split": spec.test_split,
                 "labels": spec.labels, "train_images": numbers[0], "test_images": numbers[1],

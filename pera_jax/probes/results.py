@@ -1,23 +1,26 @@
 """What the probes found, written beside the run: a JSON file for each result, one table of all, TensorBoard, pictures.
 
-    BASE/step_000640/NAME.json         one result: an entry, below; BASE is RUN/probe or --output
-    BASE/step_000640/NAME/KEY.png      pictures of it
+    BASE/step_000640/NAME-KEY.json     one result: an entry, below; BASE is RUN/probe or --output
+    BASE/step_000640/NAME-KEY/*.png    pictures of it
     BASE/results.csv                   a row for each score of all results
-    BASE/tb                            TensorBoard: `probe/NAME/SCORE` at the checkpoint's step
+    BASE/tb                            TensorBoard: `probe/NAME-KEY/SCORE` at the checkpoint's step
 
-An entry holds name, task, checkpoint, data, settings, spec (all that was asked for), seconds, and scores {name: {value, low, high, seeds}} with details
+KEY stands for the run and what was measured, see `keys`: other data, splits, sizes or settings are another result. Files
+of earlier versions, NAME.json, are read as well. An entry holds name, task, checkpoint, data, settings, spec (all that was asked for), seconds, and scores {name: {value, low, high, seeds}} with details
 {name: ...}; or, where the task failed, a failure: one sentence.
 """
 
 import contextlib
 import csv
 import fcntl
+import glob
 import io
 import json
 import os
 import pathlib
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -30,9 +33,10 @@ from tensorboardX.proto import event_pb2, summary_pb2
 from pera_jax import files
 from pera_jax.common.text import printable
 from pera_jax.errors import UserError
+from pera_jax.probes import keys
 
 COLUMNS = ("name", "task", "score", "value", "low", "high", "seeds", "step", "encoder", "data", "train_split", "test_split",
-           "image_size", "train_fingerprint", "test_fingerprint", "weights", "git", "run", "failure")  # fmt: skip
+           "image_size", "settings", "train_fingerprint", "test_fingerprint", "weights", "git", "run", "failure")  # fmt: skip
 
 _PLACES = ("step_*", "untrained", "pixels")
 
@@ -67,7 +71,7 @@ def only_one(base: pathlib.Path, name: str, wait: bool) -> Iterator[None]:
 
 
 def write(base: pathlib.Path, entry: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
-    """Writes one result and its pictures, and the table anew; a result of the same place and name gives way.
+    """Writes one result and its pictures, and the table anew; a result of the same place and key gives way.
 
     Args:
       pictures: uint8 [H, W] by "FOLDER/KEY" or "KEY".
@@ -76,19 +80,33 @@ def write(base: pathlib.Path, entry: dict[str, Any], pictures: dict[str, np.ndar
       UserError: the folder cannot be written, or holds a file that is no result.
     """
     place = base / folder_of(entry["checkpoint"]["encoder"], entry["checkpoint"]["step"])
-    content = json.dumps(entry, indent=1, allow_nan=False)
+    content, stem = json.dumps(entry, indent=1, allow_nan=False), keys.stem(entry)
     with only_one(base, "write.lock", wait=True):
         try:
-            shutil.rmtree(place / entry["name"], ignore_errors=True)
+            shutil.rmtree(place / stem, ignore_errors=True)
             for key, values in pictures.items():
                 encoded = io.BytesIO()
                 Image.fromarray(values).save(encoded, "PNG")
-                files.write(place / entry["name"] / f"{key.split('/')[-1]}.png", encoded.getvalue())
-            _write_events(base / "tb", entry)  # before the sign that it is done: twice does not matter
-            files.write(place / f"{entry['name']}.json", content.encode() + b"\n")
+                files.write(place / stem / f"{key.split('/')[-1]}.png", encoded.getvalue())
+            _write_events(base / "tb", entry, stem)  # before the sign that it is done: twice does not matter
+            files.write(place / f"{stem}.json", content.encode() + b"\n")
+            for file in _files(place, entry["name"]):  # of an earlier version, which named it otherwise
+                if file.stem != stem and keys.stem(_entry(file)) == stem:
+                    file.unlink()
+                    shutil.rmtree(file.with_suffix(""), ignore_errors=True)
         except OSError as error:
             raise _unwritable(base, error) from error
         _write_table(base)
+
+
+def check_writable(base: pathlib.Path) -> None:
+    """Raises UserError where results could not be written, before any is computed; leaves nothing behind."""
+    there = next(place for place in (base.absolute(), *base.absolute().parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise _unwritable(base, error) from error
 
 
 def write_table(base: pathlib.Path) -> None:
@@ -114,12 +132,16 @@ def read(base: pathlib.Path) -> list[dict[str, Any]]:
     return sorted(entries, key=lambda e: (e["checkpoint"]["step"], e["checkpoint"]["encoder"], e["name"]))
 
 
-def read_one(base: pathlib.Path, encoder: str, step: int, name: str) -> dict[str, Any] | None:
-    """The entry of one result, None where there is none. Raises UserError for a file that is no result."""
-    file = base / folder_of(encoder, step) / f"{name}.json"
-    if not file.exists():
-        return None
-    return _entry(file)
+def read_place(base: pathlib.Path, encoder: str, step: int, name: str) -> list[dict[str, Any]]:
+    """The entries of this name of one checkpoint. Raises UserError for a file that is no result."""
+    entries = map(_entry, _files(base / folder_of(encoder, step), name))
+    return [entry for entry in entries if entry["name"] == name]
+
+
+def _files(place: pathlib.Path, name: str) -> list[pathlib.Path]:
+    """The files that may hold results of this name."""
+    prefix = glob.escape(keys.prefix(name))
+    return [*place.glob(f"{prefix}.json"), *place.glob(f"{prefix}-*.json")]
 
 
 def _entry(file: pathlib.Path) -> dict[str, Any]:
@@ -134,19 +156,23 @@ def _entry(file: pathlib.Path) -> dict[str, Any]:
 
 def markdown(entries: Sequence[dict[str, Any]]) -> str:
     """The scores as a Markdown table, aligned to be read as it is."""
-    rows = [("result", "network", "step", "score", "value", "95 % interval", "seeds")]
+    rows = [("result", "data", "network", "step", "run", "score", "value", "95 % interval", "seeds")]
+    data = keys.told_apart(entries)
+    several = len({entry["checkpoint"].get("origin", keys.OWN) for entry in entries}) > 1
     for entry in entries:
-        where = (entry["name"], entry["checkpoint"]["encoder"], str(entry["checkpoint"]["step"]))
+        network = entry["checkpoint"]
+        where = (entry["name"], data[keys.row(entry)], network["encoder"], str(network["step"]),
+                 network["run"] if several else "")  # fmt: skip
         if "failure" in entry:
             rows.append((*where, "failed", "", "", entry["failure"]))
         for name, score in entry.get("scores", {}).items():
             interval = "" if score["low"] is None else f"{score['low']:.4f} - {score['high']:.4f}"
             seeds = f"{len(score['seeds'])}, std {np.std(score['seeds']):.4f}" if len(score["seeds"]) > 1 else ""
             rows.append((*where, name, f"{score['value']:.4f}", interval, seeds))
-    rows = [tuple(printable(cell) for cell in row) for row in rows]
+    rows = [[printable(cell, 1000).replace("|", "\\|") for cell in row] for row in rows]
     used = [column for column in range(len(rows[0])) if any(row[column] for row in rows[1:])]
     widths = {column: max(len(row[column]) for row in rows) for column in used}
-    rows.insert(1, tuple("-" * widths.get(column, 0) for column in range(len(rows[0]))))
+    rows.insert(1, ["-" * widths.get(column, 0) for column in range(len(rows[0]))])
     return "\n".join("| " + " | ".join(row[column].ljust(widths[column]) for column in used) + " |" for row in rows)
 
 
@@ -156,7 +182,7 @@ def _csv(entries: Sequence[dict[str, Any]]) -> str:
     writer.writeheader()
     for entry in entries:
         fields = entry["data"] | entry["checkpoint"] | {key: entry[key] for key in ("name", "task")}
-        fields["data"] = entry["data"]["path"]
+        fields |= {"data": entry["data"]["path"], "settings": json.dumps(entry.get("settings"))}
         if "failure" in entry:
             writer.writerow(fields | {"failure": entry["failure"]})
         for name, score in entry.get("scores", {}).items():
@@ -164,12 +190,12 @@ def _csv(entries: Sequence[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _write_events(folder: pathlib.Path, entry: dict[str, Any]) -> None:
+def _write_events(folder: pathlib.Path, entry: dict[str, Any], stem: str) -> None:
     step, scores = entry["checkpoint"]["step"], entry.get("scores", {})
     if entry["checkpoint"]["encoder"] == "pixels" or not scores:
         return
     values = [
-        summary_pb2.Summary.Value(tag=f"probe/{entry['name']}/{name}", simple_value=score["value"])
+        summary_pb2.Summary.Value(tag=f"probe/{stem}/{name}", simple_value=score["value"])
         for name, score in scores.items()
     ]
     folder.mkdir(parents=True, exist_ok=True)

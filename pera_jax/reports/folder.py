@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from pera_jax import checkpoint
+from pera_jax.common.text import printable, several
 from pera_jax.errors import UserError
+from pera_jax.probes import keys
 
 UNTRAINED, PIXELS = "untrained", "pixels"
 
@@ -20,7 +22,8 @@ class Folder:
       step: of the checkpoint that is shown; None without one.
       metrics: the lines of metrics.jsonl, numbers only; alarms: those of alarms.jsonl.
       finished: whether the run has come to its end.
-      results: entries of the probe; faults: a sentence for each file that is none.
+      results: entries of the probe on this run, each with its `file` and the `row` of `keys`; faults: sentences on files
+        that are none.
     """
 
     path: pathlib.Path
@@ -87,13 +90,19 @@ def _numbers(line: dict[str, Any]) -> dict[str, float]:
 
 
 def _results(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[str]]:
-    results, faults = [], []
+    results, faults, others = [], [], set()
     for file in sorted(path.glob("probe/*/*.json")):
         try:
-            entry = json.loads(file.read_text(encoding="utf-8"))
-            results.append(_checked(entry) | {"file": file})
+            entry = _checked(json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            faults.append(f"{file.relative_to(path)} is no result of the probe and is left out.")
+            faults.append(f"{printable(file.relative_to(path))} is no result of the probe and is left out.")
+            continue
+        if entry["checkpoint"].get("origin", keys.OWN) == keys.OWN:
+            results.append(entry | {"file": file, "row": keys.row(entry)})
+        else:
+            others.add(str(entry["checkpoint"].get("run")))
+    if others:
+        faults.append(f"Results of other runs lie in {path / 'probe'} and are left out: {several(sorted(others))}.")
     return results, faults
 
 
@@ -112,7 +121,7 @@ def _checked(entry: dict[str, Any]) -> dict[str, Any]:
     data = entry["data"] | {"class_names": names}
     return {
         "name": str(entry["name"]), "task": str(entry["task"]), "checkpoint": described, "data": data,
-        "scores": scores, "details": details, "failure": str(entry.get("failure", "")),
+        "settings": dict(entry.get("settings") or {}), "scores": scores, "details": details, "failure": str(entry.get("failure", "")),
     }  # fmt: skip
 
 

@@ -188,7 +188,7 @@ def _neighbours(
 
 
 def _file_name(name: str) -> str:
-    """A result's name as that of a file, whatever it holds."""
+    """The stem of a result's file as the name of a picture, whatever it holds."""
     return "scenes_" + "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
 
 

@@ -54,8 +54,9 @@ def pictured(place: str, title: str, reading: str, shown: Grid, caption: str) ->
 
 def of_the_folder(run: Folder) -> tuple[list[Section], list[Section], dict[str, Grid]]:
     """The sections that need no images of the data: those before the pictures, those after them, and the grids of
-    scenes, by name of the result."""
+    scenes, by the stem of the result's file."""
     trained = [entry for entry in folder.of_the_trained(run.results, run.step) if not entry["failure"]]
+    titles = scores.titles(trained)
     faults = "".join(f'<p class="warn">{html.escaped(fault)}</p>' for fault in run.faults)
     table = scores.table(run.results, run.step) + faults
     before = [
@@ -67,17 +68,17 @@ def of_the_folder(run: Folder) -> tuple[list[Section], list[Section], dict[str, 
     for entry in sorted(trained, key=lambda entry: entry["task"] in confusion.DENSE):
         if content := confusion.section(entry):
             opened = "" if parts else " open"
-            heading = f"{html.escaped(entry['name'])}, {folder.who(entry)}"
+            heading = f"{html.escaped(titles[entry['row']])}, {folder.who(entry)}"
             parts.append(f"<details{opened}><summary><b>{heading}</b></summary>{content}</details>")
     drawn, scenes = [], {}
     for entry in trained:
         if entry["task"] in confusion.DENSE:
             shown, remarks = overlays.grid(entry, bands, rgb)
             if shown is not None:
-                scenes[entry["name"]] = shown
+                scenes[entry["file"].stem] = shown
             if shown is not None or remarks:
                 words = "".join(f'<p class="quiet">{html.escaped(remark)}</p>' for remark in remarks)
-                drawn.append(f"<h3>{html.escaped(entry['name'])}</h3>{grid.figures(shown) if shown else ''}{words}")
+                drawn.append(f"<h3>{html.escaped(titles[entry['row']])}</h3>{grid.figures(shown) if shown else ''}{words}")
     config = html.escaped(json.dumps(run.meta, indent=1, ensure_ascii=False))
     after = [
         Section("classes", "Classes", confusion.READING, "".join(parts),

@@ -1,11 +1,13 @@
 """Scores of probes: trained beside untrained and pixels, and against the step."""
 
+import collections
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from pera_jax import html
+from pera_jax.probes import keys
 from pera_jax.reports import charts, folder
 from pera_jax.reports.charts import Chart, Series
 
@@ -29,7 +31,8 @@ def text(score: dict[str, Any] | None) -> str:
 
 
 def table(results: Sequence[dict[str, Any]], step: int | None) -> str:
-    """A row for each score, a column for each of pixels, untrained and trained; failures below."""
+    """A row for each score on the same data, splits, size and settings; a column for each of pixels, untrained and
+    trained; failures below."""
     trained = folder.of_the_trained(results, step)
     columns = [
         (title, entries)
@@ -40,14 +43,15 @@ def table(results: Sequence[dict[str, Any]], step: int | None) -> str:
         if entries
     ]  # fmt: skip
     values = {
-        title: {(entry["name"], name): score for entry in entries for name, score in entry["scores"].items()}
+        title: {(entry["row"], name): score for entry in entries for name, score in entry["scores"].items()}
         for title, entries in columns
     }
     order = list(dict.fromkeys(place for of in reversed(values.values()) for place in of))
-    data = {entry["name"]: entry for _, entries in columns for entry in entries}
+    names = {entry["row"]: entry["name"] for _, entries in columns for entry in entries}
+    data = keys.told_apart([entry for _, entries in columns for entry in entries])
     rows = [["score", "result", *values, "test data"]]
-    for name, score in order:
-        rows.append([score, name, *(text(of.get((name, score))) for of in values.values()), _data(data[name])])
+    for row, score in order:
+        rows.append([score, names[row], *(text(of.get((row, score))) for of in values.values()), data[row]])
     failed = [f"{of['name']} of {folder.who(of)} failed: {of['failure']}" for of in results if of["failure"]]
     sentences = "".join(f'<p class="warn">{html.escaped(sentence)}</p>' for sentence in failed)
     return (html.table(rows) if order else "") + sentences
@@ -57,15 +61,11 @@ def _of(results, encoder):
     return [entry for entry in results if entry["checkpoint"]["encoder"] == encoder]
 
 
-def _data(entry: dict[str, Any]) -> str:
-    """What a score was measured on, in a few words."""
-    data = entry["data"]
-    number = data.get("test_images")
-    size = entry["checkpoint"].get("image_size")
-    words = [str(data.get("name") or data.get("path") or "")]
-    words += [f"{number:,} images"] if isinstance(number, int) else []
-    words += [f"{size} px"] if size else []
-    return ", ".join(words)
+def titles(results: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """A title for each `row`: the result's name, and the data where results of one name were measured differently."""
+    names, data = {entry["row"]: entry["name"] for entry in results}, keys.told_apart(results)
+    several = collections.Counter(names.values())
+    return {row: f"{name} ({data[row]})" if several[name] > 1 else name for row, name in names.items()}
 
 
 def over_steps(results: Sequence[dict[str, Any]]) -> str:
@@ -75,12 +75,12 @@ def over_steps(results: Sequence[dict[str, Any]]) -> str:
     for entry in results:
         encoder = entry["checkpoint"]["encoder"]
         for name, score in entry["scores"].items():
-            place = (entry["name"], name)
+            place = (entry["row"], name)
             if encoder == folder.PIXELS:
                 levels[place] = score["value"]
             else:
                 found.setdefault(place, {})[0 if encoder == folder.UNTRAINED else entry["checkpoint"]["step"]] = score
-    drawn = []
+    drawn, named = [], titles(results)
     for place, by_step in found.items():
         if len([step for step in by_step if step > 0]) < 2:
             continue
@@ -89,5 +89,5 @@ def over_steps(results: Sequence[dict[str, Any]]) -> str:
         values = np.array([score["value"] for score in scores])
         bars = np.array([[np.nan if score[end] is None else score[end] for end in ("low", "high")] for score in scores])
         level = (("pixels", levels[place]),) if place in levels else ()
-        drawn.append(charts.svg(Chart(": ".join(place), (Series("network", steps, values, bars),), level)))
+        drawn.append(charts.svg(Chart(f"{named[place[0]]}: {place[1]}", (Series("network", steps, values, bars),), level)))
     return charts.row(drawn) if any(drawn) else ""
