@@ -22,6 +22,7 @@ from ml_collections import config_flags
 from pera_jax import checkpoint, distributed, errors, flops, metrics, profiling, run_meta, schedules, sharding
 from pera_jax import config as configs
 from pera_jax import step as steps
+from pera_jax.common import lease
 from pera_jax.data import mixture, pipeline
 from pera_jax.errors import UserError
 from pera_jax.loop import Loop, StopSignal
@@ -96,6 +97,9 @@ def train(config, workdir: str, profile: str | None = None) -> None:
     )
     meta = run_meta.describe(config, objective, data.card())
     monitor = Monitor(config.monitor, objective, abstract.teacher, mesh) if config.monitor.data else None
+
+    # ---- from here on no other process works in the workdir, and this one may write to it
+    alone = held.enter_context(lease.held(workdir, "--workdir")) if distributed.main_host() else None
 
     # ---- state: (1) checkpoint in the workdir, else (2) resume_from, else (3) init_from (weights), else (4) scratch
     state, position = _first_state(config, workdir, meta, objective, optimiser, abstract, mesh, data)
