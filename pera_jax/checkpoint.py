@@ -25,6 +25,7 @@ from orbax.checkpoint import v1 as ocp
 from pera_jax import distributed, run_meta, sharding
 from pera_jax import step as steps
 from pera_jax.bands import Bands
+from pera_jax.common.lease import Lease
 from pera_jax.errors import UserError
 from pera_jax.objectives import pera
 
@@ -39,26 +40,53 @@ class Damaged(UserError):
     """A checkpoint that cannot be read; the one before it may be whole."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _FirstOfEvery:
+    """Orbax's policy to keep the first checkpoint at or after each multiple of `steps`, whatever steps are saved.
+
+    What is judged is the row of checkpoints that are there. One that was removed had no multiple between itself and the
+    one before it, so the row tells the same as that of all that were ever saved.
+    """
+
+    steps: int
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        multiples = [0, *(checkpoint.step // self.steps for checkpoint in checkpoints)]
+        return [before < here for before, here in zip(multiples, multiples[1:])]
+
+
 class Store:
     """The checkpoints of one run that trains."""
 
-    def __init__(self, workdir: str, keep_last: int, keep_every: int):
-        """Opens `workdir`/checkpoints; keeps the last `keep_last` steps and every multiple of `keep_every`."""
+    def __init__(self, workdir: str, keep_last: int, keep_every: int, lease: Lease | None = None):
+        """Opens `workdir`/checkpoints, which removes saves that were not finished.
+
+        Args:
+          keep_last, keep_every: the last `keep_last` checkpoints stay, and the first at or after each multiple of
+            `keep_every` steps.
+          lease: of the workdir; None for a host that does not hold it.
+        """
         policies = ocp.training.preservation_policies
         self.folder = pathlib.Path(workdir).absolute() / FOLDER
         self._response, self._step = None, None  # of the save under way
+        self._lease = lease
         try:
             self._checkpointer = ocp.training.Checkpointer(
                 self.folder,
                 # Every save that is asked for; the default policy skips one while another is under way.
                 save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
                 preservation_policy=policies.AnyPreservationPolicy(
-                    [policies.LatestN(keep_last), policies.EveryNSteps(keep_every)]
+                    [policies.LatestN(keep_last), _FirstOfEvery(keep_every)]
                 ),
                 cleanup_tmp_directories=True,
             )
         except OSError as error:
             raise UserError(f"cannot open the checkpoints in {self.folder}: {error.strerror}") from error
+
+    def check_owned(self) -> None:
+        """Raises UserError where another process has taken the workdir over."""
+        if self._lease:
+            self._lease.check()
 
     def last_good(self) -> str:
         """Which checkpoint to go on from, in words."""
@@ -69,8 +97,10 @@ class Store:
         """Starts writing `state` in the background under its own step; waits for the write before it, if any.
 
         Raises:
-          UserError: this or the previous checkpoint could not be written; names the last good one.
+          UserError: this or the previous checkpoint could not be written; names the last good one. Another process has
+            taken the workdir over.
         """
+        self.check_owned()
         self.wait()
         step = int(state.step)
         items = split(state) | {"data": data, "meta": meta | {"step": step}}
@@ -118,7 +148,7 @@ class Store:
         finally:
             with contextlib.suppress(*WRITE_ERRORS):  # `wait` has told them
                 self._checkpointer.close()
-            if distributed.main_host():
+            if distributed.main_host() and not (self._lease and self._lease.lost):  # else they are another's
                 _remove_half_written(self.folder)
 
 

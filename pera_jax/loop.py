@@ -65,6 +65,7 @@ class Loop:
         return arrays
 
     def after(self, step, state, out, hyper):
+        self.store.check_owned()
         self._fetch()
         monitored = self.monitor and (step % self.every["monitor"] == 0 or step == self.total)
         self.pending = (step, out, hyper, self.tally, self.monitor(state.teacher) if monitored else {})

@@ -49,6 +49,11 @@ def train(config, workdir: str, profile: str | None = None) -> None:
     Raises:
       UserError: for every wrong input, before anything is written to `workdir`; a loss that is not finite; a full disk.
     """
+    with contextlib.ExitStack() as stack:
+        _train(config, workdir, profile, stack)
+
+
+def _train(config, workdir: str, profile: str | None, stack: contextlib.ExitStack) -> None:
     # ---- mesh and checks that need neither data nor model
     mesh = sharding.make_mesh(**config.mesh)
     configs.check(config, sharding.batch_shards(mesh), sharding.weight_shards(mesh), jax.process_count())
@@ -99,7 +104,8 @@ def train(config, workdir: str, profile: str | None = None) -> None:
     monitor = Monitor(config.monitor, objective, abstract.teacher, mesh) if config.monitor.data else None
 
     # ---- from here on no other process works in the workdir, and this one may write to it
-    alone = held.enter_context(lease.held(workdir, "--workdir")) if distributed.main_host() else None
+    owned = []
+    distributed.on_main_host(lambda: owned.append(stack.enter_context(lease.held(workdir, "--workdir"))))
 
     # ---- state: (1) checkpoint in the workdir, else (2) resume_from, else (3) init_from (weights), else (4) scratch
     state, position = _first_state(config, workdir, meta, objective, optimiser, abstract, mesh, data)
@@ -109,47 +115,46 @@ def train(config, workdir: str, profile: str | None = None) -> None:
         return
     traced = profiling.parse_range(profile, start, total)
 
-    # ---- loop; only from here on is anything written
-    with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopSignal()) if jax.process_count() == 1 else distributed.SharedStop()
-        watchdog = stack.enter_context(Watchdog(config.stall_seconds))
-        stream = pipeline.make_pipeline(
-            data, config.crops, batch_size=config.batch_size, seed=config.seed, start_batch=position["batches"],
-            workers=pipeline.workers_of(config.data.workers),
-            rows=distributed.rows_of(jax.sharding.NamedSharding(mesh, sharding.BATCH), config.batch_size),
-        )
-        stack.callback(stream.close)
-        stack.callback(gc.collect)  # before it: JAX lets go of the last batch, which lies in the workers' memory
-        store = checkpoint.Store(workdir, config.checkpoint.keep_last, every["keep"])
-        stack.callback(store.close)
-        writer = None
-        if distributed.main_host():
-            run_meta.write(workdir, meta)
-            run_meta.mark_finished(workdir, None)
-            writer = metrics.MetricsWriter(workdir, resume_step=start, total=total, batch_size=config.batch_size)
-            stack.callback(writer.close)
-        tracer = profiling.Profile(traced, workdir)
-        stack.callback(tracer.close)
-        stack.enter_context(jax.set_mesh(mesh))
-        stack.enter_context(distributed.ends_alone())
+    # ---- loop; only from here on is anything written that stays
+    stop = stack.enter_context(StopSignal()) if jax.process_count() == 1 else distributed.SharedStop()
+    watchdog = stack.enter_context(Watchdog(config.stall_seconds))
+    stream = pipeline.make_pipeline(
+        data, config.crops, batch_size=config.batch_size, seed=config.seed, start_batch=position["batches"],
+        workers=pipeline.workers_of(config.data.workers),
+        rows=distributed.rows_of(jax.sharding.NamedSharding(mesh, sharding.BATCH), config.batch_size),
+    )
+    stack.callback(stream.close)
+    stack.callback(gc.collect)  # before it: JAX lets go of the last batch, which lies in the workers' memory
+    store = checkpoint.Store(workdir, config.checkpoint.keep_last, every["keep"], owned[0] if owned else None)
+    stack.callback(store.close)
+    writer = None
+    if distributed.main_host():
+        run_meta.write(workdir, meta)
+        run_meta.mark_finished(workdir, None)
+        writer = metrics.MetricsWriter(workdir, resume_step=start, total=total, batch_size=config.batch_size)
+        stack.callback(writer.close)
+    tracer = profiling.Profile(traced, workdir)
+    stack.callback(tracer.close)
+    stack.enter_context(jax.set_mesh(mesh))
+    stack.enter_context(distributed.ends_alone())
 
-        image_flops = sum(flops.per_image(objective).values())
-        loop = Loop(
-            config, mesh, store, meta, writer, watchdog, every, total, position, image_flops, data.names(), monitor
-        )
-        for step in range(start, total):
-            hyper = {k: np.asarray(v, config.parameter_precision) for k, v in schedule.at(step).items()}
-            tracer.before(step + 1, state)
-            state, out = train_step(state, loop.next_batch(stream), hyper)
-            tracer.after(step + 1, state)
-            loop.after(step + 1, state, out, hyper)
-            if stop.reached(step + 1):
-                break
-        loop.finish(state)
-        if distributed.main_host() and int(state.step) == total:
-            run_meta.mark_finished(workdir, total)
-        if stop.asked:
-            distributed.say(f"stopped by {stop.asked} at step {int(state.step)} of {total}; checkpoint saved")
+    image_flops = sum(flops.per_image(objective).values())
+    loop = Loop(
+        config, mesh, store, meta, writer, watchdog, every, total, position, image_flops, data.names(), monitor
+    )
+    for step in range(start, total):
+        hyper = {k: np.asarray(v, config.parameter_precision) for k, v in schedule.at(step).items()}
+        tracer.before(step + 1, state)
+        state, out = train_step(state, loop.next_batch(stream), hyper)
+        tracer.after(step + 1, state)
+        loop.after(step + 1, state, out, hyper)
+        if stop.reached(step + 1):
+            break
+    loop.finish(state)
+    if distributed.main_host() and int(state.step) == total:
+        run_meta.mark_finished(workdir, total)
+    if stop.asked:
+        distributed.say(f"stopped by {stop.asked} at step {int(state.step)} of {total}; checkpoint saved")
 
 
 def _first_state(config, workdir, meta, objective, optimiser, abstract, mesh, data):

@@ -2,10 +2,13 @@
 
 import importlib
 import re
+import types
 
 import jax
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pera_jax import checkpoint, run_meta, sharding
 from pera_jax import step as steps
@@ -51,6 +54,18 @@ def run(state, tmp_path_factory):
         store.save(current, meta_of(config, objective), {"batches": step, "replaced": 10 * step})
     store.close()
     return workdir
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=60), st.integers(1, 20), st.integers(1, 4))
+def test_the_first_save_at_or_after_each_multiple_stays_whatever_steps_are_saved(gaps, every, last):
+    """As a store sees them: after each save, of what earlier decisions have left."""
+    saved, there = np.cumsum(gaps).tolist(), []
+    for step in saved:
+        there.append(types.SimpleNamespace(step=step))
+        kept = checkpoint._FirstOfEvery(every).should_preserve(there, context=None)
+        there = [each for i, each in enumerate(there) if kept[i] or i >= len(there) - last]
+    wanted = {next(step for step in saved if step >= multiple) for multiple in range(every, saved[-1] + 1, every)}
+    assert {each.step for each in there} == wanted | set(saved[-last:])
 
 
 def test_the_last_checkpoints_and_every_nth_are_kept(run):

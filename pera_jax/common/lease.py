@@ -40,6 +40,11 @@ class Lease:
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
 
+    @property
+    def lost(self) -> bool:
+        """Whether `check` has found, or this process as it renewed, that another job has taken the folder over."""
+        return self._lost is not None
+
     def check(self) -> None:
         """Raises UserError where another job has taken the folder over, because this process has stood still too long.
 
