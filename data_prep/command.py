@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from data_prep import duplicates, folder, pixels
 from data_prep.shards import Item, run_jobs
 from pera_jax.common.text import printable
-from pera_jax.data import records
+from pera_jax.data import foreign, records
 
 DROPS = ("duplicates", "small", "blank")
 _IMAGES_PER_SHARD = 512  # enough shards for several workers, little lost with an unfinished one
@@ -28,6 +28,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-corrupt-share", type=share, default=0.05, metavar="S", help="default: %(default)s")
     parser.add_argument("--shard-size", type=count, metavar="N", help="images per shard; default: 512, or "
                         "more where that would make over 512 shards")  # fmt: skip
+
+
+def add_range(parser: argparse.ArgumentParser) -> None:
+    """Adds the option for images of more than 8 bits."""
+    parser.add_argument("--range", type=_range, metavar="LOW,HIGH", dest="span", help="values of images of 9 to 16 bits "
+                        "that become 0 and 255; default: the upper 8 bits are kept")  # fmt: skip
+
+
+def _range(text: str) -> tuple[int, int]:
+    low, high = map(int, text.split(","))
+    if not 0 <= low < high < 1 << 16:
+        raise argparse.ArgumentTypeError(f"{text} is not two numbers from 0 to 65535, the lower one first")
+    return low, high
 
 
 def _drops(text: str) -> tuple[str, ...]:
@@ -60,7 +73,8 @@ def share(text: str) -> float:
 
 def conversion(args: argparse.Namespace) -> dict:
     """The options of `pixels.convert`."""
-    return {name: getattr(args, name) for name in ("max_side", "jpeg_quality", "min_side", "drop")}
+    options = {name: getattr(args, name) for name in ("max_side", "jpeg_quality", "min_side", "drop")}
+    return options | ({"span": args.span} if args.span else {})  # the rest is part of what older conversions are known by
 
 
 def number_of_shards(args: argparse.Namespace, images: int) -> int:
@@ -110,6 +124,7 @@ def show(output: pathlib.Path, written: records.SplitInfo, report: dict) -> None
     split = report["split"]
     print(f"{split}: {written.records} records, {sum(written.shard_bytes) / 1e6:.1f} MB, in {printable(output)}")
     print(f"mean {written.mean}, std {written.std}, fingerprint {written.fingerprint[:12]}")
+    _show_changes(report["changed"])
     left_out = {name: report[name]["number"] for name in ("duplicates", "rejected", "failed")}
     named = [f"{number} {name}" for name, number in left_out.items() if number]
     found = [f"{of['number']} {kind}" for kind, of in report["found"]["reasons"].items()]
@@ -119,3 +134,10 @@ def show(output: pathlib.Path, written: records.SplitInfo, report: dict) -> None
         print(f"written, but look at them (--drop leaves them out): {', '.join(found)}")
     if named or found:
         print(f"{printable(output / split)}.report.json and {split}.inputs.csv name them")
+
+
+def _show_changes(changed: dict[str, int]) -> None:
+    """Prints what was done to the values of pixels; other formats and numbers of bits are none of it."""
+    for name, number in sorted(changed.items(), key=lambda change: (-change[1], change[0])):
+        if name in foreign.CHANGES:
+            print(f"{number:,} images {foreign.CHANGES[name]} ({name})")

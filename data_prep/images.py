@@ -9,8 +9,8 @@
   lead elsewhere. Links that stay in the folder are followed.
 * Classes: where every image lies in a folder, the names of the topmost folders become the labels; in an archive, those
   below the folders that hold all of its images. All splits of a data set have the same classes.
-* Pixels: see `data_prep.pixels`. Each image is decoded once, to check it. JPEG and PNG files that need no change are
-  stored byte for byte.
+* Pixels: see `pera_jax.data.foreign`; what changes their values is named and counted. Each image is
+  decoded once, to check it. JPEG and PNG files that need no change are stored byte for byte.
 * OUTPUT/SPLIT.report.json accounts for every input as written, duplicate, rejected or failed, and names images that are
   exact duplicates, smaller than --min-side, or blank; --drop leaves these out. OUTPUT/SPLIT.inputs.csv has the whole
   list. More than --max-corrupt-share of failed images is an error.
@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None, driver: Callable = run_jobs) -> None:
     parser.add_argument("--input", type=pathlib.Path, required=True, nargs="+", help="folder of images, or archives")
     parser.add_argument("--no-labels", action="store_true", help="folders are no classes")
     command.add_options(parser)
+    command.add_range(parser)
     args = parser.parse_args(argv)
     check_places(args.input, args.output, args.split)
 

@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pera_jax.data import codecs
+from pera_jax.common.text import printable
+from pera_jax.data import codecs, tiff_files
 from pera_jax.errors import UserError
 
 _OPEN_SCENES = 16  # that a process keeps open
@@ -84,9 +85,14 @@ def describe(path: str) -> Scene:
 
     Raises:
       ImageDecodeError: the file cannot be read.
-      UserError: its values are not of a dtype that is stored, or numbers of a palette.
+      UserError: its values are not of a dtype that is stored, or numbers of a palette; it is stored turned.
     """
     dataset = _open(path).dataset
+    if dataset.driver == "GTiff" and (orientation := tiff_files.orientation_of(path)) != 1:
+        raise UserError(
+            f"{printable(path)} is stored turned or mirrored (orientation {orientation}), which GDAL does not undo; "
+            "store it upright"
+        )
     colours = [colour.name for colour in dataset.colorinterp]
     described = [(text or "").strip() for text in dataset.descriptions]
     alphas = [

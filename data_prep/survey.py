@@ -10,7 +10,7 @@ from PIL import Image
 
 from pera_jax.bands import RGB
 from pera_jax.common.text import several
-from pera_jax.data import codecs, records
+from pera_jax.data import codecs, picture_files, records
 from pera_jax.errors import UserError
 from pera_jax.metrics import Progress
 
@@ -71,7 +71,7 @@ def image_size(encoded: bytes) -> tuple[int, int]:
 
             with tifffile.TiffFile(io.BytesIO(encoded)) as file:
                 return file.pages.first.imagewidth, file.pages.first.imagelength
-    with codecs.decoding(), Image.open(io.BytesIO(encoded)) as image:
+    with codecs.decoding(), picture_files.opened(encoded) as image:
         return image.size
 
 

@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None, driver: Callable = run_jobs) -> None:
     parser.add_argument("--bands", metavar="NAME,NAME,...", help="of a Tensor; default: band_1,band_2,...")
     parser.add_argument("--no-labels", action="store_true", help="leave the classes out")
     command.add_options(parser)
+    command.add_range(parser)
     args = parser.parse_args(argv)
 
     builder = open_dataset(args.dataset, args.data_dir)
@@ -56,8 +57,8 @@ def main(argv: list[str] | None = None, driver: Callable = run_jobs) -> None:
     bands, dtype = bands_of(image, feature_of(builder, image), args.bands)
     options = command.conversion(args)
     if not isinstance(feature_of(builder, image), features.Image):
-        if args.max_side or args.jpeg_quality or set(args.drop) - {"duplicates"}:
-            raise UserError(f"--max-side, --jpeg-quality and --drop small,blank are not for the Tensor {image!r}")
+        if args.max_side or args.jpeg_quality or args.span or set(args.drop) - {"duplicates"}:
+            raise UserError(f"--max-side, --jpeg-quality, --range and --drop small,blank are not for the Tensor {image!r}")
         options = {}
 
     info = folder.existing_info(args.output)

@@ -54,6 +54,10 @@ class Bands:
     def __len__(self) -> int:
         return len(self.names)
 
+    def are_colours(self) -> bool:
+        """Whether pictures of any kind can be read for them: red, green and blue of 8 bits."""
+        return self.dtype == "uint8" and set(self.names) <= set(RGB)
+
     def mapped(self, values, dtype=np.float32):
         """Stored values [..., C], of NumPy or JAX, to [0, 1] in `dtype`."""
         low, high = np.asarray(self.ranges, dtype).T  # [C] each

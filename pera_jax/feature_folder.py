@@ -73,6 +73,7 @@ def write(
     model = Model.of(weights.backbone, weights.meta)
     size = weights.meta["model"]["image_size"] if image_size is None else image_size
     features.check_image_size(size, weights.meta)
+    samples = samples.suited_to(model.bands)
     model.bands.places(samples, samples.path)  # raises where a band is missing
     encode = _encoder(model, blocks, maps)
     image = jax.ShapeDtypeStruct((1, size, size, len(model.bands)), model.bands.dtype)

@@ -4,57 +4,32 @@ The TIFF is what GDAL and tifffile write: bands one after the other (planar), ea
 (horizontal differencing, for floats Adobe's floating-point predictor) and packed with Zstandard. Nothing is lost.
 """
 
-import contextlib
 import io
-import struct
-import warnings
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
-from pera_jax.common import environment
+from pera_jax.data import foreign, picture_files, tiff_files
+from pera_jax.data.image_errors import DECODE_ERRORS, ImageDecodeError, decoding
 
-DTYPES = ("uint8", "uint16", "float32")
-# What Pillow's decoders raise on damaged input: `UnidentifiedImageError` is an OSError, PNG raises SyntaxError.
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError,
-                 struct.error, zlib.error, Image.DecompressionBombError)
-_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+DTYPES = foreign.DTYPES
 _HORIZONTAL, _FLOATING_POINT = 2, 3  # predictors of the TIFF standard and its supplement
 
 
-class ImageDecodeError(ValueError):
-    """The bytes are no image, or an image that is damaged."""
-
-
 def decode_image(encoded: bytes) -> np.ndarray:
-    """Decodes a stored image: [H, W, C] of uint8, uint16 or float32, writable.
+    """Decodes the image of a record: [H, W, C] of uint8, uint16 or float32, writable.
 
-    JPEG and PNG come out as red, green, blue of uint8; TIFF as it was stored. Raises ImageDecodeError on anything
-    undecodable, EnvironmentFault where the machine fails.
+    JPEG and PNG come out as red, green, blue of uint8; TIFF as it was stored. The files of others, which may be turned,
+    inverted or of any kind, are for `foreign.read`. Raises ImageDecodeError on anything undecodable,
+    EnvironmentFault where the machine fails.
     """
-    if encoded[:4] in _TIFF_MAGIC:
+    if encoded[:4] in tiff_files.MAGIC:
         return _decode_tiff(encoded)
-    with decoding(), Image.open(io.BytesIO(encoded)) as image:
-        return np.array(image if image.mode == "RGB" else image.convert("RGB"))  # a writable copy
-
-
-@contextlib.contextmanager
-def decoding(errors: type[Exception] | tuple[type[Exception], ...] = DECODE_ERRORS) -> Iterator[None]:
-    """Turns what a decoder raises on damaged bytes, by default Pillow's, into ImageDecodeError.
-
-    What it raises because the machine fails becomes EnvironmentFault: a decoder loads libraries and takes memory.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            yield
-    except ImageDecodeError:
-        raise
-    except (*(errors if isinstance(errors, tuple) else (errors,)), MemoryError) as error:
-        environment.raise_if_fault(error, "an image cannot be decoded")
-        raise ImageDecodeError(f"undecodable image: {error or type(error).__name__}") from error
+    with decoding(), picture_files.opened(encoded) as image:
+        if image.mode == "RGB":  # as this program stores it
+            return np.array(image)  # a writable copy
+    return foreign.read(encoded, colours=True).pixels
 
 
 def decode_bands(encoded: bytes, info, places: Sequence[int]) -> np.ndarray:
@@ -99,10 +74,7 @@ def _decode_tiff(encoded: bytes) -> np.ndarray:
         import tifffile
 
         with tifffile.TiffFile(io.BytesIO(encoded)) as file:
-            page = file.pages.first
-            planes = page.asarray(maxworkers=1)  # [C, H, W]; [H, W] where there is one band
-            if page.dtype is None or page.dtype.name not in DTYPES or planes.ndim not in (2, 3):
-                raise ImageDecodeError(f"no image of a data set folder: a TIFF of {page.dtype} {page.shape}")
-    if planes.ndim == 2:
-        return planes[:, :, None].copy()
-    return np.ascontiguousarray(np.moveaxis(planes, 0, 2))  # [H, W, C]
+            pixels = tiff_files.values_of(file.pages.first)
+    if pixels.dtype.name not in DTYPES:
+        raise ImageDecodeError(f"no image of a data set folder: a TIFF of {pixels.dtype} {pixels.shape}")
+    return pixels

@@ -6,13 +6,11 @@ after which every box is still longer than its crop. Crops of aerial photographs
 image by 0.3 to 0.9 grey levels on average; textures as fine as pixels and of full contrast, by up to 3.
 """
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
-import PIL.Image
 
-from pera_jax.data import codecs
+from pera_jax.data import codecs, picture_files
 from pera_jax.data import crops as geometry
 
 _JPEG_MAGIC = b"\xff\xd8\xff"
@@ -52,7 +50,7 @@ def read_image(
         return image, draw_crops(rng, image.height, image.width, crops)
 
     with codecs.decoding():
-        file = PIL.Image.open(io.BytesIO(encoded))
+        file = picture_files.opened(encoded)
     with file:
         drawn = draw_crops(rng, file.height, file.width, crops)
         reduction = largest_reduction(drawn)

@@ -231,6 +231,7 @@ def read(
     Raises:
       UserError: an image that cannot be read or decoded; a band that is missing.
     """
+    samples = samples.suited_to(bands)
     places = bands.places(samples, samples.path)
 
     def decode(row, raw):

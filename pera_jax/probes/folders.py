@@ -10,14 +10,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pera_jax.bands import RGB
 from pera_jax.common import classes
 from pera_jax.common.text import decoded, printable, several
-from pera_jax.data import codecs
+from pera_jax.data import foreign
 from pera_jax.errors import UserError
 
 _DELIMITERS = ",;\t"  # of tables; spreadsheets write semicolons where numbers have a decimal comma
-ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +42,10 @@ def list_images(folder: pathlib.Path, split: str, with_classes: bool | None) -> 
         held = several(sorted(path.name for path in folder.iterdir() if path.is_dir()), 5) or "no folder"
         raise UserError(f"{folder} has no folder '{printable(split)}' for the split; it has {held}")
     files = sorted(
-        path for path in place.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file() and path.name[0] != "."
+        path for path in place.rglob("*") if path.suffix.lower() in foreign.ENDINGS and path.is_file() and path.name[0] != "."
     )
     if not files:
-        raise UserError(f"{place} holds no image (names ending in {' '.join(ENDINGS)}); name the folder above its splits")
+        raise UserError(f"{place} holds no image (names ending in {' '.join(foreign.ENDINGS)}); name the folder above its splits")
     keys = [path.relative_to(place).as_posix() for path in files]
     if with_classes is None:
         with_classes = all(key.count("/") == 1 for key in keys)
@@ -65,23 +63,21 @@ def list_images(folder: pathlib.Path, split: str, with_classes: bool | None) -> 
     return Found(files, keys, np.array([places[key.split("/")[0]] for key in keys], np.int64), names)
 
 
-def bands_of(file: pathlib.Path) -> tuple[tuple[str, ...], str]:
-    """Names of the bands and the dtype of an image: red, green and blue of uint8, else band_1, band_2, ...
+def bands_of(file: pathlib.Path, colours: bool | None) -> tuple[tuple[str, ...], str]:
+    """Names of the bands and the dtype of an image, read as `foreign.read` does by `colours`.
 
     Raises UserError where it cannot be decoded.
     """
     try:
-        pixels = codecs.decode_image(file.read_bytes())
-    except (OSError, codecs.ImageDecodeError) as error:
+        picture = foreign.read(file.read_bytes(), colours)
+    except (OSError, foreign.ImageDecodeError) as error:
         raise UserError(f"{file} cannot be read as an image ({error}); mend or remove it") from error
-    if pixels.shape[2] == 3 and pixels.dtype == np.uint8:
-        return RGB, "uint8"
-    return tuple(f"band_{number + 1}" for number in range(pixels.shape[2])), pixels.dtype.name
+    return picture.bands, picture.pixels.dtype.name
 
 
 def fingerprint(found: Found) -> str:
     """SHA-256 over keys, classes and the bytes of the files, in hexadecimal."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(foreign.VERSION)  # features are kept by it, and depend on how files are read
     for file, key, label in zip(found.files, found.keys, found.labels, strict=True):
         try:
             content = hashlib.sha256(file.read_bytes()).hexdigest()

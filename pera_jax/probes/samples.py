@@ -11,6 +11,7 @@ and 1 for each class: several labels for an image.
 """
 
 import dataclasses
+import functools
 import hashlib
 import pathlib
 from collections.abc import Callable, Sequence
@@ -18,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from pera_jax.bands import Bands
 from pera_jax.common.text import several
-from pera_jax.data import codecs, records
+from pera_jax.data import codecs, foreign, records
 from pera_jax.errors import UserError
 from pera_jax.probes import folders
 
@@ -35,6 +37,7 @@ class Samples:
       labels: int64 [N], -1 for none; or bool [N, classes]: several labels for an image.
       raw: reads image i; one thread at a time.
       decode: makes of it stored values [H, W, C] of all bands; any number of threads. Raises ImageDecodeError.
+      reading: (bands, dtype, decode) by the argument `colours` of `foreign.read`; None where there is one reading only.
     """
 
     name: str
@@ -48,6 +51,15 @@ class Samples:
     labels: np.ndarray
     raw: Callable[[int], Any]
     decode: Callable[[Any], np.ndarray]
+    reading: Callable[[bool | None], tuple] | None = None
+
+    def suited_to(self, bands: Bands) -> "Samples":
+        """The samples as those bands need them: files of others as pictures, red, green and blue of 8 bits, or as the
+        values that they hold. Raises UserError where an image cannot be read so."""
+        if self.reading is None or bands.are_colours():
+            return self
+        held, dtype, decode = self.reading(False)
+        return dataclasses.replace(self, bands=held, dtype=dtype, decode=decode)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -125,13 +137,6 @@ def of_source(source: records.RecordSource) -> Samples:
 
 def _from_folder(data: str, split: str, with_classes: bool | None) -> Samples:
     found = folders.list_images(pathlib.Path(data), split, with_classes)
-    bands, dtype = folders.bands_of(found.files[0])
-
-    def decode(encoded):
-        pixels = codecs.decode_image(encoded)
-        if pixels.shape[2] != len(bands) or pixels.dtype != dtype:
-            raise codecs.ImageDecodeError(f"{pixels.shape[2]} bands of {pixels.dtype} instead of {len(bands)} of {dtype}")
-        return pixels
 
     def raw(index):
         try:
@@ -139,10 +144,24 @@ def _from_folder(data: str, split: str, with_classes: bool | None) -> Samples:
         except OSError as error:
             raise UserError(f"{found.files[index]} cannot be read: {error.strerror}; mend or remove it") from error
 
+    bands, dtype, decode = _reading(found.files[0], None)
     return Samples(
         pathlib.Path(data).resolve().name, data, split, bands, dtype, found.class_names,
-        folders.fingerprint(found), found.keys, found.labels, raw, decode,
+        folders.fingerprint(found), found.keys, found.labels, raw, decode, functools.partial(_reading, found.files[0]),
     )  # fmt: skip
+
+
+def _reading(first: pathlib.Path, colours: bool | None):
+    """(bands, dtype, decode) of a folder's images, which are alike, read as `foreign.read` does by `colours`."""
+    bands, dtype = folders.bands_of(first, colours)
+
+    def decode(encoded):
+        pixels = foreign.read(encoded, colours).pixels
+        if pixels.shape[2] != len(bands) or pixels.dtype != dtype:
+            raise codecs.ImageDecodeError(f"{pixels.shape[2]} bands of {pixels.dtype} instead of {len(bands)} of {dtype}")
+        return pixels
+
+    return bands, dtype, decode
 
 
 def _from_tfds(data: str, split: str) -> Samples:
@@ -157,7 +176,7 @@ def _from_tfds(data: str, split: str) -> Samples:
     bands, dtype = tfds_sets.bands_of(image, tfds_sets.feature_of(builder, image))
     names = None if label is None else tuple(tfds_sets.feature_of(builder, label).names)
     place = str(builder.data_dir)
-    keys, labels, digest = [], [], hashlib.sha256(builder.info.full_name.encode())
+    keys, labels, digest = [], [], hashlib.sha256(foreign.VERSION + builder.info.full_name.encode())
     read = lambda index: tfds_sets.read(place, split, image, label, index)  # noqa: E731
     for shard, _, _, skip, take in pieces:
         keys += [f"{shard}__{skip + index}" for index in range(take)]
@@ -167,7 +186,7 @@ def _from_tfds(data: str, split: str) -> Samples:
         digest.update(_bytes_of(example[image]) + labels[-1].to_bytes(8, "little", signed=True))
 
     def decode(value):
-        return codecs.decode_image(value) if isinstance(value, bytes) else value
+        return foreign.read(value, colours=True).pixels if isinstance(value, bytes) else value
 
     return Samples(
         builder.info.name, data, split, tuple(bands), dtype, names, digest.hexdigest(), keys, np.array(labels, np.int64),

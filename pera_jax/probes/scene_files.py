@@ -1,19 +1,15 @@
 """The files of labelled scenes, images and masks: found, read, and checked against each other."""
 
 import dataclasses
-import io
 import pathlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from PIL import Image
 
 from pera_jax.bands import Bands
-from pera_jax.data import codecs
+from pera_jax.data import foreign
 from pera_jax.errors import UserError
 from pera_jax.probes.overlap import IGNORE
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
 
 Seen = Callable[[pathlib.Path, bytes], None]  # is told each file and its content
 
@@ -45,7 +41,7 @@ def files(folder: pathlib.Path, dates: int) -> dict[str, dict[str, pathlib.Path]
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
     kinds = ("image",) if dates == 1 else ("A", "B")
-    found = {kind: _files(folder / kind, SUFFIXES) for kind in kinds} | {"label": _files(folder / "label", (".png",))}
+    found = {kind: _files(folder / kind, foreign.ENDINGS) for kind in kinds} | {"label": _files(folder / "label", (".png",))}
     for kind in (*kinds[1:], "label"):
         for one, other in ((kinds[0], kind), (kind, kinds[0])):
             for stem in sorted(found[one].keys() - found[other].keys()):
@@ -110,11 +106,12 @@ def _content(path, seen) -> bytes:
 
 
 def _image(path, bands, seen) -> np.ndarray:
-    """Stored values [H, W, C]."""
+    """Stored values [H, W, C], upright."""
     try:
-        pixels = codecs.decode_image(_content(path, seen))
-    except codecs.ImageDecodeError as error:
-        raise UserError(f"{path} cannot be decoded; replace or remove it") from error
+        picture = foreign.read(_content(path, seen), colours=None if bands.are_colours() else False)
+    except foreign.ImageDecodeError as error:
+        raise UserError(f"{path} cannot be decoded ({error}); replace or remove it") from error
+    pixels = picture.pixels
     if pixels.shape[2] != len(bands) or pixels.dtype != bands.dtype:
         raise UserError(
             f"{path} has {pixels.shape[2]} bands of {pixels.dtype}, and the encoder takes {len(bands)} of "
@@ -126,12 +123,12 @@ def _image(path, bands, seen) -> np.ndarray:
 def read_mask(path: pathlib.Path, change: bool, names: Sequence[str], seen: Seen = _nobody) -> np.ndarray:
     """Reads a mask: uint8 [H, W] of class indices and IGNORE, of change 0 and 1. Arguments and errors as of `read`."""
     try:
-        with Image.open(io.BytesIO(_content(path, seen))) as image:
-            mask = np.array(image)  # indices where there is a palette
-    except codecs.DECODE_ERRORS as error:
-        raise UserError(f"{path} cannot be decoded; replace or remove it") from error
-    if mask.ndim != 2:
-        raise UserError(f"{path} has {mask.shape[2]} bands; a mask has one, of class indices")
+        mask = foreign.read_indices(_content(path, seen))
+    except foreign.ImageDecodeError as error:
+        raise UserError(f"{path} cannot be decoded as a mask ({error}); replace or remove it") from error
+    if mask.shape[2] != 1 or mask.dtype.kind not in "ui":
+        raise UserError(f"{path} has {mask.shape[2]} bands of {mask.dtype}; a mask has one, of class indices")
+    mask = mask[..., 0]
     values = np.unique(mask)
     if change:
         if not (set(values.tolist()) <= {0, 1} or set(values.tolist()) <= {0, 255}):

@@ -1,0 +1,150 @@
+"""TIFF files as they are: the values of the first page in their place, and what the tags say of them.
+
+tifffile and imagecodecs read every layout (strips, tiles, planes, BigTIFF), byte order, compression and predictor that
+GDAL writes. Nothing is converted here but what no program stores otherwise: JPEG's YCbCr inside a TIFF comes out as RGB.
+"""
+
+import dataclasses
+import io
+import itertools
+import logging
+import math
+import xml.etree.ElementTree
+
+import numpy as np
+
+from pera_jax.data.image_errors import ImageDecodeError, check_size
+
+MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, SEPARATED, YCBCR = 0, 1, 2, 3, 5, 6  # PhotometricInterpretation
+UNSPECIFIED, PREMULTIPLIED, STRAIGHT = 0, 1, 2  # ExtraSamples
+_JPEG = (6, 7, 34892, 33007)  # compressions
+_INK_SET, _GDAL_METADATA, _ORIENTATION, _CMYK = 332, 42112, 274, 1
+_REDUCED, _MASK = 1, 4  # bits of NewSubfileType: pages that show the first one smaller, or where it has data
+
+# It tells of odd tags in lines of its own, with text from the file; what stops the reading is raised all the same.
+logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiff:
+    """The first page of a file, as it is stored.
+
+    Attributes:
+      values: [H, W, C] of the dtype of the file.
+      photometric: the tag's number.
+      extra: what the tag ExtraSamples says of the last bands, one number for each that it names.
+      depth: bits of a value; below 8 and between 8 and 16 the values are unpacked.
+      palette: uint16 [3, 2^depth], or None.
+      orientation: 1 to 8; not applied to `values`.
+      names: of the bands, "" where the file has none.
+      pages: whether the file holds further pictures.
+    """
+
+    values: np.ndarray
+    photometric: int
+    extra: tuple[int, ...]
+    depth: int
+    palette: np.ndarray | None
+    orientation: int
+    names: tuple[str, ...]
+    pages: bool
+
+
+def values_of(page) -> np.ndarray:
+    """The values of a page of tifffile in their places, [H, W, C], whatever the layout. Raises nearly anything."""
+    height, width = page.imagelength, page.imagewidth
+    check_size(height, width, page.samplesperpixel * (page.dtype.itemsize if page.dtype else 1))
+    if page.dtype is None or page.imagedepth != 1:
+        raise ImageDecodeError(f"holds values that cannot be read: {page.bitspersample} bits, depth {page.imagedepth}")
+    segments = math.prod(page.chunked)
+    if not len(page.dataoffsets) == len(page.databytecounts) == segments:
+        raise ImageDecodeError(f"has {len(page.dataoffsets)} strips or tiles instead of {segments}")
+    if any(bool(place) != bool(size) for place, size in zip(page.dataoffsets, page.databytecounts, strict=True)):
+        raise ImageDecodeError("has strips or tiles that are not there")  # where both are 0, GDAL left out what is empty
+    found = page.asarray(squeeze=False, maxworkers=1)  # [planes, 1, H, W, samples of a plane]
+    found = np.moveaxis(found[:, 0], 0, 2).reshape(height, width, -1)
+    return np.ascontiguousarray(found, found.dtype.newbyteorder("="))
+
+
+def read(encoded: bytes) -> Tiff:
+    """Reads the first page of a file. Raises ImageDecodeError, and on damaged bytes nearly anything."""
+    import tifffile  # here: data sets of JPEG and PNG do without it
+
+    with tifffile.TiffFile(io.BytesIO(encoded)) as file:
+        page = file.pages.first
+        photometric = int(page.photometric)
+        if photometric == YCBCR:
+            if int(page.compression) not in _JPEG:
+                return _by_pillow(encoded, page)
+            photometric = RGB  # which tifffile makes of it
+        if photometric == SEPARATED and page.tags.valueof(_INK_SET, _CMYK) != _CMYK:
+            raise ImageDecodeError("holds inks other than cyan, magenta, yellow and black")
+        depth = page.bitspersample
+        if isinstance(depth, tuple):
+            raise ImageDecodeError(f"holds bands of {', '.join(map(str, depth))} bits")
+        values = values_of(page)
+        return Tiff(
+            values.astype(np.uint8) if values.dtype == bool else values, photometric,
+            tuple(int(kind) for kind in page.extrasamples), depth, _palette(page, depth),
+            _orientation(page), _names(page, values.shape[2]), _further_pages(file),
+        )  # fmt: skip
+
+
+def orientation_of(path: str) -> int:
+    """How the first page of a file is to be turned, 1 to 8; 1 where that cannot be told."""
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(path) as file:
+            return _orientation(file.pages.first)
+    except Exception:  # on damaged bytes tifffile raises nearly anything
+        return 1
+
+
+def _by_pillow(encoded: bytes, page) -> Tiff:
+    """Subsampled colour that is not JPEG's: libtiff makes RGB of it. Pillow has turned it upright."""
+    from PIL import TiffImagePlugin
+
+    check_size(page.imagelength, page.imagewidth, 4)
+    with TiffImagePlugin.TiffImageFile(io.BytesIO(encoded), "") as image:
+        pages = image.n_frames > 1
+        values = np.array(image.convert("RGB"))
+    return Tiff(values, RGB, (), 8, None, 1, ("",) * 3, pages)
+
+
+def _palette(page, depth: int) -> np.ndarray | None:
+    if int(page.photometric) != PALETTE:
+        return None
+    colours = np.asarray(page.colormap)
+    if colours.shape != (3, 1 << depth):
+        raise ImageDecodeError(f"has a palette of {colours.shape[-1]} colours for values of {depth} bits")
+    return colours if colours.max() > 255 else colours * 256  # some programs write 8 bits for the 16 that are asked
+
+
+def _orientation(page) -> int:
+    found = page.tags.valueof(_ORIENTATION, 1)
+    return int(found) if found in range(2, 9) else 1
+
+
+def _names(page, bands: int) -> tuple[str, ...]:
+    """The descriptions that GDAL gives bands."""
+    names = [""] * bands
+    text = page.tags.valueof(_GDAL_METADATA, "")
+    try:
+        items = xml.etree.ElementTree.fromstring(text) if isinstance(text, str) and text else ()
+    except xml.etree.ElementTree.ParseError:
+        items = ()
+    for item in items:
+        sample = item.get("sample", "")
+        if item.get("role") == "description" and sample.isdecimal() and int(sample) < bands:
+            names[int(sample)] = (item.text or "").strip()
+    return tuple(names)
+
+
+def _further_pages(file) -> bool:
+    try:
+        return any(not int(page.subfiletype) & (_REDUCED | _MASK) for page in itertools.islice(file.pages, 1, None))
+    except Exception:  # a page that is damaged is no picture that anyone misses
+        return False
