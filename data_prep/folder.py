@@ -7,14 +7,13 @@ info.json last of all: a split is in it whole, or not at all.
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from data_prep import duplicates as duplicates_of
 from data_prep import summary
 from data_prep.pixels import Stored
 from data_prep.shards import Item, Job, Part, run_jobs, sync, write_file
+from pera_jax.common import lease
 from pera_jax.data import records, statistics
 from pera_jax.errors import UserError
 from pera_jax.metrics import Progress
@@ -161,7 +161,7 @@ def write_split(
     """
     made = _missing_folders(split.folder)
     try:
-        with lock(split.folder):
+        with lease.held(split.folder, "--output"):
             check_unfinished(split)
             _check_kept(split)
             try:
@@ -185,21 +185,6 @@ def write_split(
 def _missing_folders(folder: pathlib.Path) -> list[pathlib.Path]:
     """The folders that will have to be made, innermost first."""
     return [path for path in (folder, *folder.parents) if not path.exists()]
-
-
-@contextlib.contextmanager
-def lock(folder: pathlib.Path) -> Iterator[None]:
-    """Holds the folder, which is made if need be, against a second conversion; the lock dies with the process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another conversion is writing to {folder}; wait for it to end") from error
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _remove_half_written(split: Split) -> None:

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pera_jax import checkpoint, distributed, files
+from pera_jax.common import lease
 from pera_jax.errors import UserError
 from pera_jax.features import Model
 from pera_jax.probes import features
@@ -91,6 +92,13 @@ def write(
         "parts": len(parts),
         "arrays": arrays,
     }
+    with lease.held(output, "--output"):
+        return _go_on(output, plan, parts, encode, model, samples, batch_size, devices)
+
+
+def _go_on(output, plan, parts, encode, model, samples, batch_size, devices) -> str:
+    """Writes what is not there yet of a folder that this process holds; returns what is there, in words."""
+    arrays, size = plan["arrays"], plan["image_size"]
     said = f"{len(samples):,} images in {len(parts)} parts: {', '.join(arrays)}"
     try:
         _begin(output, plan)
@@ -128,7 +136,8 @@ def _encoder(model: Model, blocks, maps: bool):
 
 def _begin(output: pathlib.Path, plan: dict[str, Any]) -> None:
     """Writes the plan into a new folder. Raises UserError: one of another plan, or of other things."""
-    if not output.is_dir() or all(path.name == f"{PLAN}.tmp" for path in output.iterdir()):  # killed as it wrote that
+    own = (f"{PLAN}.tmp", lease.NAME)  # the first is left where a command was killed as it wrote the plan
+    if all(path.name in own or path.name.startswith(f"{lease.NAME}.") for path in output.iterdir()):
         files.write_json(output / PLAN, plan)
         return
     try:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
+from pera_jax.common import lease
 from pera_jax.errors import UserError
 
 
@@ -35,9 +36,16 @@ def whole_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A folder to write into that becomes `path` when all has gone well, and is removed otherwise.
 
     Raises:
-      UserError: `path` is there and not an empty folder, or cannot be written.
+      UserError: `path` is there and not an empty folder, cannot be written, or another process writes it just now.
     """
     path = path.absolute()
+    with lease.held(path.parent, "--output", name=f".{path.name}.lease", what=path):
+        with _whole_folder(path) as temporary:
+            yield temporary
+
+
+@contextlib.contextmanager
+def _whole_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(f"{path} is already there; choose another --output, or remove it")
     temporary = path.with_name(path.name + ".tmp")

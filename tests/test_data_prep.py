@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import demo_scenes, folder, images, pixels, sources
+from data_prep import demo_scenes, images, pixels, sources
+from pera_jax.common import lease
 from pera_jax.data import codecs, records
 from pera_jax.errors import UserError
 
@@ -332,7 +333,7 @@ def test_no_space_left(tree, tmp_path, monkeypatch):
 
 def test_two_conversions_do_not_share_a_folder(tree, tmp_path):
     (tmp_path / "out").mkdir()
-    with folder.lock(tmp_path / "out"), pytest.raises(UserError, match="another conversion is writing"):
+    with lease.held(tmp_path / "out", "--output"), pytest.raises(UserError, match="out is in use by"):
         images.main(["--input", str(tree), "--output", str(tmp_path / "out"), "--split", "train"])
 
 

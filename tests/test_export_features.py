@@ -16,7 +16,8 @@ import labelled_toys
 import numpy as np
 import pytest
 
-from pera_jax import errors, export, feature_folder, features
+from pera_jax import errors, export, feature_folder, features, files
+from pera_jax.common import lease
 from pera_jax.errors import UserError
 from pera_jax.probes.features import resized
 from pera_jax.probes.samples import open_images
@@ -241,6 +242,18 @@ def test_other_features_are_not_mixed(run, data, tmp_path):
         with pytest.raises(UserError, match=f"holds features of other {name} .*; choose another --output, or remove it"):
             export.main(given)
         assert contents(tmp_path / "out") == before
+
+
+def test_two_exports_do_not_share_a_folder(run, data, tmp_path):
+    with lease.held(tmp_path / "out", "--output"):
+        with pytest.raises(lease.InUse, match="out is in use by process .*; wait for its end, or choose another --output"):
+            export.main(command(run, data, tmp_path / "out", "--split", "train"))
+    assert not (tmp_path / "out").exists()
+    with files.whole_folder(tmp_path / "vit") as begun, pytest.raises(lease.InUse, match="vit is in use by"):
+        (begun / "weights").write_bytes(b"half")
+        with files.whole_folder(tmp_path / "vit"):
+            pass
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["vit", "weights"]
 
 
 def test_a_damaged_image_is_named(run, data, tmp_path):

@@ -14,6 +14,7 @@ import labelled_toys
 import pytest
 
 from pera_jax import checkpoint
+from pera_jax.common import lease
 from pera_jax.errors import UserError
 from pera_jax.probes import follow, job, knn, results, specs
 
@@ -150,7 +151,7 @@ def test_a_result_is_of_one_checkpoint_of_one_run_on_one_data_set(finished, data
 
 
 def test_one_job_at_a_time_and_an_end_to_patience(finished, data, tmp_path):
-    with results.only_one(tmp_path, "follow.lock", wait=False), pytest.raises(UserError, match="another job follows this run"):
+    with lease.held(tmp_path, "--output", name=".follow.lease"), pytest.raises(UserError, match=f"{tmp_path} is in use by"):
         run_follow(finished, tmp_path, two_tasks(data))
     (tmp_path / "run").mkdir()
     with pytest.raises(UserError, match="has no new checkpoint for .* hours and has not ended"):

@@ -100,7 +100,7 @@ class Lease:
 
 @contextlib.contextmanager
 def held(
-    folder: str | pathlib.Path, choose: str, *, name: str = NAME, wait: float = 0.0,
+    folder: str | pathlib.Path, choose: str, *, name: str = NAME, what: object = None, wait: float = 0.0,
     renewal: float = RENEWAL, silence: float = SILENCE, say: Callable[[str], None] | None = None,
 ) -> Iterator[Lease]:  # fmt: skip
     """While entered, no other process that asks holds `folder`, on whatever host.
@@ -111,6 +111,7 @@ def held(
     Args:
       choose: what to choose otherwise, for the sentence: "--workdir".
       name: of the lease's file in the folder: jobs with different names do not keep each other out.
+      what: is in use, for the sentence; the folder by default.
       wait: seconds to wait for an owner that lives.
       renewal, silence: seconds, see the module.
       say: where to say that a lease is watched; stderr by default.
@@ -128,9 +129,9 @@ def held(
             descriptor = _take(path, owner, wait, silence, say)
             lease = Lease(path, owner, descriptor, renewal)
         except InUse as error:
-            raise InUse(f"{folder} is in use by {error}; wait for its end, or choose another {choose}") from None
+            raise InUse(f"{what or folder} is in use by {error}; wait for its end, or choose another {choose}") from None
         except OSError as error:
-            raise UserError(f"cannot write to {folder}: {error.strerror or error}; choose another {choose}") from error
+            raise UserError(f"cannot write to {what or folder}: {error.strerror or error}; choose another {choose}") from error
         yield lease
     finally:
         if lease:

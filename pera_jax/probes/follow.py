@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pera_jax import checkpoint, distributed
+from pera_jax.common import lease
 from pera_jax.errors import UserError
 from pera_jax.probes import keys, results
 from pera_jax.probes.job import Job, Network, Result
@@ -31,7 +32,7 @@ def follow(
     Raises:
       UserError: bad data, before anything is judged; another job that follows the run; no new checkpoint for `patience`.
     """
-    with results.only_one(base, "follow.lock", wait=False) if distributed.main_host() else contextlib.nullcontext():
+    with lease.held(base, "--output", name=".follow.lease") if distributed.main_host() else contextlib.nullcontext():
         job = Job(specs, base, batch_size)
         entries = _follow(run, job, poll, patience)
         if distributed.main_host():

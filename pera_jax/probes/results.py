@@ -12,17 +12,15 @@ of earlier versions, NAME.json, are read as well. An entry holds name, task, che
 
 import contextlib
 import csv
-import fcntl
 import glob
 import io
 import json
 import os
 import pathlib
 import shutil
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +29,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 
 from pera_jax import files
+from pera_jax.common import lease
 from pera_jax.common.text import printable
 from pera_jax.errors import UserError
 from pera_jax.probes import keys
@@ -38,6 +37,7 @@ from pera_jax.probes import keys
 COLUMNS = ("name", "task", "score", "value", "low", "high", "seeds", "step", "encoder", "data", "train_split", "test_split",
            "image_size", "settings", "train_fingerprint", "test_fingerprint", "weights", "git", "run", "failure")  # fmt: skip
 
+_LONGEST_WRITE = 600.0  # seconds that another job may take to write its results
 _PLACES = ("step_*", "untrained", "pixels")
 
 
@@ -46,28 +46,9 @@ def folder_of(encoder: str, step: int) -> str:
     return f"step_{step:06d}" if encoder == "teacher" else encoder
 
 
-@contextlib.contextmanager
-def only_one(base: pathlib.Path, name: str, wait: bool) -> Iterator[None]:
-    """While entered, no other process is in the same with `base` and `name`; the lock goes with its process.
-
-    Where the file system has no locks it is entered all the same.
-
-    Raises:
-      UserError: another one is in, and `wait` is not set; the folder cannot be written.
-    """
-    try:
-        base.mkdir(parents=True, exist_ok=True)
-        lock = open(base / name, "w")
-    except OSError as error:
-        raise _unwritable(base, error) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise UserError(f"another job follows this run into {base}; wait for it, or choose another --output") from error
-        except OSError as error:
-            print(f"{printable(base)} has no locks ({error.strerror}): start one job at a time", file=sys.stderr)
-        yield
+def _writing(base: pathlib.Path) -> contextlib.AbstractContextManager:
+    """While entered, no other process writes results into `base`. Raises UserError: the folder cannot be written."""
+    return lease.held(base, "--output", name=".write.lease", wait=_LONGEST_WRITE)
 
 
 def write(base: pathlib.Path, entry: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
@@ -81,7 +62,7 @@ def write(base: pathlib.Path, entry: dict[str, Any], pictures: dict[str, np.ndar
     """
     place = base / folder_of(entry["checkpoint"]["encoder"], entry["checkpoint"]["step"])
     content, stem = json.dumps(entry, indent=1, allow_nan=False), keys.stem(entry)
-    with only_one(base, "write.lock", wait=True):
+    with _writing(base):
         try:
             shutil.rmtree(place / stem, ignore_errors=True)
             for key, values in pictures.items():
@@ -111,7 +92,7 @@ def check_writable(base: pathlib.Path) -> None:
 
 def write_table(base: pathlib.Path) -> None:
     """Writes results.csv anew from the results that are there. Raises UserError as `write`."""
-    with only_one(base, "write.lock", wait=True):
+    with _writing(base):
         _write_table(base)
 
 

@@ -8,6 +8,7 @@ from PIL import Image
 
 from pera_jax import checkpoint, files
 from pera_jax.bands import Bands
+from pera_jax.common import lease
 from pera_jax.data import records
 from pera_jax.errors import UserError
 from pera_jax.probes import features, samples
@@ -50,6 +51,11 @@ def report(
         raise UserError(f"--seed is {seed}; it must be at least 0")
     if pathlib.Path(output).exists() and not pathlib.Path(output).is_dir():
         raise UserError(f"cannot write to {output}: it is a file; choose another --output")
+    with lease.held(output, "--output", name=".report.lease"):
+        return _report(run, output, data, step, split, number, number_of_pairs, image_size, seed)
+
+
+def _report(run, output, data, step, split, number, number_of_pairs, image_size, seed) -> pathlib.Path:
     found = folder.read(run, step)
     data = _data_of(found.meta) if data is None else data
     before, after, scenes = page.of_the_folder(found)
