@@ -20,6 +20,7 @@ from data_prep import folder_info, histogram_picture, page, stats
 from data_prep.shards import write_file
 from data_prep.survey import THUMBNAIL, Survey, shown_bands, survey, thumbnails
 from pera_jax import html
+from pera_jax.common import paths
 from pera_jax.common.text import printable
 from pera_jax.data import records
 from pera_jax.errors import UserError, run
@@ -31,8 +32,8 @@ _MOST_IMAGES = 1000  # 8 kB each
 def main(argv: list[str] | None = None) -> None:
     """The command. Raises UserError."""
     parser = argparse.ArgumentParser(prog="python -m data_prep.browse", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=pathlib.Path, help="data set folder")
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="the page, name.html; replaced if it exists")
+    parser.add_argument("folder", type=paths.local_path, help="data set folder")
+    parser.add_argument("--output", type=paths.local_path, required=True, help="the page, name.html; replaced if it exists")
     parser.add_argument("--split", help="this split only")
     parser.add_argument("--bands", metavar="R,G,B", help="what to show as red, green, blue; or one band, as grey")
     parser.add_argument("--images", type=int, default=48, metavar="N", help="of each split; default: %(default)s")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from data_prep import duplicates, folder, pixels
 from data_prep.shards import Item, run_jobs
+from pera_jax.common import paths
 from pera_jax.common.text import printable
 from pera_jax.data import foreign, records
 
@@ -17,7 +18,7 @@ _MOST_SHARDS = 512  # readers keep every shard open: stay below the usual limit 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that say what is written, how, and how fast."""
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="data set folder; made if need be")
+    parser.add_argument("--output", type=paths.local_path, required=True, help="data set folder; made if need be")
     parser.add_argument("--split", required=True, help="name of the split: train, test, ...")
     parser.add_argument("--workers", type=count, default=len(os.sched_getaffinity(0)), help="default: all cores")
     parser.add_argument("--max-side", type=count, metavar="PX", help="reduce images whose longer side is longer")

@@ -18,6 +18,7 @@ from data_prep import raster
 from data_prep.demo_scenes import expose, write_once
 from data_prep.scene_layouts import LAYOUTS
 from data_prep.scene_parts import Tones
+from pera_jax.common import paths
 from pera_jax.errors import UserError, run
 from pera_jax.metrics import Progress
 
@@ -33,7 +34,7 @@ _FIELDS = 7
 def main(argv: list[str] | None = None) -> None:
     """The command. Raises UserError."""
     parser = argparse.ArgumentParser(prog="python -m data_prep.demo_mosaics", description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="folder to make")
+    parser.add_argument("--output", type=paths.local_path, required=True, help="folder to make")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other scenes (%(default)s)")
     args = parser.parse_args(argv)
     if args.seed < 0:

@@ -22,6 +22,7 @@ from PIL import Image
 from data_prep import raster
 from data_prep.scene_layouts import LAYOUTS
 from data_prep.scene_parts import Tones
+from pera_jax.common import paths
 from pera_jax.errors import UserError, run
 from pera_jax.metrics import Progress
 
@@ -33,7 +34,7 @@ _SETTINGS_FILE = "scenes.json"
 def main(argv: list[str] | None = None) -> None:
     """The command. Raises UserError."""
     parser = argparse.ArgumentParser(prog="python -m data_prep.demo_scenes", description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="folder to make")
+    parser.add_argument("--output", type=paths.local_path, required=True, help="folder to make")
     parser.add_argument("--images", type=int, default=1500, help="in all; a fifth of them for testing (%(default)s)")
     parser.add_argument("--size", type=int, default=128, help="side in pixels (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other scenes (%(default)s)")

@@ -27,6 +27,7 @@ from collections.abc import Callable
 
 from data_prep import command, folder, pixels, sources
 from data_prep.shards import Item, run_jobs
+from pera_jax.common import paths
 from pera_jax.common.text import several
 from pera_jax.data import records
 from pera_jax.errors import UserError, run
@@ -35,7 +36,7 @@ from pera_jax.errors import UserError, run
 def main(argv: list[str] | None = None, driver: Callable = run_jobs) -> None:
     """The command; `driver` runs its jobs, as `folder.write_split` says of `run`. Raises UserError."""
     parser = argparse.ArgumentParser(prog="python -m data_prep.images", description=__doc__.splitlines()[0])
-    parser.add_argument("--input", type=pathlib.Path, required=True, nargs="+", help="folder of images, or archives")
+    parser.add_argument("--input", type=paths.local_path, required=True, nargs="+", help="folder of images, or archives")
     parser.add_argument("--no-labels", action="store_true", help="folders are no classes")
     command.add_options(parser)
     command.add_range(parser)

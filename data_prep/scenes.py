@@ -24,7 +24,6 @@
 import argparse
 import functools
 import os
-import pathlib
 from collections.abc import Callable
 
 from data_prep import command, folder, images, scene_plan, scene_reader
@@ -32,6 +31,7 @@ from data_prep.pixels import Rejected, Stored, content_hash
 from data_prep.scene_grid import length
 from data_prep.scene_reader import Tile
 from data_prep.shards import Item, run_jobs
+from pera_jax.common import paths
 from pera_jax.common.text import printable, several
 from pera_jax.data import codecs, records, statistics
 from pera_jax.errors import run
@@ -79,8 +79,8 @@ def main(argv: list[str] | None = None, driver: Callable = run_jobs) -> None:
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m data_prep.scenes", description=__doc__.splitlines()[0])
-    parser.add_argument("--input", type=pathlib.Path, required=True, nargs="+", help="folders of GeoTIFFs, or files")
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="data set folder; made if need be")
+    parser.add_argument("--input", type=paths.local_path, required=True, nargs="+", help="folders of GeoTIFFs, or files")
+    parser.add_argument("--output", type=paths.local_path, required=True, help="data set folder; made if need be")
     parser.add_argument("--split", required=True, help="name of the split: train, test, ...")
     parser.add_argument(
         "--tile", type=length, required=True, metavar="L", help="side of a tile: pixels (256) or metres (2560m)"

@@ -22,6 +22,7 @@ import numpy as np
 
 from data_prep import folder_info, histogram_picture, tables
 from data_prep.shards import write_file
+from pera_jax.common import paths
 from pera_jax.common.text import printable
 from pera_jax.data import records, statistics
 from pera_jax.errors import UserError, run
@@ -100,9 +101,9 @@ def number(value: float) -> str:
 def main(argv: list[str] | None = None) -> None:
     """The command. Raises UserError."""
     parser = argparse.ArgumentParser(prog="python -m data_prep.stats", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=pathlib.Path, help="data set folder")
+    parser.add_argument("folder", type=paths.local_path, help="data set folder")
     parser.add_argument("--split", help="this split only")
-    parser.add_argument("--output", type=pathlib.Path, help="folder for CSV, JSON and a picture of each split")
+    parser.add_argument("--output", type=paths.local_path, help="folder for CSV, JSON and a picture of each split")
     args = parser.parse_args(argv)
     info, names = folder_info.load(args.folder, args.split)
     counts = {name: folder_info.histogram(args.folder, info, name) for name in names}

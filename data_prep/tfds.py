@@ -29,6 +29,7 @@ from tensorflow_datasets.core import constants, features
 from data_prep import command, folder, images, tfds_examples
 from data_prep.shards import run_jobs
 from pera_jax.common import classes
+from pera_jax.common import paths
 from pera_jax.data import records
 from pera_jax.data.tfds_sets import bands_of, feature_of, open_dataset, pick_image, pick_label
 from pera_jax.errors import UserError, run
@@ -37,8 +38,8 @@ from pera_jax.errors import UserError, run
 def main(argv: list[str] | None = None, driver: Callable = run_jobs) -> None:
     """The command; `driver` runs its jobs, as `folder.write_split` says of `run`. Raises UserError."""
     parser = argparse.ArgumentParser(prog="python -m data_prep.tfds", description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", required=True, help="folder of a prepared data set, or NAME[/CONFIG][:VERSION]")
-    parser.add_argument("--data-dir", help=f"where data sets lie that --dataset names; default: {constants.DATA_DIR}")
+    parser.add_argument("--dataset", required=True, type=paths.local, help="folder of a prepared data set, or NAME[/CONFIG][:VERSION]")
+    parser.add_argument("--data-dir", type=paths.local, help=f"where data sets lie that --dataset names; default: {constants.DATA_DIR}")
     parser.add_argument("--tfds-split", help="split or part of one, as TFDS writes it; default: that of --split")
     parser.add_argument("--image-feature", metavar="NAME", help="needed where there are several")
     parser.add_argument("--label-feature", metavar="NAME", help="needed where there are several")

@@ -27,6 +27,7 @@ import numpy as np
 from data_prep import folder_info, tables
 from data_prep.check_shard import Findings, Task, check_all, span
 from data_prep.shards import write_file
+from pera_jax.common import paths
 from pera_jax.common.text import printable
 from pera_jax.data import records, statistics
 from pera_jax.errors import UserError, run
@@ -38,10 +39,10 @@ _MOST_GREY_LEVELS = 2.0  # between the means of a band by two decoders of the sa
 def main(argv: list[str] | None = None) -> None:
     """The command. Raises UserError, also where the folder is not sound."""
     parser = argparse.ArgumentParser(prog="python -m data_prep.verify", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=pathlib.Path, help="data set folder")
+    parser.add_argument("folder", type=paths.local_path, help="data set folder")
     parser.add_argument("--split", help="check this split only")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write what was found to this file")
+    parser.add_argument("--json", type=paths.local_path, metavar="FILE", help="also write what was found to this file")
     args = parser.parse_args(argv)
     if args.workers < 1:
         raise UserError(f"--workers is {args.workers}; it must be at least 1")

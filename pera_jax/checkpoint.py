@@ -25,6 +25,7 @@ from orbax.checkpoint import v1 as ocp
 from pera_jax import distributed, run_meta, sharding
 from pera_jax import step as steps
 from pera_jax.bands import Bands
+from pera_jax.common import paths
 from pera_jax.common.lease import Lease
 from pera_jax.errors import UserError
 from pera_jax.objectives import pera
@@ -67,7 +68,7 @@ class Store:
           lease: of the workdir; None for a host that does not hold it.
         """
         policies = ocp.training.preservation_policies
-        self.folder = pathlib.Path(workdir).absolute() / FOLDER
+        self.folder = pathlib.Path(paths.local(workdir)).absolute() / FOLDER
         self._response, self._step = None, None  # of the save under way
         self._lease = lease
         try:
@@ -211,8 +212,8 @@ def set_aside(folder: pathlib.Path) -> pathlib.Path:
 
 
 def saved_steps(run: str | pathlib.Path) -> list[int]:
-    """The finished steps of a run, ascending; none where there is no run."""
-    folder = pathlib.Path(run).absolute() / FOLDER
+    """The finished steps of a run, ascending; none where there is no run. Raises UserError for an address."""
+    folder = pathlib.Path(paths.local(run)).absolute() / FOLDER
     if not folder.is_dir():
         return []
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())

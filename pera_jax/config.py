@@ -5,13 +5,18 @@ is not here is refused. Durations are strings with their unit: "20 epochs", "150
 """
 
 import ast
+import functools
 import os
 import runpy
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
+from pera_jax.common import paths
 from pera_jax.errors import UserError
+
+PATHS = ("resume_from", "init_from", "data.path", "monitor.data")
+"""The fields that hold paths."""
 
 
 def default() -> ConfigDict:
@@ -163,7 +168,7 @@ def load(path: str, changes: Sequence[str] = ()) -> ConfigDict:
     Raises:
       UserError: no such file, or a change that does not fit.
     """
-    name, _, argument = path.partition(":")
+    name, _, argument = paths.local(path).partition(":")
     if not os.path.isfile(name):
         raise UserError(f"config {name} does not exist; name a file of configs/")
     config = runpy.run_path(name)["get_config"](argument or None)
@@ -196,6 +201,8 @@ def check(config: ConfigDict, batch_shards: int, weight_shards: int, hosts: int)
       UserError: the first thing that is wrong.
     """
     _same_fields(config, default(), "")
+    for field in PATHS:
+        paths.local(functools.reduce(getattr, field.split("."), config), f"config.{field}")
     _check_batch(config, batch_shards, hosts)
     if config.heads.prototypes % weight_shards:
         raise UserError(

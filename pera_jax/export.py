@@ -12,10 +12,10 @@ Reading and writing files of torch.save needs PyTorch, the extra `torch`.
 """
 
 import argparse
-import pathlib
 import re
 
 from pera_jax import checkpoint, errors, feature_folder, features
+from pera_jax.common import paths
 from pera_jax.common.text import printable, several
 from pera_jax.probes.samples import open_images
 from pera_jax.weights import imports, released, stablehlo, timm
@@ -48,26 +48,26 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     out = commands.add_parser("timm", help="a network for timm")
-    out.add_argument("--output", required=True, type=pathlib.Path, help="folder for safetensors, config and model card")
+    out.add_argument("--output", required=True, type=paths.local_path, help="folder for safetensors, config and model card")
     artefact = commands.add_parser("stablehlo", help="a network as StableHLO, to run without this program")
-    artefact.add_argument("--output", required=True, type=pathlib.Path, help="file for jax.export.deserialize")
+    artefact.add_argument("--output", required=True, type=paths.local_path, help="file for jax.export.deserialize")
     for command in (out, artefact):
         command.add_argument("--image-size", type=_size, help="px, SIDE or HEIGHTxWIDTH (default: the global crops' size)")
     folder = commands.add_parser("features", help="features of a data set as NumPy arrays")
-    folder.add_argument("--input", required=True, help="images: a folder of them, of class folders, of shards, or tfds:NAME")
+    folder.add_argument("--input", required=True, type=paths.local, help="images: a folder of them, of class folders, of shards, or tfds:NAME")
     folder.add_argument("--split", default="", help="default: all of a folder, or the only split of shards")
-    folder.add_argument("--output", required=True, type=pathlib.Path, help="folder for the arrays and their index")
+    folder.add_argument("--output", required=True, type=paths.local_path, help="folder for the arrays and their index")
     folder.add_argument("--image-size", type=int, help="px, a multiple of the patch (default: the global crops' size)")
     folder.add_argument("--maps", action="store_true", help="also the maps of patch tokens")
     folder.add_argument("--blocks", type=_blocks, default=(), help="also the tokens of these: 3,7,11 from 0, or last4")
     folder.add_argument("--part-size", type=int, default=1024, help="images in a file (default 1024)")
     folder.add_argument("--batch-size", type=int, default=256, help="images decoded at a time; changes no feature")
     dictionary = commands.add_parser("released", help="student, teacher and heads for the authors' PyTorch program")
-    dictionary.add_argument("--output", required=True, type=pathlib.Path, help="file for torch.load")
+    dictionary.add_argument("--output", required=True, type=paths.local_path, help="file for torch.load")
     for command in (out, artefact, folder):
         command.add_argument("--which", choices=features.NETWORKS, default="teacher")
     for command in (out, dictionary, artefact, folder):
-        command.add_argument("--run", required=True, help="folder of the run (the --workdir of the training)"
+        command.add_argument("--run", required=True, type=paths.local, help="folder of the run (the --workdir of the training)"
                              + ", or of an export for timm" * (command in (artefact, folder)))  # fmt: skip
         command.add_argument("--step", type=int, help="the checkpoint (default: the latest)")
 
@@ -75,8 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     theirs.add_argument("--teacher-only", action="store_true", help="the teacher's backbone, without student and heads")
     vit = commands.add_parser("import-timm", help="a ViT under timm's names: DINO, DINOv2, MAE, supervised")
     for command in (theirs, vit):
-        command.add_argument("file", type=pathlib.Path, help="NAME.safetensors, or a file of torch.save")
-        command.add_argument("--output", required=True, type=pathlib.Path, help="folder for the run that it becomes")
+        command.add_argument("file", type=paths.local_path, help="NAME.safetensors, or a file of torch.save")
+        command.add_argument("--output", required=True, type=paths.local_path, help="folder for the run that it becomes")
         beside = " config.json beside the file, or" if command is vit else ""
         command.add_argument("--heads", type=int, help=f"of attention (default:{beside} width / 64)")
         command.add_argument("--bands", type=_words, help="names of the bands (default: red,green,blue)")

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pera_jax import checkpoint, distributed, files
-from pera_jax.common import lease
+from pera_jax.common import lease, paths
 from pera_jax.errors import UserError
 from pera_jax.features import Model
 from pera_jax.probes import features
@@ -68,6 +68,7 @@ def write(
       UserError: images or options that do not fit the weights; an image that cannot be read; a folder of other features, or
         that cannot be written.
     """
+    paths.local(output)
     for name, value in (("part size", part_size), ("batch size", batch_size)):
         if value < 1:
             raise UserError(f"the {name} is {value}; it must be at least 1")

@@ -24,6 +24,7 @@ from einops import rearrange
 
 from pera_jax import checkpoint
 from pera_jax.bands import Bands
+from pera_jax.common import paths
 from pera_jax.errors import UserError
 from pera_jax.models import vit
 from pera_jax.weights import exported
@@ -166,7 +167,7 @@ def load_weights(path: str | pathlib.Path, step: int | None = None, which: str =
     """The weights that `load` takes; the `meta` of an exported folder has only what is needed to use them."""
     if which not in NETWORKS:
         raise UserError(f"there is no network {which!r}; choose from {', '.join(NETWORKS)}")
-    path = pathlib.Path(path)
+    path = pathlib.Path(paths.local(path))
     if not path.is_dir():
         raise UserError(f"the folder {path} does not exist; name a run, or what python -m pera_jax.export timm has written")
     if (path / exported.FILE).is_file():

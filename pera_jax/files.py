@@ -8,13 +8,13 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
-from pera_jax.common import lease
+from pera_jax.common import lease, paths
 from pera_jax.errors import UserError
 
 
 def write(path: pathlib.Path, content: bytes) -> None:
     """Writes a file whole or not at all, with its folder. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    paths.local(path).parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -38,7 +38,7 @@ def whole_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
     Raises:
       UserError: `path` is there and not an empty folder, cannot be written, or another process writes it just now.
     """
-    path = path.absolute()
+    path = paths.local(path).absolute()
     with lease.held(path.parent, "--output", name=f".{path.name}.lease", what=path):
         with _whole_folder(path) as temporary:
             yield temporary

@@ -13,7 +13,6 @@ import dataclasses
 import importlib.util
 import math
 import os
-import pathlib
 import re
 import sys
 import time
@@ -25,6 +24,7 @@ from jax.experimental import topologies
 
 from pera_jax import chips, errors, files, flops, hlo, schedules, sharding
 from pera_jax import config as configs
+from pera_jax.common import paths
 from pera_jax.errors import UserError
 from pera_jax.objectives import pera
 from pera_jax.program import Memory, Program, memory_of
@@ -250,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--no-search", action="store_true", help="do not look for the largest batch: compile once")
     parser.add_argument("--images", type=int, default=5_000_000, help="of the data set (%(default)s)")
     parser.add_argument("--share", type=float, default=0.4, help="of peak FLOP/s that is assumed (%(default)s)")
-    parser.add_argument("--json", type=pathlib.Path, help="file to write the numbers to")
+    parser.add_argument("--json", type=paths.local_path, help="file to write the numbers to")
     arguments = parser.parse_args(argv)
     if not 0 < arguments.share <= 1 or arguments.images < 1 or (arguments.per_device_batch or 1) < 1:
         raise UserError("--share lies in (0, 1], --images and --per_device_batch are at least 1")

@@ -13,6 +13,7 @@ import os
 import pathlib
 
 from pera_jax import distributed, errors
+from pera_jax.common import paths
 from pera_jax.common.text import printable
 from pera_jax.errors import UserError
 from pera_jax.probes import results, specs
@@ -41,24 +42,24 @@ def probe(
 
 def base_of(run: str, output: str | None) -> pathlib.Path:
     """The folder of the results."""
-    return pathlib.Path(output) if output else pathlib.Path(run) / "probe"
+    return pathlib.Path(paths.local(output)) if output else pathlib.Path(paths.local(run)) / "probe"
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m pera_jax.probe", description="Scores a checkpoint's features.")
-    parser.add_argument("--run", required=True, help="folder of the run (the --workdir of the training)")
-    parser.add_argument("--config", help="a config of probes: several tasks on several data sets (configs/probes.py)")
+    parser.add_argument("--run", required=True, type=paths.local, help="folder of the run (the --workdir of the training)")
+    parser.add_argument("--config", type=paths.local, help="a config of probes: several tasks on several data sets (configs/probes.py)")
     parser.add_argument("--tasks", default="knn,linear", help=f"some of {','.join(specs.TASKS)} (default knn,linear)")
-    parser.add_argument("--data", help="labelled images: folder of shards, of class folders, of scenes, or tfds:NAME")
+    parser.add_argument("--data", type=paths.local, help="labelled images: folder of shards, of class folders, of scenes, or tfds:NAME")
     parser.add_argument("--train-split", help="default train")
     parser.add_argument("--test-split", help="default test; '' for a small set without one: leave-one-out")
-    parser.add_argument("--labels", help="CSV of labels: key,label or key and a column of 0 and 1 for each class")
+    parser.add_argument("--labels", type=paths.local, help="CSV of labels: key,label or key and a column of 0 and 1 for each class")
     parser.add_argument("--image-size", type=int, help="px, a multiple of the patch (default: the global crops' size)")
     parser.add_argument("--set", action="append", default=[], metavar="NAME.FIELD=VALUE", dest="changes",
                         help="a setting of a task, as in linear.seeds=(0,1,2,3,4)")  # fmt: skip
     parser.add_argument("--encoder", default="teacher", help=f"{', '.join(ENCODERS)} (default teacher)")
     parser.add_argument("--step", type=int, help="the checkpoint (default: the latest)")
-    parser.add_argument("--output", help="folder for the results (default: RUN/probe)")
+    parser.add_argument("--output", type=paths.local, help="folder for the results (default: RUN/probe)")
     parser.add_argument("--batch-size", type=int, default=256, help="images decoded at a time; changes no score")
     parser.add_argument("--follow", action="store_true", help="judge each new checkpoint until the run has ended")
     parser.add_argument("--poll", type=float, default=10.0, help="seconds between looks for a new checkpoint (default 10)")

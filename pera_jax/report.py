@@ -10,15 +10,16 @@ scenes and the config. What a run does not have yet is left out, which the page 
 import argparse
 
 from pera_jax import errors
+from pera_jax.common import paths
 from pera_jax.common.text import printable
 from pera_jax.reports.job import report
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m pera_jax.report", description="A page about a run.")
-    parser.add_argument("--run", required=True, help="folder of the run (the --workdir of the training)")
-    parser.add_argument("--data", help="data set folder (default: the one that was trained on, if it is still there)")
-    parser.add_argument("--output", required=True, help="folder for index.html and the pictures")
+    parser.add_argument("--run", required=True, type=paths.local, help="folder of the run (the --workdir of the training)")
+    parser.add_argument("--data", type=paths.local, help="data set folder (default: the one that was trained on, if it is still there)")
+    parser.add_argument("--output", required=True, type=paths.local, help="folder for index.html and the pictures")
     parser.add_argument("--step", type=int, help="the checkpoint (default: the latest)")
     parser.add_argument("--split", help="split whose images are shown (default: test, else the one trained on)")
     parser.add_argument("--images", type=int, default=8, dest="number", help="shown at most (default 8)")

@@ -22,7 +22,7 @@ from ml_collections import config_flags
 from pera_jax import checkpoint, distributed, errors, flops, metrics, profiling, run_meta, schedules, sharding
 from pera_jax import config as configs
 from pera_jax import step as steps
-from pera_jax.common import lease
+from pera_jax.common import lease, paths
 from pera_jax.data import mixture, pipeline
 from pera_jax.errors import UserError
 from pera_jax.loop import Loop, StopSignal
@@ -55,6 +55,7 @@ def train(config, workdir: str, profile: str | None = None) -> None:
 
 def _train(config, workdir: str, profile: str | None, stack: contextlib.ExitStack) -> None:
     # ---- mesh and checks that need neither data nor model
+    paths.local(workdir, "workdir")
     mesh = sharding.make_mesh(**config.mesh)
     configs.check(config, sharding.batch_shards(mesh), sharding.weight_shards(mesh), jax.process_count())
 

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import msgspec
 from pera_jax.bands import RGB as RGB
-from pera_jax.common import json_files
+from pera_jax.common import json_files, paths
 from pera_jax.common.environment import EnvironmentFault
 from pera_jax.common.text import printable, several
 from pera_jax.data import info_faults, shard_files
@@ -178,7 +178,7 @@ def decode_record(raw: bytes) -> Record:
 
 def load_info(path: str | pathlib.Path) -> DatasetInfo:
     """Reads FOLDER/info.json. Raises UserError: there is none, one of another format version, one that is damaged."""
-    folder = pathlib.Path(path)
+    folder = pathlib.Path(paths.local(path))
     file = folder / INFO_FILE
     if not folder.is_dir():
         raise UserError(f"data set folder {printable(folder)} does not exist; make one with python -m data_prep.images")

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from pera_jax.bands import Bands
+from pera_jax.common import paths
 from pera_jax.common.text import several
 from pera_jax.data import codecs, foreign, records
 from pera_jax.errors import UserError
@@ -100,6 +101,7 @@ def open_images(data: str, split: str = "") -> Samples:
 
 
 def _open(data: str, split: str, with_classes: bool | None) -> Samples:
+    paths.local(data)
     if data.startswith("tfds:"):
         return _from_tfds(data, split)
     if _are_shards(data):

@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from pera_jax import config as configs
+from pera_jax.common import paths
 from pera_jax.errors import UserError
 from pera_jax.probes import change, knn, linear, logistic, segmentation
 
@@ -62,6 +63,8 @@ def make(name: str, fields: Mapping[str, Any]) -> Spec:
     for key, value in own.items():
         if not isinstance(value, _FIELDS[key]) or isinstance(value, bool):
             raise UserError(f"{name}.{key} is {value!r}, which is no {_FIELDS[key].__name__}")
+    for field in ("data", "labels"):
+        paths.local(own.get(field, ""), f"{name}.{field}")
     settings = dict(known)
     for key, value in fields.items():
         if key in _FIELDS:

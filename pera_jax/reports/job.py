@@ -8,7 +8,7 @@ from PIL import Image
 
 from pera_jax import checkpoint, files
 from pera_jax.bands import Bands
-from pera_jax.common import lease
+from pera_jax.common import lease, paths
 from pera_jax.data import records
 from pera_jax.errors import UserError
 from pera_jax.probes import features, samples
@@ -49,6 +49,8 @@ def report(
             raise UserError(f"{option} is {value}; it must be at least 1")
     if seed < 0:
         raise UserError(f"--seed is {seed}; it must be at least 0")
+    for path in (run, output, data or ""):
+        paths.local(path)
     if pathlib.Path(output).exists() and not pathlib.Path(output).is_dir():
         raise UserError(f"cannot write to {output}: it is a file; choose another --output")
     with lease.held(output, "--output", name=".report.lease"):
