@@ -49,6 +49,7 @@ def test_every_published_config_traces_with_the_rules_of_cudnn(name, changes, mo
     config.update_from_flattened_dict({"precision": "bfloat16", "batch_size": 256} | changes)
     program = Program(config, make=on_h100)
     assert program.objective.vit.attention == "cudnn"
+    monkeypatch.setattr(attention, "_FUSED_FROM", 1)  # the lengths that are too short for it on an H100 as well
     found = primitives(program.trace().jaxpr.jaxpr)
     assert {"dot_product_attention_fwd_wrapper", "dot_product_attention_bwd_wrapper"} <= found
 
@@ -110,6 +111,7 @@ def block_and_gradients(implementation, heads, x, mesh=None):
 
 @pytest.fixture
 def without_cudnn(monkeypatch):
+    monkeypatch.setattr(attention, "_FUSED_FROM", 1)  # short sequences as well
     monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
     with jax.enable_x64(True):
         yield

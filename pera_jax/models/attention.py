@@ -13,6 +13,7 @@ from pera_jax.precision import Precision
 
 IMPLEMENTATIONS = ("auto", "cudnn", "xla")
 _SCORES = 128 * 2**20  # bytes of scores on one device at a time
+_FUSED_FROM = 64  # tokens; on shorter sequences plain products are up to three times as fast (H200: docs/cost.md)
 
 
 def choose(name: str, precision: Precision, head_width: int, device: jax.Device | None = None) -> str:
@@ -113,7 +114,11 @@ def _fused_by_device(query: jax.Array, key: jax.Array, value: jax.Array, tokens:
 
 
 class Attention(nn.Module):
-    """Self-attention with a bias in its projections; `implementation` as `choose` returns it."""
+    """Self-attention with a bias in its projections.
+
+    Attributes:
+      implementation: as `choose` returns it; "cudnn" runs cuDNN's kernel on sequences of 64 tokens or more.
+    """
 
     heads: int
     precision: Precision
@@ -130,7 +135,8 @@ class Attention(nn.Module):
             precision=self.precision.matmul,
         )
         tokens, width = x.shape[1:]
-        if self.implementation == "cudnn" and not class_weights:
+        fused = self.implementation == "cudnn" and tokens >= _FUSED_FROM and not class_weights
+        if fused:
             # Before the projections, where the zeros come with the norm's result and cost no pass of their own.
             x = jnp.pad(x, [(0, 0), (0, padded_length(tokens) - tokens), (0, 0)])  # [B, M, D], M = N or N + 1
         # Three, heads and head dimension are axes of the kernel, so that heads can be cut over devices.
@@ -138,7 +144,7 @@ class Attention(nn.Module):
         query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, N, H, D/H]
         if class_weights:
             return _weights(query[:, :1], key, self.precision)[:, :, 0]  # [B, H, N]
-        if self.implementation == "cudnn":  # its softmax is float32 inside the kernel
+        if fused:  # its softmax is float32 inside the kernel
             mixed = _fused_by_device(query, key, value, tokens)  # [B, M, H, D/H]
         else:
             mixed = _mix_in_parts(query, key, value, self.precision)  # [B, N, H, D/H], wide
