@@ -216,7 +216,7 @@ def test_a_machine_that_fails_damages_no_image(magic, monkeypatch):
     def no_file(*_, **__):
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))  # of a library that is loaded at its first use
 
-    monkeypatch.setattr(codecs.Image, "open", no_file)
+    monkeypatch.setattr(codecs.picture_files, "opened", no_file)
     monkeypatch.setattr("tifffile.TiffFile", no_file)
     with pytest.raises(EnvironmentFault, match="too many files are open"):
         codecs.decode_image(magic)
