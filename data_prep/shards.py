@@ -9,7 +9,6 @@ import base64
 import collections
 import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
 import json
@@ -22,6 +21,7 @@ from array_record.python import array_record_module
 
 from data_prep import processes
 from data_prep.pixels import Rejected, Stored
+from pera_jax.common.environment import EnvironmentFault
 from pera_jax.data import codecs, records, shard_files, statistics
 from pera_jax.errors import UserError
 
@@ -169,6 +169,8 @@ def write_shard(
     writer.close()  # errors of all writes so far surface here, as RuntimeError
     try:
         shard_files.check_shard(temporary, len(digests) // 32)
+    except EnvironmentFault:
+        raise
     except UserError as error:
         raise RuntimeError(str(error)) from error
     sync(temporary)
@@ -188,19 +190,12 @@ def _write(job: Job, say: Callable, convert: Callable[[Item], Stored]) -> Part:
     return write_shard(job, convert, lambda *news: say(news))
 
 
-def _write_failure(reason: str) -> str:
-    full = os.strerror(errno.ENOSPC)
-    if full in reason:
-        return f"{full.lower()} for the shards; make room and give the same command again, it goes on"
-    return f"a shard cannot be written: {reason}"
-
-
 def run_jobs(
     jobs: Iterable[Job], convert: Callable[[Item], Stored], workers: int, report: Callable[[int, list], None]
 ) -> Iterator[Part]:
     """Runs the jobs on worker processes; yields parts as they finish. `convert` and the jobs must be picklable.
 
-    Raises UserError when a worker cannot write, or dies. Workers end when the iterator is closed or exhausted.
+    Raises UserError when a worker cannot write, dies or hangs. Workers end when the iterator is closed or exhausted.
     """
     # Jobs are made one by one: the items of all would fill the memory.
     with contextlib.closing(processes.run(jobs, functools.partial(_write, convert=convert), workers)) as messages:
@@ -211,4 +206,4 @@ def run_jobs(
                 else:
                     yield content
         except processes.WorkFailed as error:
-            raise UserError(_write_failure(str(error))) from error
+            raise UserError(f"a shard cannot be written: {error}") from error

@@ -17,7 +17,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from data_prep import archives
 from data_prep.archives import HIDDEN, Found
 from data_prep.shards import Item
-from pera_jax.common import classes
+from pera_jax.common import classes, environment
+from pera_jax.common.text import printable
 from pera_jax.data.codecs import ImageDecodeError
 from pera_jax.errors import UserError
 
@@ -239,11 +240,18 @@ def _link(entry: os.DirEntry, name: str, inside: str) -> tuple[Found | None, str
 
 
 def read(item: Item) -> bytes:
-    """The bytes of one candidate. Raises ImageDecodeError where they cannot be read."""
+    """The bytes of one candidate. Raises ImageDecodeError where they cannot be read, EnvironmentFault."""
+    try:
+        return environment.patiently(lambda: _bytes(item), f"{printable(item.path)} cannot be read")
+    except archives.READ_ERRORS as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error or type(error).__name__
+        raise ImageDecodeError(f"cannot be read: {reason}") from error
+
+
+def _bytes(item: Item) -> bytes:
     try:
         if item.part is None:
             return pathlib.Path(item.path).read_bytes()
         return archives.read(item.path, item.part, item.size)
-    except archives.READ_ERRORS as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error or type(error).__name__
-        raise ImageDecodeError(f"cannot be read: {reason}") from error
+    except PermissionError as error:  # a fault of this file alone
+        raise ImageDecodeError(f"cannot be read: {error.strerror}") from error

@@ -1,17 +1,19 @@
 """Faults of the machine, told apart from damaged data."""
 
 import errno
+import multiprocessing
 import os
 import pickle
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from array_record.python import array_record_module
 
-from data_prep import check_shard
+from data_prep import check_shard, processes
 from pera_jax.common import environment
 from pera_jax.common.environment import EnvironmentFault, environment_fault, passing, patiently
 from pera_jax.data import codecs, shard_files
@@ -211,12 +213,51 @@ def test_a_machine_that_fails_damages_no_shard(tmp_path, monkeypatch):
         shard_files.check_shard(file, 2)
 
 
-@pytest.mark.parametrize("magic", [b"\x89PNG\r\n\x1a\n", b"II*\0"])
-def test_a_machine_that_fails_damages_no_image(magic, monkeypatch):
+@pytest.mark.parametrize("bands", [3, 4])  # PNG, TIFF
+def test_a_machine_that_fails_damages_no_image(bands, monkeypatch):
+    encoded = codecs.encode(np.zeros((8, 8, bands), np.uint8))
+
     def no_file(*_, **__):
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))  # of a library that is loaded at its first use
 
-    monkeypatch.setattr(codecs.picture_files, "opened", no_file)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", no_file)
     monkeypatch.setattr("tifffile.TiffFile", no_file)
     with pytest.raises(EnvironmentFault, match="too many files are open"):
-        codecs.decode_image(magic)
+        codecs.decode_image(encoded)
+
+
+# ---------------------------------------------------------------- workers
+
+
+def work(task: str, say) -> None:
+    if task == "hang":
+        threading.Event().wait()
+    raise MemoryError
+
+
+def test_workers_that_hang_or_lack_memory_end_the_command(monkeypatch):
+    with pytest.raises(EnvironmentFault, match="a worker cannot go on: there is not enough memory"):
+        list(processes.run(["memory"], work, 1))
+    monkeypatch.setattr(processes, "_LISTEN", 0.1)
+    monkeypatch.setattr(processes, "IDLE_SECONDS", 1.0)
+    with pytest.raises(EnvironmentFault, match="^the workers have said nothing for .* use fewer --workers"):
+        list(processes.run(["hang"], work, 1))
+    assert not multiprocessing.active_children()
+
+
+def test_threads_that_cannot_be_started_are_a_fault_of_the_machine():
+    """In a process of its own, which has no memory for their stacks; ArrayRecord would wait for them for ever."""
+    code = (
+        "import pathlib, resource\n"
+        "from pera_jax.common import environment\n"
+        "from pera_jax.data import shard_files\n"
+        "environment.PAUSES = ()\n"
+        "size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (size + (300 << 20),) * 2)\n"
+        "try:\n"
+        "    shard_files.open_shard(pathlib.Path('/nowhere'))\n"
+        "except environment.EnvironmentFault as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "cannot be read: the system starts no more threads" in done.stdout, done.stderr

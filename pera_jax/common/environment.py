@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import resource
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -40,7 +41,7 @@ _WRAPPERS = (RuntimeError, ValueError, ImportError, EOFError)  # whose text is s
 _MENDS = {
     _FILES: "raise it with ulimit -n",
     _MEMORY: "give the job more memory, or fewer workers or a smaller batch",
-    _THREADS: "raise the limit on them (ulimit -u, or the container's limit on pids)",
+    _THREADS: "raise the limits on memory and on their number (ulimit -v, ulimit -u, or the container's)",
     _FULL: "make room",
     _STORAGE: "see that the disk or the shared file system is well",
     _DENIED: "allow access to it",
@@ -112,6 +113,25 @@ def raise_file_limit() -> int:
         except (ValueError, OSError):  # macOS reports a limit that it does not grant
             return soft
     return hard
+
+
+def check_threads(number: int) -> None:
+    """Starts so many threads, which end at once. Raises RuntimeError, a fault of the machine, where it cannot.
+
+    For libraries that wait for ever for threads of their own that could not be started.
+    """
+    end, started = threading.Event(), []
+    try:
+        for _ in range(number):
+            started.append(threading.Thread(target=end.wait, daemon=True))
+            started[-1].start()
+    except RuntimeError:
+        started.pop()
+        raise
+    finally:
+        end.set()
+        for thread in started:
+            thread.join()
 
 
 def _find(error: BaseException) -> tuple[int | None, str]:

@@ -7,6 +7,7 @@ disk that does not answer) is no damaged one: see `environment.patiently`.
 """
 
 import collections
+import functools
 import itertools
 import pathlib
 import threading
@@ -20,6 +21,7 @@ from pera_jax.common.text import printable
 from pera_jax.errors import UserError
 
 MOST_OPEN = 4096  # an open shard takes about 10 kB
+_READER_THREADS = 64  # that ArrayRecord starts with the first shard of a process; if it cannot, it waits for ever
 
 
 class OpenShards:
@@ -30,7 +32,6 @@ class OpenShards:
         self._lock = threading.Lock()
         self._owners = itertools.count()
         self._gone = collections.deque()  # owners that were collected: at any moment, so that no lock can be taken then
-        self._most = None  # known at the first opening
 
     def owner(self, holder: Any) -> int:
         """A number under which `holder` opens shards; they are closed when it is collected."""
@@ -63,9 +64,8 @@ class OpenShards:
             self._shrink(len(self._readers) // 2)
 
     def _reader(self, owner: int, file: pathlib.Path):
+        most = max(min(MOST_OPEN, prepare() // 2), 1)
         with self._lock:
-            if self._most is None:
-                self._most = max(min(MOST_OPEN, environment.raise_file_limit() // 2), 1)
             if (owner, file) in self._readers:
                 self._readers.move_to_end((owner, file))
                 return self._readers[owner, file]
@@ -73,7 +73,7 @@ class OpenShards:
         reader = _opened(file)
         with self._lock:
             self._readers[owner, file] = reader
-            self._shrink(self._most)
+            self._shrink(most)
         return reader
 
     def _close_gone(self) -> None:
@@ -91,6 +91,16 @@ class OpenShards:
 
 
 OPEN = OpenShards()
+
+
+@functools.cache
+def prepare() -> int:
+    """What a process needs before it opens its first shard; returns how many files it may open.
+
+    Raises RuntimeError, a fault of the machine, where there is no memory for the threads of ArrayRecord.
+    """
+    environment.check_threads(_READER_THREADS)
+    return environment.raise_file_limit()
 
 
 def open_shard(file: pathlib.Path) -> array_record_module.ArrayRecordReader:
@@ -132,6 +142,7 @@ def _unread(file: pathlib.Path) -> str:
 
 
 def _opened(file: pathlib.Path) -> array_record_module.ArrayRecordReader:
+    prepare()
     # Read-ahead and threads serve sequential reading, and each open shard would hold 16 MB of buffer for it.
     reader = array_record_module.ArrayRecordReader(str(file), "readahead_buffer_size:0,max_parallelism:0")
     if not reader.ok():

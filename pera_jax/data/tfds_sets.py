@@ -151,7 +151,7 @@ def bands_of(path: str, feature: features.FeatureConnector, names: str | None = 
 
 @functools.cache
 def _reader(data_dir: str, tfds_split: str, image: str, label: str | None) -> Callable[[int], dict]:
-    environment.raise_file_limit()  # TFDS keeps every shard open
+    shard_files.prepare()
     builder = read_only_builder.builder_from_directory(data_dir, file_format=FORMAT)
     raw = decode.DeserializeMethod.RAW_BYTES
     source = builder.as_data_source(tfds_split, deserialize_method=raw)
