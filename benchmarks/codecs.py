@@ -111,19 +111,20 @@ def made(bands: int, dtype: str, side: int) -> list[np.ndarray]:
 
 def tiles_of(path: pathlib.Path, side: int) -> list[np.ndarray]:
     """The first tiles [<= side, <= side, C] of a scene. Raises UserError where it cannot be read or holds another dtype."""
-    from data_prep import scene_reader
+    from data_prep import scene_file, scene_reader
+    from data_prep.pixels import Rejected
 
-    scene_reader.require_rasterio()
+    scene_file.require_rasterio()
     try:
         scene = scene_reader.describe(str(path))
         width, height = (min(side, own) for own in scene.sides)
         places = [(column, row) for row in range(0, scene.sides[1] - height + 1, height)
                   for column in range(0, scene.sides[0] - width + 1, width)]  # fmt: skip
         tiles = [
-            scene_reader.Tile((*place, width, height), width, height, tuple(scene.names), True) for place in places
+            scene_reader.Tile((*place, width, height), width, height, tuple(scene.names), scene.alpha) for place in places
         ]
         return [scene_reader.read(str(path), tile)[0] for tile in tiles[:_MOST_TILES]]
-    except codecs.ImageDecodeError as error:
+    except (codecs.ImageDecodeError, Rejected) as error:
         raise errors.UserError(f"--input {path} cannot be read ({error}); name GeoTIFFs") from error
 
 

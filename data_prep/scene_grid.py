@@ -48,12 +48,12 @@ class Grid:
     Attributes:
       step: side of a pixel of the grid, in pixels of the file; 1.0 where these are kept.
       sides: of the scene, in pixels of the grid.
-      tile, stride: in pixels of the grid.
+      tile_sides, stride: in pixels of the grid.
     """
 
     step: tuple[float, float]
     sides: tuple[int, int]
-    tile: tuple[int, int]
+    tile_sides: tuple[int, int]
     stride: tuple[int, int]
 
     @classmethod
@@ -86,19 +86,31 @@ class Grid:
     @property
     def whole(self) -> bool:
         """Whether the scene has room for a whole tile."""
-        return all(side >= tile for side, tile in zip(self.sides, self.tile, strict=True))
+        return all(side >= tile for side, tile in zip(self.sides, self.tile_sides, strict=True))
 
-    def tiles(self) -> list[tuple[int, int, int, int]]:
-        """(column, row, width, height) of every tile in pixels of the grid, row by row."""
-        columns, rows = (_starts(*axis) for axis in zip(self.sides, self.tile, self.stride, strict=True))
-        width, height = (min(pair) for pair in zip(self.sides, self.tile, strict=True))
-        return [(column, row, width, height) for row in rows for column in columns]
+    @property
+    def number(self) -> int:
+        """Number of tiles."""
+        columns, rows = self._steps()
+        return columns * rows
+
+    def tile(self, place: int) -> tuple[int, int, int, int]:
+        """(column, row, width, height) of a tile in pixels of the grid; they are counted row by row."""
+        columns, _ = self._steps()
+        corner = zip((place % columns, place // columns), self.sides, self.tile_sides, self.stride, strict=True)
+        column, row = (min(step * stride, max(side - tile, 0)) for step, side, tile, stride in corner)
+        width, height = (min(pair) for pair in zip(self.sides, self.tile_sides, strict=True))
+        return column, row, width, height
+
+    def _steps(self) -> tuple[int, int]:
+        """Number of tiles along each side."""
+        columns, rows = (_steps(*axis) for axis in zip(self.sides, self.tile_sides, self.stride, strict=True))
+        return columns, rows
 
 
-def _starts(side: int, tile: int, stride: int) -> list[int]:
-    """Where the tiles begin along one side."""
+def _steps(side: int, tile: int, stride: int) -> int:
+    """Number of tiles along one side."""
     if side <= tile:
-        return [0]
-    last = side - tile
-    starts = list(range(0, last + 1, stride))
-    return starts + [last] if 2 * (last - starts[-1]) >= stride else starts
+        return 1
+    strides, rest = divmod(side - tile, stride)
+    return strides + 1 + (2 * rest >= stride)

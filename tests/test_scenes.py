@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_prep import scene_plan, scene_reader, scenes
+from data_prep import scene_file, scene_place, scene_plan, scene_reader, scene_tiles, scenes
 from data_prep.pixels import Rejected
 from data_prep.scene_grid import Grid, length
 from pera_jax.data import codecs, records, statistics
@@ -63,16 +63,16 @@ class Cut:
     place: dict | None
 
 
-def cut(paths, tile="32", stride=None, gsd=None, bands=None, names=None, max_nodata=0.1):
+def cut(paths, tile="32", stride=None, gsd=None, bands=None, names=None, max_nodata=0.1, nodata=(), scaled=False):
     """The conversion without its shards: ({key: Cut}, names of the bands)."""
     files, _ = scene_plan.list_scenes([pathlib.Path(path) for path in paths])
-    found, unreadable = scene_plan.look_at(files, 0.0)
-    choices = scene_plan.choose_bands(found, bands, names)
-    items = scene_plan.plan_tiles(files, found, unreadable, choices, length(tile), length(stride or tile), gsd)
+    found, unreadable, _ = scene_plan.look_at(files, 0.0, scaled)
+    choices, _ = scene_plan.choose_bands(files, found, bands, names)
+    items, _ = scene_tiles.plan_tiles(files, found, unreadable, choices, length(tile), length(stride or tile), gsd)
     cuts = {}
     for item in items:
         try:
-            stored = scenes.convert_tile(item, max_nodata)
+            stored = scenes.convert_tile(item, max_nodata, nodata, scaled)
             cuts[item.key] = Cut(stored, codecs.decode_image(stored.data), json.loads(stored.place))
         except Rejected:
             cuts[item.key] = Cut(None, None, None)
@@ -95,8 +95,9 @@ def contents(root):
 @given(st.integers(1, 400), st.integers(1, 100), st.integers(1, 150))
 def test_tiles_lie_inside_and_leave_out_less_than_half_a_stride(side, tile, stride):
     grid = Grid.of((side, 7), None, length(str(tile)), length(str(stride)), None)
-    columns = sorted({column for column, *_ in grid.tiles()})
-    widths = {width for _, _, width, _ in grid.tiles()}
+    tiles = [grid.tile(place) for place in range(grid.number)]
+    columns = sorted({column for column, *_ in tiles})
+    widths = {width for _, _, width, _ in tiles}
     assert widths == {min(side, tile)} and columns[0] == 0 and columns[-1] + min(side, tile) <= side
     assert all(after - before == stride for before, after in zip(columns, columns[1:-1], strict=False))
     if side > tile:
@@ -106,9 +107,9 @@ def test_tiles_lie_inside_and_leave_out_less_than_half_a_stride(side, tile, stri
 
 def test_metres_become_pixels_and_a_near_ground_sample_distance_keeps_the_scene():
     grid = Grid.of((1000, 500), (5.0, 10.0), length("320m"), length("160m"), None)
-    assert (grid.tile, grid.stride, grid.step) == ((64, 32), (32, 16), (1.0, 1.0))
+    assert (grid.tile_sides, grid.stride, grid.step) == ((64, 32), (32, 16), (1.0, 1.0))
     grid = Grid.of((1000, 500), (5.0, 10.0), length("320m"), length("16"), 20.0)
-    assert (grid.tile, grid.stride, grid.step, grid.sides) == ((16, 16), (16, 16), (4.0, 2.0), (250, 250))
+    assert (grid.tile_sides, grid.stride, grid.step, grid.sides) == ((16, 16), (16, 16), (4.0, 2.0), (250, 250))
     assert Grid.of((101, 100), (9.9948, 9.9974), length("50"), length("50"), 10.0).step == (1.0, 1.0)
 
 
@@ -234,7 +235,8 @@ def test_what_is_no_data_is_stored_as_0_not_counted_and_rejected_where_it_is_muc
     path, pixels, expected = masked(tmp_path, kind)
     share = float(1 - expected.mean(axis=(1, 2)).min())
     (tile,) = cut([path], max_nodata=share)[0].values()
-    np.testing.assert_array_equal(np.moveaxis(tile.pixels, 2, 0), np.where(expected, pixels, 0))
+    least = np.minimum(pixels.min(axis=(1, 2), where=expected, initial=0), 0)[:, None, None]
+    np.testing.assert_array_equal(np.moveaxis(tile.pixels, 2, 0), np.where(expected, pixels, least))
     whole = np.moveaxis(pixels, 0, 2)
     assert np.all(tile.stored.histogram == statistics.count(whole, np.moveaxis(expected, 0, 2)))
     assert tile.stored.changes == ("no data to 0",)
@@ -274,7 +276,7 @@ def test_bands_are_chosen_by_number_and_name_in_each_scene(tmp_path):
     assert cut([described])[1] == ["r", "g", "b", "nir"]
     with rasterio.open(bare, "r+") as file:
         file.colorinterp = [ColorInterp.nir, ColorInterp.rededge, ColorInterp.rededge, ColorInterp.undefined]
-    scene_reader._open.cache_clear()
+    scene_file.opened.cache_clear()
     assert cut([bare])[1] == ["nir", "band_2", "band_3", "band_4"]
 
 
@@ -369,13 +371,13 @@ def test_a_scene_larger_than_memory_is_read_by_windows(tmp_path):
         file.write(values((3, 50, 50), "uint8"), window=Window(50_000, 40_000, 50, 50))
     program = f"""
 import json
-from data_prep import scene_plan, scene_reader, scenes
+from data_prep import scene_file, scene_place, scene_plan, scene_reader, scene_tiles, scenes
 from data_prep.scene_grid import length
 files, _ = scene_plan.list_scenes([scene_plan.pathlib.Path({str(tmp_path / "big.tif")!r})])
-found, _ = scene_plan.look_at(files, 0.0)
-bands = scene_plan.choose_bands(found, None, None)
+found, _, _ = scene_plan.look_at(files, 0.0)
+bands, _ = scene_plan.choose_bands(files, found, None, None)
 for gsd, tile, key in ((None, "256", "040000_050000"), (50.0, "100", "000400_000500")):
-    items = scene_plan.plan_tiles(files, found, {{}}, bands, length(tile), length("10000" if gsd is None else "100"), gsd)
+    items, _ = scene_tiles.plan_tiles(files, found, {{}}, bands, length(tile), length("10000" if gsd is None else "100"), gsd)
     (item,) = [item for item in items if item.key.endswith(key)]
     print(scenes.convert_tile(item, 0.0).histogram[:, 1:].sum())
 # What getrusage says begins with the memory of the process that started this one.

@@ -1,0 +1,117 @@
+"""What the user of scenes should know of their values before they become tiles: scales, values that look like no data, and
+alpha bands that look like bands."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from data_prep import scene_reader
+from data_prep.pixels import Rejected
+from data_prep.scene_plan import Choice
+from data_prep.scene_reader import Scene, Tile
+from data_prep.shards import Item
+from pera_jax.common.text import printable
+from pera_jax.data import codecs, statistics
+from pera_jax.errors import UserError
+
+_LOOKED_AT, _SIDE = 24, 512  # tiles that are looked at beforehand, and px of each that are, at most
+_USUAL = (0, 9999, 99999, 65535, 65534, -1, -99, -999, -9999, -99999, -32768, -32767, 1e20, -1e20, 1e30, -1e30)
+_HUGE = 1e37  # what lies beyond is no data in all usual formats (the largest floats, NetCDF's 9.97e36)
+_SHARE = {True: 1e-4, False: 1e-3}  # of the pixels, that a usual or another value must have
+_FAR = {True: 0.5, False: 3.0}  # from the others, in the extent of 98 % of these
+
+
+def scales(scenes: dict[str, Scene], choices: dict[str, Choice], wanted: str | None) -> str | None:
+    """A sentence for the terminal on scale and offset of the files' bands; None where none has any.
+
+    Args:
+      wanted: --scale: "apply", "ignore" or None.
+
+    Raises:
+      UserError: they differ between the scenes, so that one number means several things, and nobody said what to do.
+    """
+    held = {name: tuple(scenes[name].scales[number] for number in choice.numbers) for name, choice in choices.items()}
+    first, *others = dict.fromkeys(held.values())
+    if not others and all(pair == (1, 0) for pair in first):
+        return None
+    if wanted == "apply":
+        return f"scale and offset of {len(held)} scenes are applied: the values are float32"
+    if others and wanted is None:
+        one, other = (next(name for name, pairs in held.items() if pairs == which) for which in (first, others[0]))
+        band = next(band for band, pairs in enumerate(zip(first, others[0], strict=True)) if pairs[0] != pairs[1])
+        said = " and ".join(
+            f"{printable(name)} scale {held[name][band][0]:g} and offset {held[name][band][1]:g}" for name in (one, other)
+        )
+        raise UserError(
+            f"the same number means other things in band {choices[one].names[band]} of these scenes: {said}; give --scale "
+            "apply, which stores value x scale + offset as float32, or --scale ignore, which stores the numbers as they are"
+        )
+    differ = "differ between the scenes and " if others else ""
+    pairs = sorted(set(first))
+    shown = ", ".join(f"{scale:g} and {offset:g}" for scale, offset in pairs[:3]) + (", ..." if len(pairs) > 3 else "")
+    return f"scale and offset of the files ({shown}) {differ}are not applied: the numbers are stored as they are"
+
+
+def fills(counts: statistics.Histogram, dtype: str, names: Sequence[str]) -> dict[tuple[str, float], str]:
+    """Sentences on values that look like no data: the least or the greatest of a band, many of it, far from all others.
+
+    Args:
+      counts: a pixel or more in each band.
+
+    Returns:
+      By name of the band and value. Of uint8, none: its range does not depend on the values.
+    """
+    found = {}
+    for name, band in zip(names, statistics.of_dtype(counts, dtype) if dtype != "uint8" else (), strict=False):
+        values, held = statistics.table(band)
+        values, held = values[held > 0], held[held > 0]
+        total, odd = held.sum(), []
+        for _ in range(4):  # also two such values on one side
+            for end, rest in ((0, np.s_[1:]), (-1, np.s_[:-1])):
+                if len(values) > 1 and _stands_alone(values, held, end, total):
+                    odd.append((float(values[end]), held[end] / total))
+                    values, held = values[rest], held[rest]
+        for value, share in odd:
+            found[name, value] = (
+                f"{share:.2%} of the pixels of band {printable(name)} hold {value:.9g}, far from all others ({values[0]:.5g} to "
+                f"{values[-1]:.5g}); if they have no data, give --nodata {value:.9g}: else this value counts as data and "
+                "stretches the range that maps to [0, 1]"
+            )
+    return found
+
+
+def _stands_alone(values: np.ndarray, held: np.ndarray, end: int, total: int) -> bool:
+    value, rest = values[end], np.s_[1:] if end == 0 else np.s_[:-1]
+    usual = abs(value) > _HUGE or bool(np.isclose(value, _USUAL, rtol=1e-6, atol=0).any())
+    others = values[rest]
+    running = np.cumsum(held[rest])
+    low, high = others[np.searchsorted(running, [0.01 * running[-1], 0.99 * running[-1]]).clip(0, len(others) - 1)]
+    apart = abs(value - others[end])
+    return held[end] >= max(2, _SHARE[usual] * total) and apart > _FAR[usual] * (high - low) and apart > 0
+
+
+def beforehand(
+    items: Sequence[Item], dtype: str, names: Sequence[str], nodata: Sequence[float]
+) -> tuple[dict[tuple[str, float], str], list[str]]:
+    """Looks at some tiles, in pixels and values of the files: what `fills` says of them, and sentences on alpha bands."""
+    counts, opacities = 0, 0
+    for i in sorted({len(items) * k // _LOOKED_AT for k in range(_LOOKED_AT)}):
+        part = items[i].part
+        if not isinstance(part, Tile):
+            continue
+        width, height = (max(1, min(_SIDE, int(side))) for side in part.window[2:])
+        part = part._replace(window=(*map(int, part.window[:2]), width, height), columns=width, rows=height)
+        try:
+            pixels, valid = scene_reader.read(items[i].path, part, nodata)
+            if part.alpha is not None:
+                opacities = opacities + scene_reader.opacities(items[i].path, part)
+        except (codecs.ImageDecodeError, Rejected):
+            continue  # the conversion will name it
+        if dtype == "float32":
+            pixels = pixels.astype(np.float32)
+        counts = counts + statistics.count(pixels, valid)
+    known = not isinstance(counts, int) and all(held.any() for _, held in map(statistics.table, counts))
+    between = 0.0 if isinstance(opacities, int) else opacities[1:-1].sum() / opacities.sum()
+    odd = [f"{between:.0%} of the pixels that were looked at lie between nothing and all in the alpha band, so it may be a "
+           "band like others"] if between > 0.1 else []  # fmt: skip
+    return fills(counts, dtype, names) if known else {}, odd
