@@ -15,30 +15,26 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
-from pera_jax import distributed, run_meta, sharding
+from pera_jax import distributed, intact, sharding
 from pera_jax import step as steps
 from pera_jax.bands import Bands
 from pera_jax.common import paths
 from pera_jax.common.lease import Lease
+from pera_jax.common.text import several
 from pera_jax.errors import UserError
+from pera_jax.intact import Damaged, Removed  # noqa: F401  of what is read here
 from pera_jax.objectives import pera
 
 FOLDER = "checkpoints"
 # What a full disk, a lost mount or a denied write look like: Orbax and TensorStore wrap the system's error in several.
 WRITE_ERRORS = (OSError, ValueError, RuntimeError)
-_READ_ERRORS = (*WRITE_ERRORS, KeyError, TypeError)
 _REMOVAL_SECONDS, _QUIET_SECONDS = 20.0, 1.0  # longest wait for threads of a failed save; silence that ends it
-
-
-class Damaged(UserError):
-    """A checkpoint that cannot be read; the one before it may be whole."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +100,7 @@ class Store:
         self.check_owned()
         self.wait()
         step = int(state.step)
-        items = split(state) | {"data": data, "meta": meta | {"step": step}}
+        items = intact.sealed(split(state) | {"data": data, "meta": meta | {"step": step}})
         try:
             self._check_space(items)
             response = self._checkpointer.save_checkpointables_async(step, items)
@@ -176,30 +172,53 @@ def split(state: steps.TrainState) -> dict[str, Any]:
     return {"state": fields, "teacher": teacher}
 
 
-def restore(folder: pathlib.Path, abstract: steps.TrainState) -> tuple[steps.TrainState, dict[str, Any]]:
+def restore(
+    folder: pathlib.Path, abstract: steps.TrainState, verify: bool = True
+) -> tuple[steps.TrainState, dict[str, Any]]:
     """The whole state in a checkpoint's folder, laid out as `abstract` says, and the data position.
+
+    With several hosts all must call it, and all get it or none.
+
+    Args:
+      verify: compare arrays and position with the digests of the save.
 
     Raises:
       UserError: leaves that are missing, too many or of another shape.
-      Damaged: an unreadable checkpoint.
+      Damaged: an unreadable checkpoint, or one with other values than were saved.
     """
     wanted = split(abstract)
-    with _reading(folder):
+    _, digests = intact.agreed(lambda: _meta_of(folder))
+    if digests is not None:
+        _check_shapes(folder, {name: intact.saved_shapes(digests, name) for name in wanted}, wanted)
+
+    def load():
         stored = ocp.checkpointables_metadata(folder).metadata
-        differing = differences({name: stored[name] for name in wanted}, wanted)
-        if differing:
-            raise UserError(f"the checkpoint {folder} does not fit this config: {'; '.join(differing)}")
-        items = ocp.load_checkpointables(folder, wanted | {"data": None})
-    return steps.TrainState(teacher=items["teacher"], **items["state"]), items["data"]
+        return {name: stored[name] for name in wanted}
+
+    def items():
+        stored = intact.read(folder, load)
+        if digests is None:
+            _check_shapes(folder, stored, wanted)
+        elif differences(stored, wanted):
+            raise Damaged(f"the checkpoint {folder} cannot be read: it has lost parts of {' or '.join(wanted)}")
+        return intact.read(folder, lambda: ocp.load_checkpointables(folder, wanted | {"data": None}))
+
+    found = intact.agreed(items)
+
+    def check():
+        if verify:
+            intact.check_json(folder, "data", found["data"], digests)
+            for name in wanted:
+                intact.check_arrays(folder, name, found[name], digests)
+
+    intact.agreed(check)
+    return steps.TrainState(teacher=found["teacher"], **found["state"]), found["data"]
 
 
-@contextlib.contextmanager
-def _reading(folder: pathlib.Path) -> Iterator[None]:
-    """Turns what Orbax raises on a checkpoint with missing, cut or changed files into `Damaged`."""
-    try:
-        yield
-    except _READ_ERRORS as error:
-        raise Damaged(f"the checkpoint {folder} cannot be read: {(str(error).splitlines() or ['?'])[0][:200]}") from error
+def _check_shapes(folder: pathlib.Path, stored: Any, wanted: Any) -> None:
+    differing = differences(stored, wanted)
+    if differing:
+        raise UserError(f"the checkpoint {folder} does not fit this config: {several(differing)}")
 
 
 def set_aside(folder: pathlib.Path) -> pathlib.Path:
@@ -245,20 +264,19 @@ def identity(folder: pathlib.Path) -> str:
 
 
 def load_meta(folder: pathlib.Path) -> dict[str, Any]:
-    """The `meta` of a checkpoint's folder.
+    """The `meta` of a checkpoint's folder, as it was saved.
 
     Raises:
       UserError: a checkpoint of another format version.
-      Damaged: one that cannot be read.
+      Damaged: one that cannot be read, or whose `meta` is not what was saved.
     """
-    with _reading(folder):
-        meta = ocp.load_checkpointables(folder, {"meta": None})["meta"]
-    if meta["format_version"] != run_meta.FORMAT_VERSION:
-        raise UserError(
-            f"the checkpoint {folder} has format version {meta['format_version']}, this program reads "
-            f"{run_meta.FORMAT_VERSION}; use the program's version that wrote it"
-        )
-    return meta
+    return _meta_of(folder)[0]
+
+
+def _meta_of(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The `meta`, and the digests of a checkpoint that has some."""
+    stored = intact.read(folder, lambda: ocp.load_checkpointables(folder, {"meta": None})["meta"])
+    return intact.unsealed(folder, stored)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,19 +300,22 @@ def objective_of(meta: dict[str, Any]) -> pera.PerA:
 
 
 def load_weights(
-    run: str | pathlib.Path, step: int | None = None, which: str = "teacher", untrained: bool = False
+    run: str | pathlib.Path, step: int | None = None, which: str = "teacher", untrained: bool = False, verify: bool = True
 ) -> Weights:
     """The weights of a run, on the first device, without its config's file.
 
     Args:
       which: "teacher" or "student".
       untrained: the network as it was before the first step, made again from the stored seed.
+      verify: compare the arrays with the digests of the save.
 
     Raises:
       UserError: no such run or step, another format version, an import without a student.
+      Damaged: an unreadable checkpoint, or one with other values than were saved.
+      Removed: training removed it meanwhile.
     """
     folder, chosen = folder_of(run, step)
-    meta = load_meta(folder)
+    meta, digests = _meta_of(folder)
     if which == "student" and backbone_alone(meta):
         raise UserError(f"{run} holds the teacher's backbone alone, and no student")
     objective = objective_of(meta)
@@ -311,9 +332,12 @@ def load_weights(
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)
     name, alone = "teacher" if which == "teacher" else "state", backbone_alone(meta)
     wanted = split(abstract)[name]
-    with _reading(folder):
-        loaded = ocp.load_checkpointables(folder, {name: {"backbone": wanted["backbone"]} if alone else wanted})[name]
-    return Weights(loaded if which == "teacher" else loaded["params"], meta, chosen)
+    wanted = {"backbone": wanted["backbone"]} if alone else wanted
+    loaded = intact.read(folder, lambda: ocp.load_checkpointables(folder, {name: wanted})[name])
+    params = loaded if which == "teacher" else loaded["params"]
+    if verify:
+        intact.check_arrays(folder, name, params if which == "teacher" else {"params": params}, digests)
+    return Weights(params, meta, chosen)
 
 
 def backbone_alone(meta: dict[str, Any]) -> bool:

@@ -113,6 +113,11 @@ def anywhere(fact: bool) -> bool:
     return bool(fact) if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.bool_(fact))))
 
 
+def largest(value: int) -> int:
+    """The largest value of any host. All of them must ask."""
+    return value if jax.process_count() == 1 else int(np.max(multihost_utils.process_allgather(np.int64(value))))
+
+
 def of_main_host(value: int) -> int:
     """The first host's value. All of them must ask."""
     return value if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int64(value)))

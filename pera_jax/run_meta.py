@@ -8,11 +8,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from pera_jax import intact
 from pera_jax.errors import UserError
 from pera_jax.models import vit
 from pera_jax.objectives import pera
-
-FORMAT_VERSION = 2
 
 
 def git_revision() -> str:
@@ -31,7 +30,7 @@ def describe(config: ConfigDict, objective: pera.PerA, data: dict[str, Any]) -> 
       data: the data set's card, from `Mixture.card`.
     """
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": intact.FORMAT_VERSION,
         "model": vit.description(objective.vit),
         **objective.bands.described(),
         "data": data,

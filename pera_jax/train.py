@@ -19,7 +19,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from pera_jax import checkpoint, distributed, errors, flops, metrics, profiling, run_meta, schedules, sharding
+from pera_jax import checkpoint, distributed, errors, flops, intact, metrics, profiling, run_meta, schedules, sharding
 from pera_jax import config as configs
 from pera_jax import step as steps
 from pera_jax.common import lease, paths
@@ -169,14 +169,13 @@ def _first_state(config, workdir, meta, objective, optimiser, abstract, mesh, da
         newest, _ = checkpoint.folder_of(run, None)
         damaged = []
         for step in reversed(checkpoint.saved_steps(run)):
-            folder, found, error = newest.with_name(str(step)), None, None
+            folder = newest.with_name(str(step))
             try:
-                run_meta.check_same_run(checkpoint.load_meta(folder), meta, run, config.data.allow_changed_data)
+                found_meta = intact.agreed(lambda: checkpoint.load_meta(folder))
+                run_meta.check_same_run(found_meta, meta, run, config.data.allow_changed_data)
                 found = checkpoint.restore(folder, abstract)
-            except checkpoint.Damaged as wrong:
-                error = wrong
-            if distributed.anywhere(error is not None):
-                damaged.append((folder, error or f"the checkpoint {folder} cannot be read on another host"))
+            except checkpoint.Damaged as error:
+                damaged.append((folder, error))
                 continue
             for bad, error in damaged if distributed.main_host() else ():
                 moved = f"; moved to {checkpoint.set_aside(bad)}" if run == workdir else ""

@@ -95,7 +95,7 @@ def test_weights_come_with_what_is_needed_to_use_them(run, state):
     assert checkpoint.objective_of(weights.meta).vit == objective.vit
 
 
-def test_init_from_another_shape_names_every_leaf_that_differs(run, state):
+def test_init_from_another_shape_names_leaves_that_differ(run, state):
     _, objective, optimiser = parts(width=64)
     other = jax.eval_shape(lambda: steps.new_state(objective, optimiser, 0))
     with pytest.raises(UserError) as error:
@@ -109,7 +109,8 @@ def test_init_from_another_shape_names_every_leaf_that_differs(run, state):
         )
         if leaf.shape != old.shape
     ]
-    assert len(differing) > 20 and all(f"{path} is" in message for path in differing)
+    assert sum(f"{path} is" in message for path in differing) == 3
+    assert int(re.search(r"and (\d+) more$", message)[1]) >= len(differing) - 3 > 20
 
 
 def test_restoring_into_another_shape_or_a_damaged_checkpoint_is_refused(run, tmp_path):
@@ -135,7 +136,7 @@ def test_what_is_not_there_is_named(run, tmp_path, state):
     store = checkpoint.Store(str(tmp_path), keep_last=1, keep_every=1)
     store.save(state, meta_of(config, objective) | {"format_version": 99}, {"batches": 0, "replaced": 0})
     store.close()
-    with pytest.raises(UserError, match="has format version 99, this program reads 2"):
+    with pytest.raises(UserError, match="has format version 99, this program reads 2 and 3"):
         checkpoint.load_weights(tmp_path)
 
 

@@ -15,7 +15,7 @@ import jax
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
-from pera_jax import checkpoint, files, run_meta
+from pera_jax import checkpoint, files, intact, run_meta
 from pera_jax import config as configs
 from pera_jax import step as steps
 from pera_jax.bands import RGB, Bands
@@ -113,7 +113,7 @@ def _save(run: pathlib.Path, objective, optimiser, params, teacher, meta: dict[s
         items |= checkpoint.split(steps.TrainState(step, params, teacher, opt_state, objective.init_state()))
     try:
         (run / checkpoint.FOLDER).mkdir()
-        ocp.save_checkpointables(run / checkpoint.FOLDER / "0", items)
+        ocp.save_checkpointables(run / checkpoint.FOLDER / "0", intact.sealed(items))
     except checkpoint.WRITE_ERRORS as error:
         raise OSError(errno.EIO, str(error).splitlines()[0][:200]) from error
 

@@ -1,0 +1,124 @@
+"""Digests by which what is read is known to be what was written: of arrays on their devices, of JSON, of files.
+
+Arrays on devices have two sums each. Every 32-bit word of an array's bits is mixed with its place in the array, and the
+mixed words are added modulo 2^32: the order of adding does not matter, so the sums are the same on one device, on any
+mesh and on many hosts, and a leaf is read once, where it lies, without a copy. The mixing is a bijection of the word, so
+one changed word always changes both sums; any other change passes with a chance of about 2^-64.
+"""
+
+import functools
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}  # by bytes of a value; eight are two words
+
+
+def of_leaves(tree: Any) -> dict[str, str]:
+    """For each leaf of a tree of arrays by its path, "a/b/c": dtype, shape and the two sums, as `float32[2,3] 0123...`.
+
+    Compiled once for each set of shapes and layouts; waits for the values. With several hosts all must call it, and all
+    get the same.
+
+    Args:
+      tree: of jax.Array, of any sharding, and NumPy arrays, of values of 1, 2, 4 or 8 bytes.
+    """
+    paths, leaves = _flat(tree)
+    if not leaves:
+        return {}
+    sums = np.asarray(_sums(_everywhere(leaves))([_passable(leaf) for leaf in leaves]))  # [N, 2]
+    return {
+        path: f"{described(leaf)} {first:08x}{second:08x}"
+        for path, leaf, (first, second) in zip(paths, leaves, sums.tolist(), strict=True)
+    }
+
+
+def described(leaf: Any) -> str:
+    """dtype and shape of an array, abstract or not: `float32[2,3]`."""
+    return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
+
+
+def not_finite(tree: Any) -> list[str]:
+    """The paths of leaves that hold a NaN or an infinity. As `of_leaves`."""
+    paths, leaves = _flat(tree)
+    kept = [(path, leaf) for path, leaf in zip(paths, leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    if not kept:
+        return []
+    finite = np.asarray(_finite(_everywhere([leaf for _, leaf in kept]))([leaf for _, leaf in kept]))
+    return [path for (path, _), good in zip(kept, finite.tolist(), strict=True) if not good]
+
+
+def of_json(value: Any) -> str:
+    """SHA-256 in hexadecimal of a JSON value, whatever the order of its keys, tuples as lists."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
+
+
+def of_named(arrays: dict[str, np.ndarray]) -> str:
+    """SHA-256 in hexadecimal over names, dtypes, shapes and values of arrays on the host."""
+    found = hashlib.sha256()
+    for name in sorted(arrays):
+        values = np.ascontiguousarray(arrays[name])
+        found.update(f"{json.dumps(name)} {described(arrays[name])}\n".encode("ascii"))
+        found.update(values.reshape(-1).view(np.uint8))
+    return found.hexdigest()
+
+
+def of_file(path: pathlib.Path) -> str:
+    """SHA-256 in hexadecimal of a file. Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------- on the devices
+
+
+def _flat(tree: Any) -> tuple[list[str], list[Any]]:
+    found = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in found], [leaf for _, leaf in found]
+
+
+def _everywhere(leaves: list[Any]) -> jax.sharding.Sharding | None:
+    """The layout that gives each host a whole result; None where the leaves lie on one device or on the host."""
+    meshes = (leaf.sharding.mesh for leaf in leaves if isinstance(getattr(leaf, "sharding", None), jax.sharding.NamedSharding))
+    mesh = next(meshes, None)
+    return None if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def _passable(leaf: Any) -> Any:
+    """NumPy's values of 64 bits as pairs of words: without x64, JAX would round them first."""
+    if isinstance(leaf, np.ndarray) and leaf.dtype.itemsize == 8:
+        return np.ascontiguousarray(leaf).reshape(-1).view(np.uint32).reshape(*leaf.shape, 2)
+    return leaf
+
+
+@functools.lru_cache(maxsize=8)
+def _sums(where: jax.sharding.Sharding | None):
+    return jax.jit(lambda leaves: jnp.stack([_sums_of(leaf) for leaf in leaves]), out_shardings=where)
+
+
+@functools.lru_cache(maxsize=8)
+def _finite(where: jax.sharding.Sharding | None):
+    return jax.jit(lambda leaves: jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]), out_shardings=where)
+
+
+def _sums_of(leaf: jax.Array) -> jax.Array:
+    """uint32 [2]."""
+    if leaf.dtype == jnp.bool_:
+        leaf = leaf.astype(jnp.uint8)
+    words = jax.lax.bitcast_convert_type(leaf, _WORDS[leaf.dtype.itemsize]).astype(jnp.uint32)
+    place, stride = jnp.zeros((), jnp.uint32), 1
+    for axis in reversed(range(words.ndim)):  # the place in row-major order, modulo 2^32
+        place = place + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * np.uint32(stride % 2**32)
+        stride *= words.shape[axis]
+    first = words ^ (place * np.uint32(0x9E3779B1) + np.uint32(0x7F4A7C15))
+    first = (first ^ (first >> 16)) * np.uint32(0x85EBCA6B)
+    first = (first ^ (first >> 13)) * np.uint32(0xC2B2AE35)
+    first = first ^ (first >> 16)
+    second = (first + place) * np.uint32(0x27D4EB2F)
+    second = (second ^ (second >> 15)) * np.uint32(0x165667B1)
+    return jnp.stack([jnp.sum(first, dtype=jnp.uint32), jnp.sum(second ^ (second >> 13), dtype=jnp.uint32)])
