@@ -4,25 +4,33 @@ At a save the digests of the arrays (`common.digests`), of the data position and
 `meta`, as its entry `digests`. A checkpoint of format version 2 has none; of its arrays only shapes and NaN are checked.
 """
 
+import contextlib
+import gc
+import logging
 import pathlib
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
 import ml_dtypes  # noqa: F401  NumPy knows bfloat16 by its name with it
 import numpy as np
+from orbax.checkpoint import v1 as ocp
 
 from pera_jax import distributed
 from pera_jax.common import digests
 from pera_jax.common.environment import EnvironmentFault, environment_fault, patiently
 from pera_jax.common.text import printable, several
 from pera_jax.errors import UserError
+from pera_jax.sharding import path_of
 
 T = TypeVar("T")
 
 ENTRY = "digests"
 FORMAT_VERSION, _WITHOUT_DIGESTS = 3, 2
 _ARRAYS = ("state", "teacher")
+_LATE_SECONDS = 0.1
 
 
 class Damaged(UserError):
@@ -63,7 +71,8 @@ def read(folder: pathlib.Path, load: Callable[[], T]) -> T:
     what = f"the checkpoint {folder} cannot be read"
     try:
         # Several hosts would not try again together.
-        found = patiently(load, what) if jax.process_count() == 1 else load()
+        with _without_tracebacks():
+            found = patiently(load, what) if jax.process_count() == 1 else load()
     except UserError:
         raise
     except Exception as error:
@@ -79,6 +88,29 @@ def read(folder: pathlib.Path, load: Callable[[], T]) -> T:
     if not _files(folder) >= before:
         raise Removed(f"the checkpoint {folder} was removed while it was read; take a later one")
     return found
+
+
+@contextlib.contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    """Keeps what Orbax's other tasks and TensorStore's threads print after the first error of a load off the terminal."""
+    log, hook = logging.getLogger("asyncio"), sys.unraisablehook
+    level = log.level
+
+    def without_late_answers(raised):
+        if not (isinstance(raised.exc_value, RuntimeError) and str(raised.exc_value) == "Event loop is closed"):
+            hook(raised)
+
+    log.setLevel(logging.CRITICAL + 1)
+    sys.unraisablehook = without_late_answers
+    try:
+        yield
+    except Exception:
+        time.sleep(_LATE_SECONDS)  # for the threads that still read
+        gc.collect()  # what became of a task that nobody waits for is logged when it goes
+        raise
+    finally:
+        log.setLevel(level)
+        sys.unraisablehook = hook
 
 
 def _files(folder: pathlib.Path) -> set[pathlib.Path]:
@@ -103,7 +135,23 @@ def agreed(load: Callable[[], T]) -> T:
     return found
 
 
-def unsealed(folder: pathlib.Path, stored: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def load_meta(folder: pathlib.Path) -> dict[str, Any]:
+    """The `meta` of a checkpoint's folder, as it was saved.
+
+    Raises:
+      UserError: a checkpoint of another format version.
+      Damaged: one that cannot be read, or whose `meta` is not what was saved.
+    """
+    return meta_of(folder)[0]
+
+
+def meta_of(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The `meta`, and the digests of a checkpoint that has some."""
+    stored = read(folder, lambda: ocp.load_checkpointables(folder, {"meta": None})["meta"])
+    return _unsealed(folder, stored)
+
+
+def _unsealed(folder: pathlib.Path, stored: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """A stored `meta` as (what was handed to `sealed`, digests or None for a checkpoint that was written without).
 
     Raises:
@@ -135,6 +183,28 @@ def saved_shapes(found: dict[str, Any], name: str) -> dict[str, jax.ShapeDtypeSt
         dtype, _, sides = described.rstrip("]").partition("[")
         result[path] = jax.ShapeDtypeStruct([int(side) for side in sides.split(",") if side], np.dtype(dtype))
     return result
+
+
+def check_shapes(folder: pathlib.Path, stored: Any, wanted: Any) -> None:
+    """Raises UserError where leaves are missing, too many or of another shape than the `wanted` ones."""
+    differing = differences(stored, wanted)
+    if differing:
+        raise UserError(f"the checkpoint {folder} does not fit this config: {several(differing)}")
+
+
+def differences(found: Any, wanted: Any) -> list[str]:
+    """What is another, missing or too much among the paths and shapes of two trees, a line each."""
+
+    def shapes(tree):
+        leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+        return {path_of(path): tuple(leaf.shape) for path, leaf in leaves}
+
+    there, here = shapes(found), shapes(wanted)
+    return [
+        f"{path} is {there.get(path, 'absent')} there and {here.get(path, 'absent')} here"
+        for path in sorted(there.keys() | here.keys())
+        if there.get(path) != here.get(path)
+    ]
 
 
 def check_json(folder: pathlib.Path, name: str, value: Any, found: dict[str, Any] | None) -> None:

@@ -19,7 +19,8 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from pera_jax import checkpoint, distributed, errors, flops, intact, metrics, profiling, run_meta, schedules, sharding
+from pera_jax import checkpoint, checkpoint_store, distributed, errors, flops, intact, metrics, profiling, run_meta
+from pera_jax import schedules, sharding
 from pera_jax import config as configs
 from pera_jax import step as steps
 from pera_jax.common import lease, paths
@@ -126,7 +127,7 @@ def _train(config, workdir: str, profile: str | None, stack: contextlib.ExitStac
     )
     stack.callback(stream.close)
     stack.callback(gc.collect)  # before it: JAX lets go of the last batch, which lies in the workers' memory
-    store = checkpoint.Store(workdir, config.checkpoint.keep_last, every["keep"], owned[0] if owned else None)
+    store = checkpoint_store.Store(workdir, config.checkpoint.keep_last, every["keep"], owned[0] if owned else None)
     stack.callback(store.close)
     writer = None
     if distributed.main_host():

@@ -10,7 +10,7 @@ import numpy as np
 from array_record.python import array_record_module
 from PIL import Image
 
-from pera_jax import checkpoint, run_meta
+from pera_jax import checkpoint_store, run_meta
 from pera_jax import config as configs
 from pera_jax import step as steps
 from pera_jax.bands import Bands
@@ -79,7 +79,7 @@ def write_run(workdir: pathlib.Path, saved=((4, 0), (12, 77)), bands=Bands.plain
     objective = pera.from_config(config, bands)
     card = {"name": "small", "split": "train", "records": 45, "fingerprint": "train", "class_names": CLASSES}
     meta = run_meta.describe(config, objective, card)
-    store = checkpoint.Store(str(workdir), keep_last=20, keep_every=100)
+    store = checkpoint_store.Store(str(workdir), keep_last=20, keep_every=100)
     optimiser = steps.make_optimiser(config.optimiser)
     birth = jax.jit(lambda seed: steps.new_state(objective, optimiser, seed))
     for step, seed in saved:

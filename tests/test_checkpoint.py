@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pera_jax import checkpoint, run_meta, sharding
+from pera_jax import checkpoint, checkpoint_store, run_meta, sharding
 from pera_jax import step as steps
 from pera_jax.bands import Bands
 from pera_jax.errors import UserError
@@ -48,7 +48,7 @@ def run(state, tmp_path_factory):
     """A run with the checkpoints of steps 1 to 7; the last 2 are kept, and multiples of 3."""
     workdir = tmp_path_factory.mktemp("run")
     config, objective, _ = parts()
-    store = checkpoint.Store(str(workdir), keep_last=2, keep_every=3)
+    store = checkpoint_store.Store(str(workdir), keep_last=2, keep_every=3)
     for step in range(1, 8):  # back to back: none may be skipped
         current = state.replace(step=state.step + step)
         store.save(current, meta_of(config, objective), {"batches": step, "replaced": 10 * step})
@@ -62,7 +62,7 @@ def test_the_first_save_at_or_after_each_multiple_stays_whatever_steps_are_saved
     saved, there = np.cumsum(gaps).tolist(), []
     for step in saved:
         there.append(types.SimpleNamespace(step=step))
-        kept = checkpoint._FirstOfEvery(every).should_preserve(there, context=None)
+        kept = checkpoint_store._FirstOfEvery(every).should_preserve(there, context=None)
         there = [each for i, each in enumerate(there) if kept[i] or i >= len(there) - last]
     wanted = {next(step for step in saved if step >= multiple) for multiple in range(every, saved[-1] + 1, every)}
     assert {each.step for each in there} == wanted | set(saved[-last:])
@@ -116,7 +116,7 @@ def test_init_from_another_shape_names_leaves_that_differ(run, state):
 def test_restoring_into_another_shape_or_a_damaged_checkpoint_is_refused(run, tmp_path):
     _, objective, optimiser = parts(width=64)
     folder = checkpoint.folder_of(run, 7)[0]
-    with pytest.raises(UserError, match=f"{folder} does not fit this config: .*params/backbone/class_token is"):
+    with pytest.raises(UserError, match=f"{folder} does not fit this config: .*mu/backbone/class_token is"):
         checkpoint.restore(folder, steps.abstract_state(objective, optimiser, sharding.make_mesh()))
     damaged = tmp_path / "checkpoints" / "7"
     (damaged / "meta").mkdir(parents=True)
@@ -133,7 +133,7 @@ def test_what_is_not_there_is_named(run, tmp_path, state):
     with pytest.raises(UserError, match="holds no finished checkpoint yet"):
         checkpoint.load_weights(tmp_path)
     config, objective, _ = parts()
-    store = checkpoint.Store(str(tmp_path), keep_last=1, keep_every=1)
+    store = checkpoint_store.Store(str(tmp_path), keep_last=1, keep_every=1)
     store.save(state, meta_of(config, objective) | {"format_version": 99}, {"batches": 0, "replaced": 0})
     store.close()
     with pytest.raises(UserError, match="has format version 99, this program reads 2 and 3"):

@@ -12,7 +12,7 @@ import pytest
 import toy_data
 from conftest import FAST
 
-from pera_jax import checkpoint, errors, run_meta, train
+from pera_jax import checkpoint, checkpoint_store, errors, run_meta, train
 from pera_jax import step as steps
 from pera_jax.bands import Bands
 from pera_jax.data import mixture
@@ -147,7 +147,7 @@ def begin(config, workdir: pathlib.Path) -> None:
     data = mixture.open_mixture(config.data)
     objective = pera.from_config(config, data.bands)
     state = steps.new_state(objective, steps.make_optimiser(config.optimiser), config.seed)
-    store = checkpoint.Store(str(workdir), keep_last=3, keep_every=100)
+    store = checkpoint_store.Store(str(workdir), keep_last=3, keep_every=100)
     meta = run_meta.describe(config, objective, data.card())
     store.save(state.replace(step=state.step + 1), meta, {"batches": 1, "replaced": 0, "drawn": [16]})
     store.close()
@@ -237,7 +237,7 @@ def test_a_full_disk_names_the_last_good_checkpoint_and_leaves_it_whole(config, 
 def test_a_save_that_fails_half_way_leaves_the_last_checkpoint(config, data, tmp_path):
     """What statistics of the file system do not tell beforehand, here a limit on the size of files."""
     begin(config, tmp_path / "run")
-    store = checkpoint.Store(str(tmp_path / "run"), keep_last=3, keep_every=100)
+    store = checkpoint_store.Store(str(tmp_path / "run"), keep_last=3, keep_every=100)
     folder, _ = checkpoint.folder_of(tmp_path / "run", 1)
     objective = pera.from_config(config, Bands.plain())
     state = steps.new_state(objective, steps.make_optimiser(config.optimiser), config.seed)

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from data_prep import browse, demo_mosaics, demo_scenes, images, scenes, stats, tfds, verify
-from pera_jax import checkpoint, config, errors, export, features, plan, probe, report, train
+from pera_jax import checkpoint, checkpoint_store, config, errors, export, features, plan, probe, report, train
 from pera_jax.common import paths
 from pera_jax.data import records
 from pera_jax.probes import samples, specs
@@ -61,7 +61,7 @@ def test_every_function_of_the_library_that_takes_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for take in (
         features.load, checkpoint.saved_steps, checkpoint.load_weights, records.load_info, samples.open_images,
-        lambda path: checkpoint.Store(path, 1, 1), lambda path: train.train(config.default(), path),
+        lambda path: checkpoint_store.Store(path, 1, 1), lambda path: train.train(config.default(), path),
         lambda path: specs.from_names(["segmentation"], {"data": path}, []),
     ):  # fmt: skip
         with pytest.raises(errors.UserError, match="gs:/+bucket/x is an address"):

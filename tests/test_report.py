@@ -12,7 +12,7 @@ import scipy.special
 from array_record.python import array_record_module
 from PIL import Image
 
-from pera_jax import checkpoint, errors, report, run_meta
+from pera_jax import checkpoint, checkpoint_store, errors, report, run_meta
 from pera_jax import config as configs
 from pera_jax import step as steps
 from pera_jax.bands import Bands
@@ -64,7 +64,7 @@ def run(tmp_path_factory, data) -> pathlib.Path:
     bands = Bands(("red", "green", "nir"), "uint16", ((0.0, 5000.0),) * 3, (0.4,) * 3, (0.1,) * 3)
     objective = pera.from_config(config, bands)
     meta = run_meta.describe(config, objective, Mixture.of(records.open_split(data, "train"), bands).card())
-    store = checkpoint.Store(str(workdir), keep_last=5, keep_every=100)
+    store = checkpoint_store.Store(str(workdir), keep_last=5, keep_every=100)
     optimiser = steps.make_optimiser(config.optimiser)
     state = jax.jit(lambda seed: steps.new_state(objective, optimiser, seed))(77)
     store.save(state.replace(step=jax.numpy.int32(4)), meta, {"batches": 4, "replaced": 0})
