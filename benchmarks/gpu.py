@@ -5,15 +5,14 @@
 
 Needs jax, flax, optax, einops and ml_collections, and no data library. Parts, in this order: `kernels` (cuDNN's attention at
 the published lengths beside float64, and its time beside XLA's), `gradients` (of the whole loss by both, beside float32),
-`steps` (the table), `profile` (the ten largest kernels). All programs of the table are compiled first, several at a time; what is
-measured is printed and written at once, and what does not fit into `--seconds` is named and left out.
+`steps` (the table), `profile` (the ten largest kernels of its first row). What is measured is printed and written at once, and
+what does not fit into `--seconds` is named and left out.
 
 MFU is the method's FLOPs (`pera_jax.flops`, nothing counted twice) over the time and the chip's peak bf16 rate.
 """
 
 import argparse
 import collections
-import concurrent.futures
 import gzip
 import json
 import pathlib
@@ -154,21 +153,22 @@ def program_of(row) -> Program:
 
 
 class Table:
-    """The steps of `TABLE`, compiled several at a time, then timed one after the other on one state for each size."""
+    """The steps of `TABLE`, each compiled and timed before the next, so that no trial of kernels disturbs a measurement."""
 
-    def __init__(self, rows, deadline: float):
-        self.deadline = deadline
-        self.programs = {row: program_of(row) for row in rows}
-        self.traced = {row: program.trace() for row, program in self.programs.items()}
-        self.pool = concurrent.futures.ThreadPoolExecutor(8)
-        self.compiled = {row: self.pool.submit(lambda t: t.lower().compile(), t) for row, t in self.traced.items()}
-        concurrent.futures.wait(self.compiled.values(), timeout=max((deadline - time.monotonic()) / 2, 1))
-        self.pool.shutdown(wait=False, cancel_futures=True)
+    def __init__(self):
+        self.programs, self.compiled = {}, {}
         self.state, self.prototypes = None, None
+
+    def compile(self, row) -> float:
+        """Seconds that it took."""
+        began = time.monotonic()
+        self.programs[row] = program_of(row)
+        self.compiled[row] = self.programs[row].trace().lower().compile()
+        return time.monotonic() - began
 
     def run(self, row, calls=None, before=lambda: None) -> float:
         """Seconds of a step."""
-        program, compiled = self.programs[row], self.compiled[row].result(timeout=0)
+        program, compiled = self.programs[row], self.compiled[row]
         if self.prototypes != row[-1]:
             self.state = None
             self.state = steps.born_sharded(program.objective, program.optimiser, program.mesh, 0)
@@ -192,16 +192,15 @@ class Table:
 
     def measure(self, row) -> dict:
         batch, remat, kernel, scan, prototypes = row
-        result = dict(batch=batch, remat=remat, attention=self.programs[row].objective.vit.attention, scan=scan,
-                      prototypes=prototypes)  # fmt: skip
+        result = dict(batch=batch, remat=remat, attention=kernel, scan=scan, prototypes=prototypes)
         try:
+            compiling = self.compile(row)
+            result["attention"] = self.programs[row].objective.vit.attention
             seconds = self.run(row)
         except jax.errors.JaxRuntimeError as error:
             self.state = self.prototypes = None
             return result | {"failed": str(error).splitlines()[0][:160]}
-        except (concurrent.futures.TimeoutError, concurrent.futures.CancelledError):
-            return result | {"failed": "was not compiled in time"}
-        program, compiled = self.programs[row], self.compiled[row].result()
+        program, compiled = self.programs[row], self.compiled[row]
         chip = chips.chip_of(jax.devices()[0].device_kind)
         work = sum(flops.per_image(program.objective).values()) * batch
         memory = memory_of(compiled)
@@ -209,6 +208,7 @@ class Table:
             "milliseconds": 1e3 * seconds, "images_per_second": batch / seconds,
             "mfu": work / seconds / chip.peak_flops if chip else None,
             "state_gib": memory.arguments / 2**30, "temporaries_gib": memory.temporaries / 2**30,
+            "compiled_in_s": compiling,
         }  # fmt: skip
 
 
@@ -276,24 +276,20 @@ def main() -> None:
         done("kernels", kernels())
     if "gradients" in parts and not refusal:
         done("gradients", gradients())
-    if not {"steps", "profile"} & set(parts):
-        return
-    rows = TABLE[: options.rows]
-    table = Table(rows, deadline)
-    print(f"compiled after {time.monotonic() - began:.0f} s", flush=True)
-    measured = []
+    rows = TABLE[: options.rows] if "steps" in parts else TABLE[: int("profile" in parts)]
+    table, measured = Table(), []
     for row in rows:
-        if "steps" not in parts or time.monotonic() > deadline:
+        if time.monotonic() > deadline:
             break
         measured.append(table.measure(row))
+        if "profile" in parts and "failed" not in measured[0] and len(measured) == 1:
+            done("profile", largest_kernels(table, row))
         show(measured[-1:])
         if options.json:
             files.write_json(options.json, result | {"steps": measured})
     if measured:
         done("steps", measured)
         print("".join(f"left out for want of time: {row}\n" for row in rows[len(measured) :]), end="")
-    if "profile" in parts and time.monotonic() < deadline:
-        done("profile", largest_kernels(table, rows[0]))
 
 
 if __name__ == "__main__":
