@@ -1,6 +1,5 @@
 """From GeoTIFF scenes to tiles: generated scenes of every kind, and real ones where they are at hand."""
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -15,8 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_prep import scene_file, scene_place, scene_plan, scene_reader, scene_tiles, scenes
-from data_prep.pixels import Rejected
+from data_prep import scene_file, scene_reader, scenes
 from data_prep.scene_grid import Grid, length
 from pera_jax.data import codecs, records, statistics
 from pera_jax.errors import UserError
@@ -24,59 +22,13 @@ from pera_jax.errors import UserError
 rasterio = pytest.importorskip("rasterio", reason="the extra `scenes` is not installed")
 from rasterio.enums import ColorInterp  # noqa: E402
 from rasterio.windows import Window  # noqa: E402
+from toy_scenes import NORTH_UP, cut, values, write  # noqa: E402
 
 GEOTIFFS = pathlib.Path(os.environ.get("PERA_JAX_GEOTIFFS", pathlib.Path(__file__).parents[2] / "shared/data/geotiff"))
-NORTH_UP = rasterio.Affine(10, 0, 500_000, 0, -10, 4_000_000)
 pytestmark = [
     pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning"),
     pytest.mark.filterwarnings("ignore:Use `@` matmul:PendingDeprecationWarning"),
 ]  # of affine, to rasterio itself
-
-
-def values(shape, dtype="uint16", seed=0):
-    """Pixels [C, H, W] without a 0."""
-    drawn = np.random.default_rng(seed).integers(1, 250 if dtype == "uint8" else 9000, shape)
-    return drawn.astype(dtype)
-
-
-def write(path, pixels, names=(), crs="EPSG:32633", transform=NORTH_UP, tags=None, **options):
-    """A GeoTIFF of pixels [C, H, W]."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    count, height, width = pixels.shape
-    options = {"photometric": "minisblack", **options}  # else GDAL makes the fourth band of uint8 an alpha band
-    with rasterio.open(path, "w", driver=options.pop("driver", "GTiff"), width=width, height=height, count=count,
-                       dtype=pixels.dtype, crs=crs, transform=transform, **options) as file:  # fmt: skip
-        file.write(pixels)
-        for number, name in enumerate(names, 1):
-            file.set_band_description(number, name)
-        if tags:  # else they would move the directory of the file to its end
-            file.update_tags(**tags)
-    return path
-
-
-@dataclasses.dataclass
-class Cut:
-    """What a tile became; `stored` is None where it was rejected."""
-
-    stored: object
-    pixels: np.ndarray | None
-    place: dict | None
-
-
-def cut(paths, tile="32", stride=None, gsd=None, bands=None, names=None, max_nodata=0.1, nodata=(), scaled=False):
-    """The conversion without its shards: ({key: Cut}, names of the bands)."""
-    files, _ = scene_plan.list_scenes([pathlib.Path(path) for path in paths])
-    found, unreadable, _ = scene_plan.look_at(files, 0.0, scaled)
-    choices, _ = scene_plan.choose_bands(files, found, bands, names)
-    items, _ = scene_tiles.plan_tiles(files, found, unreadable, choices, length(tile), length(stride or tile), gsd)
-    cuts = {}
-    for item in items:
-        try:
-            stored = scenes.convert_tile(item, max_nodata, nodata, scaled)
-            cuts[item.key] = Cut(stored, codecs.decode_image(stored.data), json.loads(stored.place))
-        except Rejected:
-            cuts[item.key] = Cut(None, None, None)
-    return cuts, next(iter(choices.values())).names
 
 
 def command(*args):
