@@ -3,8 +3,9 @@
 import contextlib
 import functools
 import os
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pera_jax.common.environment import EnvironmentFault, environment_fault, passing
@@ -47,6 +48,9 @@ def reasons(path: str) -> Iterator[None]:
     keeps GDAL's warnings from the terminal. Faults of the machine are raised as EnvironmentFault."""
     import rasterio
 
+    # Where rasterio cannot decode what GDAL says of a damaged file, Cython prints the error by both hooks and goes on.
+    hooks = sys.excepthook, sys.unraisablehook
+    sys.excepthook, sys.unraisablehook = _silent, functools.partial(_unraisable, hooks[1])
     try:
         with rasterio.Env():
             yield
@@ -58,3 +62,15 @@ def reasons(path: str) -> Iterator[None]:
         cause = error.__cause__ or error  # rasterio itself says "Read failed. See previous exception for details."
         lines = str(cause).splitlines() or [type(cause).__name__]
         raise codecs.ImageDecodeError(printable(lines[0])) from error
+    finally:
+        sys.excepthook, sys.unraisablehook = hooks
+
+
+def _silent(*_: Any) -> None:
+    """An `excepthook` for where nothing that ends the program can reach it."""
+
+
+def _unraisable(hook: Callable, what: Any) -> None:
+    """Passes on what does not come from rasterio."""
+    if "rasterio" not in str(what.object):
+        hook(what)

@@ -52,16 +52,16 @@ def scales(scenes: dict[str, Scene], choices: dict[str, Choice], wanted: str | N
     return f"scale and offset of the files ({shown}) {differ}are not applied: the numbers are stored as they are"
 
 
-def fills(counts: statistics.Histogram, dtype: str, names: Sequence[str]) -> dict[tuple[str, float], str]:
+def fills(counts: statistics.Histogram, dtype: str, names: Sequence[str]) -> dict[float, str]:
     """Sentences on values that look like no data: the least or the greatest of a band, many of it, far from all others.
 
     Args:
       counts: a pixel or more in each band.
 
     Returns:
-      By name of the band and value. Of uint8, none: its range does not depend on the values.
+      By the value. Of uint8, none: its range does not depend on the values.
     """
-    found = {}
+    found = {}  # by value, (name of a band, its share, least and greatest of the others)
     for name, band in zip(names, statistics.of_dtype(counts, dtype) if dtype != "uint8" else (), strict=False):
         values, held = statistics.table(band)
         values, held = values[held > 0], held[held > 0]
@@ -72,12 +72,18 @@ def fills(counts: statistics.Histogram, dtype: str, names: Sequence[str]) -> dic
                     odd.append((float(values[end]), held[end] / total))
                     values, held = values[rest], held[rest]
         for value, share in odd:
-            found[name, value] = (
-                f"{share:.2%} of the pixels of band {printable(name)} hold {value:.9g}, far from all others ({values[0]:.5g} to "
-                f"{values[-1]:.5g}); if they have no data, give --nodata {value:.9g}: else this value counts as data and "
-                "stretches the range that maps to [0, 1]"
-            )
-    return found
+            found.setdefault(value, []).append((name, share, values[0], values[-1]))
+    return {value: _sentence(value, bands) for value, bands in found.items()}
+
+
+def _sentence(value: float, bands: list[tuple[str, float, float, float]]) -> str:
+    name, share, least, most = max(bands, key=lambda band: band[1])
+    others = f" (and of {len(bands) - 1} other bands)" if len(bands) > 1 else ""
+    stretches = " and stretches the range that maps to [0, 1]" if share >= 0.01 else ""
+    return (
+        f"{share:.2%} of the pixels of band {printable(name)}{others} hold {value:.9g}, far from all others ({least:.5g} to "
+        f"{most:.5g}); if they have no data, give --nodata {value:.9g}: else this value counts as data{stretches}"
+    )
 
 
 def _stands_alone(values: np.ndarray, held: np.ndarray, end: int, total: int) -> bool:
@@ -92,7 +98,7 @@ def _stands_alone(values: np.ndarray, held: np.ndarray, end: int, total: int) ->
 
 def beforehand(
     items: Sequence[Item], dtype: str, names: Sequence[str], nodata: Sequence[float]
-) -> tuple[dict[tuple[str, float], str], list[str]]:
+) -> tuple[dict[float, str], list[str]]:
     """Looks at some tiles, in pixels and values of the files: what `fills` says of them, and sentences on alpha bands."""
     counts, opacities = 0, 0
     for i in sorted({len(items) * k // _LOOKED_AT for k in range(_LOOKED_AT)}):

@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None, driver: Callable = run_jobs) -> None:
     print_bands(names, written)
     if not scaled:  # values of the files, as --nodata takes them
         found = scene_hints.fills(statistics.load(args.output, args.split), dtype, names)
-        for line in (line for which, line in found.items() if which not in hints):
+        for line in (line for value, line in found.items() if value not in hints):
             print(line)
     _show(args.output, report)
 

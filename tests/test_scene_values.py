@@ -1,8 +1,11 @@
 """What GeoTIFFs say of their values and places: no data, scales, masks, overviews, control points, unlike and hostile files."""
 
+import contextlib
 import json
 import os
 import random
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -189,7 +192,7 @@ def test_hints_are_given_of_values_far_from_all_others_only(dtype, mark, found):
     pixels = (np.random.default_rng(0).gamma(3, 0.1, (200, 200, 1)) * (1 if dtype == "float32" else 3000)).astype(dtype)
     pixels[:3] = mark
     hints = scene_hints.fills(statistics.count(pixels), dtype, ["red"])
-    assert [value for _, value in hints] == ([pytest.approx(mark)] if found else [])
+    assert list(hints) == ([pytest.approx(mark)] if found else [])
 
 
 # ---------------------------------------------------------------- scale and offset
@@ -362,6 +365,22 @@ def test_a_file_of_another_kind_is_not_opened_as_what_it_says(tmp_path):
     (tmp_path / "b.vrt").rename(tmp_path / "b.tif")
     with pytest.raises(codecs.ImageDecodeError):
         scene_reader.describe(str(tmp_path / "b.tif"))
+
+
+def test_what_rasterio_fails_to_say_of_a_damaged_file_does_not_reach_the_terminal(monkeypatch):
+    """Cython prints errors of a callback of GDAL by these two hooks, and nobody can catch them."""
+    told = []
+    monkeypatch.setattr(sys, "excepthook", lambda *what: told.append(what))
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    ours, other = (types.SimpleNamespace(object=name) for name in ("rasterio._env.log_error", "something else"))
+    with contextlib.suppress(codecs.ImageDecodeError), scene_file.reasons("x"):
+        sys.excepthook(UnicodeDecodeError, None, None)
+        sys.unraisablehook(ours)
+        sys.unraisablehook(other)
+        raise OSError("no TIFF")
+    assert told == [other]
+    sys.unraisablehook(ours)
+    assert told == [other, ours]
 
 
 def test_damaged_files_are_tiles_or_reasons(tmp_path):
