@@ -9,7 +9,7 @@ import pytest
 from sklearn import exceptions, linear_model, metrics, multiclass, neighbors, preprocessing
 from toy_features import labelled, run, tokens
 
-from pera_jax.probes import knn, linear, logistic, scores
+from pera_jax.probes import knn, linear, logistic, scores, splits, supervised
 
 # ---------------------------------------------------------------- nearest neighbours
 
@@ -191,6 +191,38 @@ def test_what_has_not_converged_is_told():
     assert not details["chosen"][0]["converged"]
     _, details = run("logistic", labelled(seed=1), seeds=(0,))
     assert "unconverged" not in details and details["chosen"][0]["converged"]
+
+
+@pytest.mark.parametrize(("images", "noise"), [(10, 1.0), (10, 3.0)])
+def test_the_best_c_of_the_whole_range_is_found_where_few_images_are(images, noise, monkeypatch):
+    """As scikit-learn's over the decades: with few images a prediction changes only far above the smallest C."""
+    rng, classes = np.random.default_rng(images), 30
+    labels = np.repeat(np.arange(classes), images)
+    centres = rng.normal(size=(classes, 6))
+    x, nothing = centres[labels] + noise / 3 * rng.normal(size=(len(labels), 6)), np.zeros((len(labels), 1, 1))
+    variants = supervised.Variants(tokens(x[:, None], nothing), (1,))
+    fit, held = splits.hold_out(labels, 0.2, 0)
+    scaled = preprocessing.StandardScaler().fit(x[fit]).transform(x)
+
+    def reached(power):
+        model = linear_model.LogisticRegression(C=10.0**power, max_iter=3000, tol=1e-7).fit(scaled[fit], labels[fit])
+        return model.score(scaled[held], labels[held])
+
+    expected = {power: reached(power) for power in range(-4, 3)}
+    assert expected[-4] == expected[-3] < max(expected.values()) - 0.05  # the plateau on which a search could end
+    choice, table = logistic.choose(variants, labels, fit, held, classes, 0, logistic.SETTINGS)
+    assert max(table["class_1"].values()) >= max(expected.values()) - 1.5 / len(held)
+    assert "end" not in choice and 10.0**-1 <= choice["C"] <= 10.0**3
+    monkeypatch.setattr(logistic, "ROUGH", 1e-6)
+    _, table = logistic.choose(variants, labels, fit, held, classes, 0, logistic.SETTINGS | {"largest": 2})
+    found = {power: table["class_1"][f"{10.0**power:.4g}"] for power in expected}
+    assert found == pytest.approx(expected, abs=1.5 / len(held))  # one image on the border
+
+
+def test_an_end_of_the_range_that_is_best_is_told():
+    found = lambda **ends: run("logistic", labelled(seed=1, noise=3.0), seeds=(0,), **ends)[1]  # noqa: E731
+    assert found(smallest=-6, largest=-3)["at_the_end"] == "C = 1e-3 was the best, the largest tried; set logistic.largest to -1"
+    assert "at_the_end" not in found(smallest=-6, largest=5) and "at_the_end" not in found(smallest=-3, largest=-3)
 
 
 # ---------------------------------------------------------------- linear classifiers
