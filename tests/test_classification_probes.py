@@ -9,7 +9,7 @@ import pytest
 from toy_features import TASKS, images, labelled, run, tokens
 
 from pera_jax.errors import UserError
-from pera_jax.probes import supervised
+from pera_jax.probes import features, results, supervised
 from pera_jax.probes.labelled import Labelled
 
 # ---------------------------------------------------------------- the protocol
@@ -174,3 +174,34 @@ def test_without_test_images_only_neighbours_work():
     few = labelled(number=10, tests=0)
     with pytest.raises(UserError, match="holds 10 images, and 10 nearest neighbours ask for more"):
         run("knn", dataclasses.replace(few, test=None, test_labels=None))
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize(
+    ("part", "change", "sentence"),
+    [
+        ("train", lambda x: x[:0], "the training split holds no image"),
+        ("test", lambda x: x[:0], "the test split holds no image"),
+        ("train", lambda x: np.where(np.arange(len(x))[:, None, None] == 3, np.nan, x), "of the training images are not finite"),
+        ("test", lambda x: np.where(np.arange(len(x))[:, None, None] == 3, np.inf, x), "of the test images are not finite"),
+        ("train", lambda x: 0.0 * x + 7.0, "all training images have the same features"),
+        ("train", lambda x: 0.0 * x, "all training images have the same features"),
+    ],
+)
+def test_features_that_tell_nothing_are_one_sentence(name, part, change, sentence):
+    data = labelled()
+    tokens_of = getattr(data, part)
+    changed = features.Features(change(tokens_of.class_tokens), change(tokens_of.patch_means))
+    labels = getattr(data, f"{part}_labels")[: len(changed.class_tokens)]
+    with pytest.raises(UserError, match=sentence):
+        run(name, dataclasses.replace(data, **{part: changed, f"{part}_labels": labels}))
+
+
+def test_a_share_that_fails_leaves_the_other_scores_as_they_are():
+    data = labelled(number=40, tests=20)
+    alone, _ = run("linear", data, seeds=(0,))
+    found, details = run("linear", data, seeds=(0,), shares=(0.01, 0.5))
+    assert {name: found[name] for name in alone} == alone and "linear_50/50" in found and "linear_1/99" not in found
+    assert "no class has two training images" in details["failed_1/99"] and "chosen_1/99" not in details
+    entry = {"details": details}
+    assert results.failed_shares(entry) == {"1/99": details["failed_1/99"]}

@@ -20,7 +20,7 @@ import pathlib
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -146,6 +146,8 @@ def markdown(entries: Sequence[dict[str, Any]]) -> str:
                  network["run"] if several else "")  # fmt: skip
         if "failure" in entry:
             rows.append((*where, "failed", "", "", entry["failure"]))
+        for share, sentence in failed_shares(entry).items():
+            rows.append((*where, share, "failed", "", sentence))
         for name, score in entry.get("scores", {}).items():
             interval = "" if score["low"] is None else f"{score['low']:.4f} - {score['high']:.4f}"
             seeds = f"{len(score['seeds'])}, std {np.std(score['seeds']):.4f}" if len(score["seeds"]) > 1 else ""
@@ -155,6 +157,12 @@ def markdown(entries: Sequence[dict[str, Any]]) -> str:
     widths = {column: max(len(row[column]) for row in rows) for column in used}
     rows.insert(1, ["-" * widths.get(column, 0) for column in range(len(rows[0]))])
     return "\n".join("| " + " | ".join(row[column].ljust(widths[column]) for column in used) + " |" for row in rows)
+
+
+def failed_shares(entry: Mapping[str, Any]) -> dict[str, str]:
+    """A sentence for each share of the images, "20/80", whose score failed where the others did not."""
+    details = (entry.get("details") or {}).items()
+    return {name.removeprefix("failed_"): str(said) for name, said in details if name.startswith("failed_")}
 
 
 def _csv(entries: Sequence[dict[str, Any]]) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 
 from pera_jax.common import text
 from pera_jax.errors import UserError
+from pera_jax.probes.features import Features
 from pera_jax.probes.labelled import Labelled
 
 
@@ -51,7 +52,15 @@ def name_of(share: float) -> str:
 
 
 def check(data: Labelled) -> None:
-    """Raises UserError for labels that nothing can be learnt from, or that the test asks for and training lacks."""
+    """Raises UserError for labels or features that nothing can be learnt from: no images, no class, one class only, a
+    class that the test asks for and training lacks, features that are not finite or the same for all images."""
+    for part, tokens in (("training", data.train), ("test", data.test)):
+        if tokens is None:
+            continue
+        if not len(tokens.class_tokens):
+            raise UserError(f"the {part} split holds no image; name another one, or convert it anew")
+        if not all(np.isfinite(bound).all() for bound in _bounds(tokens)):
+            raise UserError(f"features of the {part} images are not finite; probe an earlier checkpoint")
     several, names = data.train_labels.ndim == 2, np.array(data.class_names)
     if several and not data.train_labels.any():
         raise UserError("the training images carry no label at all; check the labels of the training split")
@@ -75,6 +84,18 @@ def check(data: Labelled) -> None:
                 f"the test split holds images of {text.several(names[lacking])}, which the training split lacks; "
                 "convert both splits from images of the same classes"
             )
+    bounds = _bounds(data.train)
+    if not any((high - low > 1e-6 * np.maximum(high, -low)).any() for low, high in zip(bounds[::2], bounds[1::2])):
+        raise UserError(
+            "all training images have the same features, so nothing can be told from them: the network has collapsed, or "
+            "the images are all the same; probe an earlier checkpoint, or look at the images"
+        )
+
+
+def _bounds(tokens: Features) -> list[np.ndarray]:
+    """The least and the largest values over the images, of class tokens and of patch means; NaN where one is NaN."""
+    arrays = (tokens.class_tokens, tokens.patch_means)
+    return [bound for values in arrays for bound in (values.min(axis=0), values.max(axis=0))]
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:

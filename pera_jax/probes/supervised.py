@@ -20,6 +20,7 @@ Details:
   chosen, chosen_20/80, ...: what was chosen, by seed. held_out: what each choice reached on the held-out part, by seed.
   per_class: mean over the seeds of accuracy and F1 (of several labels of average precision) by class, and the number of
     test images that are of it; null where there is none.
+  failed_20/80, ...: a sentence instead of the score of a share that leaves too few images.
   confusion: of the first seed, [true class][predicted class] numbers of images; not of several labels.
 """
 
@@ -168,18 +169,23 @@ def run(
     ))  # fmt: skip
     everything = np.concatenate([labels, truth])
     for share in settings["shares"]:
-        values, chosen = {suffix: [] for suffix in measures(several, classes)}, []
-        for seed in seeds:
-            part, rest = splits.hold_out(everything, 1.0 - share, seed)
-            train, test = (Variants(pooled.take(indices), settings["blocks"]) for indices in (part, rest))
-            choice, _ = decide(seed, train, everything[part])
-            found, notes = answer(choice, seed, train, everything[part], test)
-            chosen.append({"seed": seed} | choice | notes)
-            for suffix, measure in measures(several, classes).items():
-                values[suffix].append(measure(found, everything[rest]))
+        name = splits.name_of(share)
+        try:  # a share that is too small for the classes leaves the scores above as they are
+            values, chosen = {suffix: [] for suffix in measures(several, classes)}, []
+            for seed in seeds:
+                part, rest = splits.hold_out(everything, 1.0 - share, seed)
+                train, test = (Variants(pooled.take(indices), settings["blocks"]) for indices in (part, rest))
+                choice, _ = decide(seed, train, everything[part])
+                found, notes = answer(choice, seed, train, everything[part], test)
+                chosen.append({"seed": seed} | choice | notes)
+                for suffix, measure in measures(several, classes).items():
+                    values[suffix].append(measure(found, everything[rest]))
+        except UserError as error:
+            yield f"failed_{name}", str(error)
+            continue
         for suffix, reached in values.items():
-            yield f"{task}_{splits.name_of(share)}{suffix}", scores.Score(float(np.mean(reached)), seeds=tuple(reached))
-        yield f"chosen_{splits.name_of(share)}", chosen
+            yield f"{task}_{name}{suffix}", scores.Score(float(np.mean(reached)), seeds=tuple(reached))
+        yield f"chosen_{name}", chosen
 
 
 def _per_class(logits, truth, names) -> dict[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from pera_jax import html
 from pera_jax.probes import keys
+from pera_jax.probes.results import failed_shares
 from pera_jax.reports import charts, folder
 from pera_jax.reports.charts import Chart, Series
 
@@ -53,6 +54,8 @@ def table(results: Sequence[dict[str, Any]], step: int | None) -> str:
     for row, score in order:
         rows.append([score, names[row], *(text(of.get((row, score))) for of in values.values()), data[row]])
     failed = [f"{of['name']} of {folder.who(of)} failed: {of['failure']}" for of in results if of["failure"]]
+    failed += [f"{of['name']} {share} of {folder.who(of)} failed: {said}" for of in results
+               for share, said in failed_shares(of).items()]  # fmt: skip
     sentences = "".join(f'<p class="warn">{html.escaped(sentence)}</p>' for sentence in failed)
     return (html.table(rows) if order else "") + sentences
 
