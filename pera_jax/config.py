@@ -160,7 +160,7 @@ def finish(config: ConfigDict, argument: str | None) -> ConfigDict:
 
 
 def load(path: str, changes: Sequence[str] = ()) -> ConfigDict:
-    """The config of `configs/NAME.py` or `configs/NAME.py:ARGUMENT`, for commands without absl's `--config`.
+    """The config of `configs/NAME.py`, `configs/NAME.py:ARGUMENT` or `RUN/config.json`, for commands without absl's `--config`.
 
     Args:
       changes: "field.of.config=value" each, the value as Python writes it; words need no quotes.
@@ -169,6 +169,10 @@ def load(path: str, changes: Sequence[str] = ()) -> ConfigDict:
       UserError: no such file, or a change that does not fit.
     """
     name, _, argument = paths.local(path).partition(":")
+    if name.endswith(".json"):
+        from pera_jax import config_file  # which imports this module
+
+        name, argument = config_file.__file__, path
     if not os.path.isfile(name):
         raise UserError(f"config {name} does not exist; name a file of configs/")
     config = runpy.run_path(name)["get_config"](argument or None)

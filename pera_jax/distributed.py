@@ -7,6 +7,7 @@ all write the checkpoints, into one folder that every host sees.
 import argparse
 import contextlib
 import os
+import signal
 import sys
 import time
 import traceback
@@ -18,10 +19,16 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from pera_jax.common.text import printable
-from pera_jax.errors import UserError
+from pera_jax.errors import CRASH, TRY_AGAIN, UserError
 
 _FIRST_CONTACT = 300  # seconds that a process waits for the coordinator, and the coordinator for all processes
 _LAST_WORDS = 2.0  # seconds that process 0 stays: the coordinator is its thread, and cuts off the others as it goes
+
+
+class OthersMissing(UserError):
+    """Another process is not there, or not yet."""
+
+    status = TRY_AGAIN
 
 
 def cluster_of(
@@ -77,7 +84,7 @@ def initialize(arguments: dict[str, Any] | None, timeout: int = _FIRST_CONTACT) 
     """Joins the other processes; nothing for None. Must run before anything asks JAX for its devices.
 
     Raises:
-      UserError: the others cannot be reached within `timeout` seconds.
+      OthersMissing: the others cannot be reached within `timeout` seconds.
     """
     if arguments is None:
         return
@@ -85,7 +92,7 @@ def initialize(arguments: dict[str, Any] | None, timeout: int = _FIRST_CONTACT) 
         jax.distributed.initialize(**arguments, initialization_timeout=timeout)
     except (RuntimeError, ValueError, OSError) as error:
         where = arguments.get("coordinator_address", "that the cluster names")
-        raise UserError(
+        raise OthersMissing(
             f"cannot join the other processes through the coordinator {where} ({_first_line(error)}); start process 0 "
             "there and all the others within five minutes"
         ) from error
@@ -193,7 +200,7 @@ class SharedStop:
 
 @contextlib.contextmanager
 def ends_alone() -> Iterator[None]:
-    """With several hosts, an exception ends this process at once with status 1, and with one sentence where it can.
+    """With several hosts, an exception ends this process at once, with one sentence where it can and a status of `errors`.
 
     Nothing is tidied up: whatever waits for the other hosts might wait for ever, and they wait for this one.
     """
@@ -202,21 +209,27 @@ def ends_alone() -> Iterator[None]:
     except BaseException as error:
         if jax.process_count() == 1:
             raise
+        status = CRASH
         if isinstance(error, UserError):
+            status = error.status
             print(f"error: {error}", file=sys.stderr)
         elif isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            status = TRY_AGAIN
             print(
                 f"error: process {jax.process_index()} of {jax.process_count()} cannot go on with the others, of which "
                 f"one is probably lost ({_first_line(error)}); start all of them again: they go on from the newest "
                 "checkpoint",
                 file=sys.stderr,
             )
+        elif isinstance(error, KeyboardInterrupt):
+            status = 128 + signal.SIGINT
+            print("error: interrupted", file=sys.stderr)
         elif not isinstance(error, SystemExit):
             traceback.print_exc()
         sys.stderr.flush()
         if main_host():
             time.sleep(_LAST_WORDS)
-        os._exit(1)
+        os._exit(status)
 
 
 def _first_line(error: BaseException) -> str:

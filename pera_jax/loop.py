@@ -1,7 +1,6 @@
 """What surrounds the step: batches on their devices, metrics one step late, checkpoints, rates, the end on a signal."""
 
 import math
-import signal
 import time
 
 import jax
@@ -19,14 +18,15 @@ class Loop:
     """Everything that is done between one step and the next, the same on each host; only process 0 has a writer."""
 
     def __init__(
-        self, config, mesh, store, meta, writer, watchdog, every, total, position, image_flops, sets, monitor
+        self, config, mesh, store, meta, writer, watchdog, every, total, position, first_step, image_flops, sets, monitor
     ):
         """
         Args:
           writer: None for a host that writes no metrics.
           every: steps between "log", between "save", between "monitor".
-          position: of a checkpoint: "batches" done before, "replaced" images in them, examples "drawn" of each data set,
-            state of the "alarms".
+          position: of a checkpoint, or of the beginning: number of "batches" of the stream and of "images" before, images
+            "replaced" among them, examples "drawn" of each data set, state of the "alarms".
+          first_step: steps done before.
           image_flops: of a training step, per image.
           sets: names of the data sets.
           monitor: a `monitor.Monitor`, or None.
@@ -45,6 +45,7 @@ class Loop:
             out_shardings=NamedSharding(mesh, sharding.P()),
         )
         self.sets = sets
+        self.first_batch, self.first_images, self.first_step = position["batches"], position["images"], first_step
         drawn = position["drawn"] if len(position["drawn"]) == len(sets) else [0] * len(sets)  # changed data, if allowed
         self.tally = np.uint32([position["replaced"], *drawn])  # images replaced, examples of each data set
         # (step, metrics on the device, hyper, tally, what the monitor says): fetched one step late, so that logging stalls
@@ -83,7 +84,11 @@ class Loop:
         self._fetch()  # a state whose loss is not finite is not worth keeping
         self.saved = int(state.step)
         replaced, *drawn = np.asarray(self.tally).tolist()
-        position = {"batches": self.saved, "replaced": replaced, "drawn": drawn, "alarms": self.alarms.state()}
+        done = self.saved - self.first_step
+        position = {
+            "batches": self.first_batch + done, "images": self._images(self.saved), "replaced": replaced, "drawn": drawn,
+            "alarms": self.alarms.state(),
+        }  # fmt: skip
         self.store.save(state, self.meta, position)
         self.watchdog.fed()
 
@@ -106,11 +111,15 @@ class Loop:
                 hypers = {f"hyper/{k}": float(v) for k, v in hyper.items() if k != "one_minus_momentum"}
                 hypers["hyper/momentum"] = 1.0 - float(hyper["one_minus_momentum"])
                 replaced, *drawn = np.asarray(tally).tolist()
-                extra = {"data/images": step * self.config.batch_size, "data/replaced": replaced}
+                extra = {"data/images": self._images(step), "data/replaced": replaced}
                 if len(drawn) > 1:
                     extra |= {f"data/drawn/{name}": count for name, count in zip(self.sets, drawn, strict=True)}
                 self.writer.write(step, values | hypers | extra | rates | monitored | self.alarms.metrics())
             self.since, self.since_step, self.waited = now, step, 0.0
+
+    def _images(self, step: int) -> int:
+        """Images trained on after `step`; the batch size may have been another before."""
+        return self.first_images + (step - self.first_step) * self.config.batch_size
 
     def _rates(self, steps: int, seconds: float) -> dict[str, float]:
         if not steps:
@@ -145,29 +154,3 @@ def speed(images_per_second: float, devices: int, image_flops: float, chip: chip
     if chip:
         result["time/mfu"] = images_per_second * image_flops / (devices * chip.peak_flops)
     return result
-
-
-class StopSignal:
-    """While entered, SIGTERM and SIGINT ask for an end after the step under way; a second one ends at once.
-
-    For a process by itself; with several hosts it is `distributed.SharedStop`.
-    """
-
-    def __init__(self):
-        self.asked = None
-
-    def __enter__(self):
-        self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def reached(self, step: int) -> bool:
-        """Whether to end after `step`."""
-        return self.asked is not None
-
-    def _handle(self, number, frame):
-        self.asked = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)

@@ -39,6 +39,11 @@ def describe(config: ConfigDict, objective: pera.PerA, data: dict[str, Any]) -> 
     }
 
 
+def as_bytes(meta: dict[str, Any]) -> bytes:
+    """The content of config.json."""
+    return (json.dumps(meta, indent=2) + "\n").encode("ascii")
+
+
 def write(workdir: str, meta: dict[str, Any]) -> None:
     """Writes `meta` to `workdir`/config.json, for people to read, and for the report of a run without a checkpoint.
 
@@ -48,7 +53,7 @@ def write(workdir: str, meta: dict[str, Any]) -> None:
     path = pathlib.Path(workdir) / "config.json"
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text(json.dumps(meta, indent=2) + "\n")
+        temporary.write_bytes(as_bytes(meta))
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -62,34 +67,3 @@ def mark_finished(workdir: str, step: int | None) -> None:
         path.unlink(missing_ok=True)
     else:
         path.write_text(f"{step}\n")
-
-
-def check_same_run(found: dict[str, Any], wanted: dict[str, Any], workdir: str, allow_changed_data: bool) -> None:
-    """Refuses to go on with a checkpoint of another model or data set.
-
-    Args:
-      found: the checkpoint's `meta`; wanted: the one that this run would write.
-
-    Raises:
-      UserError: names the first thing that differs and both values.
-    """
-    if "imported" in found:
-        raise UserError(
-            f"{workdir} holds weights imported from {found['imported']['file']} and no run to go on with; begin from them "
-            "with init_from and another --workdir"
-        )
-    other = f"the checkpoint in {workdir} is of another"
-    mend = "use another --workdir, or the config that began it"
-    for name in ("model", "bands", "dtype", "ranges", "mean", "std"):
-        if found[name] != wanted[name]:
-            raise UserError(f"{other} model: its {name} is {found[name]}, this config gives {wanted[name]}; {mend}")
-    for name in ("objective", "heads", "seed", "batch_size", "crops", "parameter_precision"):
-        was, now = found["config"][name], wanted["config"][name]
-        if was != now:
-            raise UserError(f"{other} run: its {name} is {was}, this config gives {now}; {mend}")
-    if found["data"]["fingerprint"] != wanted["data"]["fingerprint"] and not allow_changed_data:
-        raise UserError(
-            f"{other} data set: {found['data']['name']} with fingerprint {found['data']['fingerprint']}, this is "
-            f"{wanted['data']['name']} with {wanted['data']['fingerprint']}; {mend}, or set "
-            "data.allow_changed_data=True"
-        )

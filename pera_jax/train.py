@@ -3,58 +3,74 @@
     python -m pera_jax.train --config configs/aid_small.py --config.data.path=shards/aid --workdir runs/aid
 
 One crop of each image, two looks, disjoint patches for the student and for its moving average, one jitted step. Start
-the same command again and it goes on, bit for bit, from the newest checkpoint of the workdir. SIGTERM and SIGINT save
-and end with status 0.
+the same command again and it goes on, bit for bit, from the newest checkpoint of the workdir; `resume` says which fields of
+the config may change meanwhile. One process trains in a workdir: a second one is refused. SIGTERM and SIGINT save and end
+with status 0; `errors` lists the others.
 
 Several hosts run the same command. On SLURM and TPU pods they find each other; elsewhere each is told, as in
 `--coordinator host0:8476 --num_processes 4 --process_id 0`. SIGTERM to one saves and ends all.
 """
 
 import contextlib
+import functools
 import gc
 import os
+import pathlib
+import signal
+import sys
 
 import jax
 import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from pera_jax import checkpoint, checkpoint_store, distributed, errors, flops, intact, metrics, profiling, run_meta
-from pera_jax import schedules, sharding
+from pera_jax import checkpoint, checkpoint_store, config_file, distributed, errors, flops, intact, metrics, opening
+from pera_jax import profiling, resume, run_meta
 from pera_jax import config as configs
+from pera_jax import schedules, sharding
 from pera_jax import step as steps
-from pera_jax.common import lease, paths
+from pera_jax.common import interrupts, lease, paths
+from pera_jax.common.text import several
 from pera_jax.data import mixture, pipeline
 from pera_jax.errors import UserError
-from pera_jax.loop import Loop, StopSignal
+from pera_jax.loop import Loop
 from pera_jax.monitor import Monitor
 from pera_jax.objectives import pera
 from pera_jax.watchdog import Watchdog
 from pera_jax.weights import init
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "a file of configs/: configs/demo.py, configs/demo.py:smoke")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "configs/demo.py, configs/demo.py:smoke, or RUN/config.json")
 _WORKDIR = flags.DEFINE_string("workdir", None, "for checkpoints, metrics, config.json; resumed when not empty")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several hosts are told")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "processes in all, where several hosts are told")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "this process's number, from 0, where several hosts are told")
+_ALLOW = flags.DEFINE_bool(
+    "allow_config_change", False, "go on with a run under another total, batch_size, schedules, ...; see pera_jax/resume.py"
+)
 _PROFILE = flags.DEFINE_string("profile", None, "FIRST:LAST, steps of which a trace is written to WORKDIR/profile")
 
 
-def train(config, workdir: str, profile: str | None = None) -> None:
+def train(
+    config, workdir: str, profile: str | None = None, *, allow_config_change: bool = False,
+    stop: interrupts.StopSignal | None = None,
+) -> None:  # fmt: skip
     """Trains to the end of `config.total` or to SIGTERM/SIGINT.
 
     Args:
       workdir: where several hosts train, one folder that all of them see.
       profile: "FIRST:LAST", the steps to trace.
+      allow_config_change: go on although fields that shape the run are not as they were, see `resume`.
+      stop: of a command, already entered; in other programs Ctrl-C before the first step is a KeyboardInterrupt.
 
     Raises:
       UserError: for every wrong input, before anything is written to `workdir`; a loss that is not finite; a full disk.
     """
     with contextlib.ExitStack() as stack:
-        _train(config, workdir, profile, stack)
+        stop = stop or stack.enter_context(interrupts.StopSignal(command=False))
+        _train(config, workdir, profile, allow_config_change, stop, stack)
 
 
-def _train(config, workdir: str, profile: str | None, stack: contextlib.ExitStack) -> None:
+def _train(config, workdir, profile, allow_config_change, stop, stack: contextlib.ExitStack) -> None:
     # ---- mesh and checks that need neither data nor model
     paths.local(workdir, "workdir")
     mesh = sharding.make_mesh(**config.mesh)
@@ -93,6 +109,9 @@ def _train(config, workdir: str, profile: str | None, stack: contextlib.ExitStac
         config.schedules, steps_per_epoch=steps_per_epoch, total_steps=total, batch_size=config.batch_size
     )
 
+    # ---- what a run that is gone on with has been trained with so far
+    data = resume.with_own_statistics(data, _earlier(config, workdir), config.data)
+
     # ---- objective, optimiser, step
     objective = pera.from_config(config, data.bands)
     optimiser = steps.make_optimiser(config.optimiser)
@@ -110,15 +129,25 @@ def _train(config, workdir: str, profile: str | None, stack: contextlib.ExitStac
     distributed.on_main_host(lambda: owned.append(stack.enter_context(lease.held(workdir, "--workdir"))))
 
     # ---- state: (1) checkpoint in the workdir, else (2) resume_from, else (3) init_from (weights), else (4) scratch
-    state, position = _first_state(config, workdir, meta, objective, optimiser, abstract, mesh, data)
+    state, position, changes = _first_state(
+        config, workdir, meta, objective, optimiser, abstract, mesh, data, allow_config_change
+    )
     start = int(state.step)
     if start >= total:
         distributed.say(f"{workdir} is at step {start} of {total}: nothing left to do")
         return
     traced = profiling.parse_range(profile, start, total)
+    if changes is not None:
+        distributed.say(resume.sentence(start, total, changes))
+    said = opening.lines(
+        config, mesh, data, abstract.params, total=total, steps_per_epoch=steps_per_epoch, hosts=jax.process_count()
+    )
+    for line in (*said, "compiling the step, which takes longest where it was never compiled before"):
+        distributed.say(line)
 
     # ---- loop; only from here on is anything written that stays
-    stop = stack.enter_context(StopSignal()) if jax.process_count() == 1 else distributed.SharedStop()
+    stop.several_hosts = jax.process_count() > 1
+    shared = distributed.SharedStop() if stop.several_hosts else None
     watchdog = stack.enter_context(Watchdog(config.stall_seconds))
     stream = pipeline.make_pipeline(
         data, config.crops, batch_size=config.batch_size, seed=config.seed, start_batch=position["batches"],
@@ -131,6 +160,7 @@ def _train(config, workdir: str, profile: str | None, stack: contextlib.ExitStac
     stack.callback(store.close)
     writer = None
     if distributed.main_host():
+        resume.keep_earlier(workdir, meta, start)
         run_meta.write(workdir, meta)
         run_meta.mark_finished(workdir, None)
         writer = metrics.MetricsWriter(workdir, resume_step=start, total=total, batch_size=config.batch_size)
@@ -142,25 +172,42 @@ def _train(config, workdir: str, profile: str | None, stack: contextlib.ExitStac
 
     image_flops = sum(flops.per_image(objective).values())
     loop = Loop(
-        config, mesh, store, meta, writer, watchdog, every, total, position, image_flops, data.names(), monitor
+        config, mesh, store, meta, writer, watchdog, every, total, position, start, image_flops, data.names(),
+        monitor,
     )
     for step in range(start, total):
         hyper = {k: np.asarray(v, config.parameter_precision) for k, v in schedule.at(step).items()}
         tracer.before(step + 1, state)
         state, out = train_step(state, loop.next_batch(stream), hyper)
         tracer.after(step + 1, state)
+        if not shared:
+            stop.saving()
         loop.after(step + 1, state, out, hyper)
-        if stop.reached(step + 1):
+        if (shared or stop).reached(step + 1):
             break
     loop.finish(state)
     if distributed.main_host() and int(state.step) == total:
         run_meta.mark_finished(workdir, total)
-    if stop.asked:
-        distributed.say(f"stopped by {stop.asked} at step {int(state.step)} of {total}; checkpoint saved")
+    if asked := (shared or stop).asked:
+        distributed.say(f"stopped by {asked} at step {int(state.step)} of {total}; checkpoint saved")
 
 
-def _first_state(config, workdir, meta, objective, optimiser, abstract, mesh, data):
-    """The state to begin with and the position in the data, by the order of start-up."""
+def _earlier(config, workdir: str) -> dict | None:
+    """The `meta` of the newest checkpoint that can be read of the run to go on with; None for a new run."""
+    for run in filter(None, (workdir, config.resume_from)):
+        for step in reversed(checkpoint.saved_steps(run)):
+            with contextlib.suppress(checkpoint.Damaged, checkpoint.Removed):
+                folder = pathlib.Path(run).absolute() / checkpoint.FOLDER / str(step)
+                return intact.agreed(lambda: checkpoint.load_meta(folder))
+    return None
+
+
+def _first_state(config, workdir, meta, objective, optimiser, abstract, mesh, data, allow_config_change):
+    """The state to begin with, the position in the data, and what has changed since, by the order of start-up.
+
+    Returns:
+      (state, position, changes); changes: None for a run that begins.
+    """
     own = checkpoint.saved_steps(workdir)
     distributed.check_same(
         own[-1] if own else -1, f"{workdir} is not the same folder on every host; choose one on storage that they share"
@@ -172,8 +219,10 @@ def _first_state(config, workdir, meta, objective, optimiser, abstract, mesh, da
         for step in reversed(checkpoint.saved_steps(run)):
             folder = newest.with_name(str(step))
             try:
-                found_meta = intact.agreed(lambda: checkpoint.load_meta(folder))
-                run_meta.check_same_run(found_meta, meta, run, config.data.allow_changed_data)
+                before = intact.agreed(lambda: checkpoint.load_meta(folder))
+                changes = resume.check_same_run(
+                    before, meta, run, config.data.allow_changed_data, allow_config_change
+                )
                 found = checkpoint.restore(folder, abstract)
             except checkpoint.Damaged as error:
                 damaged.append((folder, error))
@@ -182,17 +231,21 @@ def _first_state(config, workdir, meta, objective, optimiser, abstract, mesh, da
                 moved = f"; moved to {checkpoint.set_aside(bad)}" if run == workdir else ""
                 distributed.say(f"{error}{moved}; going on from the checkpoint of step {step}")
             distributed.meet("damaged checkpoints are set aside")
-            return found
+            state, position = found
+            batches, images = resume.place_in_stream(position, before["config"]["batch_size"], config.batch_size)
+            return state, position | {"batches": batches, "images": images}, changes
         raise UserError(f"no checkpoint of {run} can be read; the newest: {damaged[0][1]}")
     state = steps.born_sharded(objective, optimiser, mesh, config.seed)
     if config.init_from:
         state = init.with_weights(state, config.init_from, objective)
         state = init.with_center(state, config, objective, data, mesh)
-    return state, {"batches": 0, "replaced": 0, "drawn": []}
+    return state, {"batches": 0, "images": 0, "replaced": 0, "drawn": []}, None
 
 
-def main(argv):
-    del argv
+def main(argv, stop: interrupts.StopSignal):
+    if argv[1:]:
+        raise UserError(f"{several(argv[1:])} is no option; every option begins with --, as in --workdir runs/NAME")
+    opening.tell_warnings_of_devices()
     # Orbax logs each step of a save, and tracebacks of what it raises as well; progress and one sentence are enough.
     logging.set_verbosity(logging.FATAL)
     if not _CONFIG.value:
@@ -202,11 +255,12 @@ def main(argv):
     cluster = distributed.cluster_of(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, os.environ)
     distributed.initialize(cluster)
     with distributed.ends_alone():
-        train(_CONFIG.value, _WORKDIR.value, _PROFILE.value)
+        train(_CONFIG.value, _WORKDIR.value, _PROFILE.value, allow_config_change=_ALLOW.value, stop=stop)
 
 
 def _parse(argv):
     try:
+        argv = config_file.flags_of([_with_underscores(argument) for argument in argv])
         rest = flags.FLAGS(argv)
         if _CONFIG.value:
             _CONFIG.value.is_locked  # that a file could not be loaded is told at the first use of what it holds
@@ -218,8 +272,19 @@ def _parse(argv):
         raise UserError(f"a flag or the config is wrong: {' '.join(str(reason).split())}") from error
 
 
+def _with_underscores(argument: str) -> str:
+    """--num-processes as --num_processes."""
+    name, equals, value = argument.partition("=")
+    known = name.startswith("--") and name[2:].replace("-", "_") in flags.FLAGS
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if known else argument
+
+
 def run():
-    errors.run(lambda: app.run(main, flags_parser=_parse))
+    # A process that ends at once leaves semaphores and memory to multiprocessing's tracker, which removes them: no warning.
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")
+    with interrupts.StopSignal(command=True) as stop:
+        errors.run(lambda: app.run(functools.partial(main, stop=stop), flags_parser=_parse))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left is the end of the interpreter
 
 
 if __name__ == "__main__":

@@ -1,18 +1,21 @@
 """Ends a process in which nothing moves any more, after it has said where each of its threads stands."""
 
 import faulthandler
+import os
+import signal
 import sys
 import threading
 import time
 
 _SENTENCE_FIRST = 1.0  # seconds between the sentence and the stacks
+_LAST_RESORT = 11.0  # seconds between the sentence and an end with status 1, where nothing else has ended the process
 
 
 class Watchdog:
-    """While entered, ends the process with status 1 when `fed` is not called for so many seconds.
+    """While entered, ends the process by SIGALRM (status 142 in a shell) when `fed` is not called for so many seconds.
 
-    Every thread's Python stack goes to stderr before. That and the end are done by a thread of the C library's kind,
-    which also runs when Python cannot, because a call into a library hangs and keeps the interpreter.
+    Every thread's Python stack goes to stderr before. That and the end are done by the system's timer and a handler in C,
+    which also run when Python cannot, because a call into a library hangs and keeps the interpreter.
     """
 
     def __init__(self, seconds: float):
@@ -22,21 +25,27 @@ class Watchdog:
         self._ended = threading.Event()
 
     def __enter__(self) -> "Watchdog":
-        self.fed()
         if self._seconds:
+            # Prints the stacks, then does what the signal does by default: it ends the process.
+            faulthandler.register(signal.SIGALRM, file=sys.__stderr__, all_threads=True, chain=True)
+            self.fed()
             threading.Thread(target=self._announce, name="watchdog", daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:
         self._ended.set()
         if self._seconds:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            faulthandler.unregister(signal.SIGALRM)
             faulthandler.cancel_dump_traceback_later()
 
     def fed(self) -> None:
         """Something has moved."""
         if self._seconds:
             self._deadline = time.monotonic() + self._seconds
-            faulthandler.dump_traceback_later(self._seconds + _SENTENCE_FIRST, exit=True, file=sys.__stderr__)
+            signal.setitimer(signal.ITIMER_REAL, self._seconds + _SENTENCE_FIRST)
+            # The first process of a container is not ended by a signal that it does not handle.
+            faulthandler.dump_traceback_later(self._seconds + _LAST_RESORT, exit=True, file=sys.__stderr__)
 
     def _announce(self) -> None:
         while not self._ended.wait(max(self._deadline - time.monotonic(), 0.1)):
@@ -47,4 +56,5 @@ class Watchdog:
                     file=sys.__stderr__,
                     flush=True,
                 )
-                return
+                if not self._ended.wait((_SENTENCE_FIRST + _LAST_RESORT) / 2) and time.monotonic() > self._deadline:
+                    os._exit(128 + signal.SIGALRM)  # where the signal itself has ended nothing

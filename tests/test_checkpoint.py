@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pera_jax import checkpoint, checkpoint_store, run_meta, sharding
+from pera_jax import checkpoint, checkpoint_store, resume, run_meta, sharding
 from pera_jax import step as steps
 from pera_jax.bands import Bands
 from pera_jax.errors import UserError
@@ -143,7 +143,7 @@ def test_what_is_not_there_is_named(run, tmp_path, state):
 def test_a_run_goes_on_only_with_its_own_model_settings_and_data():
     config, objective, _ = parts()
     meta = meta_of(config, objective)
-    run_meta.check_same_run(meta, meta, "runs/a", allow_changed_data=False)
+    resume.check_same_run(meta, meta, "runs/a", allow_changed_data=False)
     changed = {
         "another model: its model is": meta | {"model": meta["model"] | {"depth": 9}},
         "another model: its mean is": meta | {"mean": [0.4] * 3},
@@ -153,5 +153,5 @@ def test_a_run_goes_on_only_with_its_own_model_settings_and_data():
     }
     for message, found in changed.items():
         with pytest.raises(UserError, match=f"runs/a is of {message}"):
-            run_meta.check_same_run(found, meta, "runs/a", allow_changed_data=False)
-    run_meta.check_same_run(meta | {"data": DATA | {"fingerprint": "g"}}, meta, "runs/a", allow_changed_data=True)
+            resume.check_same_run(found, meta, "runs/a", allow_changed_data=False)
+    resume.check_same_run(meta | {"data": DATA | {"fingerprint": "g"}}, meta, "runs/a", allow_changed_data=True)

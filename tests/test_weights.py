@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import toy_weights
 
-from pera_jax import checkpoint, export, run_meta
+from pera_jax import checkpoint, export, resume
 from pera_jax.errors import UserError
 from pera_jax.models import vit
 from pera_jax.weights import arrays, imports, released, tables, timm
@@ -55,7 +55,7 @@ def test_a_released_dictionary_comes_back_bit_for_bit_with_what_a_run_has(tmp_pa
     toy_weights.assert_same(again, named)
     assert student.meta["config"]["heads"] == {"hidden": 12, "bottleneck": 8, "prototypes": 32}
     with pytest.raises(UserError, match="holds weights imported from pera.safetensors and no run to go on with"):
-        run_meta.check_same_run(student.meta, student.meta, "runs/a", allow_changed_data=True)
+        resume.check_same_run(student.meta, student.meta, "runs/a", allow_changed_data=True)
 
 
 def test_the_file_depends_neither_on_the_split_nor_on_scanning(tmp_path):

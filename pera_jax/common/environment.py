@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from pera_jax.errors import UserError
+from pera_jax.errors import TRY_AGAIN, UserError
 
 _T = TypeVar("_T")
 PAUSES = (0.05, 0.2, 0.5, 1.0, 2.0, 4.0)  # seconds between tries, about 8 in all: a server that restarts takes longer
@@ -50,6 +50,8 @@ _MENDS = {
 
 class EnvironmentFault(UserError):
     """The machine failed, not the data; the message is one sentence that says what to mend."""
+
+    status = TRY_AGAIN
 
 
 def environment_fault(error: BaseException) -> str | None:

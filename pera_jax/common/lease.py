@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 
+from pera_jax.common import interrupts
 from pera_jax.common.owner import Owner, process_began, this_machine
 from pera_jax.errors import UserError
 
@@ -33,8 +34,11 @@ class InUse(UserError):
 class Lease:
     """A lease that this process holds; made by `held`."""
 
-    def __init__(self, path: pathlib.Path, owner: Owner, descriptor: int, renewal: float):
+    def __init__(
+        self, path: pathlib.Path, owner: Owner, descriptor: int, renewal: float, made: list[pathlib.Path]
+    ):
         self._path, self._owner, self._descriptor, self._renewal = path, owner, descriptor, renewal
+        self._made = made  # folders, innermost first
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._renewals, self._seen, self._lost = 0, _clock(), None
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
@@ -56,7 +60,7 @@ class Lease:
             raise UserError(self._lost)
 
     def release(self) -> None:
-        """Gives the folder up."""
+        """Gives the folder up, and removes it if it was made for this and holds nothing else."""
         self._ended.set()
         with self._lock:
             if self._descriptor < 0:
@@ -68,6 +72,7 @@ class Lease:
                     found = _read(self._path)
                     if found and found[0].token == self._owner.token:
                         self._path.unlink()
+            _remove_empty(self._made)
 
     def _renew(self) -> None:
         while not self._ended.wait(self._renewal) and self._lost is None:
@@ -127,18 +132,24 @@ def held(
         try:
             made = [each for each in (folder, *folder.parents) if not each.exists()]  # innermost first
             descriptor = _take(path, owner, wait, silence, say)
-            lease = Lease(path, owner, descriptor, renewal)
+            lease = Lease(path, owner, descriptor, renewal, made)
         except InUse as error:
             raise InUse(f"{what or folder} is in use by {error}; wait for its end, or choose another {choose}") from None
         except OSError as error:
             raise UserError(f"cannot write to {what or folder}: {error.strerror or error}; choose another {choose}") from error
-        yield lease
+        with interrupts.before_end(lease.release):
+            yield lease
     finally:
         if lease:
             lease.release()
-        for each in made:
-            with contextlib.suppress(OSError):  # those that hold something stay
-                each.rmdir()
+        else:
+            _remove_empty(made)
+
+
+def _remove_empty(folders: list[pathlib.Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):  # those that hold something stay
+            folder.rmdir()
 
 
 def _take(path: pathlib.Path, owner: Owner, wait: float, silence: float, say: Callable[[str], None]) -> int:

@@ -21,6 +21,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from pera_jax.common import interrupts
 from pera_jax.data import decode, records
 from pera_jax.data.mixture import Mixture
 from pera_jax.errors import UserError
@@ -136,8 +137,9 @@ class Batches(Iterator[dict[str, np.ndarray]]):
 
     def __init__(self, iterator: grain.DatasetIterator):
         self._iterator = iterator
-        iterator.get_state()  # Makes the iterators of the workers, which Grain else puts off until the first batch is
-        iterator.start_prefetch()  # asked for; they can start while the model compiles.
+        with interrupts.not_for_children():
+            iterator.get_state()  # Makes the iterators of the workers, which Grain else puts off until the first batch is
+            iterator.start_prefetch()  # asked for; they can start while the model compiles.
 
     def __next__(self) -> dict[str, np.ndarray]:
         return {name: np.asarray(value) for name, value in next(self._iterator).items()}
@@ -234,6 +236,7 @@ def _start_worker(worker: int, workers: int) -> None:
     """Runs first in each worker process."""
     for number in (signal.SIGINT, signal.SIGTERM):  # Sent to all processes of a job; the parent says when to end.
         signal.signal(number, signal.SIG_IGN)
+    interrupts.signals_wanted()
     keep_memory()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

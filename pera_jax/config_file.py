@@ -1,0 +1,72 @@
+"""A run's own config.json as a config: `--config RUN/config.json`, also with `--config.FIELD=VALUE`.
+
+ml_collections reads Python files that define `get_config`; this is one, whose argument is the JSON file.
+"""
+
+import os
+import pathlib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from pera_jax import config as configs
+from pera_jax.common import json_files
+from pera_jax.common.text import printable
+from pera_jax.errors import UserError
+
+
+def get_config(path: str) -> ConfigDict:
+    """The config that `path`, the config.json of a run, holds; fields that it does not know have their default.
+
+    Raises:
+      UserError: no such file, or one that is no config.
+    """
+    try:
+        content = json_files.loads(pathlib.Path(path).read_bytes())
+    except (OSError, json_files.Invalid) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"the config {path} cannot be read: {reason}; name the config.json of a run") from error
+    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+        raise UserError(f"{path} is not the config.json of a run: it has no config; name another file")
+    config = configs.default()
+    _fill(config, content["config"], path, "")
+    return config
+
+
+def _fill(config: ConfigDict, values: dict[str, Any], path: str, prefix: str) -> None:
+    for name, value in values.items():
+        field = f"{prefix}{name}"
+        if name not in config:
+            raise UserError(f"{path} has the field {printable(field)}, which this version does not know; remove it")
+        if isinstance(config[name], ConfigDict) and isinstance(value, dict):
+            _fill(config[name], value, path, f"{field}.")
+            continue
+        try:
+            config[name] = _tuples(value)  # raises where it is not of the type of the default
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{path} has {field}={printable(value)}, which is not of the type of its default; mend it"
+            ) from error
+
+
+def _tuples(value: Any) -> Any:
+    """JSON has lists where configs have tuples."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def flags_of(arguments: list[str]) -> list[str]:
+    """The arguments of a command with `--config FILE.json` as ml_collections takes it."""
+    result, waits = [], False
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if waits:
+            argument = _bridged(argument)
+        elif equals and name in ("--config", "-config"):
+            argument = f"--config={_bridged(value)}"
+        waits = argument in ("--config", "-config")
+        result.append(argument)
+    return result
+
+
+def _bridged(path: str) -> str:
+    return f"{os.path.abspath(__file__)}:{path}" if path.endswith(".json") else path
