@@ -2,9 +2,10 @@
 # Pre-training on several nodes under SLURM: sbatch launch/slurm.sh configs/pera_vitb16.py /data/shards runs/vitb16
 #
 # One task per node holds all of its GPUs; the tasks find each other by SLURM's own variables. Ten minutes before the
-# time is up SLURM sends SIGTERM: all nodes save at the same step, end with status 0, and the job queues itself again.
-# A node that dies, or a step that hangs (config.stall_seconds), ends the job with another status; it queues again, too,
-# and goes on from the newest checkpoint.
+# time is up SLURM sends SIGTERM: all nodes save at the same step, end with status 0, and the job queues itself again, to
+# go on from the newest checkpoint. What else is tried again, by the statuses that pera_jax/errors.py lists: a node or a
+# machine that failed, a step that hung (config.stall_seconds) and a crash, as long as starts get on to new checkpoints.
+# Wrong input, a loss that is not finite, a full disk and Ctrl-C need a person: the job ends.
 #SBATCH --job-name=pera
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1
@@ -27,13 +28,30 @@ cd "${SLURM_SUBMIT_DIR:-.}"
 . .venv/bin/activate
 export JAX_COMPILATION_CACHE_DIR="$PWD/.cache/jax" # a job that starts again compiles nothing again
 
-status=0
-srun --kill-on-bad-exit=1 python -m pera_jax.train --config "$config" --config.data.path="$shards" \
-  --config.data.workers=32 --workdir "$workdir" "$@" || status=$?
+# A task that ends badly has the others killed, so that the status of srun need not be that of the first: each notes its own.
+export STATUSES="$PWD/.slurm-$SLURM_JOB_ID"
+rm -rf "$STATUSES" && mkdir -p "$STATUSES"
+newest() { { ls "$workdir/checkpoints" 2>/dev/null || true; } | grep -E '^[0-9]+$' | sort -n | tail -n 1 || true; }
+before=$(newest)
 
-# The run writes FINISHED once it has come to its end; until then, however it ended, there is something left to do.
-# A job that was started fifty times does not get there.
-if [ ! -e "$workdir/FINISHED" ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 50 ]; then
+status=0
+# shellcheck disable=SC2016  # the variables are those of the task
+srun --kill-on-bad-exit=1 bash -c 'status=0; "$@" || status=$?; echo "$status" > "$STATUSES/$SLURM_PROCID"; exit "$status"' \
+  task python -m pera_jax.train --config "$config" --config.data.path="$shards" \
+  --config.data.workers=32 --workdir "$workdir" "$@" || status=$?
+ended=$(sort -un "$STATUSES"/* 2>/dev/null | tr '\n' ' ')
+rm -rf "$STATUSES"
+
+# The run writes FINISHED once it has come to its end.
+started=${SLURM_RESTART_COUNT:-0}
+if [ -e "$workdir/FINISHED" ] || [[ " $ended$status " =~ \ (1|2|130)\  ]]; then
+  again=no
+elif [ "$status" = 0 ] || [ "$status" = 143 ] || [ "$(newest)" != "$before" ]; then
+  again=yes
+else
+  again=$([ "$started" -lt 3 ] && echo yes || echo no) # it got nowhere: another node may do better, a few times
+fi
+if [ "$again" = yes ] && [ "$started" -lt 50 ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

@@ -182,7 +182,8 @@ def sentence(process: subprocess.Popen) -> str:
     """What a command that failed said, besides progress: exactly one line."""
     lines = process.stderr.read().splitlines()
     assert process.wait(60) == 1, lines
-    (line,) = [line for line in lines if not line.startswith("step ")]
+    said = ("step ", "devices: ", "data: ", "training: ", "model: ", "compiling ", "resuming from step ")
+    (line,) = [line for line in lines if not line.startswith(said)]
     assert line.startswith("error: ")
     return line.removeprefix("error: ")
 

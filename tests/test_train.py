@@ -20,6 +20,7 @@ from orbax.checkpoint import v1 as ocp
 from pera_jax import checkpoint, sharding, train
 from pera_jax.errors import UserError
 
+OPENING = ("resuming from step ", "devices: ", "data: ", "training: ", "model: ", "compiling ")  # what is said before
 TOTAL, EVERY = 80, 5  # steps of the run that is interrupted, and between its checkpoints
 
 
@@ -84,7 +85,7 @@ def end(process: subprocess.Popen) -> str:
 def wait_for_step(process: subprocess.Popen, step: int) -> None:
     """Reads lines of progress up to that of `step`."""
     for line in process.stderr:
-        assert line.startswith("step "), line
+        assert line.startswith(("step ", *OPENING)), line
         if line.startswith(f"step {step}/"):
             return
     pytest.fail(f"ended before step {step}")
@@ -112,7 +113,10 @@ def uninterrupted(data, tmp_path_factory):
     process = launch(data, workdir, workers=0)
     stderr = end(process)
     assert process.returncode == 0, stderr
-    assert [line.split("  ")[0] for line in stderr.splitlines()] == [f"step {i}/{TOTAL}" for i in range(1, TOTAL + 1)]
+    opening, progress = stderr.splitlines()[:5], stderr.splitlines()[5:]
+    assert [line.split(" ")[0] for line in opening] == ["devices:", "data:", "training:", "model:", "compiling"], opening
+    assert opening[2].startswith(f"training: {TOTAL} steps of 16 images, 26.67 epochs of 3 steps; 16 images on each device")
+    assert [line.split("  ")[0] for line in progress] == [f"step {i}/{TOTAL}" for i in range(1, TOTAL + 1)]
     return workdir
 
 
@@ -140,6 +144,8 @@ def test_a_run_killed_in_every_way_ends_in_the_same_bits(uninterrupted, data, tm
         seen = checkpoint.saved_steps(workdir)[-1]
         assert process.returncode == 0, stderr
         *progress, last = stderr.splitlines()  # no warnings either
+        again = "; again to stop at once" if name == "SIGINT" else ""
+        progress.remove(f"{name}: saving after this step{again}")
         assert last == f"stopped by {name} at step {seen} of {TOTAL}; checkpoint saved"
         assert not (workdir / "FINISHED").exists()
         assert all(line.startswith("step ") for line in progress)
@@ -147,8 +153,9 @@ def test_a_run_killed_in_every_way_ends_in_the_same_bits(uninterrupted, data, tm
     process = launch(data, workdir, workers=0)
     stderr = end(process)
     assert process.returncode == 0, stderr
-    first = stderr.splitlines()[0]
-    assert first.startswith(f"step {seen + 1}/{TOTAL}")
+    said = stderr.splitlines()
+    assert said[0] == f"resuming from step {seen} of {TOTAL}; changed: data.workers 1 -> 0"
+    assert said[len(OPENING)].startswith(f"step {seen + 1}/{TOTAL}")
 
     assert_same_bits(everything(workdir, TOTAL), everything(uninterrupted, TOTAL))
     lines = metrics_of(workdir)
@@ -219,12 +226,16 @@ def test_init_from_takes_the_weights_only(finished, data, tmp_path):
     assert state["data/batches"] == 2 and state["state/step"] == 2
 
 
-def test_resume_from_goes_on_as_the_workdir_itself_would(finished, data, tmp_path):
+def test_resume_from_goes_on_as_the_workdir_itself_would(finished, data, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "own")
-    train.train(smoke("demo", data, "6 steps"), str(tmp_path / "own"))
-    config = smoke("demo", data, "6 steps")
-    config.resume_from = str(finished)
-    train.train(config, str(tmp_path / "other"))
+    for workdir, config in ((tmp_path / "own", smoke("demo", data, "6 steps")), (tmp_path / "other", smoke("demo", data, "6 steps"))):
+        config.resume_from = str(finished) if workdir.name == "other" else ""
+        with pytest.raises(UserError, match="is of another run: its total is 4 steps, this config gives 6 steps; .* --allow-config-change"):
+            train.train(config, str(workdir))
+        train.train(config, str(workdir), allow_config_change=True)
+        assert f"resuming from step 4 of 6; changed: total 4 steps -> 6 steps" in capsys.readouterr().err
+    earlier = json.loads((tmp_path / "own" / "earlier_configs" / "until_step_000004.json").read_text())["config"]
+    assert earlier["total"] == "4 steps" and not (tmp_path / "other" / "earlier_configs").exists()
     assert_same_bits(everything(tmp_path / "other", 6), everything(tmp_path / "own", 6))
     assert metrics_of(tmp_path / "other") == metrics_of(tmp_path / "own")[4:]
     # The workdir's own checkpoint comes before resume_from: nothing is left to do.
@@ -269,5 +280,5 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(finish
     for step in (2, 4):
         spoil(workdir / "checkpoints" / str(step))
     with pytest.raises(UserError, match=f"no checkpoint of {workdir} can be read; the newest: .*checkpoints/4 cannot"):
-        train.train(smoke("demo", data, "6 steps"), str(workdir))
+        train.train(smoke("demo", data), str(workdir))
     assert checkpoint.saved_steps(workdir) == [2, 4]
