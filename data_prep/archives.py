@@ -17,32 +17,22 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
+from pera_jax.data.file_tree import HIDDEN, Found
 from pera_jax.errors import UserError
 
 ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
 LARGEST = 1 << 30  # bytes of one file; a larger one is no image of a training set, and must fit into memory
 READ_ERRORS = (OSError, EOFError, ValueError, OverflowError, RuntimeError, MemoryError, struct.error, zlib.error,
                lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)  # fmt: skip
-OUTSIDE, HIDDEN = "its name leads out of the archive", "its name, or that of a folder around it, begins with a dot"
+OUTSIDE = "its name leads out of the archive"
 _TAR_BLOCK = 512
 _LARGEST_HEADER = 1 << 24  # tarfile reads long names and attributes whole
 _LONGEST_NAME = 4096  # bytes, as of a path
 _BOMB_BYTES, _BOMB_RATIO = 1 << 26, 200  # what is larger and packed tighter is no image, but made to fill the memory
 _BOMB = f"over {_BOMB_BYTES >> 20} MiB, packed to less than 1/{_BOMB_RATIO}"
 _ZIP_HEADER = struct.Struct("<4s22x2H")  # signature, length of the name, length of the extra field
-
-
-class Found(NamedTuple):
-    """A file as a listing meets it: its name, size in bytes, where it is (None in folders), why it is no candidate
-    whatever its name (None: it may be one), and whether backslashes in its name were taken for the slashes of folders."""
-
-    name: str
-    size: int
-    part: tuple | None
-    fault: str | None
-    backslashes: bool = False
 
 
 def is_archive(path: pathlib.Path) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from data_prep import duplicates, folder, pixels
 from data_prep.shards import Item, run_jobs
 from pera_jax.common import paths
-from pera_jax.common.text import printable
+from pera_jax.common.text import printable, several
 from pera_jax.data import foreign, records
 
 DROPS = ("duplicates", "small", "blank")
@@ -107,7 +107,7 @@ def write(
     if folder.already_complete(split, info):
         print(f"{split.name}: already complete in {printable(args.output)}, {info.splits[split.name].records} records")
         return
-    classes = f"{len(split.class_names)} classes" if split.class_names else "no classes"
+    classes = f"{len(split.class_names)} classes ({several(split.class_names, 5)})" if split.class_names else "no classes"
     workers = f", {args.workers} workers" if driver is run_jobs else ""
     print(f"{split.name}: {len(split)} images, {classes}, {split.shards} shards{workers}", flush=True)
     folder.check_unfinished(split)  # before the search for duplicates, which takes its time

@@ -5,10 +5,10 @@
 
 * Input: a folder, or tar, tar.gz, tar.bz2, tar.xz and zip archives, which are read as streams and never unpacked.
 * Images: names that end in jpg, jpeg, png, tif, tiff or webp, in any case, in folders of any depth. All others are
-  rejected, and so are hidden ones, links that lead out of the folder, members of archives that are links or whose names
+  rejected, and so are hidden ones, links that lead out of the folder (--follow-links takes them), members of archives that are links or whose names
   lead elsewhere. Links that stay in the folder are followed.
-* Classes: where every image lies in a folder, the names of the topmost folders become the labels; in an archive, those
-  below the folders that hold all of its images. All splits of a data set have the same classes.
+* Classes: where all images but a few lie in folders, the names of the topmost folders become the labels, and the few are
+  left out with a warning; in an archive, those below the folders that hold all of its images. All splits of a data set have the same classes.
 * Pixels: see `pera_jax.data.foreign`; what changes their values is named and counted. Each image is
   decoded once, to check it. JPEG and PNG files that need no change are stored byte for byte.
 * OUTPUT/SPLIT.report.json accounts for every input as written, duplicate, rejected or failed, and names images that are
@@ -29,7 +29,7 @@ from data_prep import command, folder, pixels, sources
 from data_prep.shards import Item, run_jobs
 from pera_jax.common import paths
 from pera_jax.common.text import several
-from pera_jax.data import records
+from pera_jax.data import file_tree, records
 from pera_jax.errors import UserError, run
 
 
@@ -38,17 +38,19 @@ def main(argv: list[str] | None = None, driver: Callable = run_jobs) -> None:
     parser = argparse.ArgumentParser(prog="python -m data_prep.images", description=__doc__.splitlines()[0])
     parser.add_argument("--input", type=paths.local_path, required=True, nargs="+", help="folder of images, or archives")
     parser.add_argument("--no-labels", action="store_true", help="folders are no classes")
+    parser.add_argument("--follow-links", action="store_true", help="also those that lead out of the folder")
     command.add_options(parser)
     command.add_range(parser)
     args = parser.parse_args(argv)
     check_places(args.input, args.output, args.split)
 
-    inventory = sources.take_stock(args.input)
+    inventory = sources.take_stock(args.input, args.follow_links)
     for taken, number in inventory.backslashes.items():
         what = "taken for folders" if taken else "part of the name and no folders: classes may lie hidden in it"
         print(f"{number:,} names in {several(args.input)} have backslashes, which are {what}", flush=True)
-    if not args.no_labels:
-        inventory.label()
+    told = [file_tree.links_out(args.input[0], inventory.rejected)] + ([] if args.no_labels else inventory.label())
+    for line in filter(None, told):
+        print(line, flush=True)
     options = command.conversion(args)
     info = folder.existing_info(args.output)
     dataset = info.name if info else dataset_name(args.output)

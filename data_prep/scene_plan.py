@@ -10,12 +10,12 @@ import os
 import pathlib
 from collections.abc import Hashable
 
-from data_prep import scene_reader, sources
+from data_prep import scene_reader
 from data_prep.pixels import Rejected
 from data_prep.scene_file import ENDINGS
 from data_prep.scene_reader import Scene
 from pera_jax.common.text import printable, several
-from pera_jax.data import codecs
+from pera_jax.data import codecs, file_tree
 from pera_jax.errors import UserError
 from pera_jax.metrics import Progress
 
@@ -54,7 +54,7 @@ def list_scenes(places: list[pathlib.Path]) -> tuple[Files, list[tuple[str, str]
 def _below(root: pathlib.Path) -> tuple[list[tuple[str, str, int]], list[tuple[str, str]]]:
     """((name, path, size) of the GeoTIFFs below a folder, (name, reason) of the other files)."""
     scenes, rejected = [], []
-    for found in sources.files_below(root):
+    for found in file_tree.files_below(root):
         ending = os.path.splitext(found.name)[1]
         name = found.name.encode("utf-8", "backslashreplace").decode()
         if found.fault or ending.lower() not in ENDINGS:

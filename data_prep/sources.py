@@ -1,8 +1,8 @@
 """Where images come from: a folder, or archives (`data_prep.archives`).
 
 A listing accounts for every file that it meets: as a candidate, or as rejected with a reason. Nothing is read that
-lies outside the folder or archive: links that lead out of a folder are rejected, and of an archive no member is taken
-that is a link or whose name leads elsewhere.
+lies outside the folder or archive: links that lead out of a folder are rejected unless they are to be followed, and of
+an archive no member is taken that is a link or whose name leads elsewhere.
 """
 
 import array
@@ -11,18 +11,17 @@ import hashlib
 import json
 import os
 import pathlib
-import stat
 from collections.abc import Iterable, Iterator, Sequence
 
 from data_prep import archives
-from data_prep.archives import HIDDEN, Found
 from data_prep.shards import Item
 from pera_jax.common import classes, environment
-from pera_jax.common.text import printable
+from pera_jax.common.text import printable, several
+from pera_jax.data import file_tree, foreign
 from pera_jax.data.codecs import ImageDecodeError
+from pera_jax.data.file_tree import Found
 from pera_jax.errors import UserError
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
 _NUMBERS = 4  # that a member of an archive is found by, at the most
 
 
@@ -90,7 +89,7 @@ class Inventory(Sequence[Item]):
         safe = name.encode("utf-8", "backslashreplace").decode()
         if safe != name:
             fault = "its name is not valid UTF-8"
-        if not fault and ending not in ENDINGS:
+        if not fault and ending not in foreign.ENDINGS:
             fault = f"ending {ending}" if ending else "no ending"
         if not fault and found.size > archives.LARGEST:
             fault = f"larger than {archives.LARGEST >> 30} GiB"
@@ -105,33 +104,57 @@ class Inventory(Sequence[Item]):
             self._kinds.append(kind == "zip")
             self._parts.extend(numbers + [0] * (_NUMBERS - len(numbers)))
 
-    def label(self) -> None:
-        """Makes the topmost folders the classes, as `classes.check` allows, if every candidate lies in one. In each archive the folders that hold
-        all of its candidates are passed over first, as long as there are folders in them."""
-        labels, numbers = array.array("i"), {}  # numbered as they come, as yet
-        for key, skip in zip(self.keys, self._around(), strict=True):
+    def label(self) -> list[str]:
+        """Makes the topmost folders the classes, as `classes.check` allows, where nearly all candidates lie in one; the
+        few others are rejected. In each archive the folders around those are passed over first, as long as there are
+        folders in them. Returns what a user must be told of it."""
+        labels, numbers, strays = array.array("i"), {}, []  # numbered as they come, as yet
+        for index, (key, skip) in enumerate(zip(self.keys, self._around(), strict=True)):
             steps = key.split("/")
             if len(steps) <= skip + 1:
-                return
-            labels.append(numbers.setdefault(steps[skip], len(numbers)))
+                strays.append(index)
+            else:
+                labels.append(numbers.setdefault(steps[skip], len(numbers)))
+        if strays and not classes.few(len(strays), len(self)):
+            beside = f"warning: no classes, though there are the folders {several(sorted(numbers))}: beside them "
+            return [f"{beside}lie {several([self.keys[i] for i in strays])}"] if numbers else []
         self.class_names = sorted(numbers)
         classes.check(self.class_names, self.inputs[0])
         places = {numbers[name]: i for i, name in enumerate(self.class_names)}
+        told = []
+        if strays:
+            names = [self.keys[i] for i in strays]
+            told.append(classes.beside(names, self.class_names) + "; --no-labels takes all of them, without classes")
+            self.rejected += [(name, "beside the folders of the classes") for name in names]
+            out = set(strays)
+            self._reorder([i for i in range(len(self)) if i not in out])
+        if classes.look_like_splits(self.class_names):
+            inner = {key.split("/")[skip + 1] for key, skip in zip(self.keys, self._around(), strict=True)
+                     if key.count("/") > skip + 1}  # fmt: skip
+            holds = f", which holds {several(sorted(inner))}" if inner else ""
+            told.append(
+                f"warning: the classes are {several(self.class_names)}, which look like splits; if they are, give "
+                f"--input {printable(self.inputs[0] / self.class_names[-1])}{holds}"
+            )
         self._labels = array.array("i", map(places.__getitem__, labels))
+        return told
 
     def _around(self) -> Iterator[int]:
         """For each candidate, how many folders of its key are no class; the name of one of several archives is none."""
         if not self._kinds:
             return iter(bytes(len(self)))
-        common, depth = {}, {}  # of each archive: the folders around all of its candidates, and the fewest around one
+        common, depths = {}, {}  # of each archive: the folders around all of its candidates, and how many are around each
         for key, place in zip(self.keys, self._input, strict=True):
             steps = key.split("/")[:-1]
             shared = common.setdefault(place, steps)
-            depth[place] = min(depth.get(place, len(steps)), len(steps))
+            depths.setdefault(place, collections.Counter())[len(steps)] += 1
             while shared != steps[: len(shared)]:
                 shared = common[place] = shared[:-1]
-        least = int(len(self.inputs) > 1)
-        skip = {place: max(least, min(len(common[place]), depth[place] - 1)) for place in common}
+        least, skip = int(len(self.inputs) > 1), {}
+        for place, shared in common.items():
+            beside = depths[place][len(shared)]  # in the innermost of the folders around all, and in none below it
+            inner = len(shared) if classes.few(beside, depths[place].total()) else min(depths[place]) - 1
+            skip[place] = max(least, min(len(shared), inner))
         return map(skip.__getitem__, self._input)
 
     def digest(self, described: list) -> str:
@@ -144,14 +167,26 @@ class Inventory(Sequence[Item]):
     def sort(self) -> None:
         """Puts the candidates of a folder into the order of their keys."""
         keys = list(self.keys)
-        order = sorted(range(len(keys)), key=keys.__getitem__)
-        self.keys = Names(keys[i] for i in order)
-        self._sizes = array.array("q", (self._sizes[i] for i in order))
+        self._reorder(sorted(range(len(keys)), key=keys.__getitem__))
         self.rejected.sort()
 
+    def _reorder(self, order: list[int]) -> None:
+        """Keeps the candidates at these places, in this order."""
+        if self._kinds:
+            self._parts = array.array(
+                "Q", (self._parts[_NUMBERS * i + k] for i in order for k in range(_NUMBERS))
+            )
+            self._kinds = bytearray(self._kinds[i] for i in order)
+        self._sizes = array.array("q", (self._sizes[i] for i in order))
+        self._input = array.array("i", (self._input[i] for i in order))
+        self.keys = Names(map(self.keys.__getitem__, order))
 
-def take_stock(inputs: list[pathlib.Path]) -> Inventory:
+
+def take_stock(inputs: list[pathlib.Path], follow: bool = False) -> Inventory:
     """Lists a folder, or one or several archives; the keys of several begin with the archive's name.
+
+    Args:
+      follow: whether links that lead out of a folder are followed.
 
     Raises UserError: nothing there, a folder that cannot be read, a damaged archive, no image, several folders.
     """
@@ -167,76 +202,17 @@ def take_stock(inputs: list[pathlib.Path]) -> Inventory:
     inventory = Inventory(inputs)
     for place, path in enumerate(inputs):
         prefix = f"{path.name}/" if len(inputs) > 1 else ""
-        for found in files_below(path) if path.is_dir() else archives.members(path):
+        for found in file_tree.files_below(path, follow) if path.is_dir() else archives.members(path):
             inventory.take(found, place, prefix)
     if not inventory.keys:
         raise UserError(
-            f"--input {inputs[0]} holds no image (names ending in {' '.join(e[1:] for e in ENDINGS)}); "
+            f"--input {inputs[0]} holds no image (names ending in {' '.join(e[1:] for e in foreign.ENDINGS)}); "
             f"{len(inventory.rejected)} other files are there"
+            + "".join(f"; {told}" for told in [file_tree.links_out(inputs[0], inventory.rejected)] if told)
         )
     if inputs[0].is_dir():
         inventory.sort()  # of packed archives any other order than their own would be unpacked again and again
     return inventory
-
-
-def files_below(root: pathlib.Path) -> Iterator[Found]:
-    """Every file below a folder, links inside it included. Raises UserError where the folder cannot be read.
-
-    A hidden folder is one entry. A link to a folder is followed, but none to a folder that it lies in, and no folder is
-    entered by links twice: so there is an end, and no file is found more than twice because of links to folders.
-    """
-    inside, links, entered = os.path.realpath(root), [], set()
-    waiting = [(str(root), "", None)]  # folders: path, name with /, real path where a link led there
-    try:
-        while waiting or links:
-            if not waiting:
-                links.sort(key=lambda link: link[1], reverse=True)  # an order that does not depend on the disk's
-                path, name, real = links.pop()
-                around = os.path.join(os.path.realpath(os.path.dirname(path)), "")
-                if around.startswith(real + os.sep):
-                    yield Found(name[:-1], 0, None, "a link to a folder that it lies in")
-                    continue
-                waiting.append((path, name, real))
-            path, prefix, real = waiting.pop()
-            if real is not None:
-                if real in entered:
-                    yield Found(prefix[:-1], 0, None, "a folder that was entered by a link before")
-                    continue
-                entered.add(real)
-            with os.scandir(path) as entries:
-                for entry in sorted(entries, key=lambda entry: entry.name) if real else entries:
-                    name = prefix + entry.name
-                    if entry.name.startswith("."):
-                        yield Found(name, 0, None, HIDDEN)
-                    elif entry.is_symlink():
-                        found, folder = _link(entry, name, inside)
-                        if folder:
-                            links.append((entry.path, f"{name}/", folder))
-                        else:
-                            yield found
-                    elif entry.is_dir():
-                        waiting.append((entry.path, f"{name}/", real and os.path.join(real, entry.name)))
-                    elif entry.is_file():
-                        yield Found(name, entry.stat().st_size, None, None)
-                    else:
-                        yield Found(name, 0, None, "no regular file")
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
-
-
-def _link(entry: os.DirEntry, name: str, inside: str) -> tuple[Found | None, str | None]:
-    """A symbolic link: (the file that it is, or why it is none; None), or (None, the real path of a folder)."""
-    target = os.path.realpath(entry.path)
-    if target != inside and not target.startswith(os.path.join(inside, "")):
-        return Found(name, 0, None, "a link that leads out of the folder"), None
-    try:
-        status = os.stat(target)
-    except OSError:  # nothing there, or links that lead to each other
-        return Found(name, 0, None, "a link that leads nowhere"), None
-    if stat.S_ISDIR(status.st_mode):
-        return None, target
-    fault = None if stat.S_ISREG(status.st_mode) else "no regular file"
-    return Found(name, status.st_size, None, fault), None
 
 
 def read(item: Item) -> bytes:

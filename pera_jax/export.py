@@ -17,6 +17,7 @@ import re
 from pera_jax import checkpoint, errors, feature_folder, features
 from pera_jax.common import paths
 from pera_jax.common.text import printable, several
+from pera_jax.probes import folders
 from pera_jax.probes.samples import open_images
 from pera_jax.weights import imports, released, stablehlo, timm
 
@@ -56,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     folder = commands.add_parser("features", help="features of a data set as NumPy arrays")
     folder.add_argument("--input", required=True, type=paths.local, help="images: a folder of them, of class folders, of shards, or tfds:NAME")
     folder.add_argument("--split", default="", help="default: all of a folder, or the only split of shards")
+    folders.add_options(folder)
     folder.add_argument("--output", required=True, type=paths.local_path, help="folder for the arrays and their index")
     folder.add_argument("--image-size", type=int, help="px, a multiple of the patch (default: the global crops' size)")
     folder.add_argument("--maps", action="store_true", help="also the maps of patch tokens")
@@ -111,7 +113,9 @@ def main(argv: list[str] | None = None) -> None:
         if command == "stablehlo":
             said = stablehlo.export(weights, options["image_size"], output)
         else:
-            said = feature_folder.write(weights, open_images(options.pop("input"), options.pop("split")), **options)
+            reading = folders.Reading(options.pop("follow_links"), options.pop("max_corrupt_share"))
+            images = open_images(options.pop("input"), options.pop("split"), reading)
+            said = feature_folder.write(weights, images, **options)
         print(f"{printable(source['run'])}, {source['which']} at step {weights.step}: {_described(weights.meta)}\n{said}")
     else:
         step = released.export(options["run"], options["step"], output)

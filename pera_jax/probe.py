@@ -16,21 +16,21 @@ from pera_jax import distributed, errors
 from pera_jax.common import paths
 from pera_jax.common.text import printable
 from pera_jax.errors import UserError
-from pera_jax.probes import results, specs
+from pera_jax.probes import folders, results, specs
 from pera_jax.probes.follow import follow
 from pera_jax.probes.job import ENCODERS, Job, load_network
 
 
 def probe(
     run: str, chosen: list[specs.Spec], *, encoder: str = "teacher", step: int | None = None, output: str | None = None,
-    batch_size: int = 256,
+    batch_size: int = 256, reading: folders.Reading = folders.Reading(),
 ) -> list[dict]:  # fmt: skip
     """Judges a checkpoint, writes what it found and returns the entries; arguments as the command's options.
 
     Raises:
       UserError: everything that is wrong with the arguments, the run or the data, before a score is computed.
     """
-    network, job = load_network(run, step, encoder), Job(chosen, base_of(run, output), batch_size)
+    network, job = load_network(run, step, encoder), Job(chosen, base_of(run, output), batch_size, reading)
     job.prepare(network.meta)
     entries = []
     for spec in chosen:
@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--step", type=int, help="the checkpoint (default: the latest)")
     parser.add_argument("--output", type=paths.local, help="folder for the results (default: RUN/probe)")
     parser.add_argument("--batch-size", type=int, default=256, help="images decoded at a time; changes no score")
+    folders.add_options(parser)
     parser.add_argument("--follow", action="store_true", help="judge each new checkpoint until the run has ended")
     parser.add_argument("--poll", type=float, default=10.0, help="seconds between looks for a new checkpoint (default 10)")
     parser.add_argument("--patience", type=float, default=24.0, help="hours without one after which to end (default 24)")
@@ -84,14 +85,14 @@ def main(argv: list[str] | None = None) -> None:
     elif not pathlib.Path(options.run).is_dir():
         raise UserError(f"the run's folder {options.run} does not exist; name the --workdir of a training")
     distributed.initialize(distributed.cluster_of(options.coordinator, options.num_processes, options.process_id, os.environ))
-    base = base_of(options.run, options.output)
+    base, reading = base_of(options.run, options.output), folders.reading_of(options)
     with distributed.ends_alone():
         if options.follow:
-            follow(options.run, chosen, base, options.batch_size, options.poll, 3600 * options.patience)
+            follow(options.run, chosen, base, options.batch_size, options.poll, 3600 * options.patience, reading)
             entries = results.read(base)
         else:
             entries = probe(options.run, chosen, encoder=options.encoder, step=options.step, output=options.output,
-                            batch_size=options.batch_size)  # fmt: skip
+                            batch_size=options.batch_size, reading=reading)  # fmt: skip
     if distributed.main_host():
         print(f"{results.markdown(entries)}\n\nwritten to {printable(base)}")
 

@@ -120,7 +120,8 @@ def _move(source: str, target: str):
     [
         (_move("test/plain/2.png", "test/forest/2.png"), "small has other classes in 'train' than in 'test': plain .* forest"),
         (_move("train", "training"), "has no folder 'train' for the split; it has test, training"),
-        (_move("train/dots/0.png", "train/0.png"), "train/0.png lies in no class folder"),
+        (lambda folder: [_move(f"train/{name}", f"train/{name[-5:]}")(folder) for name in ("dots/0.png", "stripes/2.png")],
+         "train/0.png lies in no class folder, and so do 1 other images of 5"),
         (lambda folder: (folder / "train" / "water").mkdir(), "train/water holds no image"),
         (lambda folder: shutil.rmtree(folder / "test") or (folder / "test").mkdir(), "test holds no image"),
         (lambda folder: shutil.rmtree(folder), "does not exist"),
@@ -135,6 +136,51 @@ def test_bad_folders(folders, change, sentence):
                 place.rmdir()
     with pytest.raises(UserError, match=sentence):
         samples.check_labels(*(samples.open_samples(str(folders), split) for split in LABELS))
+
+
+def test_a_few_images_beside_the_class_folders_are_left_out_and_named(folders, capsys):
+    stray = (folders / "train/dots/0.png").read_bytes()
+    (folders / "train/logo.png").write_bytes(stray)
+    found = samples.open_samples(str(folders), "train")
+    assert found.labels.tolist() == [0, 1, 1, 2, 2] and "logo.png" not in found.keys
+    told = capsys.readouterr().err
+    assert "1 image lies beside the folders of the 3 classes dots, plain, stripes and is left out" in told
+    assert "train/logo.png" in told
+    assert len(samples.open_images(str(folders), "train")) == 6  # an export takes all
+    assert "no classes are taken from the folders dots, plain, stripes: there are logo.png" in capsys.readouterr().err
+
+
+def test_folders_that_look_like_splits_are_told(folders, capsys):
+    samples.open_samples(str(folders.parent), folders.name)
+    assert "are test, train, which look like splits" in capsys.readouterr().err
+    samples.open_images(str(folders))
+    assert "no classes are taken from the folders test, train" in capsys.readouterr().err
+
+
+def test_a_few_unreadable_files_are_left_out_and_named(folders, capsys):
+    first = samples.open_samples(str(folders), "train").fingerprint
+    for name, content in (("a.png", b"x"), ("b.jpg", b""), ("c.bmp", b"BM"), ("d.txt", b"")):
+        (folders / "train/plain" / name).write_bytes(content)
+    with pytest.raises(UserError, match="plain/a.png cannot be read as an image .*, and so with 2 of 7; .*max-corrupt-share"):
+        samples.open_samples(str(folders), "train")
+    found = samples.open_samples(str(folders), "train", reading=samples.folders.Reading(max_corrupt_share=0.3))
+    assert len(found) == 5 and len(images(found)) == 5 and found.fingerprint == first
+    told = capsys.readouterr().err
+    assert "2 of 7 images cannot be read and are left out" in told and "plain/a.png" in told and "plain/b.jpg" in told
+    assert "2 files of " in told and ".bmp (1), .txt (1)" in told
+
+
+def test_links_that_leave_the_folder_are_followed_where_they_are_to_be(folders, tmp_path, capsys):
+    outside = tmp_path / "elsewhere"
+    (folders / "train/dots").rename(outside)
+    (folders / "train/dots").symlink_to(outside)
+    (folders / "train/plain/far.png").symlink_to(outside / "0.png")
+    with pytest.raises(UserError, match="the class folder .*dots holds no image; .*; 2 links lead out"):
+        samples.open_samples(str(folders), "train")
+    assert len(samples.open_images(str(folders), "train")) == 4
+    assert "2 links lead out of" in (told := capsys.readouterr().err) and "dots, plain/far.png; --follow-links" in told
+    found = samples.open_samples(str(folders), "train", reading=samples.folders.Reading(follow_links=True))
+    assert found.labels.tolist() == [0, 1, 1, 1, 2, 2] and len(images(found)) == 6
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from pera_jax.data import codecs, records
 SECRET = np.full((40, 40, 3), 123, np.uint8)  # lies outside; must never come in
 
 
-def convert(inputs: list[pathlib.Path], out: pathlib.Path, **options):
+def convert(inputs: list[pathlib.Path], out: pathlib.Path, labels: bool = True, **options):
     """A conversion in this process, with all shares of failures allowed: (report, keys and images, rows of the table)."""
 
     def run(jobs, report):
@@ -26,7 +26,8 @@ def convert(inputs: list[pathlib.Path], out: pathlib.Path, **options):
             yield shards.write_shard(job, functools.partial(images.convert_file, **options), report)
 
     inventory = sources.take_stock(inputs)
-    inventory.label()
+    if labels:
+        inventory.label()
     split = images.make_split(inventory, out, "set", "train", 5, options)
     duplicates = []
     if "duplicates" in options.get("drop", ()):
@@ -174,7 +175,7 @@ def test_random_folders_of_files_and_links(tmp_path, seed):
         links.append(folders[rng.integers(len(folders))] / f"link{i}.png")
         target = targets[rng.integers(len(targets))] if rng.random() < 0.7 else links[rng.integers(len(links))]
         links[-1].symlink_to(target if rng.random() < 0.5 else os.path.relpath(target, links[-1].parent))
-    report, written, rows = convert([root], tmp_path / "out")
+    report, written, rows = convert([root], tmp_path / "out", labels=False)
     out = [name for outcome, name, _ in rows if outcome != "written"]
     names = [*written, *out]
     assert len(set(names)) == len(names) == report["inputs"]
@@ -229,3 +230,30 @@ def test_report_stays_short_and_the_table_is_whole(tmp_path):
     shown = sum(reason["number"] for reason in rejected["reasons"].values())
     assert len(rejected["reasons"]) == 50 and shown + rejected["other_reasons"]["number"] == rejected["number"] == 1003
     assert sum(outcome == "rejected" for outcome, _, _ in rows) == 1003
+
+
+def test_a_stray_image_takes_no_labels_and_links_are_followed_where_they_are_to_be(tmp_path, capsys):
+    rng, root = np.random.default_rng(6), tmp_path / "aid"
+    for name in ("train/port/1.png", "train/port/2.png", "train/park/3.png", "train/logo.png", "test/port/4.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(encode(rng.integers(0, 256, (40, 40, 3), np.uint8)))
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far/5.png").write_bytes((root / "test/port/4.png").read_bytes())
+    (root / "train/river").symlink_to(tmp_path / "far")
+    for source in (root / "train", tmp_path / "train.tar"):
+        if source.suffix:
+            pack(source, {f"all/{path.relative_to(root / 'train')}": path.read_bytes() for path in root.glob("train/p*/*.png")}
+                 | {"all/logo.png": (root / "train/logo.png").read_bytes()})  # fmt: skip
+        images.main(["--input", str(source), "--output", str(tmp_path / f"out {source.name}"), "--split", "train",
+                     "--workers", "1"])  # fmt: skip
+        told, info = capsys.readouterr().out, records.load_info(tmp_path / f"out {source.name}")
+        assert info.class_names == ["park", "port"] and info.splits["train"].records == 3
+        assert "1 image lies beside the folders of the 2 classes park, port and is left out" in told and "logo.png" in told
+        assert ("1 link leads out of" in told) == (not source.suffix)
+    images.main(["--input", str(root / "train"), "--output", str(tmp_path / "followed"), "--split", "train", "--workers", "1",
+                 "--follow-links"])  # fmt: skip
+    assert records.load_info(tmp_path / "followed").class_names == ["park", "port", "river"]
+    capsys.readouterr()
+    images.main(["--input", str(root), "--output", str(tmp_path / "both"), "--split", "train", "--workers", "1"])
+    assert "classes are test, train, which look like splits; if they are, give --input" in (told := capsys.readouterr().out)
+    assert "aid/train, which holds park, port" in told

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pera_jax.common.text import decoded, printable, several
 from pera_jax.errors import UserError
 
+_SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"})
 _UNWRITABLE = frozenset({"Cc", "Cs", "Zl", "Zp"})
 
 
@@ -29,6 +30,25 @@ def check(names: Sequence[str], source: object) -> None:
     twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
     if twice:
         raise UserError(f"{printable(source)} has two classes of one name: {several(twice)}; rename one")
+
+
+def look_like_splits(names: Sequence[str]) -> bool:
+    """Whether folders that are taken for classes are rather the splits of a data set."""
+    return {name.lower() for name in names} <= _SPLITS
+
+
+def few(strays: int, images: int) -> bool:
+    """Whether so many of the images may lie beside the folders of classes that these are still meant as such."""
+    return strays <= max(1, images // 10) and 2 * strays < images
+
+
+def beside(strays: Sequence[str], names: Sequence[str]) -> str:
+    """What to tell of images that lie beside the folders of the classes and are left out."""
+    lie = "image lies" if len(strays) == 1 else "images lie"
+    return (
+        f"warning: {len(strays):,} {lie} beside the folders of the {len(names):,} classes {several(names, 5)} and "
+        f"{'is' if len(strays) == 1 else 'are'} left out: {several(strays)}"
+    )
 
 
 def read(file: pathlib.Path, most: int) -> tuple[str, ...]:

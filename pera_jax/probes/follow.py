@@ -13,7 +13,7 @@ from typing import Any
 from pera_jax import checkpoint, distributed
 from pera_jax.common import lease
 from pera_jax.errors import UserError
-from pera_jax.probes import keys, results
+from pera_jax.probes import folders, keys, results
 from pera_jax.probes.job import Job, Network, Result
 from pera_jax.probes.specs import Spec
 
@@ -21,19 +21,21 @@ _NOTHING = -1  # no checkpoint to judge
 
 
 def follow(
-    run: str, specs: Sequence[Spec], base: pathlib.Path, batch_size: int, poll: float, patience: float
+    run: str, specs: Sequence[Spec], base: pathlib.Path, batch_size: int, poll: float, patience: float,
+    reading: folders.Reading = folders.Reading(),
 ) -> list[dict[str, Any]]:
     """Returns the entries of this call when the run has ended and all of its checkpoints are judged.
 
     Args:
       poll: seconds between two looks for a new checkpoint.
       patience: seconds without one after which to give up.
+      reading: how folders of images and of scenes are read.
 
     Raises:
       UserError: bad data, before anything is judged; another job that follows the run; no new checkpoint for `patience`.
     """
     with lease.held(base, "--output", name=".follow.lease") if distributed.main_host() else contextlib.nullcontext():
-        job = Job(specs, base, batch_size)
+        job = Job(specs, base, batch_size, reading)
         entries = _follow(run, job, poll, patience)
         if distributed.main_host():
             results.write_table(base)  # of a job that was killed before it could

@@ -13,7 +13,7 @@ from pera_jax import checkpoint, distributed
 from pera_jax.bands import Bands
 from pera_jax.common.text import printable
 from pera_jax.errors import UserError
-from pera_jax.probes import dense, features, keys, results, scenes
+from pera_jax.probes import dense, features, folders, keys, results, scenes
 from pera_jax.probes.cache import Cache, digest
 from pera_jax.probes.labelled import Labelled
 from pera_jax.probes.samples import Samples, check_labels, open_samples
@@ -91,17 +91,21 @@ class Job:
     dense tasks; every host computes the scores, and the first one writes.
     """
 
-    def __init__(self, specs: Sequence[Spec], base: pathlib.Path, batch_size: int = 256):
+    def __init__(
+        self, specs: Sequence[Spec], base: pathlib.Path, batch_size: int = 256, reading: folders.Reading = folders.Reading()
+    ):
         """Opens what needs no checkpoint.
 
         Args:
           base: folder for results.
           batch_size: images decoded at a time; changes no score.
+          reading: how folders of images and of scenes are read.
 
         Raises:
           UserError: data that cannot be opened, labels that do not fit, a folder of results that holds something else.
         """
         self.specs, self.base, self._batch_size = specs, base, batch_size
+        self._reading = reading
         self._cache = Cache(base / "cache")
         self._samples: dict[tuple[str, str, str], Samples] = {}
         self._scenes: dict[str, scenes.Folder] = {}
@@ -128,7 +132,7 @@ class Job:
             elif spec.name not in self._scenes:
                 self._scenes[spec.name] = scenes.load(
                     spec.data, _DATES[spec.task], bands, spec.settings["folds"], spec.settings.get("class_names", ()),
-                    (spec.train_split, spec.test_split),
+                    (spec.train_split, spec.test_split), self._reading.max_corrupt_share,
                 )  # fmt: skip
 
     def judge(self, network: Network, spec: Spec) -> Result:
@@ -177,7 +181,7 @@ class Job:
         for split in (spec.train_split, spec.test_split):
             place = (spec.data, split, spec.labels)
             if split and place not in self._samples:
-                self._samples[place] = open_samples(*place)
+                self._samples[place] = open_samples(*place, self._reading)
         if spec.train_split == spec.test_split:
             raise UserError(f"the training and the test split are both {spec.train_split!r}; a test needs images of its own")
         train = self._samples[spec.data, spec.train_split, spec.labels]

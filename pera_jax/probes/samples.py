@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from pera_jax import distributed
 from pera_jax.bands import Bands
 from pera_jax.common import paths
 from pera_jax.common.text import several
@@ -66,29 +67,32 @@ class Samples:
         return len(self.keys)
 
 
-def open_samples(data: str, split: str, labels: str = "") -> Samples:
+def open_samples(data: str, split: str, labels: str = "", reading: folders.Reading = folders.Reading()) -> Samples:
     """Opens a split.
 
     Args:
       data: see the module.
       labels: the file of a table of labels, "" for none.
+      reading: how a folder of images is read.
 
     Raises:
-      UserError: nothing there, no such split, damaged shards, a label without an image or the reverse.
+      UserError: nothing there, no such split, damaged shards, more than a few unreadable images, a label without an image or the reverse.
     """
-    samples = _open(data, split, with_classes=not labels)
+    samples = _open(data, split, not labels, reading)
     return _relabelled(samples, labels) if labels else samples
 
 
-def open_images(data: str, split: str = "") -> Samples:
+def open_images(data: str, split: str = "", reading: folders.Reading = folders.Reading()) -> Samples:
     """Opens images that need no labels.
 
     Args:
       data: see the module; of a folder all images are taken, and where every one lies at [SPLIT/]CLASS/NAME the classes.
       split: "" for all of a folder, or the only split of shards.
+      reading: how a folder of images is read.
 
     Raises:
-      UserError: nothing there, no such split, a split that must be named, damaged shards.
+      UserError: nothing there, no such split, a split that must be named, damaged shards, more than a few unreadable
+        images.
     """
     if not split and data.startswith("tfds:"):
         raise UserError(f"{data} needs a split; name one with --split, as train or train[:80%]")
@@ -97,17 +101,17 @@ def open_images(data: str, split: str = "") -> Samples:
         if len(held) > 1:
             raise UserError(f"{data} has the splits {several(held, 10)}; name one with --split")
         split = held[0]
-    return _open(data, split, with_classes=None)
+    return _open(data, split, None, reading)
 
 
-def _open(data: str, split: str, with_classes: bool | None) -> Samples:
+def _open(data: str, split: str, with_classes: bool | None, reading: folders.Reading) -> Samples:
     paths.local(data)
     if data.startswith("tfds:"):
         return _from_tfds(data, split)
     if _are_shards(data):
         return of_source(records.open_split(data, split))
     if pathlib.Path(data).is_dir():
-        return _from_folder(data, split, with_classes)
+        return _from_folder(data, split, with_classes, reading)
     raise UserError(f"the data set {data} does not exist; name a folder of shards, of images, or tfds:NAME")
 
 
@@ -137,8 +141,11 @@ def of_source(source: records.RecordSource) -> Samples:
     )  # fmt: skip
 
 
-def _from_folder(data: str, split: str, with_classes: bool | None) -> Samples:
-    found = folders.list_images(pathlib.Path(data), split, with_classes)
+def _from_folder(data: str, split: str, with_classes: bool | None, reading: folders.Reading) -> Samples:
+    found = folders.list_images(pathlib.Path(data), split, with_classes, reading.follow_links)
+    found, fingerprint = folders.examine(found, reading.max_corrupt_share)
+    for line in found.told:
+        distributed.say(line)
 
     def raw(index):
         try:
@@ -149,7 +156,7 @@ def _from_folder(data: str, split: str, with_classes: bool | None) -> Samples:
     bands, dtype, decode = _reading(found.files[0], None)
     return Samples(
         pathlib.Path(data).resolve().name, data, split, bands, dtype, found.class_names,
-        folders.fingerprint(found), found.keys, found.labels, raw, decode, functools.partial(_reading, found.files[0]),
+        fingerprint, found.keys, found.labels, raw, decode, functools.partial(_reading, found.files[0]),
     )  # fmt: skip
 
 

@@ -7,9 +7,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from pera_jax.bands import Bands
+from pera_jax.common import environment
 from pera_jax.data import foreign
 from pera_jax.errors import UserError
 from pera_jax.probes.overlap import IGNORE
+
+class UnreadableScene(UserError):
+    """A file of a scene is damaged, or may not be read."""
+
 
 Seen = Callable[[pathlib.Path, bytes], None]  # is told each file and its content
 
@@ -25,11 +30,13 @@ class Scene:
       key: the file's stem.
       images: stored values [H, W, C] of the encoder's bands; one, or two dates.
       mask: uint8 [H, W] of class indices, IGNORE without label.
+      changes: what the reading of its images changed, of `foreign.CHANGES`.
     """
 
     key: str
     images: tuple[np.ndarray, ...]
     mask: np.ndarray
+    changes: tuple[str, ...] = ()
 
 
 def files(folder: pathlib.Path, dates: int) -> dict[str, dict[str, pathlib.Path]]:
@@ -84,7 +91,8 @@ def read(
     """
     *kinds, last = found
     change = len(kinds) == 2
-    images = tuple(_image(found[kind][key], bands, seen) for kind in kinds)
+    pictures = [_image(found[kind][key], bands, seen) for kind in kinds]
+    images = tuple(picture.pixels for picture in pictures)
     mask = read_mask(found[last][key], change, names, seen)
     first = found[kinds[0]][key]
     for kind, shape in ((kinds[-1], images[-1].shape[:2]), (last, mask.shape)):
@@ -93,31 +101,32 @@ def read(
                 f"{found[kind][key]} is {shape[1]} x {shape[0]} px and {first} is {images[0].shape[1]} x "
                 f"{images[0].shape[0]} px; they must be of one size"
             )
-    return Scene(key, images, mask)
+    changes = dict.fromkeys(change for picture in pictures for change in picture.changes)
+    return Scene(key, images, mask, tuple(changes))
 
 
 def _content(path, seen) -> bytes:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        environment.raise_if_fault(error, f"{path} cannot be read")
+        raise UnreadableScene(f"{path} cannot be read: {error.strerror}") from error
     seen(path, content)
     return content
 
 
-def _image(path, bands, seen) -> np.ndarray:
-    """Stored values [H, W, C], upright."""
+def _image(path, bands, seen) -> foreign.Picture:
     try:
         picture = foreign.read(_content(path, seen), colours=None if bands.are_colours() else False)
     except foreign.ImageDecodeError as error:
-        raise UserError(f"{path} cannot be decoded ({error}); replace or remove it") from error
+        raise UnreadableScene(f"{path} cannot be decoded ({error}); replace or remove it") from error
     pixels = picture.pixels
     if pixels.shape[2] != len(bands) or pixels.dtype != bands.dtype:
         raise UserError(
             f"{path} has {pixels.shape[2]} bands of {pixels.dtype}, and the encoder takes {len(bands)} of "
             f"{bands.dtype} ({', '.join(bands.names)})"
         )
-    return pixels
+    return picture
 
 
 def read_mask(path: pathlib.Path, change: bool, names: Sequence[str], seen: Seen = _nobody) -> np.ndarray:
@@ -125,7 +134,7 @@ def read_mask(path: pathlib.Path, change: bool, names: Sequence[str], seen: Seen
     try:
         mask = foreign.read_indices(_content(path, seen))
     except foreign.ImageDecodeError as error:
-        raise UserError(f"{path} cannot be decoded as a mask ({error}); replace or remove it") from error
+        raise UnreadableScene(f"{path} cannot be decoded as a mask ({error}); replace or remove it") from error
     if mask.shape[2] != 1 or mask.dtype.kind not in "ui":
         raise UserError(f"{path} has {mask.shape[2]} bands of {mask.dtype}; a mask has one, of class indices")
     mask = mask[..., 0]

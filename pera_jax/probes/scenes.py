@@ -7,6 +7,7 @@ Images are JPEG, PNG or TIFF. With the subfolders of the splits there is one fol
 them the scenes are tested in turn, by a head that was trained on the others.
 """
 
+import collections
 import dataclasses
 import hashlib
 import os
@@ -15,9 +16,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from pera_jax import distributed
 from pera_jax.bands import Bands
 from pera_jax.common import classes
 from pera_jax.common.text import several
+from pera_jax.data import foreign
 from pera_jax.errors import UserError
 from pera_jax.probes import scene_files
 from pera_jax.probes.overlap import IGNORE
@@ -72,6 +75,7 @@ def load(
     folds: int = 0,
     class_names: Sequence[str] = (),
     splits: tuple[str, str] = ("train", "test"),
+    max_corrupt_share: float = 0.0,
 ) -> Folder:
     """Reads all scenes of a folder.
 
@@ -82,6 +86,7 @@ def load(
         by itself.
       class_names: of segmentation, where the folder has no classes.txt (one name a line); (): "class 0" and so on.
       splits: the subfolders to train and to test on, see `folders`.
+      max_corrupt_share: the largest part of the scenes of a folder that may be damaged; these are left out, and named.
 
     Raises:
       UserError: bad input, in one sentence that names the file.
@@ -89,7 +94,7 @@ def load(
     folder = pathlib.Path(folder)
     places = folders(folder, splits)
     names = _class_names(folder, dates, class_names)
-    parts = [_read_part(place, dates, bands, names) for place in places]
+    parts = [_read_part(place, dates, bands, names, max_corrupt_share) for place in places]
     scenes = tuple(scene for part, _ in parts for scene in part)
     if len(parts) == 2:
         first = len(parts[0][0])
@@ -157,7 +162,7 @@ def _check_training(folder: pathlib.Path, scenes: Sequence[Scene]) -> None:
         )
 
 
-def _read_part(folder, dates, bands, names) -> tuple[list[Scene], str]:
+def _read_part(folder, dates, bands, names, max_corrupt_share) -> tuple[list[Scene], str]:
     """The scenes of a folder or of a split of it, in order of names, and their fingerprint."""
     found, digest = scene_files.files(folder, dates), hashlib.sha256()
 
@@ -166,5 +171,18 @@ def _read_part(folder, dates, bands, names) -> tuple[list[Scene], str]:
             digest.update(len(part).to_bytes(8, "big"))  # so that no other names and contents give the same bytes
             digest.update(part)
 
-    scenes = [scene_files.read(found, key, bands, names, seen) for key in found["label"]]
+    scenes, faults = [], []
+    for key in found["label"]:
+        try:
+            scenes.append(scene_files.read(found, key, bands, names, seen))
+        except scene_files.UnreadableScene as error:
+            faults.append(error)
+            if len(faults) > max_corrupt_share * len(found["label"]):
+                raise
+    if faults:
+        total = len(found["label"])
+        distributed.say(f"warning: {len(faults):,} of {total:,} scenes are left out: {several(faults)}")
+    changes = collections.Counter(change for scene in scenes for change in scene.changes if change in foreign.CHANGES)
+    for name, number in changes.most_common():
+        distributed.say(f"{number:,} scenes {foreign.CHANGES[name]} ({name})")
     return scenes, digest.hexdigest()
