@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from pera_jax.data import foreign, picture_files, tiff_files
-from pera_jax.data.image_errors import DECODE_ERRORS, ImageDecodeError, decoding
+from pera_jax.data.image_errors import ImageDecodeError, decoding
 
 DTYPES = foreign.DTYPES
 _HORIZONTAL, _FLOATING_POINT = 2, 3  # predictors of the TIFF standard and its supplement
