@@ -11,7 +11,6 @@ needs no network and holds no script. Sizes, classes and places are counted over
 
 import argparse
 import io
-import json
 import pathlib
 
 import numpy as np
@@ -20,7 +19,7 @@ from data_prep import folder_info, histogram_picture, page, stats
 from data_prep.shards import write_file
 from data_prep.survey import THUMBNAIL, Survey, shown_bands, survey, thumbnails
 from pera_jax import html
-from pera_jax.common import paths
+from pera_jax.common import json_files, paths
 from pera_jax.common.text import printable
 from pera_jax.data import records
 from pera_jax.errors import UserError, run
@@ -167,10 +166,10 @@ def _places(found: Survey) -> str:
 
 def _report(file: pathlib.Path) -> str:
     try:
-        return page.report(json.loads(file.read_text(encoding="utf-8")))
+        return page.report(json_files.loads(file.read_bytes()))
     except FileNotFoundError:
         return f'<p class="quiet">There is no {html.escaped(file.name)}.</p>'
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, json_files.Invalid) as error:
         return f'<p class="warn">{html.escaped(file.name)} cannot be read: {html.escaped(error)}</p>'
 
 

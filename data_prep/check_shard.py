@@ -8,7 +8,6 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
-import json
 import multiprocessing
 import multiprocessing.connection
 import pathlib
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from pera_jax.common import environment
+from pera_jax.common import environment, json_files
 from pera_jax.common.environment import EnvironmentFault
 from pera_jax.common.text import printable
 from pera_jax.data import codecs, records, shard_files, statistics
@@ -168,7 +167,7 @@ def _read(task: Task, found: Findings) -> Iterator[tuple[int, bytes | str]]:
 def _check_record(raw: bytes, info: records.DatasetInfo, found: Findings) -> None:
     """Adds the image to the findings. Raises ValueError with what is wrong, or whatever a decoder raises."""
     record = records.decode_record(raw)
-    place = json.loads(record.place) if record.place else {}
+    place = json_files.loads(record.place) if record.place else {}
     if not isinstance(place, dict):
         raise ValueError("its place is no JSON object")
     pixels = codecs.decode_bands(record.image, info, range(len(info.bands)))

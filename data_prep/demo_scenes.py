@@ -22,7 +22,7 @@ from PIL import Image
 from data_prep import raster
 from data_prep.scene_layouts import LAYOUTS
 from data_prep.scene_parts import Tones
-from pera_jax.common import paths
+from pera_jax.common import json_files, paths
 from pera_jax.errors import UserError, run
 from pera_jax.metrics import Progress
 
@@ -80,7 +80,7 @@ def write_once(output: pathlib.Path, settings: dict, write: Callable[[pathlib.Pa
 
 def _settings_of(output: pathlib.Path) -> dict | None:
     try:
-        return json.loads((output / _SETTINGS_FILE).read_text(encoding="ascii"))
+        return json_files.parse((output / _SETTINGS_FILE).read_bytes(), dict)
     except (OSError, ValueError):
         return None
 

@@ -21,7 +21,7 @@ from data_prep import duplicates as duplicates_of
 from data_prep import summary
 from data_prep.pixels import Stored
 from data_prep.shards import Item, Job, Part, run_jobs, sync, write_file
-from pera_jax.common import lease
+from pera_jax.common import json_files, lease
 from pera_jax.data import records, statistics
 from pera_jax.errors import UserError
 from pera_jax.metrics import Progress
@@ -203,7 +203,7 @@ def check_unfinished(split: Split) -> None:
     """Raises UserError if the folder holds an unfinished conversion of something else, or shards of none."""
     plan = split.partial / _PLAN_FILE
     if plan.is_file():
-        if json.loads(plan.read_text(encoding="ascii"))["source"] != split.source:
+        if _read_plan(plan).source != split.source:
             raise UserError(
                 f"{split.partial} is an unfinished conversion of other images or with other options; "
                 f"give that command again, or remove {split.partial}"
@@ -217,8 +217,20 @@ def check_unfinished(split: Split) -> None:
 def _check_kept(split: Split) -> None:
     """Raises UserError if the unfinished conversion left out other items: shards would then lack images, or share them."""
     plan = split.partial / _PLAN_FILE
-    if plan.is_file() and json.loads(plan.read_text(encoding="ascii")).get("kept") != _kept_hash(split):
+    if plan.is_file() and _read_plan(plan).kept != _kept_hash(split):
         raise UserError(f"images were changed since {split.partial} was begun; remove it, and begin again")
+
+
+@dataclasses.dataclass
+class _Plan:
+    """What is being converted, see `Split`."""
+
+    source: str
+    kept: str
+
+
+def _read_plan(file: pathlib.Path) -> _Plan:
+    return json_files.read(file, _Plan, f"remove {file.parent}, and begin again")
 
 
 def _kept_hash(split: Split) -> str:
@@ -228,8 +240,8 @@ def _kept_hash(split: Split) -> str:
 def _write_plan(split: Split) -> None:
     split.partial.mkdir(exist_ok=True)
     _remove_half_written(split)
-    plan = {"source": split.source, "kept": _kept_hash(split)}
-    write_file(split.partial / _PLAN_FILE, json.dumps(plan).encode("ascii"))
+    plan = _Plan(split.source, _kept_hash(split))
+    write_file(split.partial / _PLAN_FILE, json.dumps(dataclasses.asdict(plan)).encode("ascii"))
 
 
 def _write_shards(split: Split, run: Callable, max_corrupt_share: float) -> list[Part]:

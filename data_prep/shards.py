@@ -21,7 +21,9 @@ from array_record.python import array_record_module
 
 from data_prep import processes
 from data_prep.pixels import Rejected, Stored
+from pera_jax.common import json_files
 from pera_jax.common.environment import EnvironmentFault
+from pera_jax.common.text import printable
 from pera_jax.data import codecs, records, shard_files, statistics
 from pera_jax.errors import UserError
 
@@ -77,15 +79,15 @@ class Part:
     """
 
     shard: str
-    bytes: int
-    records: int
+    bytes: json_files.Count
+    records: json_files.Count
     digests: bytes
     contents: bytes
     histogram: bytes
     corrupt: list[tuple[str, str]]
     rejected: list[tuple[str, str]]
     found: list[tuple[str, str]]
-    changes: dict[str, int]
+    changes: dict[str, json_files.Count]
 
     def save(self, folder: pathlib.Path) -> None:
         fields = dataclasses.asdict(self)
@@ -99,8 +101,16 @@ class Part:
         file = _part_file(folder, shard)
         if not file.is_file():
             return None
-        fields = json.loads(file.read_text(encoding="ascii"))
-        return cls(**{**fields, **{name: base64.b64decode(fields[name]) for name in _PACKED}})
+        try:
+            part = json_files.parse(file.read_bytes(), cls)  # bytes are in base 64
+            statistics.from_bytes(part.histogram)
+        except Exception as error:  # on a damaged histogram NumPy and zipfile raise nearly anything
+            print(f"{printable(file)} is damaged ({printable(error)}): its shard is written anew", flush=True)
+            return None
+        if part.shard != shard or (32 * part.records, 16 * part.records) != (len(part.digests), len(part.contents)):
+            print(f"{printable(file)} is of another shard: {printable(shard)} is written anew", flush=True)
+            return None
+        return part
 
 
 def _part_file(folder: pathlib.Path, shard: str) -> pathlib.Path:

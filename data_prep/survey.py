@@ -1,14 +1,16 @@
 """What the records of a split say without decoding their pixels, and a few of them as small pictures."""
 
 import collections
+import contextlib
 import dataclasses
 import io
-import json
 
 import numpy as np
 from PIL import Image
 
 from pera_jax.bands import RGB
+from pera_jax.common import json_files
+from pera_jax.common.json_files import Finite
 from pera_jax.common.text import several
 from pera_jax.data import codecs, picture_files, records
 from pera_jax.errors import UserError
@@ -17,6 +19,16 @@ from pera_jax.metrics import Progress
 MOST_RECORDS = 100_000  # that a survey looks at; of more, a sample of so many
 THUMBNAIL = 160  # px, the longer side at most
 _STREAM_SURVEY, _STREAM_SAMPLE = 0, 1  # of random numbers
+
+
+@dataclasses.dataclass
+class _Place:
+    """What is counted of a tile's place."""
+
+    source: str | None = None
+    crs: str | None = None
+    date: str | None = None
+    bounds: tuple[Finite, Finite, Finite, Finite] | None = None
 
 
 @dataclasses.dataclass
@@ -45,20 +57,19 @@ class Survey:
         """Raises ValueError where the record or the head of its image is damaged."""
         record = records.decode_record(raw)
         size = image_size(record.image)
-        place = json.loads(record.place) if record.place else {}
         self.sizes[size] += 1
         self.labels[record.label] += 1
-        if isinstance(place, dict):
-            self._add_place(place)
+        if record.place:
+            with contextlib.suppress(json_files.Invalid):  # `data_prep.verify` names it
+                self._add_place(json_files.parse(record.place, _Place))
 
-    def _add_place(self, place: dict) -> None:
+    def _add_place(self, place: "_Place") -> None:
         for name, counter in self.facts.items():
-            if place.get(name) is not None:
-                counter[str(place[name])] += 1
-        bounds = place.get("bounds")
-        if isinstance(bounds, list) and len(bounds) == 4 and all(isinstance(side, (int, float)) for side in bounds):
-            left, bottom, right, top = bounds
-            crs = str(place.get("crs", "no CRS"))
+            if (value := getattr(place, name)) is not None:
+                counter[value] += 1
+        if place.bounds is not None:
+            left, bottom, right, top = bounds = list(place.bounds)
+            crs = "no CRS" if place.crs is None else place.crs
             old = self.bounds.get(crs, bounds)
             self.bounds[crs] = [min(old[0], left), min(old[1], bottom), max(old[2], right), max(old[3], top)]
 

@@ -27,7 +27,7 @@ import numpy as np
 from data_prep import folder_info, tables
 from data_prep.check_shard import Findings, Task, check_all, span
 from data_prep.shards import write_file
-from pera_jax.common import paths
+from pera_jax.common import json_files, paths
 from pera_jax.common.text import printable
 from pera_jax.data import records, statistics
 from pera_jax.errors import UserError, run
@@ -192,7 +192,7 @@ def _check_tfds(folder: pathlib.Path, info: records.DatasetInfo) -> list[str]:
     def content(name: str):
         try:
             text = (folder / name).read_text(encoding="utf-8")
-            return json.loads(text) if name.endswith(".json") else text.split("\n")
+            return json_files.loads(text) if name.endswith(".json") else text.split("\n")
         except FileNotFoundError:
             faults.append(f"{name} is missing: TensorFlow Datasets cannot open the folder")
         except (OSError, ValueError) as error:

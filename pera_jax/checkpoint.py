@@ -137,10 +137,14 @@ class Weights:
 
 
 def objective_of(meta: dict[str, Any]) -> pera.PerA:
-    """The objective that a checkpoint was trained with."""
-    config = ConfigDict(meta["config"])
-    config.model.attention = "auto"  # the machine that reads it need not have the kernels of the one that trained
-    return pera.from_config(config, Bands.of(meta))
+    """The objective that a checkpoint was trained with. Raises UserError: a meta that describes none."""
+    try:
+        config = ConfigDict(meta["config"])
+        config.model.attention = "auto"  # the machine that reads it need not have the kernels of the one that trained
+        return pera.from_config(config, Bands.of(meta))
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+        reason = error.args[0] if error.args else type(error).__name__
+        raise UserError(f"the run's config describes no network of this program ({reason}); restore its meta") from error
 
 
 def load_weights(

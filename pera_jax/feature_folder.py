@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pera_jax import checkpoint, distributed, files
-from pera_jax.common import lease, paths
+from pera_jax.common import json_files, lease, paths
 from pera_jax.errors import UserError
 from pera_jax.features import Model
 from pera_jax.probes import features
@@ -142,14 +142,14 @@ def _begin(output: pathlib.Path, plan: dict[str, Any]) -> None:
         files.write_json(output / PLAN, plan)
         return
     try:
-        found = json.loads((output / PLAN).read_bytes())
-        differing = [name for name in plan if found[name] != plan[name]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = json_files.parse((output / PLAN).read_bytes(), dict[str, Any])
+        differing = [name for name in plan if name not in found or found[name] != plan[name]]
+    except (OSError, json_files.Invalid) as error:
         raise UserError(f"{output} is not empty and holds no features; choose another --output") from error
     if differing:
         name = differing[0]
         raise UserError(
-            f"{output} holds features of other {name} ({_short(found[name])}, now {_short(plan[name])}); choose another "
+            f"{output} holds features of other {name} ({_short(found.get(name))}, now {_short(plan[name])}); choose another "
             "--output, or remove it"
         )
 
@@ -163,7 +163,7 @@ def _whole(output: pathlib.Path, number: int, images: int, arrays: dict[str, lis
     """Whether the files of a part are there and as long as their headers say."""
     try:
         found = [np.load(_file(output, name, number), mmap_mode="r") for name in arrays]
-    except (OSError, ValueError):
+    except Exception:  # on the damaged head of a file NumPy raises nearly anything; the part is written anew
         return False
     return all(each.shape == (images, *shape) for each, shape in zip(found, arrays.values(), strict=True))
 

@@ -18,8 +18,8 @@ import ml_dtypes  # noqa: F401  NumPy knows bfloat16 by its name with it
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from pera_jax import distributed
-from pera_jax.common import digests
+from pera_jax import distributed, meta_fields
+from pera_jax.common import digests, json_files
 from pera_jax.common.environment import EnvironmentFault, environment_fault, patiently
 from pera_jax.common.text import printable, several
 from pera_jax.errors import UserError
@@ -173,6 +173,10 @@ def _unsealed(folder: pathlib.Path, stored: Any) -> tuple[dict[str, Any], dict[s
             f"the checkpoint {folder} has format version {version}, this program reads {_WITHOUT_DIGESTS} and "
             f"{FORMAT_VERSION}; use the program's version that wrote it"
         )
+    try:
+        meta_fields.check_meta(meta)
+    except json_files.Invalid as error:
+        raise Damaged(f"the checkpoint {folder} is damaged: in its meta, {error}") from error
     return meta, found
 
 

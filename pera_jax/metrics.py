@@ -5,6 +5,7 @@ Keys that start with `time/` hold what a clock measured. All other values are re
 
 import collections
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -18,6 +19,7 @@ from typing import Any, TextIO
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 
+from pera_jax.common import json_files
 from pera_jax.common.text import printable
 from pera_jax.errors import UserError
 
@@ -193,6 +195,13 @@ class Progress:
         return f"{self._label}: {self._done:,}/{self._total:,} {self._unit}"
 
 
+@dataclasses.dataclass
+class _Logged:
+    """A line of metrics.jsonl or alarms.jsonl."""
+
+    step: json_files.Count
+
+
 class _Line:
     """One line that is redrawn on a terminal; elsewhere each text is a line of its own."""
 
@@ -232,10 +241,10 @@ def _cut_back(path: pathlib.Path, last_step: int) -> None:
     kept = []
     for number, line in enumerate(lines, start=1):
         try:
-            step = int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError) as error:
+            step = json_files.parse(line, _Logged).step
+        except json_files.Invalid as error:
             raise UserError(
-                f"line {number} of {path} is no line of {path.stem}: mend or move the file, or choose another workdir"
+                f"line {number} of {path} is no line of {path.stem} ({error}): mend or move the file, or choose another workdir"
             ) from error
         if step <= last_step:
             kept.append(line)

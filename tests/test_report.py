@@ -77,7 +77,7 @@ def entry(task, encoder, step, value, data, **details):
     """A result of the probe as its job writes it."""
     score = {"value": value, "low": value - 0.05, "high": None if encoder == "pixels" else value + 0.05, "seeds": []}
     return {
-        "name": f"{task}_{data['name']}", "task": task, "data": data, "settings": {}, "scores": {task: score},
+        "name": f"{task}_{data['name']}", "task": task, "data": data, "settings": {}, "spec": {"task": task}, "scores": {task: score},
         "checkpoint": {"run": "r", "step": step, "encoder": encoder, "image_size": 48}, "details": details,
     }  # fmt: skip
 
@@ -92,7 +92,7 @@ def write_results(run: pathlib.Path, folder: pathlib.Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(value))
 
-    put("pixels", entry("knn", "pixels", None, 0.25, small))
+    put("pixels", entry("knn", "pixels", 0, 0.25, small))
     put("untrained", entry("knn", "untrained", 0, 0.5, small))
     put("step_000002", entry("knn", "teacher", 2, 0.625, small))
     put("step_000004", entry("knn", "teacher", 4, 0.75, small, confusion=confused))

@@ -334,7 +334,7 @@ def test_page_of_hostile_text_is_whole_and_runs_nothing(tmp_path):
     )  # fmt: skip
     (folder / "train.report.json").write_text(json.dumps({
         "inputs": 1234, "failed": [{"key": EVIL, "reason": EVIL}], "later": {"x": [1, {"y": EVIL}]}, "none": None,
-        "rejected": {"number": 1200, "reasons": {EVIL: {"number": 1200, "first": [EVIL, 3]}}}, "lone": "\ud800",
+        "rejected": {"number": 1200, "reasons": {EVIL: {"number": 1200, "first": [EVIL, 3]}}}, "lone": "\udce9",
         "empty": {},
     }))  # fmt: skip
     flip(shard(folder), shard(folder).read_bytes().index(images[1]) + 60)

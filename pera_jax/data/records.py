@@ -141,6 +141,8 @@ def _parse_varint(raw: bytes, position: int) -> tuple[int, int]:
         if byte < 128:
             return value, position
         shift += 7
+        if shift > 56:  # lengths and labels are far below; bytes that are no record may go on for ever
+            raise ValueError("not a record of a data set folder: a number has no end")
 
 
 def _parse_field(raw: bytes, position: int, end: int, number: int) -> tuple[int, int]:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import pathlib
-import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -50,7 +49,7 @@ class Cache:
         """
         text = json.dumps(described | {"version": _VERSION}, sort_keys=True, indent=1)
         place = self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.npz"
-        found = _read(place)
+        found = _read(place, text)
         self._used.add(place)
         if not distributed.anywhere(found is None):
             return found
@@ -82,10 +81,11 @@ class Cache:
             distributed.say(f"features are not kept in {self.folder}: {error.strerror}")
 
 
-def _read(place: pathlib.Path) -> dict[str, np.ndarray] | None:
-    """The arrays of a file; None where there is none, or it is damaged."""
+def _read(place: pathlib.Path, text: str) -> dict[str, np.ndarray] | None:
+    """The arrays of a file; None where there is none, it is damaged, or they are of something else than `text`."""
     try:
         with np.load(place) as found:
-            return {name: found[name] for name in found.files if name != "of"}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+            arrays = {name: found[name] for name in found.files}  # zip's checksum of each is compared
+    except Exception:  # on damaged bytes NumPy and zipfile raise nearly anything; what they held is made anew
         return None
+    return arrays if str(arrays.pop("of", "")) == text else None

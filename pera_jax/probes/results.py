@@ -32,7 +32,7 @@ from pera_jax import files
 from pera_jax.common import lease
 from pera_jax.common.text import printable
 from pera_jax.errors import UserError
-from pera_jax.probes import keys
+from pera_jax.probes import entries, keys
 
 COLUMNS = ("name", "task", "score", "value", "low", "high", "seeds", "step", "encoder", "data", "train_split", "test_split",
            "image_size", "settings", "train_fingerprint", "test_fingerprint", "weights", "git", "run", "failure")  # fmt: skip
@@ -72,7 +72,7 @@ def write(base: pathlib.Path, entry: dict[str, Any], pictures: dict[str, np.ndar
             _write_events(base / "tb", entry, stem)  # before the sign that it is done: twice does not matter
             files.write(place / f"{stem}.json", content.encode() + b"\n")
             for file in _files(place, entry["name"]):  # of an earlier version, which named it otherwise
-                if file.stem != stem and keys.stem(_entry(file)) == stem:
+                if file.stem != stem and keys.stem(entries.read(file)) == stem:
                     file.unlink()
                     shutil.rmtree(file.with_suffix(""), ignore_errors=True)
         except OSError as error:
@@ -109,30 +109,20 @@ def _unwritable(base: pathlib.Path, error: OSError) -> UserError:
 
 def read(base: pathlib.Path) -> list[dict[str, Any]]:
     """All entries below `base`, by step, encoder and name. Raises UserError for a file that is no result."""
-    entries = [_entry(file) for place in _PLACES for file in base.glob(f"{place}/*.json")]
-    return sorted(entries, key=lambda e: (e["checkpoint"]["step"], e["checkpoint"]["encoder"], e["name"]))
+    found = [entries.read(file) for place in _PLACES for file in base.glob(f"{place}/*.json")]
+    return sorted(found, key=lambda e: (e["checkpoint"]["step"], e["checkpoint"]["encoder"], e["name"]))
 
 
 def read_place(base: pathlib.Path, encoder: str, step: int, name: str) -> list[dict[str, Any]]:
     """The entries of this name of one checkpoint. Raises UserError for a file that is no result."""
-    entries = map(_entry, _files(base / folder_of(encoder, step), name))
-    return [entry for entry in entries if entry["name"] == name]
+    found = map(entries.read, _files(base / folder_of(encoder, step), name))
+    return [entry for entry in found if entry["name"] == name]
 
 
 def _files(place: pathlib.Path, name: str) -> list[pathlib.Path]:
     """The files that may hold results of this name."""
     prefix = glob.escape(keys.prefix(name))
     return [*place.glob(f"{prefix}.json"), *place.glob(f"{prefix}-*.json")]
-
-
-def _entry(file: pathlib.Path) -> dict[str, Any]:
-    try:
-        entry = json.loads(file.read_text(encoding="utf-8"))
-        if entry["checkpoint"]["step"] < 0 or not entry["spec"]["task"] or not entry["name"]:
-            raise ValueError
-        return entry
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is no result of a probe; move it away or choose another --output") from error
 
 
 def markdown(entries: Sequence[dict[str, Any]]) -> str:

@@ -1,16 +1,18 @@
 """What lies in a run's folder: what the run is, its numbers, its alarms and the results of probes."""
 
+import contextlib
 import dataclasses
-import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from pera_jax import checkpoint
+from pera_jax import checkpoint, meta_fields
+from pera_jax.common import json_files
 from pera_jax.common.text import printable, several
 from pera_jax.errors import UserError
-from pera_jax.probes import keys
+from pera_jax.probes import entries, keys
 
+_MOST_STEPS = 1 << 53
 UNTRAINED, PIXELS = "untrained", "pixels"
 
 
@@ -52,9 +54,10 @@ def read(run: str, step: int | None) -> Folder:
         meta = checkpoint.load_meta(place)
     elif config.is_file():
         try:
-            meta = json.loads(config.read_text(encoding="utf-8"))
+            meta = json_files.loads(config.read_bytes())
+            meta_fields.check_meta(meta)
             checkpoint.objective_of(meta)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, json_files.Invalid, UserError) as error:
             raise UserError(f"{config} does not describe a run ({error}); restore it, or name another run") from error
     else:
         raise UserError(f"{run} is not the folder of a run: it holds neither a checkpoint nor {config.name}")
@@ -70,59 +73,37 @@ def _lines(file: pathlib.Path) -> Iterator[dict[str, Any]]:
     if not file.is_file():
         return
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            yield value
+        with contextlib.suppress(json_files.Invalid):
+            yield json_files.parse(line, dict[str, Any])
 
 
 def _numbers(line: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a line of metrics; "nan" and "inf" are such."""
+    """The numbers of a line of metrics; "nan" and "inf" are such. {} where the step is no number of steps."""
     found = {}
     for name, value in line.items():
-        try:
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
             found[name] = float(value)
-        except (TypeError, ValueError):
-            continue
-    return found
+    return found if 0 <= found.get("step", -1) <= _MOST_STEPS else {}
 
 
 def _results(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[str]]:
     results, faults, others = [], [], set()
     for file in sorted(path.glob("probe/*/*.json")):
         try:
-            entry = _checked(json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            faults.append(f"{printable(file.relative_to(path))} is no result of the probe and is left out.")
+            entry = entries.read(file)
+        except UserError as error:
+            faults.append(f"Left out: {error}.")
             continue
         if entry["checkpoint"].get("origin", keys.OWN) == keys.OWN:
-            results.append(entry | {"file": file, "row": keys.row(entry)})
+            scores = {} if "failure" in entry else entry["scores"]
+            details, failure = entry.get("details", {}), entry.get("failure", "")
+            full = entry | {"scores": scores, "details": details, "failure": failure, "file": file}
+            results.append(full | {"row": keys.row(full)})
         else:
-            others.add(str(entry["checkpoint"].get("run")))
+            others.add(entry["checkpoint"]["run"])
     if others:
         faults.append(f"Results of other runs lie in {path / 'probe'} and are left out: {several(sorted(others))}.")
     return results, faults
-
-
-def _checked(entry: dict[str, Any]) -> dict[str, Any]:
-    """The entry, if what the page reads of it has its type. Raises ValueError, KeyError, TypeError, AttributeError."""
-    scores = {} if "failure" in entry else entry["scores"]
-    for score in scores.values():
-        for bound in ("low", "high"):
-            score[bound] = None if score.get(bound) is None else float(score[bound])
-        score["value"] = float(score["value"])
-    details = entry.get("details") or {}
-    details.keys()
-    described = entry["checkpoint"] | {"step": int(entry["checkpoint"]["step"] or 0)}
-    described["encoder"] = str(described["encoder"])
-    names = [str(name) for name in entry["data"].get("class_names") or []]
-    data = entry["data"] | {"class_names": names}
-    return {
-        "name": str(entry["name"]), "task": str(entry["task"]), "checkpoint": described, "data": data,
-        "settings": dict(entry.get("settings") or {}), "scores": scores, "details": details, "failure": str(entry.get("failure", "")),
-    }  # fmt: skip
 
 
 def who(entry: dict[str, Any]) -> str:

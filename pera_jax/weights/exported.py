@@ -1,13 +1,13 @@
 """A folder that `python -m pera_jax.export timm` has written, read back without its run."""
 
-import json
 import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pera_jax import checkpoint
+from pera_jax import checkpoint, meta_fields
+from pera_jax.common import json_files
 from pera_jax.errors import UserError
 from pera_jax.models import vit
 from pera_jax.weights import arrays, tables
@@ -41,18 +41,20 @@ def load(folder: pathlib.Path, step: int | None, which: str) -> checkpoint.Weigh
       UserError: files that are missing, damaged or do not fit each other; another step or network; not square.
     """
     try:
-        meta = json.loads((folder / CONFIG).read_bytes())[ENTRY]
-        shape, (height, width), held = meta["model"], meta["image_size"], (meta["network"], meta["step"])
-        version = meta["format_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        meta = json_files.parse((folder / CONFIG).read_bytes(), dict[str, Any]).get(ENTRY)
+        version = meta.get("format_version") if isinstance(meta, dict) else None
+        if version is None or version == _FORMAT_VERSION:
+            meta_fields.check_exported(meta)
+    except (OSError, json_files.Invalid) as error:
         raise UserError(
-            f"{folder / CONFIG} is not of python -m pera_jax.export timm ({type(error).__name__}: {error}); export it anew, "
-            "or make a run of the file with import-timm"
+            f"{folder / CONFIG} is not of python -m pera_jax.export timm ({error}); export it anew, or make a run of the "
+            "file with import-timm"
         ) from error
     if version != _FORMAT_VERSION:
         raise UserError(
             f"{folder / CONFIG} has format version {version}, this program reads {_FORMAT_VERSION}; export it anew"
         )
+    shape, (height, width), held = meta["model"], meta["image_size"], (meta["network"], meta["step"])
     if (which, held[1] if step is None else step) != held:
         raise UserError(f"{folder} holds the {held[0]} of step {held[1]}; ask for that, or name the run")
     if height != width:

@@ -8,7 +8,7 @@ No file tells the activation and the norms' epsilon: here they are the exact GEL
 CLIP's networks, for one, have others and would give other features.
 """
 
-import json
+import dataclasses
 import pathlib
 import re
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 
 from pera_jax import checkpoint, files
 from pera_jax.bands import Bands
+from pera_jax.common import json_files
 from pera_jax.common.text import several
 from pera_jax.errors import UserError
 from pera_jax.weights import arrays, card, exported, fit, tables
@@ -58,6 +59,25 @@ def without_extras(named: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray],
     return kept, left_out
 
 
+@dataclasses.dataclass
+class _Pretrained:
+    mean: tuple[json_files.Finite, ...] | None = None
+    std: tuple[json_files.Finite, ...] | None = None
+
+
+@dataclasses.dataclass
+class _Arguments:
+    num_heads: json_files.Positive | None = None
+
+
+@dataclasses.dataclass
+class _Config:
+    """What is read of timm's config.json."""
+
+    pretrained_cfg: _Pretrained
+    model_args: _Arguments = dataclasses.field(default_factory=_Arguments)
+
+
 def beside(file: pathlib.Path) -> dict[str, Any]:
     """What timm's config.json in the folder of `file` says, where there is one: `heads`, `mean`, `std`, or None for each.
 
@@ -66,14 +86,12 @@ def beside(file: pathlib.Path) -> dict[str, Any]:
     """
     place = file.with_name("config.json")
     try:
-        told = json.loads(place.read_text())
-        settings, args = told["pretrained_cfg"], told.get("model_args", {})
-        mean, std = (tuple(map(float, settings[name])) if name in settings else None for name in ("mean", "std"))
-        return {"heads": args.get("num_heads"), "mean": mean, "std": std}
+        told = json_files.parse(place.read_bytes(), _Config)
+        return {"heads": told.model_args.num_heads, "mean": told.pretrained_cfg.mean, "std": told.pretrained_cfg.std}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{place} is no config of timm's; move {file.name} to a folder without it") from error
+    except (OSError, json_files.Invalid) as error:
+        raise UserError(f"{place} is no config of timm's ({error}); move {file.name} to a folder without it") from error
 
 
 # ---------------------------------------------------------------- out
