@@ -125,7 +125,7 @@ def test_the_command_writes_what_timm_and_a_reader_need(tmp_path):
     wanted = arrays.read(tmp_path / "a.safetensors")["student.backbone.blocks.2.mlp.fc1.weight"]
     np.testing.assert_array_equal(named["blocks.2.mlp.fc1.weight"], wanted)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="config.json is no config of timm's; move a.safetensors to a folder without it"):
+    with pytest.raises(UserError, match=r"config.json is no config of timm's \(missing field pretrained_cfg\); move a.safetensors to a folder without it"):
         timm.beside(tmp_path / "a.safetensors")
     card = (out / "README.md").read_text()
     assert "| 1 | green | 0.0 | 255.0 | 0.456 | 0.224 |" in card and "interpolated from the training's 16 x 16 px" in card

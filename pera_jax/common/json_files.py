@@ -39,7 +39,7 @@ def loads(content: bytes | str) -> Any:
     try:
         value = json.loads(content)
         if "\\ud" in (content if isinstance(content, str) else content.decode("ascii", "replace")).lower():
-            json.dumps(value, ensure_ascii=False).encode("utf-8")  # a lone surrogate is in no file name and no text
+            json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape")  # undecodable bytes of names may stay
     except UnicodeError as error:
         raise Invalid("it holds bytes or escapes that are no text in UTF-8") from error
     except RecursionError as error:

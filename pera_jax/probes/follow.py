@@ -105,7 +105,7 @@ def _fits(entry: dict[str, Any], run: str, job: Job, step: int, spec: Spec) -> b
     if not same_run or entry["spec"] != spec.described():
         return False
     prints = job.fingerprints(spec)
-    same_data = prints is None or [entry["data"][f"{part}_fingerprint"] for part in ("train", "test")] == list(prints)
+    same_data = prints is None or [entry["data"].get(f"{part}_fingerprint") for part in ("train", "test")] == list(prints)
     return same_data and of["saved"] == checkpoint.identity(_folder(run, step))
 
 
