@@ -17,7 +17,7 @@ from pera_jax.common.text import several
 from pera_jax.data import pipeline
 from pera_jax.errors import UserError
 from pera_jax.objectives import pera
-from pera_jax.weights import fit, tables
+from pera_jax.weights import fit
 
 
 def with_weights(state: steps.TrainState, run: str, objective: pera.PerA) -> steps.TrainState:
