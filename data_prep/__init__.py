@@ -1,1 +1,3 @@
-import pera_jax  # noqa: F401  first of all: it lets Ctrl-C end a command while the rest is imported
+from pera_jax.common import interrupts
+
+interrupts.guard_imports()

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from pera_jax.common import environment, json_files
+from pera_jax.common import environment, interrupts, json_files
 from pera_jax.common.environment import EnvironmentFault
 from pera_jax.common.text import printable
 from pera_jax.data import codecs, records, shard_files, statistics
@@ -189,6 +189,7 @@ def _check_record(raw: bytes, info: records.DatasetInfo, found: Findings) -> Non
 def _work(connection: multiprocessing.connection.Connection) -> None:
     """A worker process: takes tasks until the main process ends it or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the main process decides what ends
+    interrupts.signals_wanted()
     with contextlib.suppress(ConnectionError, EOFError):
         while True:
             task = connection.recv()
@@ -213,7 +214,8 @@ def check_all(tasks: Sequence[Task], workers: int, report: Callable[[int], None]
     def start() -> None:
         ours, theirs = context.Pipe()
         process = context.Process(target=_work, args=(theirs,), daemon=True)
-        process.start()
+        with interrupts.not_for_children():
+            process.start()
         theirs.close()  # so that the death of the worker closes the pipe
         busy[ours] = [process, None, 0]
         give(ours)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from pera_jax.common import interrupts
 from pera_jax.common.environment import EnvironmentFault, environment_fault
 
 SAID, DONE, _FAILED, _FAULT = "said", "done", "failed", "fault"
@@ -73,7 +74,8 @@ def run(tasks: Iterable, work: Callable[[Any, Callable], Any], workers: int) -> 
         for _ in first:  # all are started before one gets a task, for which it must be there
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, work), daemon=True)
-            process.start()
+            with interrupts.not_for_children():
+                process.start()
             theirs.close()  # so that the death of the worker closes the pipe
             processes[ours] = process
         for connection, task in zip(processes, first, strict=True):
@@ -117,6 +119,7 @@ def _alive() -> Iterator[None]:
 def _work(connection: multiprocessing.connection.Connection, work: Callable) -> None:
     """A worker process: takes tasks until the main process ends it or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the main process decides what ends
+    interrupts.signals_wanted()
     try:
         while True:
             task = connection.recv()

@@ -40,7 +40,12 @@ class UserError(Exception):
 
 def run(main: Callable[[], None]) -> None:
     """Runs a command's `main`; a `UserError` becomes `error: SENTENCE` on stderr and its status, Ctrl-C
-    `error: interrupted` and status 130, any other exception its traceback and status 70."""
+    `error: interrupted` and status 130, any other exception its traceback and status 70.
+
+    A fault of the machine, wherever it was raised (no memory, no threads, a disk that fails), is one line, too: status 75.
+    """
+    from pera_jax.common import environment  # here: it raises UserError
+
     interrupts.imported()
     if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr does by itself: no name ends a command, in any locale
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -52,6 +57,12 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr, flush=True)
         sys.exit(128 + signal.SIGINT)
-    except Exception:
-        traceback.print_exc()
-        sys.exit(CRASH)
+    except Exception as error:
+        fault = environment.environment_fault(error)
+        if fault is None:
+            traceback.print_exc()
+            sys.exit(CRASH)
+        what = (str(error).splitlines() or [""])[0]
+        told = printable(f"{type(error).__name__}: {what}".removesuffix(": "))
+        print(f"error: the command cannot go on ({told}): {fault}, and start again", file=sys.stderr, flush=True)
+        sys.exit(TRY_AGAIN)

@@ -1,6 +1,8 @@
 """What surrounds the step: batches on their devices, metrics one step late, checkpoints, rates, the end on a signal."""
 
+import contextlib
 import math
+import re
 import time
 
 import jax
@@ -54,10 +56,16 @@ class Loop:
         self.saved = None
         self.waited, self.since, self.since_step = 0.0, time.perf_counter(), None
 
-    def next_batch(self, stream):
-        """The crops of the next global batch, over the devices of all hosts."""
+    def next_batch(self, stream, state):
+        """The crops of the next global batch, over the devices of all hosts.
+
+        Raises UserError where the stream does, after `state` has been saved: what was computed is not lost with a worker.
+        """
         began = time.perf_counter()
-        batch = next(stream)
+        try:
+            batch = next(stream)
+        except UserError as error:
+            raise self._kept(state, error) from error
         self.waited += time.perf_counter() - began
         wanted = {kind: batch[kind] for kind in pera.KINDS if kind in batch}
         wanted["counts"] = np.column_stack([batch["replaced"], batch["set"][:, None] == np.arange(len(self.sets))])
@@ -79,6 +87,14 @@ class Loop:
             self._save(state)
         self.store.wait()
         self.watchdog.fed()
+
+    def _kept(self, state, error):
+        """The error, after the state has been saved; not with several hosts, which would have to do it together."""
+        step = int(state.step)
+        if jax.process_count() > 1 or step == self.first_step:
+            return error
+        self.finish(state)
+        return type(error)(f"{error}; the state of step {step} is saved")
 
     def _save(self, state):
         self._fetch()  # a state whose loss is not finite is not worth keeping
@@ -140,6 +156,24 @@ class Loop:
         if self.writer:
             self.writer.write_alarm(step, NOT_FINITE, text, say=False)  # the error says it
         raise UserError(text)
+
+
+@contextlib.contextmanager
+def told_memory(config):
+    """While entered, a device without enough memory is one sentence that says what takes less. Raises UserError."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        wanted = re.search(r"[Aa]llocat\w* ([\d.]+ ?(?:[KMGT]i?B|bytes))", str(error))
+        deeper = "block" if config.model.remat != "block" else "block and a mesh with more fsdp"
+        raise UserError(
+            f"a device has not enough memory{f' for {wanted[1]} more' if wanted else ''}; make batch_size="
+            f"{config.batch_size} smaller, or keep it and set accumulate={2 * config.accumulate} or "
+            f"model.remat={deeper} (python -m pera_jax.plan says what each takes), and start again: it goes on from the "
+            "newest checkpoint"
+        ) from error
 
 
 def speed(images_per_second: float, devices: int, image_flops: float, chip: chips.Chip | None) -> dict[str, float]:

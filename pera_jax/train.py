@@ -33,7 +33,7 @@ from pera_jax.common import interrupts, lease, paths
 from pera_jax.common.text import several
 from pera_jax.data import mixture, pipeline
 from pera_jax.errors import UserError
-from pera_jax.loop import Loop
+from pera_jax.loop import Loop, told_memory
 from pera_jax.monitor import Monitor
 from pera_jax.objectives import pera
 from pera_jax.watchdog import Watchdog
@@ -71,6 +71,9 @@ def train(
 
 
 def _train(config, workdir, profile, allow_config_change, stop, stack: contextlib.ExitStack) -> None:
+    watchdog = stack.enter_context(Watchdog(config.stall_seconds))  # first: opening devices and data may hang, too
+    stack.enter_context(told_memory(config))
+
     # ---- mesh and checks that need neither data nor model
     paths.local(workdir, "workdir")
     mesh = sharding.make_mesh(**config.mesh)
@@ -82,6 +85,7 @@ def _train(config, workdir, profile, allow_config_change, stop, stack: contextli
         if source.damaged:
             lost = sum(source.split_info.shard_records[number] for number in source.damaged)
             distributed.say(f"{source.path}: {len(source.damaged)} damaged shard(s); others replace their {lost} records")
+    watchdog.fed()
     steps_per_epoch = len(data) // config.batch_size
     if steps_per_epoch < 1:
         raise UserError(
@@ -132,6 +136,7 @@ def _train(config, workdir, profile, allow_config_change, stop, stack: contextli
     state, position, changes = _first_state(
         config, workdir, meta, objective, optimiser, abstract, mesh, data, allow_config_change
     )
+    watchdog.fed()
     start = int(state.step)
     if start >= total:
         distributed.say(f"{workdir} is at step {start} of {total}: nothing left to do")
@@ -148,7 +153,6 @@ def _train(config, workdir, profile, allow_config_change, stop, stack: contextli
     # ---- loop; only from here on is anything written that stays
     stop.several_hosts = jax.process_count() > 1
     shared = distributed.SharedStop() if stop.several_hosts else None
-    watchdog = stack.enter_context(Watchdog(config.stall_seconds))
     stream = pipeline.make_pipeline(
         data, config.crops, batch_size=config.batch_size, seed=config.seed, start_batch=position["batches"],
         workers=pipeline.workers_of(config.data.workers),
@@ -169,6 +173,7 @@ def _train(config, workdir, profile, allow_config_change, stop, stack: contextli
     stack.callback(tracer.close)
     stack.enter_context(jax.set_mesh(mesh))
     stack.enter_context(distributed.ends_alone())
+    stack.enter_context(told_memory(config))  # again: `ends_alone` lets nothing through
 
     image_flops = sum(flops.per_image(objective).values())
     loop = Loop(
@@ -178,7 +183,7 @@ def _train(config, workdir, profile, allow_config_change, stop, stack: contextli
     for step in range(start, total):
         hyper = {k: np.asarray(v, config.parameter_precision) for k, v in schedule.at(step).items()}
         tracer.before(step + 1, state)
-        state, out = train_step(state, loop.next_batch(stream), hyper)
+        state, out = train_step(state, loop.next_batch(stream, state), hyper)
         tracer.after(step + 1, state)
         if not shared:
             stop.saving()

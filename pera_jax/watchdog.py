@@ -25,7 +25,7 @@ class Watchdog:
         self._ended = threading.Event()
 
     def __enter__(self) -> "Watchdog":
-        if self._seconds:
+        if self._seconds > 0:
             # Prints the stacks, then does what the signal does by default: it ends the process.
             faulthandler.register(signal.SIGALRM, file=sys.__stderr__, all_threads=True, chain=True)
             self.fed()
@@ -34,14 +34,14 @@ class Watchdog:
 
     def __exit__(self, *_) -> None:
         self._ended.set()
-        if self._seconds:
+        if self._seconds > 0:
             signal.setitimer(signal.ITIMER_REAL, 0)
             faulthandler.unregister(signal.SIGALRM)
             faulthandler.cancel_dump_traceback_later()
 
     def fed(self) -> None:
         """Something has moved."""
-        if self._seconds:
+        if self._seconds > 0:
             self._deadline = time.monotonic() + self._seconds
             signal.setitimer(signal.ITIMER_REAL, self._seconds + _SENTENCE_FIRST)
             # The first process of a container is not ended by a signal that it does not handle.
@@ -51,7 +51,7 @@ class Watchdog:
         while not self._ended.wait(max(self._deadline - time.monotonic(), 0.1)):
             if time.monotonic() > self._deadline:
                 print(
-                    f"error: no step has finished for {self._seconds:g} s (stall_seconds): data, another host or a "
+                    f"error: nothing has moved for {self._seconds:g} s (stall_seconds): data, another host or a "
                     "device hangs; this process ends, and where each thread stands follows",
                     file=sys.__stderr__,
                     flush=True,

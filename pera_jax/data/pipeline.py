@@ -11,7 +11,9 @@ number is all the position that a checkpoint needs to hold.
 import dataclasses
 import multiprocessing
 import os
+import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -21,14 +23,14 @@ import grain
 import numpy as np
 from absl import flags
 
-from pera_jax.common import interrupts
-from pera_jax.data import decode, records
+from pera_jax.common import environment, interrupts
+from pera_jax.data import decode, records, shared_memory
 from pera_jax.data.mixture import Mixture
 from pera_jax.errors import UserError
 
 _REPLACEMENTS, _NEIGHBOURS, _LEAP = 100, 4, 0x9E3779B1
+_ENDLESS = 1 << 62  # Grain computes with lengths as floats, which round the largest whole number up
 _SEED_STEP = 0x9E3779B9  # between the seeds of the data sets of a run
-_SHARED_MEMORY = "/dev/shm"
 _BATCHES_PER_WORKER = 4  # that lie in shared memory at once: two wait in Grain's buffers, two to be let in
 
 
@@ -95,7 +97,8 @@ def make_pipeline(
     Raises:
       UserError: fewer records than one batch; too little shared memory.
       ValueError: rows that the batch does not have.
-      While iterating: 100 records in a row that cannot be decoded.
+      While iterating: 100 records in a row that cannot be decoded; EnvironmentFault where the machine fails, as where
+      it kills a worker.
     """
     batches_per_epoch = len(data) // batch_size
     if batches_per_epoch < 1:
@@ -109,6 +112,9 @@ def make_pipeline(
         raise UserError(f"seed={seed} is out of range; choose one from 0 to {2**32 - 1}")
     crops = Crops.of(crops)
     if workers:
+        freed = shared_memory.remove_orphans()
+        if freed:
+            print(f"{freed >> 20} MiB of shared memory of killed runs are free again", file=sys.stderr, flush=True)
         _check_shared_memory(crops, len(data.bands) * np.dtype(data.bands.dtype).itemsize, len(rows), workers)
 
     draws = [
@@ -142,13 +148,29 @@ class Batches(Iterator[dict[str, np.ndarray]]):
             iterator.start_prefetch()  # asked for; they can start while the model compiles.
 
     def __next__(self) -> dict[str, np.ndarray]:
-        return {name: np.asarray(value) for name, value in next(self._iterator).items()}
+        try:
+            batch = next(self._iterator)
+        except (RuntimeError, OSError, MemoryError) as error:
+            environment.raise_if_fault(error, "the next batch cannot be read")
+            if not re.search(r"exit code -?\d", str(error)):  # Grain's words for a worker that is gone
+                raise
+            raise environment.EnvironmentFault(
+                f"a data worker was ended by the system ({_end_of(error)}), most often for want of memory; set fewer "
+                "config.data.workers or a smaller batch_size, or give the job more memory, and start again"
+            ) from error
+        return {name: np.asarray(value) for name, value in batch.items()}
 
     def close(self) -> None:
         """Ends the workers and gives back their memory. Calling it again does nothing."""
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
+
+
+def _end_of(error: RuntimeError) -> str:
+    """How a worker ended, from Grain's sentence: "SIGKILL", or "status 1"."""
+    status = int(re.search(r"exit code (-?\d+)", str(error))[1])
+    return signal.Signals(-status).name if status < 0 else f"status {status}"
 
 
 class TakeRows(grain.MapDataset):
@@ -160,7 +182,7 @@ class TakeRows(grain.MapDataset):
         self._rows = [int(row) for row in rows]
 
     def __len__(self) -> int:
-        return len(self._parent) // self._batch_size * len(self._rows)
+        return min(len(self._parent) // self._batch_size * len(self._rows), _ENDLESS)
 
     def __getitem__(self, index):
         if isinstance(index, slice):
@@ -237,6 +259,7 @@ def _start_worker(worker: int, workers: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # Sent to all processes of a job; the parent says when to end.
         signal.signal(number, signal.SIG_IGN)
     interrupts.signals_wanted()
+    shared_memory.name_after(multiprocessing.parent_process().pid)
     keep_memory()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -249,16 +272,5 @@ def _end_with_parent() -> None:
 
 
 def _check_shared_memory(crops: Crops, pixel_bytes: int, local_batch: int, workers: int) -> None:
-    """Workers hand batches over in shared memory, and a full one would end them without a word."""
-    if not os.path.isdir(_SHARED_MEMORY):
-        return
     images = sum(number * size**2 * pixel_bytes for _, number, size, _ in crops.kinds())
-    needed = (_BATCHES_PER_WORKER * workers + 1) * local_batch * images
-    system = os.statvfs(_SHARED_MEMORY)
-    free = system.f_bavail * system.f_frsize
-    if needed > free:
-        raise UserError(
-            f"{workers} data workers need {needed >> 20} MiB of shared memory for batches of {local_batch}, and "
-            f"{_SHARED_MEMORY} has {free >> 20} MiB free; make it larger (docker: --shm-size), or set fewer data "
-            "workers (config.data.workers=0 needs none)"
-        )
+    shared_memory.check_room((_BATCHES_PER_WORKER * workers + 1) * local_batch * images, workers, local_batch)
