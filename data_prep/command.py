@@ -141,4 +141,4 @@ def _show_changes(changed: dict[str, int]) -> None:
     """Prints what was done to the values of pixels; other formats and numbers of bits are none of it."""
     for name, number in sorted(changed.items(), key=lambda change: (-change[1], change[0])):
         if name in foreign.CHANGES:
-            print(f"{number:,} images {foreign.CHANGES[name]} ({name})")
+            print(f"changed, {name}: {number:,} {'image' if number == 1 else 'images'} {foreign.CHANGES[name]}")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import toy_hosts
 
+from pera_jax.data import codecs
 from pera_jax.probes import knn, results
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -81,7 +82,7 @@ def test_scores_depend_on_nothing_but_images_and_weights(run, data, tmp_path):
 def test_hosts_fail_together(run, tmp_path):
     """An image that only one of them reads, in the second half of the training split."""
     data = labelled_toys.write_folders(tmp_path / "data", {"train": [0, 1, 2] * 5, "test": [0, 1, 2]})
-    (data / "train" / "stripes" / "8.png").write_bytes(b"no image")
+    (data / "train" / "stripes" / "8.png").write_bytes(codecs.encode_tiff(np.zeros((60, 60, 4), np.uint8)))
     processes = launch(run, data, tmp_path / "out", devices=1, batch=4, hosts=2)
     said = [process.communicate(timeout=240)[1] for process in processes]
     assert [process.returncode for process in processes] == [1, 1], said

@@ -29,8 +29,8 @@ def links_out(root: object, rejected: Iterable[tuple[str, str | None]]) -> str:
     names = [name for name, fault in rejected if fault == LEADS_OUT]
     if not names:
         return ""
-    leads = "link leads" if len(names) == 1 else "links lead"
-    return f"{len(names):,} {leads} out of {printable(root)} and stay out: {several(names)}; --follow-links takes them"
+    lead, stay = ("link leads", "stays") if len(names) == 1 else ("links lead", "stay")
+    return f"{len(names):,} {lead} out of {printable(root)} and {stay} out: {several(names)}; --follow-links takes them"
 
 
 def files_below(root: pathlib.Path, follow: bool = False) -> Iterator[Found]:

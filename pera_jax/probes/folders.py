@@ -92,7 +92,7 @@ def list_images(folder: pathlib.Path, split: str, with_classes: bool | None, fol
     if with_classes is None:
         with_classes = all(key.count("/") == 1 for key in keys)
         if not with_classes and names:
-            why = f"{several(keys[i] for i in strays)} beside them" if strays else "images deeper than in those"
+            why = f"{several(keys[i] for i in strays)} beside them" if strays else "images deeper than in those; name a split with --split where they are splits"
             told += (f"no classes are taken from the folders {several(names)}: there are {why}",)
     if not with_classes:
         return Found(files, keys, np.full(len(files), -1, np.int64), None, told)
@@ -166,7 +166,7 @@ def examine(found: Found, max_corrupt_share: float) -> tuple[Found, str]:
         told = f"warning: {len(faults):,} of {len(looks):,} images cannot be read and are left out: {shown}"
         found = found.take([number for number, look in enumerate(looks) if not look.fault], told)
     changes = collections.Counter(change for look in looks for change in look.changes if change in foreign.CHANGES)
-    lines = (f"read as pictures, {number:,} images {foreign.CHANGES[name]} ({name})" for name, number in changes.most_common())
+    lines = (f"read as pictures, {name}: {number:,} images {foreign.CHANGES[name]}" for name, number in changes.most_common())
     found = dataclasses.replace(found, told=(*found.told, *lines))
     digest = hashlib.sha256(foreign.VERSION)  # features are kept by it, and depend on how files are read
     digests = [look.digest for look in looks if not look.fault]

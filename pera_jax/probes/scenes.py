@@ -184,5 +184,5 @@ def _read_part(folder, dates, bands, names, max_corrupt_share) -> tuple[list[Sce
         distributed.say(f"warning: {len(faults):,} of {total:,} scenes are left out: {several(faults)}")
     changes = collections.Counter(change for scene in scenes for change in scene.changes if change in foreign.CHANGES)
     for name, number in changes.most_common():
-        distributed.say(f"{number:,} scenes {foreign.CHANGES[name]} ({name})")
+        distributed.say(f"{name}: {number:,} scenes {foreign.CHANGES[name]}")
     return scenes, digest.hexdigest()
