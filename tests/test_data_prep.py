@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import demo_scenes, images, pixels, sources
+from data_prep import demo_scenes, images, pixels
 from pera_jax.common import lease
-from pera_jax.data import codecs, records
+from pera_jax.data import codecs, file_tree, records
 from pera_jax.errors import UserError
 
 COLOURS = np.random.default_rng(5).integers(0, 256, (24, 32, 3), np.uint8)
@@ -187,7 +187,7 @@ def test_round_trip_ours_and_tfds_with_statistics_and_classes(tree, tmp_path):
     report = json.loads((out / "train.report.json").read_text())
     assert report["rejected"]["reasons"] == {
         "ending .txt": {"number": 1, "first": ["field/notes.txt"]},
-        sources.HIDDEN: {"number": 1, "first": ["town/.hidden.jpg"]},
+        file_tree.HIDDEN: {"number": 1, "first": ["town/.hidden.jpg"]},
     }
     assert (report["inputs"], report["written"], report["failed"]["number"]) == (22, 20, 0)
     assert report["changed"] == {"format TIFF": 6, "format WEBP": 2}
