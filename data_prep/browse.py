@@ -19,7 +19,7 @@ from data_prep import folder_info, histogram_picture, page, stats
 from data_prep.shards import write_file
 from data_prep.survey import THUMBNAIL, Survey, shown_bands, survey, thumbnails
 from pera_jax import html
-from pera_jax.common import json_files, paths
+from pera_jax.common import json_files, owned, paths
 from pera_jax.common.text import printable
 from pera_jax.data import records
 from pera_jax.errors import UserError, run
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command. Raises UserError."""
     parser = argparse.ArgumentParser(prog="python -m data_prep.browse", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=paths.local_path, help="data set folder")
-    parser.add_argument("--output", type=paths.local_path, required=True, help="the page, name.html; replaced if it exists")
+    parser.add_argument("--output", type=paths.local_path, required=True, help="the page, name.html; an earlier one is replaced")
     parser.add_argument("--split", help="this split only")
     parser.add_argument("--bands", metavar="R,G,B", help="what to show as red, green, blue; or one band, as grey")
     parser.add_argument("--images", type=int, default=48, metavar="N", help="of each split; default: %(default)s")
@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.output.is_dir() or not args.output.resolve().parent.is_dir():
         raise UserError(f"--output {args.output} is a folder or lies in none; name a file in a folder that exists")
 
+    owned.check(args.output)
     info, names = folder_info.load(args.folder, args.split)
     places = shown_bands(info, args.bands)
     parts = [_heading(args.folder, info, names)]

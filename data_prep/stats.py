@@ -15,14 +15,13 @@ import argparse
 import csv
 import dataclasses
 import io
-import json
 import pathlib
 
 import numpy as np
 
 from data_prep import folder_info, histogram_picture, tables
 from data_prep.shards import write_file
-from pera_jax.common import paths
+from pera_jax.common import owned, paths
 from pera_jax.common.text import printable
 from pera_jax.data import records, statistics
 from pera_jax.errors import UserError, run
@@ -119,17 +118,18 @@ def main(argv: list[str] | None = None) -> None:
 
 def _write(output: pathlib.Path, info, split: str, counts: statistics.Histogram, described: list[BandStatistics]) -> None:
     rows = [band.row() for band in described]
-    table, picture = io.StringIO(), io.BytesIO()
+    table = io.StringIO()
     writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    histogram_picture.draw(info, split, counts).save(picture, "PNG")
     facts = {"name": info.name, "split": split, "dtype": info.dtype, "records": info.splits[split].records}
     content = {
         "statistics.csv": table.getvalue().encode("utf-8"),
-        "statistics.json": (json.dumps({**facts, "bands": rows}, indent=1) + "\n").encode("ascii"),
-        "histograms.png": picture.getvalue(),
+        "statistics.json": owned.json_text({**facts, "bands": rows}),
+        "histograms.png": owned.png(histogram_picture.draw(info, split, counts)),
     }
+    for name in content:
+        owned.check(output / f"{split}.{name}")
     try:
         output.mkdir(parents=True, exist_ok=True)
         for name, bytes_ in content.items():

@@ -18,7 +18,6 @@ is one. A changed bit that no record depends on, in the padding of a shard, does
 
 import argparse
 import hashlib
-import json
 import os
 import pathlib
 
@@ -27,7 +26,7 @@ import numpy as np
 from data_prep import folder_info, tables
 from data_prep.check_shard import Findings, Task, check_all, span
 from data_prep.shards import write_file
-from pera_jax.common import json_files, paths
+from pera_jax.common import json_files, owned, paths
 from pera_jax.common.text import printable
 from pera_jax.data import records, statistics
 from pera_jax.errors import UserError, run
@@ -48,6 +47,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--workers is {args.workers}; it must be at least 1")
     if args.json and not args.json.resolve().parent.is_dir():
         raise UserError(f"--json {args.json} lies in a folder that does not exist; make it first")
+    if args.json:
+        owned.check(args.json, fix="--json")
 
     try:
         found = verify(args.folder, args.split, args.workers)
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         print(printable(_sentence(problem), limit=1000))
     if args.json:
         try:
-            write_file(args.json, (json.dumps(found, indent=1) + "\n").encode("ascii"))
+            write_file(args.json, owned.json_text(found))
         except OSError as error:
             raise UserError(f"cannot write {args.json}: {error.strerror}; make room or name another file") from error
     if found["problems"]:

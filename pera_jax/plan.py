@@ -24,7 +24,7 @@ from jax.experimental import topologies
 
 from pera_jax import chips, errors, files, flops, hlo, schedules, sharding
 from pera_jax import config as configs
-from pera_jax.common import paths
+from pera_jax.common import owned, paths
 from pera_jax.errors import UserError
 from pera_jax.objectives import pera
 from pera_jax.program import Memory, Program, memory_of
@@ -254,6 +254,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if not 0 < arguments.share <= 1 or arguments.images < 1 or (arguments.per_device_batch or 1) < 1:
         raise UserError("--share lies in (0, 1], --images and --per_device_batch are at least 1")
+    if arguments.json:
+        owned.check(arguments.json, fix="--json")
     result = plan(
         configs.load(arguments.config, arguments.set), arguments.topology, arguments.per_device_batch,
         not arguments.no_search, arguments.images, arguments.share,
@@ -261,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     print(show(result))
     if arguments.json:
-        files.write_json(arguments.json, result)
+        files.write(arguments.json, owned.json_text(result))
 
 
 if __name__ == "__main__":

@@ -182,7 +182,7 @@ def test_a_config_names_several_tasks(run, data, tmp_path):
         (["--run", "{tmp}"], "is not the folder of a run"),
         (["--step", "5"], "has no checkpoint of step 5; there are 4, 12"),
         (["--data", "{tmp}/nothing"], "nothing does not exist"),
-        (["--test-split", "val"], "has no split 'val'; it has few, part, test, train"),
+        (["--test-split", "val"], "has no split 'val'; it has few, part, test and 1 more"),
         (["--test-split", "train"], "are both 'train'"),
         (["--tasks", "knn,svm"], "no task 'svm'; choose from knn, linear"),
         (["--image-size", "50"], r"image size 50 is not a multiple of the checkpoint's patch of 8 px; try 48"),

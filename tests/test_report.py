@@ -168,7 +168,13 @@ def test_the_page_of_a_run_with_everything(run, data, tmp_path, capsys):
     ]) and "0.999" not in table
     for bound in re.findall(r"[MLHV ](-?\d+\.\d|nan|inf)", " ".join(re.findall(r' d="([^"]*)"', text))):
         assert -1 <= float(bound) <= 300  # no line leaves its chart, and none is drawn through what is not finite
-    # What is asked for anew takes the place of what was there.
+    # What is asked for anew takes the place of what was there, but of nothing else.
+    (output / "tokens.png").rename(output / "kept")
+    (output / "tokens.png").write_bytes(b"mine")
+    with pytest.raises(errors.UserError, match="tokens.png is there, and this command did not write it"):
+        report.main(["--run", str(run), "--output", str(output), "--images", "1", "--pairs", "1", "--split", "train"])
+    assert (output / "tokens.png").read_bytes() == b"mine" and "finished at step 4" in text
+    (output / "kept").rename(output / "tokens.png")
     report.main(["--run", str(run), "--output", str(output), "--images", "1", "--pairs", "1", "--split", "train"])
     assert "Searched: 20 of 20" in (output / "index.html").read_text(encoding="utf-8")
 

@@ -390,6 +390,25 @@ def test_many_sizes_are_counted_in_steps():
     assert html.bars([("nothing", 0)]).count("width:0.00%") == 1
 
 
+def test_every_command_replaces_its_own_files_alone(sound, tmp_path, in_process):
+    page, found, out = tmp_path / "page.html", tmp_path / "found.json", tmp_path / "out"
+    commands = {
+        page: lambda: browse.main([str(sound), "--output", str(page)]),
+        found: lambda: verify.main([str(sound), "--json", str(found)]),
+        out / "train.statistics.csv": lambda: stats.main([str(sound), "--split", "train", "--output", str(out)]),
+        out / "train.statistics.json": lambda: stats.main([str(sound), "--split", "train", "--output", str(out)]),
+        out / "train.histograms.png": lambda: stats.main([str(sound), "--split", "train", "--output", str(out)]),
+    }
+    for file, command in commands.items():
+        command()
+        command()  # over its own output
+        file.write_bytes(b"my notes")
+        with pytest.raises(UserError, match=f"{file.name} is there, and this command did not write it"):
+            command()
+        assert file.read_bytes() == b"my notes"
+        file.unlink()
+
+
 def test_bad_input_is_one_sentence_and_leaves_nothing(sound, tmp_path, in_process):
     toy = pathlib.Path(toy_data.write(tmp_path / "toy", images=4))
     (toy / statistics.file_name("train")).unlink()

@@ -29,7 +29,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 
 from pera_jax import files
-from pera_jax.common import lease
+from pera_jax.common import lease, owned
 from pera_jax.common.text import printable
 from pera_jax.errors import UserError
 from pera_jax.probes import entries, keys
@@ -82,6 +82,7 @@ def write(base: pathlib.Path, entry: dict[str, Any], pictures: dict[str, np.ndar
 
 def check_writable(base: pathlib.Path) -> None:
     """Raises UserError where results could not be written, before any is computed; leaves nothing behind."""
+    owned.check(base / "results.csv")
     there = next(place for place in (base.absolute(), *base.absolute().parents) if place.exists())
     try:
         with tempfile.TemporaryFile(dir=there):

@@ -8,7 +8,7 @@ from PIL import Image
 
 from pera_jax import checkpoint, files
 from pera_jax.bands import Bands
-from pera_jax.common import lease, paths
+from pera_jax.common import lease, owned, paths
 from pera_jax.data import records
 from pera_jax.errors import UserError
 from pera_jax.probes import features, samples
@@ -58,6 +58,7 @@ def report(
 
 
 def _report(run, output, data, step, split, number, number_of_pairs, image_size, seed) -> pathlib.Path:
+    owned.check(pathlib.Path(output) / PAGE)
     found = folder.read(run, step)
     data = _data_of(found.meta) if data is None else data
     before, after, scenes = page.of_the_folder(found)
@@ -75,7 +76,7 @@ def _report(run, output, data, step, split, number, number_of_pairs, image_size,
         middle = [section for section, _ in made]
         pictures |= {section.place: picture for section, picture in made if picture is not None}
     content = page.assembled(found, [*before, *middle, *after])
-    _write(pathlib.Path(output), {f"{name}.png": grid.png(of) for name, of in pictures.items()} | {PAGE: content})
+    _write(pathlib.Path(output), {f"{name}.png": owned.png(of, optimize=True) for name, of in pictures.items()} | {PAGE: content})
     return pathlib.Path(output) / PAGE
 
 
@@ -201,6 +202,8 @@ def _file_name(name: str) -> str:
 
 
 def _write(output: pathlib.Path, contents: dict[str, bytes]) -> None:
+    for name in contents:
+        owned.check(output / name)
     for name, content in contents.items():
         try:
             files.write(output / name, content)

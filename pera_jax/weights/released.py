@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from pera_jax import checkpoint, files
+from pera_jax.common import owned
 from pera_jax.errors import UserError
 from pera_jax.weights import tables
 from pera_jax.weights.tables import Entry, backbone, linear
@@ -48,7 +49,8 @@ def export(run: str, step: int | None, output: pathlib.Path) -> int:
     """Writes {"model": the dictionary} of a run's checkpoint for torch.load, whole or not at all; returns the step.
 
     Raises:
-      UserError: no such run or step, one without a student, a file that cannot be written; PyTorch is not installed.
+      UserError: no such run or step, one without a student, a file that cannot be written, or is there and holds other
+        values; PyTorch is not installed.
     """
     student, teacher = (checkpoint.load_weights(run, step, which) for which in ("student", "teacher"))
     try:
@@ -60,6 +62,7 @@ def export(run: str, step: int | None, output: pathlib.Path) -> int:
     named = tables.to_named(tree, table(shape["depth"], shape["split"]), shape["heads"], shape["patch"])
     content = io.BytesIO()
     torch.save({"model": {name: torch.from_numpy(np.array(array)) for name, array in named.items()}}, content)
+    owned.check(output, lambda file: file.read_bytes() == content.getvalue())  # the authors' own files look the same
     try:
         files.write(output, content.getvalue())
     except OSError as error:

@@ -20,6 +20,7 @@ import jax
 from jax import export as jax_export
 
 from pera_jax import checkpoint, files
+from pera_jax.common import owned
 from pera_jax.errors import UserError
 from pera_jax.features import Model
 from pera_jax.weights import fit
@@ -44,6 +45,7 @@ def export(weights: checkpoint.Weights, size: tuple[int, int] | None, output: pa
         import flatbuffers  # noqa: F401  (JAX wants it for `serialize` below)
     except ImportError as error:
         raise UserError("writing StableHLO needs flatbuffers: pip install flatbuffers") from error
+    owned.check(output, _ours)
     model = Model.of(weights.backbone, weights.meta)
     if sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) > _LARGEST:
         raise UserError("the network has more than 2 GB of parameters, too many for a file of jax.export; export it for timm")
@@ -67,3 +69,11 @@ def export(weights: checkpoint.Weights, size: tuple[int, int] | None, output: pa
         f"takes {model.bands.dtype} [B, {height}, {width}, {len(model.bands)}] of {', '.join(model.bands.names)}; gives "
         f"class_token [B, {channels}] and patch_map [B, {rows}, {columns}, {channels}]"
     )
+
+
+def _ours(file: pathlib.Path) -> bool:
+    try:
+        found = jax_export.deserialize(bytearray(file.read_bytes()))
+        return "patch_map" in str(found.out_tree)
+    except Exception:  # whatever flatbuffers and JAX say of other bytes
+        return False
