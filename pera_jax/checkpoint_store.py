@@ -14,7 +14,8 @@ from orbax.checkpoint import v1 as ocp
 
 from pera_jax import checkpoint, distributed, intact
 from pera_jax import step as steps
-from pera_jax.common import paths
+from pera_jax.common import environment, paths
+from pera_jax.common.environment import EnvironmentFault
 from pera_jax.common.lease import Lease
 from pera_jax.errors import UserError
 
@@ -117,10 +118,12 @@ class Store:
             raise self._failed(self._step, error) from error
 
     def _failed(self, step: int, error: BaseException) -> UserError:
-        full = os.strerror(errno.ENOSPC)
-        reason = full if full in str(error) else (str(error).splitlines() or [type(error).__name__])[0][:200]
-        return UserError(f"the checkpoint of step {step} could not be written to {self.folder} ({reason}); {self.last_good()}: "
-                         "free space or choose another workdir, then start again")  # fmt: skip
+        what = f"the checkpoint of step {step} could not be written to {self.folder}"
+        fault = environment.environment_fault(error)
+        if fault is None:
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            return UserError(f"{what} ({reason}); {self.last_good()}: choose another workdir, then start again")
+        return EnvironmentFault.of(error, f"{what}: {fault}, then start again; {self.last_good()}")
 
     def close(self) -> None:
         """Ends as `wait` does, and leaves nothing half written."""

@@ -9,6 +9,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +22,8 @@ from jax.experimental import multihost_utils
 from pera_jax.common.text import printable
 from pera_jax.errors import CRASH, TRY_AGAIN, UserError
 
-_FIRST_CONTACT = 300  # seconds that a process waits for the coordinator, and the coordinator for all processes
+JOIN_SECONDS = 300  # that a process waits for the coordinator, and the coordinator for all processes, if not told otherwise
+_JOIN_NEWS, _JOIN_GRACE = 30, 60  # seconds between two lines while it waits; that JAX gets more: it ends in C++, status 134
 _LAST_WORDS = 2.0  # seconds that process 0 stays: the coordinator is its thread, and cuts off the others as it goes
 
 
@@ -78,24 +80,53 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--coordinator", metavar="HOST:PORT", help=f"of process 0, {several}")
     parser.add_argument("--num_processes", type=int, help=f"processes in all, {several}")
     parser.add_argument("--process_id", type=int, help=f"this process's number, from 0, {several}")
+    parser.add_argument(
+        "--join_seconds", type=int, default=JOIN_SECONDS, help="to wait for all hosts at the start (default: %(default)s)"
+    )
 
 
-def initialize(arguments: dict[str, Any] | None, timeout: int = _FIRST_CONTACT) -> None:
+def initialize(arguments: dict[str, Any] | None, timeout: int = JOIN_SECONDS) -> None:
     """Joins the other processes; nothing for None. Must run before anything asks JAX for its devices.
 
+    Says on stderr every half minute that it waits. Where the others cannot be reached within `timeout` seconds, it ends
+    the process with one sentence and the status of `OthersMissing`: JAX itself would abort it in C++.
+
     Raises:
-      OthersMissing: the others cannot be reached within `timeout` seconds.
+      OthersMissing: what JAX raises.
+      UserError: a `timeout` below 1.
     """
+    if timeout < 1:
+        raise UserError(f"--join_seconds={timeout} must be at least 1")
     if arguments is None:
         return
+    where = printable(arguments.get("coordinator_address", "that the cluster names"))
+    mend = f"start process 0 there and all the others within {timeout} s of each other (--join_seconds)"
+    joined = threading.Event()
+
+    def watch() -> None:
+        begun = time.monotonic()
+        while (left := begun + timeout - time.monotonic()) > 0:
+            if joined.wait(min(_JOIN_NEWS, left)):
+                return
+            waited = time.monotonic() - begun
+            if waited < timeout:
+                text = f"waiting for the other processes, through the coordinator {where}: {waited:.0f} of {timeout} s"
+                print(text, file=sys.stderr, flush=True)
+        if joined.is_set():
+            return
+        text = f"error: the other processes were not there within {timeout} s, through the coordinator {where}; {mend}"
+        print(text, file=sys.stderr, flush=True)
+        os._exit(OthersMissing.status)
+
+    threading.Thread(target=watch, name="join", daemon=True).start()
     try:
-        jax.distributed.initialize(**arguments, initialization_timeout=timeout)
+        jax.distributed.initialize(**arguments, initialization_timeout=timeout + _JOIN_GRACE)
     except (RuntimeError, ValueError, OSError) as error:
-        where = arguments.get("coordinator_address", "that the cluster names")
         raise OthersMissing(
-            f"cannot join the other processes through the coordinator {where} ({_first_line(error)}); start process 0 "
-            "there and all the others within five minutes"
+            f"cannot join the other processes through the coordinator {where} ({_first_line(error)}); {mend}"
         ) from error
+    finally:
+        joined.set()
 
 
 def main_host() -> bool:

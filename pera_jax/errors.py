@@ -65,4 +65,4 @@ def run(main: Callable[[], None]) -> None:
         what = (str(error).splitlines() or [""])[0]
         told = printable(f"{type(error).__name__}: {what}".removesuffix(": "))
         print(f"error: the command cannot go on ({told}): {fault}, and start again", file=sys.stderr, flush=True)
-        sys.exit(TRY_AGAIN)
+        sys.exit(TRY_AGAIN if environment.passing(error) else INPUT)

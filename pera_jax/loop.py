@@ -94,7 +94,9 @@ class Loop:
         if jax.process_count() > 1 or step == self.first_step:
             return error
         self.finish(state)
-        return type(error)(f"{error}; the state of step {step} is saved")
+        kept = type(error)(f"{error}; the state of step {step} is saved")
+        kept.status = error.status
+        return kept
 
     def _save(self, state):
         self._fetch()  # a state whose loss is not finite is not worth keeping

@@ -84,7 +84,8 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("--follow judges the teacher of each checkpoint; leave --encoder and --step out")
     elif not pathlib.Path(options.run).is_dir():
         raise UserError(f"the run's folder {options.run} does not exist; name the --workdir of a training")
-    distributed.initialize(distributed.cluster_of(options.coordinator, options.num_processes, options.process_id, os.environ))
+    cluster = distributed.cluster_of(options.coordinator, options.num_processes, options.process_id, os.environ)
+    distributed.initialize(cluster, options.join_seconds)
     base, reading = base_of(options.run, options.output), folders.reading_of(options)
     with distributed.ends_alone():
         if options.follow:

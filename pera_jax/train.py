@@ -44,6 +44,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "for checkpoints, metrics, confi
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several hosts are told")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "processes in all, where several hosts are told")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "this process's number, from 0, where several hosts are told")
+_JOIN_SECONDS = flags.DEFINE_integer("join_seconds", distributed.JOIN_SECONDS, "to wait for all hosts at the start")
 _ALLOW = flags.DEFINE_bool(
     "allow_config_change", False, "go on with a run under another total, batch_size, schedules, ...; see pera_jax/resume.py"
 )
@@ -258,7 +259,7 @@ def main(argv, stop: interrupts.StopSignal):
     if not _WORKDIR.value:
         raise UserError("name the folder for checkpoints and metrics: --workdir runs/NAME")
     cluster = distributed.cluster_of(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, os.environ)
-    distributed.initialize(cluster)
+    distributed.initialize(cluster, _JOIN_SECONDS.value)
     with distributed.ends_alone():
         train(_CONFIG.value, _WORKDIR.value, _PROFILE.value, allow_config_change=_ALLOW.value, stop=stop)
 
@@ -288,7 +289,14 @@ def run():
     # A process that ends at once leaves semaphores and memory to multiprocessing's tracker, which removes them: no warning.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     with interrupts.StopSignal(command=True) as stop:
-        errors.run(lambda: app.run(functools.partial(main, stop=stop), flags_parser=_parse))
+        try:
+            errors.run(lambda: app.run(functools.partial(main, stop=stop), flags_parser=_parse))
+        except SystemExit as end:
+            if end.code:  # all is closed; the interpreter's own end would wait for threads of libraries that have failed
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(end.code if isinstance(end.code, int) else errors.INPUT)
+            raise
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left is the end of the interpreter
 
 

@@ -1,10 +1,11 @@
-"""Data workers that the system kills, their shared memory, and Ctrl-C before a command has begun."""
+"""Data workers that the system kills, their shared memory, hosts that do not come, and Ctrl-C before a command has begun."""
 
 import multiprocessing
 import os
 import pathlib
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -154,3 +155,21 @@ def test_ctrl_c_while_modules_are_loaded(module, tmp_path):
         [sys.executable, "-m", module, "--help"], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_hosts_that_do_not_come_end_the_others_in_a_sentence(process):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = (
+        "from pera_jax import distributed, errors\n"
+        "distributed._JOIN_NEWS = 1\n"
+        f"cluster = distributed.cluster_of('127.0.0.1:{port}', 2, {process}, {{}})\n"
+        "errors.run(lambda: distributed.initialize(cluster, 3))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == errors.TRY_AGAIN
+    lines = [line for line in done.stderr.splitlines() if line.startswith(("waiting", "error"))]
+    assert lines[0].endswith("1 of 3 s") and lines[-1].startswith("error: the other processes were not there within 3 s")
+    assert f"127.0.0.1:{port}" in lines[-1] and "--join_seconds" in lines[-1]

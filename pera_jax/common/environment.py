@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from pera_jax.errors import TRY_AGAIN, UserError
+from pera_jax.errors import INPUT, TRY_AGAIN, UserError
 
 _T = TypeVar("_T")
 PAUSES = (0.05, 0.2, 0.5, 1.0, 2.0, 4.0)  # seconds between tries, about 8 in all: a server that restarts takes longer
@@ -23,7 +23,7 @@ _KIND_OF = {
     errno.EMFILE: _FILES, errno.ENFILE: _FILES,
     errno.ENOMEM: _MEMORY,
     errno.EAGAIN: _THREADS,  # of fork and clone; a read of a regular file never raises it
-    errno.ENOSPC: _FULL, errno.EDQUOT: _FULL,
+    errno.ENOSPC: _FULL, errno.EDQUOT: _FULL, errno.EFBIG: _FULL,
     errno.EIO: _STORAGE, errno.ESTALE: _STORAGE, errno.ETIMEDOUT: _STORAGE, errno.ENOTCONN: _STORAGE,
     errno.ECONNRESET: _STORAGE, errno.ECONNABORTED: _STORAGE, errno.ECONNREFUSED: _STORAGE, errno.EHOSTDOWN: _STORAGE,
     errno.EHOSTUNREACH: _STORAGE, errno.ENETDOWN: _STORAGE, errno.ENETUNREACH: _STORAGE, errno.EREMOTEIO: _STORAGE,
@@ -49,9 +49,19 @@ _MENDS = {
 
 
 class EnvironmentFault(UserError):
-    """The machine failed, not the data; the message is one sentence that says what to mend."""
+    """The machine failed, not the data; the message is one sentence that says what to mend.
+
+    Its status is that of bad input where time mends nothing: a full disk, denied access.
+    """
 
     status = TRY_AGAIN
+
+    @classmethod
+    def of(cls, error: BaseException, message: str) -> "EnvironmentFault":
+        """That of an exception which `environment_fault` knows."""
+        fault = cls(message)
+        fault.status = TRY_AGAIN if passing(error) else INPUT
+        return fault
 
 
 def environment_fault(error: BaseException) -> str | None:
@@ -80,7 +90,8 @@ def raise_if_fault(error: BaseException, what: str) -> None:
         raise error
     fault = environment_fault(error)
     if fault is not None:
-        raise EnvironmentFault(f"{what}: {fault}, and start again; the data are not damaged") from error
+        message = f"{what}: {fault}, and start again; the data are not damaged"
+        raise EnvironmentFault.of(error, message) from error
 
 
 def patiently(action: Callable[[], _T], what: str, relieve: Callable[[], None] = lambda: None) -> _T:
