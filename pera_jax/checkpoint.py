@@ -12,7 +12,9 @@ import dataclasses
 import hashlib
 import os
 import pathlib
-from typing import Any
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 from ml_collections import ConfigDict
@@ -22,11 +24,16 @@ from pera_jax import intact
 from pera_jax import step as steps
 from pera_jax.bands import Bands
 from pera_jax.common import paths
+from pera_jax.common.text import several
 from pera_jax.errors import UserError
 from pera_jax.intact import Damaged, Removed, differences, load_meta  # noqa: F401  of what is read here
 from pera_jax.objectives import pera
 
+T = TypeVar("T")
+
 FOLDER = "checkpoints"
+_PATIENCE = 60.0  # seconds in which one checkpoint after the other may be removed while it is read
+_MOMENT = 0.3  # seconds in which a removal that is under way goes on
 # What a full disk, a lost mount or a denied write look like: Orbax and TensorStore wrap the system's error in several.
 WRITE_ERRORS = (OSError, ValueError, RuntimeError)
 
@@ -160,21 +167,20 @@ def load_weights(
     Raises:
       UserError: no such run or step, another format version, an import without a student.
       Damaged: an unreadable checkpoint, or one with other values than were saved.
-      Removed: training removed it meanwhile.
+      Removed: training removed `step` meanwhile; where it is the latest, the next one is taken.
     """
-    folder, chosen = folder_of(run, step)
+    return while_kept(run, step, lambda chosen: _load(run, chosen, which, untrained, verify))
+
+
+def _load(run: str | pathlib.Path, step: int, which: str, untrained: bool, verify: bool) -> Weights:
+    folder = pathlib.Path(run).absolute() / FOLDER / str(step)
     meta, digests = intact.meta_of(folder)
+    if untrained:
+        return untrained_weights(meta, which)
     if which == "student" and backbone_alone(meta):
         raise UserError(f"{run} holds the teacher's backbone alone, and no student")
     objective = objective_of(meta)
     optimiser = steps.make_optimiser(ConfigDict(meta["config"]).optimiser)
-    if untrained:
-
-        def born():  # the rest of the state is never made: it is several times as large
-            state = steps.new_state(objective, optimiser, meta["config"]["seed"])
-            return state.teacher if which == "teacher" else state.params
-
-        return Weights(jax.jit(born)(), meta, 0)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.eval_shape(lambda: steps.new_state(objective, optimiser, 0))
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)
@@ -185,7 +191,48 @@ def load_weights(
     params = loaded if which == "teacher" else loaded["params"]
     if verify:
         intact.check_arrays(folder, name, params if which == "teacher" else {"params": params}, digests)
-    return Weights(params, meta, chosen)
+    return Weights(params, meta, step)
+
+
+def untrained_weights(meta: dict[str, Any], which: str = "teacher") -> Weights:
+    """A network as it was before the first step, made again from the seed in a checkpoint's `meta`."""
+    objective, optimiser = objective_of(meta), steps.make_optimiser(ConfigDict(meta["config"]).optimiser)
+
+    def born():  # the rest of the state is never made: it is several times as large
+        state = steps.new_state(objective, optimiser, meta["config"]["seed"])
+        return state.teacher if which == "teacher" else state.params
+
+    return Weights(jax.jit(born)(), meta, 0)
+
+
+def while_kept(run: str | pathlib.Path, step: int | None, read: Callable[[int], T]) -> T:
+    """What `read` gives for a checkpoint that stays there while it is read, beside a training that removes old ones.
+
+    Args:
+      step: None for the latest; where that is removed meanwhile, the next one that is the latest is read.
+      read: takes the step; whatever is read together is of one checkpoint.
+
+    Raises:
+      UserError: no such run or step; what `read` raises.
+      Removed: the checkpoint of `step` was removed meanwhile, or one after the other for a minute.
+    """
+    end = time.monotonic() + _PATIENCE
+    while True:
+        folder, chosen = folder_of(run, step)
+        before, found, failure = intact.files_of(folder), None, None
+        try:
+            found = read(chosen)
+        except Exception as error:  # what a reader raises that finds half of it
+            failure = error
+            time.sleep(_MOMENT)  # a removal goes on
+        # Files are removed one by one: what is still there after reading was there while reading.
+        if before and intact.files_of(folder) >= before:
+            if failure is not None:
+                raise failure
+            return found
+        if step is not None or time.monotonic() > end:
+            left = several(saved_steps(run), 5)
+            raise Removed(f"training removed the checkpoint of step {chosen} of {run} while it was read; there are {left}")
 
 
 def backbone_alone(meta: dict[str, Any]) -> bool:

@@ -42,6 +42,8 @@ def _fill(config: ConfigDict, values: dict[str, Any], path: str, prefix: str) ->
             _fill(config[name], value, path, f"{field}.")
             continue
         try:
+            if value is None:  # ConfigDict takes it for everything
+                raise TypeError
             config[name] = _tuples(value)  # raises where it is not of the type of the default
         except (TypeError, ValueError, AttributeError) as error:
             raise UserError(

@@ -67,7 +67,7 @@ def read(folder: pathlib.Path, load: Callable[[], T]) -> T:
       Removed: the folder has lost files meanwhile.
       Damaged: `load` failed in another way; Orbax raises many kinds of errors on files that are missing, cut or changed.
     """
-    before = _files(folder)
+    before = files_of(folder)
     what = f"the checkpoint {folder} cannot be read"
     try:
         # Several hosts would not try again together.
@@ -81,11 +81,11 @@ def read(folder: pathlib.Path, load: Callable[[], T]) -> T:
             raise EnvironmentFault(f"{what}: {fault}, and start again; the data are not damaged") from error
         if isinstance(error, jax.errors.JaxRuntimeError):  # another host is lost
             raise
-        if not before or not _files(folder) >= before:
+        if not before or not files_of(folder) >= before:
             raise Removed(f"the checkpoint {folder} was removed while it was read; take a later one") from error
         first = (str(error).splitlines() or [""])[0]
         raise Damaged(f"{what}: {printable(first) or type(error).__name__}") from error
-    if not _files(folder) >= before:
+    if not files_of(folder) >= before:
         raise Removed(f"the checkpoint {folder} was removed while it was read; take a later one")
     return found
 
@@ -113,7 +113,8 @@ def _without_tracebacks() -> Iterator[None]:
         sys.unraisablehook = hook
 
 
-def _files(folder: pathlib.Path) -> set[pathlib.Path]:
+def files_of(folder: pathlib.Path) -> set[pathlib.Path]:
+    """What lies in a folder, at any depth; nothing where it is gone."""
     try:
         return set(folder.rglob("*"))
     except FileNotFoundError:

@@ -230,6 +230,10 @@ def _first_state(config, workdir, meta, objective, optimiser, abstract, mesh, da
                     before, meta, run, config.data.allow_changed_data, allow_config_change
                 )
                 found = checkpoint.restore(folder, abstract)
+            except checkpoint.Removed:
+                if run == workdir or jax.process_count() > 1:
+                    raise
+                return _first_state(config, workdir, meta, objective, optimiser, abstract, mesh, data, allow_config_change)
             except checkpoint.Damaged as error:
                 damaged.append((folder, error))
                 continue

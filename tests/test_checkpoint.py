@@ -2,6 +2,9 @@
 
 import importlib
 import re
+import shutil
+import threading
+import time
 import types
 
 import jax
@@ -155,3 +158,46 @@ def test_a_run_goes_on_only_with_its_own_model_settings_and_data():
         with pytest.raises(UserError, match=f"runs/a is of {message}"):
             resume.check_same_run(found, meta, "runs/a", allow_changed_data=False)
     resume.check_same_run(meta | {"data": DATA | {"fingerprint": "g"}}, meta, "runs/a", allow_changed_data=True)
+
+
+def test_beside_a_training_that_removes_checkpoints_a_hundred_readings_succeed(run, tmp_path, monkeypatch):
+    """Another thread puts a copy under the next step and removes the one before, file by file, all the time."""
+    folder, done, steps_read = tmp_path / "run" / "checkpoints", threading.Event(), []
+    monkeypatch.setattr(checkpoint, "_MOMENT", 0.02)
+    wanted = _read_all(run / "checkpoints" / "7", [])
+    shutil.copytree(run / "checkpoints" / "7", folder / "7")
+
+    def train():
+        step = 7
+        while not done.is_set():
+            shutil.copytree(run / "checkpoints" / "7", tmp_path / "next")
+            (tmp_path / "next").rename(folder / str(step + 1))
+            shutil.rmtree(folder / str(step))
+            step += 1
+            done.wait(0.05)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    try:
+        for _ in range(100):
+            files = checkpoint.while_kept(tmp_path / "run", None, lambda step: _read_all(folder / str(step), steps_read))
+            assert files == wanted
+    finally:
+        done.set()
+        thread.join()
+    assert len(steps_read) > 100  # some were removed while they were read
+    last = checkpoint.saved_steps(tmp_path / "run")[-1]
+
+    def removed(step):
+        shutil.rmtree(folder / str(step))
+        raise checkpoint.Damaged("half of it")
+
+    with pytest.raises(checkpoint.Removed, match=f"training removed the checkpoint of step {last} of .* while it was read"):
+        checkpoint.while_kept(tmp_path / "run", last, removed)
+
+
+def _read_all(folder, steps_read):
+    steps_read.append(folder.name)
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    time.sleep(0.01)
+    return [path.read_bytes() for path in files]

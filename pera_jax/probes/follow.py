@@ -138,19 +138,11 @@ def load_if_kept(run: str, step: int) -> checkpoint.Weights | None:
     Raises:
       Damaged: it is there and cannot be read.
     """
-    folder = _folder(run, step)
-    before = _files(folder)
     try:
-        weights = checkpoint.load_weights(run, step)
+        return checkpoint.while_kept(run, step, lambda chosen: checkpoint.load_weights(run, chosen))
+    except checkpoint.Removed:
+        return None
     except UserError:
-        if _files(folder) >= before > set():
+        if _folder(run, step).is_dir():
             raise
         return None
-    # Removed one by one: what is still there after reading was there while reading.
-    return weights if _files(folder) >= before > set() else None
-
-
-def _files(folder: pathlib.Path) -> set[pathlib.Path]:
-    with contextlib.suppress(FileNotFoundError):
-        return {path for path in folder.rglob("*")}
-    return set()

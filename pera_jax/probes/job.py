@@ -72,8 +72,13 @@ def load_network(run: str, step: int | None, encoder: str) -> Network:
     """Raises UserError: no such run, step or encoder."""
     if encoder not in ENCODERS:
         raise UserError(f"there is no encoder {encoder!r}; choose from {', '.join(ENCODERS)}")
-    saved = checkpoint.identity(checkpoint.folder_of(run, step)[0])
-    return Network.of(checkpoint.load_weights(run, step, untrained=encoder != "teacher"), run, encoder, saved)
+
+    def read(chosen: int) -> tuple[checkpoint.Weights, str]:
+        weights = checkpoint.load_weights(run, chosen, untrained=encoder != "teacher")
+        return weights, checkpoint.identity(checkpoint.folder_of(run, chosen)[0])
+
+    weights, saved = checkpoint.while_kept(run, step, read)
+    return Network.of(weights, run, encoder, saved)
 
 
 @dataclasses.dataclass(frozen=True)

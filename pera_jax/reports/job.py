@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 
+import jax
 import numpy as np
 from PIL import Image
 
@@ -59,7 +60,19 @@ def report(
 
 def _report(run, output, data, step, split, number, number_of_pairs, image_size, seed) -> pathlib.Path:
     owned.check(pathlib.Path(output) / PAGE)
-    found = folder.read(run, step)
+
+    def read(chosen: int | None) -> tuple[Folder, dict[str, checkpoint.Weights]]:
+        """All that a training may remove meanwhile, at once; on the host, for there is only one at a time on the device."""
+        found = folder.read(run, chosen)
+        if found.step is None or (data is None and _data_of(found.meta) is None):
+            return found, {}
+        networks = ["teacher"] if checkpoint.backbone_alone(found.meta) else ["teacher", "student"]
+        loaded = {which: checkpoint.load_weights(run, found.step, which) for which in networks}
+        params = {which: jax.tree.map(np.asarray, weights.params) for which, weights in loaded.items()}
+        return found, {which: dataclasses.replace(loaded[which], params=params[which]) for which in networks}
+
+    beside_training = pathlib.Path(run).is_dir() and (step is not None or checkpoint.saved_steps(run))
+    found, networks = checkpoint.while_kept(run, step, read) if beside_training else read(step)
     data = _data_of(found.meta) if data is None else data
     before, after, scenes = page.of_the_folder(found)
     pictures = {_file_name(name): grid.picture(of) for name, of in scenes.items()}
@@ -69,8 +82,8 @@ def _report(run, output, data, step, split, number, number_of_pairs, image_size,
     else:
         size = tokens.default_size(found.meta["model"]) if image_size is None else image_size
         features.check_image_size(size, found.meta)
-        subject = _Subject.of(found, data, split, seed)
-        weights, chosen = subject.weights(), images.pick(subject.source, number, seed)
+        subject = _Subject.of(found, networks, data, split, seed)
+        weights, chosen = networks["teacher"], images.pick(subject.source, number, seed)
         made = [_pairs(subject, number_of_pairs), *_tokens(subject, weights, chosen, size)]
         made.append(_neighbours(subject, weights, chosen))
         middle = [section for section, _ in made]
@@ -91,11 +104,13 @@ class _Subject:
     """A checkpoint and the split whose images are shown.
 
     Attributes:
+      networks: "teacher" and, where it has one, "student".
       names: of the classes, or None; channels: that are shown as red, green and blue.
       title: of the checkpoint, for the pictures.
     """
 
     found: Folder
+    networks: dict[str, checkpoint.Weights]
     source: records.RecordSource
     bands: Bands
     names: list[str] | None
@@ -104,7 +119,7 @@ class _Subject:
     title: str
 
     @classmethod
-    def of(cls, found: Folder, data: str, split: str | None, seed: int) -> "_Subject":
+    def of(cls, found: Folder, networks: dict[str, checkpoint.Weights], data: str, split: str | None, seed: int) -> "_Subject":
         config, info = found.meta["config"], records.load_info(data)
         split = split or ("test" if "test" in info.splits else config["data"]["split"])
         source, bands = records.open_split(data, split), Bands.of(found.meta)
@@ -112,15 +127,14 @@ class _Subject:
             raise UserError(f"the split {split!r} of {data} holds no image; choose another --split")
         bands.places(info, source.path)  # raises where a band is missing
         channels = images.visible(bands, tuple(config["views"]["rgb"]))
-        return cls(found, source, bands, info.class_names, channels, seed, f"{config['name']}, step {found.step:,}")
-
-    def weights(self, **options) -> checkpoint.Weights:
-        return checkpoint.load_weights(self.found.path, self.found.step, **options)
+        return cls(found, networks, source, bands, info.class_names, channels, seed, f"{config['name']}, step {found.step:,}")
 
 
 def _pairs(subject: _Subject, number: int) -> tuple[Section, Image.Image]:
     number = min(number, len(subject.source))
-    columns, explained = pairs.pairs(subject.weights(which="student"), subject.source, number, subject.seed)
+    if "student" not in subject.networks:
+        raise UserError(f"{subject.found.path} holds the teacher's backbone alone, and no student")
+    columns, explained = pairs.pairs(subject.networks["student"], subject.source, number, subject.seed)
     share = f"The guess explains {explained:.0%} of the variance of the learnable patches' pixels."
     drawn = pairs.grid(columns)
     section = pictured("pairs", _TITLES["pairs"], pairs.READING, drawn, share)
@@ -134,7 +148,7 @@ def _tokens(
     found, bands = subject.found, subject.bands
     shown = [images.read(subject.source, bands, index, size) for index in chosen]
     rgb = np.stack([images.as_bytes(bands.mapped(entry.pixels), subject.channels) for entry in shown])
-    backbones = (weights.backbone, subject.weights(untrained=True).backbone)
+    backbones = (weights.backbone, checkpoint.untrained_weights(found.meta).backbone)
     looked, before = tokens.look(found.meta, backbones, [entry.pixels for entry in shown])
     if not (np.isfinite(looked.patches).all() and np.isfinite(looked.attention).all()):
         raise UserError(f"step {found.step} of {found.path} gives tokens that are not finite; choose an earlier --step")

@@ -29,9 +29,15 @@ def with_weights(state: steps.TrainState, run: str, objective: pera.PerA) -> ste
     Raises:
       UserError: no such run, or parameters of other names or shapes; all of them are named.
     """
-    teacher = checkpoint.load_weights(run, which="teacher")
-    whole = not checkpoint.backbone_alone(teacher.meta)
-    student = checkpoint.load_weights(run, which="student").params if whole else {"backbone": teacher.backbone}
+
+    def read(step: int) -> list[checkpoint.Weights]:
+        teacher = checkpoint.load_weights(run, step, "teacher")
+        alone = checkpoint.backbone_alone(teacher.meta)
+        return [teacher] if alone else [teacher, checkpoint.load_weights(run, step, "student")]
+
+    teacher, *rest = checkpoint.while_kept(run, None, read)
+    whole = bool(rest)
+    student = rest[0].params if whole else {"backbone": teacher.backbone}
     there, here = teacher.meta["model"], objective.vit
     grid, bands = here.image_size // here.patch, (tuple(teacher.meta["bands"]), objective.bands.names)
     said = ["student, teacher and heads" if whole else "the teacher's backbone for both networks, with new heads"]

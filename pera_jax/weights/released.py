@@ -52,7 +52,11 @@ def export(run: str, step: int | None, output: pathlib.Path) -> int:
       UserError: no such run or step, one without a student, a file that cannot be written, or is there and holds other
         values; PyTorch is not installed.
     """
-    student, teacher = (checkpoint.load_weights(run, step, which) for which in ("student", "teacher"))
+
+    def both(chosen: int) -> list[checkpoint.Weights]:
+        return [checkpoint.load_weights(run, chosen, which) for which in ("student", "teacher")]
+
+    student, teacher = checkpoint.while_kept(run, step, both)
     try:
         import torch
     except ImportError as error:
