@@ -6,6 +6,7 @@ At a save the digests of the arrays (`common.digests`), of the data position and
 
 import contextlib
 import gc
+import inspect
 import logging
 import pathlib
 import sys
@@ -93,14 +94,16 @@ def read(folder: pathlib.Path, load: Callable[[], T]) -> T:
 @contextlib.contextmanager
 def _without_tracebacks() -> Iterator[None]:
     """Keeps what Orbax's other tasks and TensorStore's threads print after the first error of a load off the terminal."""
-    log, hook = logging.getLogger("asyncio"), sys.unraisablehook
-    level = log.level
+    logs, hook = [logging.getLogger(name) for name in ("asyncio", "absl")], sys.unraisablehook
+    levels = [log.level for log in logs]
 
     def without_late_answers(raised):
-        if not (isinstance(raised.exc_value, RuntimeError) and str(raised.exc_value) == "Event loop is closed"):
+        closed = isinstance(raised.exc_value, RuntimeError) and str(raised.exc_value) == "Event loop is closed"
+        if not (closed or inspect.iscoroutine(raised.object)):  # the others of a load whose first error is told
             hook(raised)
 
-    log.setLevel(logging.CRITICAL + 1)
+    for log in logs:
+        log.setLevel(logging.CRITICAL + 1)
     sys.unraisablehook = without_late_answers
     try:
         yield
@@ -109,7 +112,8 @@ def _without_tracebacks() -> Iterator[None]:
         gc.collect()  # what became of a task that nobody waits for is logged when it goes
         raise
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
         sys.unraisablehook = hook
 
 
