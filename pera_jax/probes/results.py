@@ -140,7 +140,7 @@ def markdown(entries: Sequence[dict[str, Any]]) -> str:
         for share, sentence in failed_shares(entry).items():
             rows.append((*where, share, "failed", "", sentence))
         for name, score in entry.get("scores", {}).items():
-            interval = "" if score["low"] is None else f"{score['low']:.4f} - {score['high']:.4f}"
+            interval = "" if None in (score["low"], score["high"]) else f"{score['low']:.4f} - {score['high']:.4f}"
             seeds = f"{len(score['seeds'])}, std {np.std(score['seeds']):.4f}" if len(score["seeds"]) > 1 else ""
             rows.append((*where, name, f"{score['value']:.4f}", interval, seeds))
     rows = [[printable(cell, 1000).replace("|", "\\|") for cell in row] for row in rows]
