@@ -17,6 +17,9 @@ _Depth = Annotated[int, msgspec.Meta(ge=1, le=1 << 12)]
 _Ratio = Annotated[float, msgspec.Meta(gt=0, le=1 << 10)]
 _Deviation = Annotated[float, msgspec.Meta(gt=0, le=1e300)]
 
+# Fields of the config that reports use; what the network is made of is asked for by `checkpoint.objective_of`.
+_NEEDED = ("name", "objective", "total", "seed", "batch_size", "data.path", "data.split", "views.rgb")
+
 
 @dataclasses.dataclass
 class _Model:
@@ -97,6 +100,12 @@ def check_meta(meta: Any) -> None:
     """
     used = json_files.convert(meta, _Meta)
     _check_config(used.config, configs.default(), "config")
+    for field in _NEEDED:
+        value = used.config
+        for name in field.split("."):
+            value = value.get(name)
+            if value is None:
+                raise json_files.Invalid(f"config: missing field {field}")
     for part in ("model", "heads"):
         for name, value in used.config.get(part, {}).items():
             if isinstance(value, int) and not isinstance(value, bool) and not 1 <= value < 1 << 31:

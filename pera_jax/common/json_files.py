@@ -55,6 +55,8 @@ def convert(value: Any, kind: type[T]) -> T:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
         raise Invalid(_sentence(str(error))) from error
+    except UnicodeEncodeError as error:  # msgspec looks whether a text that is none in UTF-8 is a number
+        raise Invalid("a field that is no text holds one that is not UTF-8") from error
     except RecursionError as error:
         raise Invalid("it is nested too deeply") from error
 
