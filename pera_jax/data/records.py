@@ -208,7 +208,7 @@ def load_info(path: str | pathlib.Path) -> DatasetInfo:
 def check_split(path: str | pathlib.Path, info: DatasetInfo, split: str) -> None:
     """Raises UserError where a data set folder has no such split."""
     if split not in info.splits:
-        held = several(sorted(info.splits), 10)
+        held = several(sorted(info.splits))
         raise UserError(f"{printable(path)} has no split '{printable(split)}'; it has {held}")
 
 
