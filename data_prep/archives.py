@@ -134,6 +134,8 @@ def _zip(path: pathlib.Path) -> Iterator[Found]:
                 fault = "no regular file"
             elif member.flag_bits & 1:
                 fault = "encrypted"
+            elif member.header_offset < 0:
+                fault = "it lies before the beginning of the archive"
             elif member.file_size > max(_BOMB_BYTES, member.compress_size * _BOMB_RATIO):
                 fault = _BOMB
             part = ("zip", member.header_offset, member.compress_size, member.compress_type, member.CRC)
