@@ -94,17 +94,15 @@ def test_bands_in_another_order_are_matched_by_name(imported):
     np.testing.assert_array_equal(state.params["pixel_head"]["direction"], rows)
 
 
-def test_what_does_not_fit_is_named_whole(imported):
+def test_what_does_not_fit_is_named(imported):
     config = config_like_the_dictionary(
         heads__prototypes=64, model__width=32, model__patch=8, crops__global_size=32, crops__local_size=24
     )
     objective, optimiser = pera.from_config(config, Bands.plain()), steps.make_optimiser(config.optimiser)
     born = jax.eval_shape(lambda: steps.new_state(objective, optimiser, 0))
-    with pytest.raises(UserError, match="prototype_head/direction is .32, 8. there and .64, 8. here") as error:
+    with pytest.raises(UserError, match="does not fit this config: backbone/class_token is .16,. there and .32,. here, .* and "
+                       r"\d+ more$"):  # fmt: skip
         init.with_weights(born, imported[False], objective)
-    assert "backbone/norm/scale is (16,) there and (32,) here" in str(error.value)
-    assert "backbone/patch_projection/kernel is (48, 16) there and (192, 32) here" in str(error.value)
-    assert "pixel_head/gain is (48,) there and (192,) here" in str(error.value)
 
 
 def test_the_centre_begins_as_the_mean_of_the_teachers_outputs(imported, tmp_path, capsys):
