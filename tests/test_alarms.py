@@ -143,7 +143,7 @@ PLANTED = {
         "collapse to few prototypes", 100,
     ),
     "no centre, no KoLeo": (NO_CENTRE | dict(loss__koleo_weight=0.0), "collapse to few prototypes", 100),
-    "a rate 100 times too high": (dict(schedules__learning_rate__peak=0.1), "updates too large", 150),
+    "a rate 300 times too high": (dict(schedules__learning_rate__peak=0.3), "updates too large", 150),
 }
 
 
