@@ -117,7 +117,7 @@ def folder_of(run: str | pathlib.Path, step: int | None) -> tuple[pathlib.Path, 
     if not finished:
         raise UserError(f"{run} holds no finished checkpoint yet")
     if step is not None and step not in finished:
-        raise UserError(f"{run} has no checkpoint of step {step}; there are {', '.join(map(str, finished))}")
+        raise UserError(f"{run} has no checkpoint of step {step}; there are {several(finished, 10)}")
     chosen = finished[-1] if step is None else step
     return pathlib.Path(run).absolute() / FOLDER / str(chosen), chosen
 

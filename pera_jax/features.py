@@ -25,6 +25,7 @@ from einops import rearrange
 from pera_jax import checkpoint
 from pera_jax.bands import Bands
 from pera_jax.common import paths
+from pera_jax.common.text import several
 from pera_jax.errors import UserError
 from pera_jax.models import vit
 from pera_jax.weights import exported
@@ -123,7 +124,7 @@ class Model:
         if images.shape[-1] != len(names):
             raise UserError(
                 f"the images have {images.shape[-1]} bands on their last axis, and these weights take {len(names)}: "
-                f"{', '.join(names)}"
+                f"{several(names, 10)}"
             )
         if images.dtype != self.bands.dtype:
             raise UserError(

@@ -10,6 +10,7 @@ from tensorflow_datasets import decode
 from tensorflow_datasets.core import constants, features, read_only_builder
 
 from pera_jax.common import environment
+from pera_jax.common.text import several
 from pera_jax.data import codecs, records, shard_files
 from pera_jax.errors import UserError
 
@@ -22,7 +23,7 @@ def open_dataset(name: str, data_dir: str | None = None) -> read_only_builder.Re
     if not (place / "dataset_info.json").is_file():
         below = _prepared(place)
         if below:
-            raise UserError(f"{name} is no prepared data set; name one of those in it: {', '.join(below)}")
+            raise UserError(f"{name} is no prepared data set; name one of those in it: {several(below)}")
         if place.is_dir() or name.startswith(("/", ".", "~")):
             raise UserError(f"{name} is no folder with a dataset_info.json; name one that TFDS prepared")
         place = pathlib.Path(_find(name, data_dir))
@@ -127,7 +128,7 @@ def pick_label(builder: read_only_builder.ReadOnlyBuilder, wanted: str | None = 
 
 
 def _listed(kind: str, paths: Collection[str]) -> str:
-    return f"{len(paths)} {kind}s: {', '.join(sorted(paths))}" if paths else f"no {kind}"
+    return f"{len(paths)} {kind}s: {several(sorted(paths), 5)}" if paths else f"no {kind}"
 
 
 def bands_of(path: str, feature: features.FeatureConnector, names: str | None = None) -> tuple[list[str], str]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from pera_jax.bands import Bands
 from pera_jax.common import environment
+from pera_jax.common.text import several
 from pera_jax.data import foreign
 from pera_jax.errors import UserError
 from pera_jax.probes.overlap import IGNORE
@@ -124,7 +125,7 @@ def _image(path, bands, seen) -> foreign.Picture:
     if pixels.shape[2] != len(bands) or pixels.dtype != bands.dtype:
         raise UserError(
             f"{path} has {pixels.shape[2]} bands of {pixels.dtype}, and the encoder takes {len(bands)} of "
-            f"{bands.dtype} ({', '.join(bands.names)})"
+            f"{bands.dtype} ({several(bands.names, 10)})"
         )
     return picture
 

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from pera_jax import config as configs
 from pera_jax.common import paths
+from pera_jax.common.text import several
 from pera_jax.errors import UserError
 from pera_jax.probes import change, knn, linear, logistic, segmentation
 
@@ -116,7 +117,7 @@ def from_names(tasks: Sequence[str], fields: Mapping[str, Any], changes: Sequenc
     """A spec for each task, all of the same fields. Raises UserError as `make`."""
     unknown = [task for task in tasks if task not in TASKS]
     if unknown or not tasks:
-        raise UserError(f"there is no task {', '.join(unknown)!r}; choose from {', '.join(TASKS)}")
+        raise UserError(f"there is no task {several(unknown)!r}; choose from {', '.join(TASKS)}")
     others = {} if set(tasks) <= set(DENSE) else {"image_size", "labels"}  # what dense tasks have no use for
     return _changed({
         task: {"task": task} | {k: v for k, v in fields.items() if task in WHOLE_IMAGES or k not in others}
@@ -131,7 +132,7 @@ def _changed(tasks: dict[str, dict[str, Any]], changes: Sequence[str]) -> list[S
         if not equals or not dot:
             raise UserError(f"the change {text!r} is not of the form NAME.FIELD=VALUE")
         if name not in tasks:
-            raise UserError(f"there is no {name!r} to change; there are {', '.join(tasks)}")
+            raise UserError(f"there is no {name!r} to change; there are {several(tasks, 10)}")
         try:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError):
