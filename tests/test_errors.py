@@ -229,7 +229,7 @@ def test_a_full_disk_names_the_last_good_checkpoint_and_leaves_it_whole(config, 
     arguments = ("--config", "configs/demo.py:smoke", f"--config.data.path={data}", "--workdir", str(workdir))
     message = sentence(command(*arguments))
     assert "checkpoint of step 2 could not be written" in message and "no space left on device; make room" in message
-    assert "the last good checkpoint is step 1: free space" in message
+    assert message.endswith("the last good checkpoint is step 1")
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["1"]
     assert checkpoint.load_weights(workdir).step == 1
 
