@@ -126,11 +126,14 @@ def _temporary(path: pathlib.Path) -> pathlib.Path:
 def write_file(path: pathlib.Path, content: bytes, staging: pathlib.Path | None = None) -> None:
     """Writes a whole file or none: a temporary name (in `staging`, else beside it), sync, rename. Raises OSError."""
     temporary = _temporary((staging or path.parent) / path.name)
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # nothing where the rename came
     sync(path.parent)
 
 

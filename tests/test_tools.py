@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import errno
 import hashlib
 import io
 import json
@@ -407,6 +408,23 @@ def test_every_command_replaces_its_own_files_alone(sound, tmp_path, in_process)
             command()
         assert file.read_bytes() == b"my notes"
         file.unlink()
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_full_disk_leaves_no_temporary_file(sound, tmp_path, monkeypatch, step):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr(os, step, full)
+    for command in (
+        lambda: browse.main([str(sound), "--output", str(out / "page.html")]),
+        lambda: stats.main([str(sound), "--output", str(out / "statistics")]),
+    ):
+        with pytest.raises(UserError, match="cannot write .*: No space left on device; make room"):
+            command()
+    assert not [path for path in out.rglob("*") if path.is_file()]
 
 
 def test_bad_input_is_one_sentence_and_leaves_nothing(sound, tmp_path, in_process):
