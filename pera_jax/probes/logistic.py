@@ -169,17 +169,17 @@ def choose(train, labels, fit, held, classes, seed, settings):
         del problem, tests  # before the next ones are put together
     _, chosen, *best = best
     decade = _best(table[chosen])
-    # Where a smaller C gives the same, nothing beyond the largest is better; a smallest one that is no better than the
-    # next lies where C no longer matters.
-    end = {}
-    if settings["smallest"] < settings["largest"]:
-        if decade == settings["largest"]:
-            end = {"end": "largest"}
-        elif decade == settings["smallest"] and table[chosen][decade] > table[chosen][decade + 1]:
-            end = {"end": "smallest"}
     for step in REFINEMENT:
         reached(chosen, *best, decade + step)
-    choice = {"variant": chosen, "C": 10.0 ** _best(table[chosen])} | end
+    power, end = _best(table[chosen]), {}
+    # Where a smaller C gives the same, nothing beyond the largest is better; a smallest one that is no better than the
+    # next lies where C no longer matters.
+    if settings["smallest"] < settings["largest"]:
+        if power >= settings["largest"]:
+            end = {"end": "largest"}
+        elif power <= settings["smallest"] and table[chosen][power] > table[chosen][settings["smallest"] + 1]:
+            end = {"end": "smallest"}
+    choice = {"variant": chosen, "C": 10.0**power} | end
     return choice, {name: {f"{10.0**power:.4g}": row[power] for power in sorted(row)} for name, row in table.items()}
 
 
