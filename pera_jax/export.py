@@ -84,6 +84,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--bands", type=_words, help="names of the bands (default: red,green,blue)")
         command.add_argument("--mean", type=_numbers, help=f"of each band in [0, 1] (default:{beside} ImageNet's)")
         command.add_argument("--std", type=_numbers, help=f"of each band in [0, 1] (default:{beside} ImageNet's)")
+    for command in commands.choices.values():
+        command.add_argument("--no-verify", action="store_true", help="do not compare the weights with their digests")
     return parser
 
 
@@ -94,22 +96,26 @@ def main(argv: list[str] | None = None) -> None:
         teacher_only = options.pop("teacher_only", False)
         file = options.pop("file")
         wanted = imports.Options(**{name: options[name] for name in ("heads", "bands", "mean", "std")})
+        verify = not options["no_verify"]
         if command == "import-released":
-            meta, left_out = imports.import_released(file, output, wanted, teacher_only), []
+            meta, left_out = imports.import_released(file, output, wanted, teacher_only, verify), []
         else:
-            meta, left_out = imports.import_timm(file, output, wanted)
+            meta, left_out = imports.import_timm(file, output, wanted, verify)
         parts = "a backbone alone" if checkpoint.backbone_alone(meta) else "student, teacher and heads"
         print(f"{printable(file)}: {parts}, {_described(meta, (meta['model']['image_size'],) * 2)}")
+        print("\n".join(imports.said_of(meta)))
         if left_out:
             print(f"left out: {several(left_out, 12)}")
     elif command == "timm":
-        weights = checkpoint.load_weights(options["run"], options["step"], options["which"])
+        weights = checkpoint.load_weights(
+            options["run"], options["step"], options["which"], verify=not options["no_verify"]
+        )
         timm.export(weights, options["which"], options["image_size"], output)
         size = options["image_size"] or (weights.meta["model"]["image_size"],) * 2
         print(f"{printable(options['run'])}, {options['which']} at step {weights.step}: {_described(weights.meta, size)}")
     elif command in ("features", "stablehlo"):
         source = {name: options.pop(name) for name in ("run", "step", "which")}
-        weights = features.load_weights(source["run"], source["step"], source["which"])
+        weights = features.load_weights(source["run"], source["step"], source["which"], verify=not options.pop("no_verify"))
         if command == "stablehlo":
             said = stablehlo.export(weights, options["image_size"], output)
         else:
@@ -118,8 +124,9 @@ def main(argv: list[str] | None = None) -> None:
             said = feature_folder.write(weights, images, **options)
         print(f"{printable(source['run'])}, {source['which']} at step {weights.step}: {_described(weights.meta)}\n{said}")
     else:
-        step = released.export(options["run"], options["step"], output)
-        print(f"{printable(options['run'])}, student, teacher and heads at step {step}")
+        step = released.export(options["run"], options["step"], output, verify=not options["no_verify"])
+        beside = printable(released.place_beside(output).name)
+        print(f"{printable(options['run'])}, student, teacher and heads at step {step}\nbands, mean and std are in {beside}")
     print(f"written to {printable(output)}")
 
 

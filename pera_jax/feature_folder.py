@@ -11,14 +11,16 @@ writes
     block_class_tokens-00000.npy      float32 [n, blocks, D], with --blocks
     block_maps-00000.npy              float32 [n, blocks, h, w, D], with both
     index.csv                         a line for each image: key, label where there are classes, part, row
+    SHA256SUMS                        of all of these but features.json, for `sha256sum -c SHA256SUMS`
 
-A file is whole or not there, index.csv comes last. A command that was killed goes on with the first part that is not whole,
-to the same bytes on the same devices.
+A file is whole or not there, index.csv comes last. A command that was killed goes on with the parts that are not there, to
+the same bytes on the same devices; a part that is not as it was written is made again.
 """
 
 import csv
-import io
 import functools
+import hashlib
+import io
 import json
 import pathlib
 from typing import Any
@@ -28,14 +30,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from pera_jax import checkpoint, distributed, files
-from pera_jax.common import json_files, lease, paths
+from pera_jax.common import digests, json_files, lease, paths
+from pera_jax.common.text import several
 from pera_jax.errors import UserError
 from pera_jax.features import Model
 from pera_jax.probes import features
 from pera_jax.probes.cache import digest
 from pera_jax.probes.samples import Samples
 
-PLAN, INDEX = "features.json", "index.csv"
+PLAN, INDEX, SUMS = "features.json", "index.csv", "SHA256SUMS"
 _FORMAT_VERSION = 1
 
 
@@ -103,16 +106,19 @@ def _go_on(output, plan, parts, encode, model, samples, batch_size, devices) -> 
     said = f"{len(samples):,} images in {len(parts)} parts: {', '.join(arrays)}"
     try:
         _begin(output, plan)
-        missing = [number for number, rows in enumerate(parts) if not _whole(output, number, len(rows), arrays)]
-        if not missing and (output / INDEX).is_file():
+        wanted = {INDEX, *(_file(output, name, number).name for number in range(len(parts)) for name in arrays)}
+        sums = {name: digest for name, digest in _read_sums(output).items() if name in wanted}
+        missing = [number for number in range(len(parts)) if not _whole(output, number, arrays, sums)]
+        if not missing and _same(output / INDEX, sums):
             return f"{said}: finished, there is nothing to do"
         if len(missing) < len(parts):
             distributed.say(f"{output} has {len(parts) - len(missing)} of {len(parts)} parts; going on")
         if missing:
             over_devices = features.OverDevices(encode, devices)
             run = functools.partial(over_devices, over_devices.placed(model.params))
-            _write_parts(run, model, samples, size, output, {number: parts[number] for number in missing}, batch_size)
-        files.write(output / INDEX, _index(samples, parts))
+            _write_parts(run, model, samples, size, output, {number: parts[number] for number in missing}, batch_size, sums)
+        _write(output / INDEX, _index(samples, parts), sums)
+        _write_sums(output, sums)
     except OSError as error:
         raise UserError(
             f"cannot write {output}: {error.strerror or error}; make room or choose another --output, and start again"
@@ -159,20 +165,43 @@ def _short(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
-def _whole(output: pathlib.Path, number: int, images: int, arrays: dict[str, list[int]]) -> bool:
-    """Whether the files of a part are there and as long as their headers say."""
+def _whole(output: pathlib.Path, number: int, arrays: dict[str, list[int]], sums: dict[str, str]) -> bool:
+    """Whether the files of a part are as they were written; tells those that are not."""
+    places = [_file(output, name, number) for name in arrays]
+    changed = [place.name for place in places if place.is_file() and place.name in sums and not _same(place, sums)]
+    if changed:
+        distributed.say(f"{several(changed)} in {output}: not as written, made again")
+    return not changed and all(_same(place, sums) for place in places)
+
+
+def _same(place: pathlib.Path, sums: dict[str, str]) -> bool:
+    return place.is_file() and sums.get(place.name) == digests.of_file(place)
+
+
+def _read_sums(output: pathlib.Path) -> dict[str, str]:
+    """SHA-256 of each file by its name; of none where there is no list, or one that is damaged."""
     try:
-        found = [np.load(_file(output, name, number), mmap_mode="r") for name in arrays]
-    except Exception:  # on the damaged head of a file NumPy raises nearly anything; the part is written anew
-        return False
-    return all(each.shape == (images, *shape) for each, shape in zip(found, arrays.values(), strict=True))
+        lines = (output / SUMS).read_text("ascii").splitlines()
+    except (FileNotFoundError, UnicodeDecodeError):
+        return {}
+    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+
+
+def _write_sums(output: pathlib.Path, sums: dict[str, str]) -> None:
+    files.write(output / SUMS, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)).encode("ascii"))
+
+
+def _write(place: pathlib.Path, content: bytes, sums: dict[str, str]) -> None:
+    """Writes a file and adds it to the sums."""
+    files.write(place, content)
+    sums[place.name] = hashlib.sha256(content).hexdigest()
 
 
 def _file(output: pathlib.Path, name: str, number: int) -> pathlib.Path:
     return output / f"{name}-{number:05d}.npy"
 
 
-def _write_parts(run, model, samples, size, output, parts: dict[int, range], batch_size) -> None:
+def _write_parts(run, model, samples, size, output, parts: dict[int, range], batch_size, sums: dict[str, str]) -> None:
     # Batches begin anew with each part, so that its bytes do not depend on where a command began.
     batches = [(number, batch) for number, rows in parts.items() for batch in features.batched(rows, batch_size)]
     resize = lambda image: features.resized(image, size)  # noqa: E731
@@ -184,7 +213,8 @@ def _write_parts(run, model, samples, size, output, parts: dict[int, range], bat
             for name in found[0]:
                 content = io.BytesIO()
                 np.save(content, np.concatenate([each[name] for each in found]))
-                files.write(_file(output, name, number), content.getvalue())
+                _write(_file(output, name, number), content.getvalue(), sums)
+            _write_sums(output, sums)
             found = []
 
 

@@ -150,21 +150,26 @@ def _chosen(blocks: int | Sequence[int], depth: int) -> tuple[int, ...]:
     return tuple(int(block) for block in blocks)
 
 
-def load(path: str | pathlib.Path, step: int | None = None, which: str = "teacher") -> Model:
+def load(
+    path: str | pathlib.Path, step: int | None = None, which: str = "teacher", verify: bool = True
+) -> Model:
     """The model of a run's folder, or of a folder that `python -m pera_jax.export timm` has written.
 
     Args:
       step: the checkpoint of a run; None: the latest.
       which: "teacher" or "student".
+      verify: compare the weights with the digests that were written with them.
 
     Raises:
       UserError: no such folder, step or network; damaged files.
     """
-    weights = load_weights(path, step, which)
+    weights = load_weights(path, step, which, verify)
     return Model.of(weights.backbone, weights.meta)
 
 
-def load_weights(path: str | pathlib.Path, step: int | None = None, which: str = "teacher") -> checkpoint.Weights:
+def load_weights(
+    path: str | pathlib.Path, step: int | None = None, which: str = "teacher", verify: bool = True
+) -> checkpoint.Weights:
     """The weights that `load` takes; the `meta` of an exported folder has only what is needed to use them."""
     if which not in NETWORKS:
         raise UserError(f"there is no network {which!r}; choose from {', '.join(NETWORKS)}")
@@ -172,7 +177,7 @@ def load_weights(path: str | pathlib.Path, step: int | None = None, which: str =
     if not path.is_dir():
         raise UserError(f"the folder {path} does not exist; name a run, or what python -m pera_jax.export timm has written")
     if (path / exported.FILE).is_file():
-        return exported.load(path, step, which)
+        return exported.load(path, step, which, verify)
     if (path / checkpoint.FOLDER).is_dir():
-        return checkpoint.load_weights(path, step, which)
+        return checkpoint.load_weights(path, step, which, verify=verify)
     raise UserError(f"{path} holds neither {checkpoint.FOLDER}/ of a run nor {exported.FILE} of an export")

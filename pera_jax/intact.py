@@ -181,6 +181,8 @@ def _unsealed(folder: pathlib.Path, stored: Any) -> tuple[dict[str, Any], dict[s
     try:
         meta_fields.check_meta(meta)
     except json_files.Invalid as error:
+        if found is not None:  # it is what was saved
+            raise UserError(f"the checkpoint {folder} does not fit this program: in its meta, {error}") from error
         raise Damaged(f"the checkpoint {folder} is damaged: in its meta, {error}") from error
     return meta, found
 

@@ -23,14 +23,14 @@ from pera_jax.probes.job import ENCODERS, Job, load_network
 
 def probe(
     run: str, chosen: list[specs.Spec], *, encoder: str = "teacher", step: int | None = None, output: str | None = None,
-    batch_size: int = 256, reading: folders.Reading = folders.Reading(),
+    batch_size: int = 256, reading: folders.Reading = folders.Reading(), verify: bool = True,
 ) -> list[dict]:  # fmt: skip
     """Judges a checkpoint, writes what it found and returns the entries; arguments as the command's options.
 
     Raises:
       UserError: everything that is wrong with the arguments, the run or the data, before a score is computed.
     """
-    network, job = load_network(run, step, encoder), Job(chosen, base_of(run, output), batch_size, reading)
+    network, job = load_network(run, step, encoder, verify), Job(chosen, base_of(run, output), batch_size, reading)
     job.prepare(network.meta)
     entries = []
     for spec in chosen:
@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=paths.local, help="folder for the results (default: RUN/probe)")
     parser.add_argument("--batch-size", type=int, default=256, help="images decoded at a time; changes no score")
     folders.add_options(parser)
+    parser.add_argument("--no-verify", action="store_true", help="do not compare the weights with their digests")
     parser.add_argument("--follow", action="store_true", help="judge each new checkpoint until the run has ended")
     parser.add_argument("--poll", type=float, default=10.0, help="seconds between looks for a new checkpoint (default 10)")
     parser.add_argument("--patience", type=float, default=24.0, help="hours without one after which to end (default 24)")
@@ -80,8 +81,8 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be more than 0")
     chosen = _chosen(options)
     if options.follow:
-        if options.encoder != "teacher" or options.step is not None:
-            raise UserError("--follow judges the teacher of each checkpoint; leave --encoder and --step out")
+        if options.encoder != "teacher" or options.step is not None or options.no_verify:
+            raise UserError("--follow judges the teacher of each checkpoint; leave --encoder, --step and --no-verify out")
     elif not pathlib.Path(options.run).is_dir():
         raise UserError(f"the run's folder {options.run} does not exist; name the --workdir of a training")
     cluster = distributed.cluster_of(options.coordinator, options.num_processes, options.process_id, os.environ)
@@ -93,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
             entries = results.read(base)
         else:
             entries = probe(options.run, chosen, encoder=options.encoder, step=options.step, output=options.output,
-                            batch_size=options.batch_size, reading=reading)  # fmt: skip
+                            batch_size=options.batch_size, reading=reading, verify=not options.no_verify)  # fmt: skip
     if distributed.main_host():
         print(f"{results.markdown(entries)}\n\nwritten to {printable(base)}")
 

@@ -271,3 +271,16 @@ def test_an_image_that_does_not_fit_is_named(run, data, tmp_path):
     sound.write_bytes(content)
     with pytest.raises(UserError, match="holds features of other data"):
         export.main(command(run, copy, out, "--part-size", "5", "--batch-size", "5"))
+
+
+def test_a_part_that_is_not_as_it_was_written_is_made_again(run, data, tmp_path, capsys):
+    export.main(command(run, data, tmp_path / "out", "--part-size", "3"))
+    whole = contents(tmp_path / "out")
+    lines = (tmp_path / "out" / "SHA256SUMS").read_text().splitlines()
+    assert [line.split("  ")[1] for line in lines] == sorted(set(whole) - {"features.json", "SHA256SUMS"})
+    for name in ("class_token-00001.npy", "index.csv", "SHA256SUMS"):
+        file = tmp_path / "out" / name
+        file.write_bytes(file.read_bytes()[:-2] + bytes([file.read_bytes()[-2] ^ 4]) + file.read_bytes()[-1:])
+        export.main(command(run, data, tmp_path / "out", "--part-size", "3"))
+        assert contents(tmp_path / "out") == whole
+        assert ("class_token-00001.npy in" in capsys.readouterr().err) == (name == "class_token-00001.npy")

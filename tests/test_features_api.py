@@ -13,6 +13,7 @@ import pytest
 
 from pera_jax import checkpoint, export, features
 from pera_jax.bands import Bands
+from pera_jax.common import digests
 from pera_jax.errors import UserError
 from pera_jax.models import vit
 from pera_jax.weights import arrays, imports
@@ -163,7 +164,9 @@ def test_bad_images_are_one_sentence(model, images, options, sentence):
 
 def change_config(folder: pathlib.Path, **changes) -> None:
     content = json.loads((folder / "config.json").read_text())
-    content["pera_jax"].update(changes)
+    entry = content["pera_jax"]
+    entry.update(changes)
+    entry["digest"] = digests.of_json({name: value for name, value in entry.items() if name != "digest"})
     (folder / "config.json").write_text(json.dumps(content))
 
 

@@ -68,13 +68,13 @@ class Network:
         }  # fmt: skip
 
 
-def load_network(run: str, step: int | None, encoder: str) -> Network:
-    """Raises UserError: no such run, step or encoder."""
+def load_network(run: str, step: int | None, encoder: str, verify: bool = True) -> Network:
+    """Raises UserError: no such run, step or encoder; weights that are not what was saved."""
     if encoder not in ENCODERS:
         raise UserError(f"there is no encoder {encoder!r}; choose from {', '.join(ENCODERS)}")
 
     def read(chosen: int) -> tuple[checkpoint.Weights, str]:
-        weights = checkpoint.load_weights(run, chosen, untrained=encoder != "teacher")
+        weights = checkpoint.load_weights(run, chosen, untrained=encoder != "teacher", verify=verify)
         return weights, checkpoint.identity(checkpoint.folder_of(run, chosen)[0])
 
     weights, saved = checkpoint.while_kept(run, step, read)

@@ -1,8 +1,10 @@
 """Named arrays in a file: safetensors, or a dictionary that torch.save has written."""
 
+import json
 import math
 import pathlib
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -11,6 +13,7 @@ import safetensors
 import safetensors.numpy
 
 from pera_jax import files
+from pera_jax.common import digests
 from pera_jax.common.text import several
 from pera_jax.errors import UserError
 from pera_jax.weights import pickles
@@ -20,52 +23,79 @@ _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_d
 _MOST_DIMENSIONS = 8  # a convolution over space and time has 5; NumPy takes 64
 _MOST_VALUES = 1 << 40  # of one array, also of one that holds none because a side is 0
 _ENTRIES = ("model", "state_dict")  # where training programs keep the parameters beside other things
+_NETWORKS = ("teacher", "student", "backbone")  # entries that hold a dictionary each, as DINO's and DINOv2's
+_DIGEST = "sha256"  # over the arrays, in the metadata of safetensors
+_WRAPPER = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module)\.")  # of PyTorch, around any part
 
 
-def read(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The parameters in a file as float32, by name; a prefix `module.` of all names is dropped.
+def read(path: pathlib.Path, verify: bool = True) -> dict[str, np.ndarray]:
+    """The parameters in a file as float32, by name, without the names of PyTorch's wrappers, as `module.`.
 
     Args:
       path: NAME.safetensors, else a file of torch.save: with a dictionary of arrays, by itself or as its entry `model`
-        or `state_dict`.
+        or `state_dict`; or with a dictionary for each of `teacher`, `student`, `backbone`, beside which other entries are
+        passed over.
+      verify: check the checksums that the file has: this program's over all arrays in safetensors, each member's in a file
+        of torch.save.
 
     Raises:
-      UserError: no such file, or damaged; entries that are no arrays of floats, all of which are named; as `pickles.load`.
+      UserError: no such file, or damaged; entries that are no arrays of floats, some of which are named; as `pickles.load`.
     """
-    named = _safetensors(path) if path.suffix == ".safetensors" else _torch(path)
-    if named and all(name.startswith("module.") for name in named):
-        named = {name.removeprefix("module."): array for name, array in named.items()}
-    return named
+    named = _safetensors(path, verify) if path.suffix == ".safetensors" else _torch(path, verify)
+    bare = {_WRAPPER.sub("", name): array for name, array in named.items()}
+    return bare if len(bare) == len(named) else named
 
 
 def write(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes NAME.safetensors, whole or not at all: the same bytes for the same arrays. Raises OSError."""
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    files.write(path, safetensors.numpy.save(contiguous, {"format": "pt"}))
+    metadata = {"format": "pt", _DIGEST: digests.of_named(contiguous)}
+    content = safetensors.numpy.save(contiguous, metadata)
+    # It writes the metadata in any order.
+    other, one = (_compact(dict(items)) for items in (reversed(metadata.items()), metadata.items()))
+    files.write(path, content.replace(other, one, 1))
 
 
-def _safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _compact(metadata: dict[str, str]) -> bytes:
+    return json.dumps(metadata, separators=(",", ":")).encode("ascii")
+
+
+def _safetensors(path: pathlib.Path, verify: bool) -> dict[str, np.ndarray]:
     try:
-        stored = dict(safetensors.deserialize(path.read_bytes()))
+        content = path.read_bytes()
+        stored = dict(safetensors.deserialize(content))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except safetensors.SafetensorError as error:
         raise UserError(f"{path} is no safetensors file, or is cut off ({error})") from error
     _refuse(path, [name for name, each in stored.items() if each["dtype"] not in _DTYPES])
     _refuse_shapes(path, {name: each["shape"] for name, each in stored.items()})
-    return {
-        name: np.frombuffer(each["data"], _DTYPES[each["dtype"]]).reshape(each["shape"]).astype(np.float32)
-        for name, each in stored.items()
+    arrays = {
+        name: np.frombuffer(each["data"], _DTYPES[each["dtype"]]).reshape(each["shape"]) for name, each in stored.items()
     }
+    written = _metadata(content).get(_DIGEST)
+    if verify and written is not None and written != digests.of_named(arrays):
+        raise UserError(f"{path} is damaged: it does not hold the arrays that were written; take another copy of it")
+    return {name: array.astype(np.float32) for name, array in arrays.items()}
 
 
-def _torch(path: pathlib.Path) -> dict[str, np.ndarray]:
-    held: Any = pickles.load(path)
+def _metadata(content: bytes) -> dict[str, str]:
+    """Of a file that is known to be one of safetensors."""
+    return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {}
+
+
+def _torch(path: pathlib.Path, verify: bool) -> dict[str, np.ndarray]:
+    held: Any = pickles.load(path, verify)
     import torch
 
     if not isinstance(held, dict):
         raise UserError(f"{path} holds no dictionary of parameters but a {type(held).__name__}")
     held = next((held[entry] for entry in _ENTRIES if isinstance(held.get(entry), dict)), held)
+    networks = {name: held[name] for name in _NETWORKS if isinstance(held.get(name), dict)}
+    if networks:
+        flat = dict(_flat(networks))
+        counters = [k for k, v in flat.items() if isinstance(v, torch.Tensor) and not v.is_floating_point()]  # of batches
+        held = {name: value for name, value in flat.items() if name not in counters}
     _refuse(path, [str(k) for k, v in held.items() if not (isinstance(v, torch.Tensor) and v.is_floating_point())])
     _refuse_shapes(path, {str(name): tensor.shape for name, tensor in held.items()})
     # A stride of 0 makes a terabyte of one number, which the first copy would ask of the memory.
@@ -73,6 +103,15 @@ def _torch(path: pathlib.Path) -> dict[str, np.ndarray]:
     if spread:
         raise UserError(f"{path} holds arrays that are larger than what is stored of them: {several(sorted(spread), NAMED)}")
     return {str(name): tensor.detach().float().numpy() for name, tensor in held.items()}
+
+
+def _flat(held: dict, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """What dictionaries in dictionaries hold, by names with dots."""
+    for key, value in held.items():
+        if isinstance(value, dict) and depth < _MOST_DIMENSIONS:
+            yield from _flat(value, f"{prefix}{key}.", depth + 1)
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _refuse_shapes(path: pathlib.Path, shapes: dict[str, Sequence[int]]) -> None:

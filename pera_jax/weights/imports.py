@@ -19,10 +19,11 @@ from pera_jax import checkpoint, files, intact, run_meta
 from pera_jax import config as configs
 from pera_jax import step as steps
 from pera_jax.bands import RGB, Bands
+from pera_jax.common.text import printable
 from pera_jax.data.mixture import IMAGENET
 from pera_jax.errors import UserError
 from pera_jax.objectives import pera
-from pera_jax.weights import arrays, released, tables, timm
+from pera_jax.weights import arrays, exported, released, tables, timm
 
 _REST = ("student.", "teacher.cls_head.", "pred_head.", "s_mask_token")  # all of a dictionary but the teacher's backbone
 
@@ -35,53 +36,91 @@ class Options:
       heads: of attention; None: 64 values each.
       bands: names; None: red, green, blue.
       mean, std: of each band, of values in [0, 1]; None: ImageNet's, for red, green, blue.
+      dtype: of stored values; None: uint8.
+      ranges: (low, high) of each band, stored values that become 0 and 1; None: 0 and 255.
     """
 
     heads: int | None = None
     bands: tuple[str, ...] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    dtype: str | None = None
+    ranges: tuple[tuple[float, float], ...] | None = None
+
+    def told(self, beside: dict[str, Any], place: str) -> tuple["Options", list[str]]:
+        """These, and for what is None what `place`, a file beside the weights, says; and where each comes from, in words."""
+        fields = [field.name for field in dataclasses.fields(self)]
+        found = {name: beside[name] for name in fields if beside.get(name) is not None and getattr(self, name) is None}
+        said = [f"{', '.join(found)} from {place}, beside the file"] * bool(found)
+        chosen = dataclasses.replace(self, **found)
+        assumed = [name for name in ("mean", "std") if getattr(chosen, name) is None]
+        if assumed:
+            said.append(f"{' and '.join(assumed)}: ImageNet's, as nothing beside the file says others")
+        return chosen, said
 
 
-def import_released(file: pathlib.Path, output: pathlib.Path, options: Options, teacher_only: bool) -> dict[str, Any]:
+def import_released(
+    file: pathlib.Path, output: pathlib.Path, options: Options, teacher_only: bool, verify: bool = True
+) -> dict[str, Any]:
     """Writes the run folder `output` from a dictionary of the released program; returns the `meta`.
 
     Args:
+      options: before what `export released` has written beside the file.
       teacher_only: take the teacher's backbone, whether the rest is there or not.
+      verify: check the checksums that the file and what lies beside it have.
 
     Raises:
       UserError: a file that is no such dictionary (all names that are wrong are in the sentence), options that do not fit,
         an output that cannot be written.
     """
-    named = arrays.read(file)
+    named, beside = arrays.read(file, verify), released.beside(file, verify)
+    options, told = options.told(beside, released.place_beside(file).name)
     if teacher_only:
         named = {name: each for name, each in named.items() if not name.startswith(_REST)}
-        return _import(file, output, options, named, "teacher.backbone.", _teacher_table)
+        return _import(file, output, options, named, "teacher.backbone.", _teacher_table, told)
     if "teacher.backbone.cls_token" in named and not any(name.startswith("student.") for name in named):
         raise UserError(f"{file} holds no student; take the teacher's backbone alone with --teacher-only")
-    return _import(file, output, options, named, "teacher.backbone.", released.table)
+    return _import(file, output, options, named, "teacher.backbone.", released.table, told)
 
 
-def import_timm(file: pathlib.Path, output: pathlib.Path, options: Options) -> tuple[dict[str, Any], list[str]]:
+def import_timm(
+    file: pathlib.Path, output: pathlib.Path, options: Options, verify: bool = True
+) -> tuple[dict[str, Any], list[str]]:
     """Writes the run folder `output` from a ViT under timm's names; returns the `meta` and the names that were left out.
+
+    Of a file of several networks the teacher's backbone is taken; `meta["imported"]["prefix"]` says what its names began
+    with.
 
     Args:
       options: before what timm's config.json beside the file says.
+      verify: check the checksums that the file and config.json have.
 
     Raises:
-      UserError: as `import_released`; a config.json that is none of timm's.
+      UserError: as `import_released`; a config.json that is none of timm's; positions for a rectangle.
     """
-    named, left_out = timm.without_extras(arrays.read(file))
-    told = {name: value for name, value in timm.beside(file).items() if getattr(options, name) is None}
-    options = dataclasses.replace(options, **told)
-    return _import(file, output, options, named, "", timm.table), left_out
+    prefix, named, others = timm.backbone_in(arrays.read(file, verify), str(file))
+    named, left_out = timm.without_extras(named)
+    beside = timm.beside(file, verify)
+    tables.check_grid(named, beside.get("size"), str(file))
+    options, told = options.told(beside, exported.CONFIG)
+    meta = _import(file, output, options, named, "", timm.table, told, prefix)
+    return meta, others + [prefix + name for name in left_out]
+
+
+def said_of(meta: dict[str, Any]) -> list[str]:
+    """What an import took from where, and how far its arrays could be checked, a line each."""
+    of = meta["imported"]
+    taken = [f"taken is {printable(of['prefix'])}* of the file"] * bool(of["prefix"])
+    return [*taken, *map(printable, of["told"]), f"SHA-256 of the file: {of['sha256']}"]
 
 
 def _teacher_table(depth: int, split: int) -> list[tables.Entry]:
     return tables.backbone("teacher.backbone.", ("teacher", "backbone"), depth, split)
 
 
-def _import(file, output, options, named, prefix, table: Callable[[int, int], list[tables.Entry]]) -> dict[str, Any]:
+def _import(
+    file, output, options, named, prefix, table: Callable[[int, int], list[tables.Entry]], told: list[str], taken: str = ""
+) -> dict[str, Any]:
     depth = tables.depth_of(named, prefix)
     entries = table(depth, depth // 2)
     tables.check_names(named, entries, str(file))
@@ -97,7 +136,7 @@ def _import(file, output, options, named, prefix, table: Callable[[int, int], li
 
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     card = {"name": file.name, "split": None, "records": None, "fingerprint": digest, "class_names": None}
-    origin = {"file": file.name, "sha256": digest, "backbone_alone": not whole}
+    origin = {"file": file.name, "sha256": digest, "backbone_alone": not whole, "prefix": taken, "told": told}
     meta = run_meta.describe(config, objective, card) | {"imported": origin}
     with files.whole_folder(output) as folder:
         _save(folder, objective, optimiser, tree.get("params"), tree["teacher"], meta)
@@ -139,4 +178,7 @@ def _bands(file: pathlib.Path, number: int, options: Options) -> Bands:
     mean, std = options.mean or (IMAGENET[0] if plain else None), options.std or (IMAGENET[1] if plain else None)
     if mean is None or std is None or not len(mean) == len(std) == number or min(std) <= 0:
         raise UserError(f"{file} needs --mean and --std with one number for each of {', '.join(names)}, std above 0")
-    return Bands(names, "uint8", ((0.0, 255.0),) * number, tuple(mean), tuple(std))
+    dtype, ranges = options.dtype or "uint8", options.ranges or ((0.0, 255.0),) * number
+    if len(ranges) != number:
+        raise UserError(f"{file} is for {number} band(s), and what lies beside it gives the ranges of {len(ranges)}")
+    return Bands(names, dtype, tuple((float(low), float(high)) for low, high in ranges), tuple(mean), tuple(std))

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from pera_jax.common.text import several
+from pera_jax.common.text import printable, several
 from pera_jax.errors import UserError
 
 _SCALARS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")  # before NumPy 2, and since
@@ -36,8 +36,11 @@ _LARGEST_PICKLE = 1 << 28  # bytes; the arrays lie beside the pickle, which hold
 _LEGACY_PICKLES = 5  # one after the other in a file that is no zip: magic number, version, system, content, storages
 
 
-def load(path: pathlib.Path) -> Any:
+def load(path: pathlib.Path, verify: bool = True) -> Any:
     """The object in a file of torch.save, tensors on the CPU.
+
+    Args:
+      verify: compare the members of a zip, as torch.save writes them, with their checksums; PyTorch does not.
 
     Raises:
       UserError: a file that cannot be read, that refers to anything but arrays and numbers (all of it is named), that is
@@ -45,6 +48,7 @@ def load(path: pathlib.Path) -> Any:
     """
     try:
         foreign = sorted({name for name in _globals(path) if name not in ALLOWED})
+        damaged = _damaged_member(path) if verify and not foreign else None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except _FILE_ERRORS as error:
@@ -52,7 +56,13 @@ def load(path: pathlib.Path) -> Any:
     if foreign:
         raise UserError(
             f"{path} refers to {several(foreign, 5)}, which is neither an array nor a number, and nothing of it was loaded; "
-            "save the model's state_dict alone"
+            "save the model's state_dict alone, as torch.save(torch.load(FILE, weights_only=False)['teacher'], OTHER) does "
+            "where you trust the file"
+        )
+    if damaged:
+        raise UserError(
+            f"{path} is damaged: its member {printable(damaged)} differs from its checksum; take another copy of it, or, "
+            "where it was written without checksums, read it with --no-verify"
         )
     try:
         import torch
@@ -66,6 +76,21 @@ def load(path: pathlib.Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except _TORCH_ERRORS as error:
         raise UserError(f"{path} is no file of torch.save, or is cut off") from error
+
+
+def _damaged_member(path: pathlib.Path) -> str | None:
+    """The first member of a zip that differs from its checksum; None where there is none, or no zip."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            try:
+                with archive.open(member) as file:
+                    while file.read(1 << 20):
+                        pass
+            except (zipfile.BadZipFile, zlib.error):
+                return member.filename
+    return None
 
 
 def _globals(path: pathlib.Path) -> Iterator[str]:

@@ -152,6 +152,19 @@ def shape_of(arrays: dict[str, np.ndarray], prefix: str, heads: int | None, what
     )  # fmt: skip
 
 
+def check_grid(named: dict[str, np.ndarray], size: tuple[int, int] | None, what: str) -> None:
+    """Raises UserError where positions are for a rectangle of patches, by the `size` of images in px that is told beside."""
+    positions, kernel = named.get("pos_embed"), named.get("patch_embed.proj.weight")
+    if not size or len(size) != 2 or positions is None or kernel is None or positions.ndim != 3 or kernel.ndim != 4:
+        return
+    rows, columns = (side // max(patch, 1) for side, patch in zip(size, kernel.shape[2:]))
+    if rows != columns and rows * columns == positions.shape[1] - 1:
+        raise UserError(
+            f"{what} has positions for {rows} x {columns} patches, images of {size[0]} x {size[1]} px by config.json, and only "
+            "square ones can be imported; resample them first, as timm.create_model(..., img_size=SIDE) does where it loads"
+        )
+
+
 def check_names(arrays: dict[str, np.ndarray], entries: list[Entry], what: str) -> None:
     """Raises a UserError that names entries that are missing, arrays that are none and those that are not finite."""
     names = {entry.name for entry in entries}

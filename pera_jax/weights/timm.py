@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pera_jax import checkpoint, files
+from pera_jax import checkpoint, files, meta_fields
 from pera_jax.bands import Bands
 from pera_jax.common import json_files
 from pera_jax.common.text import several
@@ -24,6 +24,9 @@ from pera_jax.errors import UserError
 from pera_jax.weights import arrays, card, exported, fit, tables
 
 _LEFT_OUT = re.compile(r"(head\.|decoder_).*|mask_token")
+_PREFIXES = ("", "teacher.backbone.", "teacher.", "backbone.", "student.backbone.", "student.")  # the first one is taken
+_PART = re.compile(r"^([^.]*\.[^.]*\.).*")
+_CHUNK = re.compile(r"^(blocks\.)\d+\.(?=\d+\.)")
 _SCALE = re.compile(r"(blocks\.\d+\.)ls([12])\.gamma")
 _SCALED = {"1": "attn.proj", "2": "mlp.fc2"}  # what each of a block's two factors follows
 ARCHITECTURE = "vit_base_patch16_224"  # timm's entry point; `model_args` says all of its sizes anew
@@ -63,11 +66,13 @@ def without_extras(named: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray],
 class _Pretrained:
     mean: tuple[json_files.Finite, ...] | None = None
     std: tuple[json_files.Finite, ...] | None = None
+    input_size: tuple[json_files.Positive, json_files.Positive, json_files.Positive] | None = None  # bands, height, width
 
 
 @dataclasses.dataclass
 class _Arguments:
     num_heads: json_files.Positive | None = None
+    img_size: json_files.Positive | tuple[json_files.Positive, json_files.Positive] | None = None
 
 
 @dataclasses.dataclass
@@ -76,18 +81,64 @@ class _Config:
 
     pretrained_cfg: _Pretrained
     model_args: _Arguments = dataclasses.field(default_factory=_Arguments)
+    pera_jax: dict[str, Any] | None = None
 
 
-def beside(file: pathlib.Path) -> dict[str, Any]:
-    """What timm's config.json in the folder of `file` says, where there is one: `heads`, `mean`, `std`, or None for each.
+def backbone_in(named: dict[str, np.ndarray], what: str) -> tuple[str, dict[str, np.ndarray], list[str]]:
+    """The ViT of a file that may hold several networks and their heads, as DINO's and DINOv2's checkpoints do.
+
+    Blocks in chunks, DINOv2's `blocks.CHUNK.NUMBER`, become `blocks.NUMBER`.
+
+    Args:
+      what: the file, for errors.
+
+    Returns:
+      what its names began with, the teacher's before the student's; its arrays under timm's names; the names of the rest, of
+      a network or a head one, as `student.backbone.*`.
 
     Raises:
-      UserError: a config.json that is none of timm's.
+      UserError: several networks, none of which is known to be the teacher.
+    """
+    found = sorted(name.removesuffix("cls_token") for name in named if name == "cls_token" or name.endswith(".cls_token"))
+    prefix = next((known for known in _PREFIXES if known in found), found[0] if len(found) == 1 else "")
+    if prefix not in found and len(found) > 1:
+        raise UserError(f"{what} holds several networks, under {several(found)}; save one of them alone")
+    kept = {_CHUNK.sub(r"\1", name.removeprefix(prefix)): each for name, each in named.items() if name.startswith(prefix)}
+    return prefix, kept, sorted({_PART.sub(r"\1*", name) for name in named if not name.startswith(prefix)})
+
+
+def beside(file: pathlib.Path, verify: bool = True) -> dict[str, Any]:
+    """What config.json of timm's in the folder of `file` says, where there is one; nothing without.
+
+    Args:
+      verify: compare `file` with the digest that this program has written there.
+
+    Returns:
+      `heads`, `mean`, `std`, `size` (height and width in px), or None for each; of an export of this program `bands`, `dtype`
+      and `ranges` too.
+
+    Raises:
+      UserError: a config.json that is none of timm's, or damaged.
     """
     place = file.with_name("config.json")
     try:
         told = json_files.parse(place.read_bytes(), _Config)
-        return {"heads": told.model_args.num_heads, "mean": told.pretrained_cfg.mean, "std": told.pretrained_cfg.std}
+        cfg, entry, size = told.pretrained_cfg, told.pera_jax, told.model_args.img_size
+        size = (size, size) if isinstance(size, int) else size or (cfg.input_size[1:] if cfg.input_size else None)
+        found = {"heads": told.model_args.num_heads, "mean": cfg.mean, "std": cfg.std, "size": size}
+        if entry is None:
+            return found
+        meta_fields.check_exported(entry)
+        exported.check(entry, place)
+        if verify and file.name == exported.FILE:
+            exported.check_file(entry, place, file)
+        bands = Bands.of(entry)
+        if (bands.mean, bands.std) != (cfg.mean, cfg.std):
+            raise UserError(
+                f"{place} gives one mean and std in pretrained_cfg and another in {exported.ENTRY}; export it anew, or take "
+                f"{exported.ENTRY} out of it"
+            )
+        return found | {"bands": bands.names, "dtype": bands.dtype, "ranges": bands.ranges}
     except FileNotFoundError:
         return {}
     except (OSError, json_files.Invalid) as error:
@@ -149,6 +200,8 @@ def export(weights: checkpoint.Weights, which: str, size: tuple[int, int] | None
     height, width = size or (meta["model"]["image_size"],) * 2
     named = of_backbone(weights.backbone, meta["model"], height, width)
     with files.whole_folder(output) as folder:
-        arrays.write(folder / exported.FILE, named)
-        files.write_json(folder / "config.json", config(meta, weights.step, which, height, width))
+        file, settings = folder / exported.FILE, config(meta, weights.step, which, height, width)
+        arrays.write(file, named)
+        settings[exported.ENTRY] = exported.sealed(settings[exported.ENTRY], file)
+        files.write_json(folder / exported.CONFIG, settings)
         files.write(folder / "README.md", card.text(weights, which, height, width).encode())

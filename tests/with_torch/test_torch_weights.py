@@ -230,3 +230,54 @@ def test_a_training_begins_from_an_import(alone, tmp_path, capsys):
     with pytest.raises(UserError, match="holds weights imported from pera.params and no run to go on with"):
         config.init_from, config.resume_from = "", given
         train.train(config, str(tmp_path / "other"))
+
+
+def test_mean_std_and_bands_come_back_with_a_released_dictionary(tmp_path, capsys):
+    save(tmp_path / "pera.params")
+    flags = ["--mean", "0.2,0.3,0.4", "--std", "0.1,0.2,0.3", "--bands", "nir,red,green"]
+    export.main(["import-released", str(tmp_path / "pera.params"), "--output", str(tmp_path / "one"), "--heads", "3", *flags])
+    assert "ImageNet" not in capsys.readouterr().out
+    export.main(["released", "--run", str(tmp_path / "one"), "--output", str(tmp_path / "again.params")])
+    export.main(["import-released", str(tmp_path / "again.params"), "--output", str(tmp_path / "two")])
+    assert "heads, bands, mean, std, dtype, ranges from again.params.json" in capsys.readouterr().out
+    one, two = (checkpoint.load_weights(tmp_path / name).meta for name in ("one", "two"))
+    assert all(one[name] == two[name] for name in ("model", "bands", "dtype", "ranges", "mean", "std"))
+    beside = tmp_path / "again.params.json"
+    beside.write_text(beside.read_text().replace("0.2", "0.3", 1))
+    with pytest.raises(UserError, match="again.params.json is damaged"):
+        export.main(["import-released", str(tmp_path / "again.params"), "--output", str(tmp_path / "three")])
+
+
+def test_a_flipped_bit_in_a_file_of_torch_save_is_noticed_or_changes_nothing(tmp_path):
+    save(tmp_path / "whole.params")
+    whole, rng, noticed = arrays.read(tmp_path / "whole.params"), np.random.default_rng(0), 0
+    for _ in range(40):
+        content = bytearray((tmp_path / "whole.params").read_bytes())
+        content[rng.integers(len(content))] ^= 1 << int(rng.integers(8))
+        (tmp_path / "a.params").write_bytes(content)
+        try:
+            found = arrays.read(tmp_path / "a.params")
+        except UserError:
+            noticed += 1
+            continue
+        assert found.keys() == whole.keys() and all(np.array_equal(found[name], whole[name]) for name in whole)
+    assert noticed > 20
+
+
+def test_the_teacher_of_checkpoints_of_dino_is_taken(tmp_path, capsys):
+    torch.manual_seed(0)
+    models = [timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=0).eval() for _ in "ts"]
+    teacher, student = (model.state_dict() for model in models)
+    under = lambda prefix, named: {prefix + name: each for name, each in named.items()}  # noqa: E731
+    head = {"head.mlp.0.weight": torch.zeros(3), "head.mlp.1.num_batches_tracked": torch.tensor(3)}
+    nested = {"teacher": under("backbone.", teacher) | head, "student": under("module.backbone.", student)}
+    flat = {"model": under("teacher.backbone.", teacher) | under("student.backbone.", student)}
+    for name, held in {"dino": nested | {"epoch": 3, "optimizer": {"state": {0: torch.zeros(2)}}}, "dinov2": flat}.items():
+        torch.save(held, tmp_path / f"{name}.pth")
+        export.main(["import-timm", str(tmp_path / f"{name}.pth"), "--output", str(tmp_path / name)])
+        assert "taken is teacher.backbone.* of the file" in capsys.readouterr().out
+        images = torch.randn(1, 3, 32, 32)
+        with torch.no_grad():
+            theirs = models[0].forward_features(images).numpy()
+        found = ours(checkpoint.load_weights(tmp_path / name), images.numpy())
+        np.testing.assert_allclose(found["class_token"], theirs[:, 0], atol=CLOSE)
