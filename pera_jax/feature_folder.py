@@ -117,8 +117,9 @@ def _go_on(output, plan, parts, encode, model, samples, batch_size, devices) -> 
             over_devices = features.OverDevices(encode, devices)
             run = functools.partial(over_devices, over_devices.placed(model.params))
             _write_parts(run, model, samples, size, output, {number: parts[number] for number in missing}, batch_size, sums)
-        _write(output / INDEX, _index(samples, parts), sums)
-        _write_sums(output, sums)
+        index = _index(samples, parts)
+        _write_sums(output, sums | {INDEX: hashlib.sha256(index).hexdigest()})
+        files.write(output / INDEX, index)
     except OSError as error:
         raise UserError(
             f"cannot write {output}: {error.strerror or error}; make room or choose another --output, and start again"
@@ -191,10 +192,10 @@ def _write_sums(output: pathlib.Path, sums: dict[str, str]) -> None:
     files.write(output / SUMS, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)).encode("ascii"))
 
 
-def _write(place: pathlib.Path, content: bytes, sums: dict[str, str]) -> None:
-    """Writes a file and adds it to the sums."""
-    files.write(place, content)
-    sums[place.name] = hashlib.sha256(content).hexdigest()
+def _npy(array: np.ndarray) -> bytes:
+    content = io.BytesIO()
+    np.save(content, array)
+    return content.getvalue()
 
 
 def _file(output: pathlib.Path, name: str, number: int) -> pathlib.Path:
@@ -210,11 +211,12 @@ def _write_parts(run, model, samples, size, output, parts: dict[int, range], bat
     for (number, batch), images in zip(batches, read, strict=True):
         found.append(run(images))
         if batch.stop == parts[number].stop:
-            for name in found[0]:
-                content = io.BytesIO()
-                np.save(content, np.concatenate([each[name] for each in found]))
-                _write(_file(output, name, number), content.getvalue(), sums)
-            _write_sums(output, sums)
+            contents = {name: _npy(np.concatenate([each[name] for each in found])) for name in found[0]}
+            places = {_file(output, name, number): content for name, content in contents.items()}
+            sums |= {place.name: hashlib.sha256(content).hexdigest() for place, content in places.items()}
+            _write_sums(output, sums)  # first: a file that a killed command has written is known to be whole
+            for place, content in places.items():
+                files.write(place, content)
             found = []
 
 

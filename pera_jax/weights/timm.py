@@ -72,7 +72,7 @@ class _Pretrained:
 @dataclasses.dataclass
 class _Arguments:
     num_heads: json_files.Positive | None = None
-    img_size: json_files.Positive | tuple[json_files.Positive, json_files.Positive] | None = None
+    img_size: int | list[int] | None = None
 
 
 @dataclasses.dataclass
@@ -124,7 +124,7 @@ def beside(file: pathlib.Path, verify: bool = True) -> dict[str, Any]:
     try:
         told = json_files.parse(place.read_bytes(), _Config)
         cfg, entry, size = told.pretrained_cfg, told.pera_jax, told.model_args.img_size
-        size = (size, size) if isinstance(size, int) else size or (cfg.input_size[1:] if cfg.input_size else None)
+        size = (size, size) if isinstance(size, int) else tuple(size or (cfg.input_size or ())[1:])
         found = {"heads": told.model_args.num_heads, "mean": cfg.mean, "std": cfg.std, "size": size}
         if entry is None:
             return found

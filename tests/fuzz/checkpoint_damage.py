@@ -75,10 +75,10 @@ class Run:
         """(state, position, what was said) of a training that is started again."""
         said = io.StringIO()
         with contextlib.redirect_stderr(said):
-            state, position = train._first_state(
-                self.config, str(workdir), self.meta, self.objective, self.optimiser, self.abstract, self.mesh, None
+            state, position, _ = train._first_state(
+                self.config, str(workdir), self.meta, self.objective, self.optimiser, self.abstract, self.mesh, None, False
             )
-        return state, position, said.getvalue()
+        return state, {name: position[name] for name in self.position(0)}, said.getvalue()
 
 
 def damage(file: pathlib.Path, kind: str, rng: random.Random) -> str:
