@@ -19,6 +19,7 @@ from data_prep.demo_scenes import expose, write_once
 from data_prep.scene_layouts import LAYOUTS
 from data_prep.scene_parts import Tones
 from pera_jax.common import paths
+from pera_jax.common.text import printable
 from pera_jax.errors import UserError, run
 from pera_jax.metrics import Progress
 
@@ -41,9 +42,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--seed {args.seed} is negative; give 0 or more")
     settings = {"version": VERSION, "seed": args.seed}
     if not write_once(args.output, settings, lambda staging: _write(staging, args.seed)):
-        print(f"mosaics: already in {args.output}")
+        print(f"mosaics: already in {printable(args.output)}")
         return
-    print(f"{sum(NUMBERS.values())} scenes in {args.output}/cover and as many pairs in {args.output}/change")
+    print(f"{sum(NUMBERS.values())} scenes in {printable(args.output)}/cover and as many pairs in {args.output}/change")
 
 
 def _write(staging: pathlib.Path, seed: int) -> None:

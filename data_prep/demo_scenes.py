@@ -23,6 +23,7 @@ from data_prep import raster
 from data_prep.scene_layouts import LAYOUTS
 from data_prep.scene_parts import Tones
 from pera_jax.common import json_files, paths
+from pera_jax.common.text import printable
 from pera_jax.errors import UserError, run
 from pera_jax.metrics import Progress
 
@@ -48,9 +49,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--seed {args.seed} is negative; give 0 or more")
     settings = {"version": VERSION, "images": args.images, "size": args.size, "seed": args.seed}
     if not write_once(args.output, settings, lambda staging: _write(staging, settings)):
-        print(f"{args.images} scenes: already in {args.output}")
+        print(f"{args.images} scenes: already in {printable(args.output)}")
         return
-    print(f"{args.images} scenes of {len(LAYOUTS)} classes in {args.output}/train and {args.output}/test")
+    print(f"{args.images} scenes of {len(LAYOUTS)} classes in {printable(args.output)}, train and test")
 
 
 def write_once(output: pathlib.Path, settings: dict, write: Callable[[pathlib.Path], None]) -> bool:

@@ -90,6 +90,6 @@ def _sentence(error: str) -> str:
     said = error[: found.start()] if found else error
     said = _NUMBER_BOUND.sub("Expected a finite number", said)
     said = _NAME_PATTERN.sub("Expected the name of a file in this folder", said)
-    said = said.replace("Object missing required field", "Missing field").replace("`", "")
+    said = said.replace("Object missing required field", "Missing field").replace("`", "").replace("Invalid enum value", "Unknown value")
     said = said[:1].lower() + said[1:]
     return printable(f"{place}: {said}" if place else said)
