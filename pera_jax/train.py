@@ -29,7 +29,7 @@ from pera_jax import profiling, resume, run_meta
 from pera_jax import config as configs
 from pera_jax import schedules, sharding
 from pera_jax import step as steps
-from pera_jax.common import interrupts, lease, paths
+from pera_jax.common import environment, interrupts, lease, paths
 from pera_jax.common.text import several
 from pera_jax.data import mixture, pipeline
 from pera_jax.errors import UserError
@@ -38,6 +38,8 @@ from pera_jax.monitor import Monitor
 from pera_jax.objectives import pera
 from pera_jax.watchdog import Watchdog
 from pera_jax.weights import init
+
+_COMPILER_BYTES = 256 << 20  # that the compiler must find at least: it aborts the process where it finds none
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "configs/demo.py, configs/demo.py:smoke, or RUN/config.json")
 _WORKDIR = flags.DEFINE_string("workdir", None, "for checkpoints, metrics, config.json; resumed when not empty")
@@ -150,6 +152,8 @@ def _train(config, workdir, profile, allow_config_change, stop, stack: contextli
     )
     for line in (*said, "compiling the step, which takes longest where it was never compiled before"):
         distributed.say(line)
+
+    environment.check_memory(_COMPILER_BYTES)
 
     # ---- loop; only from here on is anything written that stays
     stop.several_hosts = jax.process_count() > 1

@@ -245,7 +245,7 @@ def test_workers_that_hang_or_lack_memory_end_the_command(monkeypatch):
     assert not multiprocessing.active_children()
 
 
-def test_threads_that_cannot_be_started_are_a_fault_of_the_machine():
+def test_threads_or_memory_that_cannot_be_had_are_a_fault_of_the_machine():
     """In a process of its own, which has no memory for their stacks; ArrayRecord would wait for them for ever."""
     code = (
         "import pathlib, resource\n"
@@ -258,6 +258,12 @@ def test_threads_that_cannot_be_started_are_a_fault_of_the_machine():
         "    shard_files.open_shard(pathlib.Path('/nowhere'))\n"
         "except environment.EnvironmentFault as error:\n"
         "    print(error)\n"
+        "environment.check_memory(1 << 20)\n"
+        "try:\n"
+        "    environment.check_memory(400 << 20)\n"
+        "except OSError as error:\n"
+        "    print(environment.environment_fault(error))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "cannot be read: the system starts no more threads" in done.stdout, done.stderr
+    assert "there is not enough memory" in done.stdout

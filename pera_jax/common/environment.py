@@ -6,6 +6,7 @@ command ends with `EnvironmentFault`, one sentence.
 """
 
 import errno
+import mmap
 import os
 import re
 import resource
@@ -145,6 +146,14 @@ def check_threads(number: int) -> None:
         end.set()
         for thread in started:
             thread.join()
+
+
+def check_memory(size: int) -> None:
+    """Takes so many bytes of address space and gives them back. Raises OSError, a fault of the machine, where it cannot.
+
+    For libraries that abort the process where they get no memory.
+    """
+    mmap.mmap(-1, size).close()
 
 
 def _find(error: BaseException) -> tuple[int | None, str]:
