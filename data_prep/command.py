@@ -13,7 +13,7 @@ from pera_jax.data import foreign, records
 
 DROPS = ("duplicates", "small", "blank")
 _IMAGES_PER_SHARD = 512  # enough shards for several workers, little lost with an unfinished one
-_MOST_SHARDS = 512  # readers keep every shard open: stay below the usual limit of 1,024 open files
+_MOST_SHARDS = 512  # TensorFlow Datasets keeps every shard open: stay below the usual limit of 1,024 files
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
