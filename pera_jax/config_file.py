@@ -70,5 +70,12 @@ def flags_of(arguments: list[str]) -> list[str]:
     return result
 
 
+def with_underscores(argument: str, known) -> str:
+    """`--num-processes=2` as `--num_processes=2`, where that is a known flag."""
+    name, equals, value = argument.partition("=")
+    flag = name[2:].replace("-", "_")
+    return f"--{flag}{equals}{value}" if name.startswith("--") and flag in known else argument
+
+
 def _bridged(path: str) -> str:
     return f"{os.path.abspath(__file__)}:{path}" if path.endswith(".json") else path

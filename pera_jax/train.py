@@ -230,9 +230,7 @@ def _first_state(config, workdir, meta, objective, optimiser, abstract, mesh, da
             folder = newest.with_name(str(step))
             try:
                 before = intact.agreed(lambda: checkpoint.load_meta(folder))
-                changes = resume.check_same_run(
-                    before, meta, run, config.data.allow_changed_data, allow_config_change
-                )
+                changes = resume.check_same_run(before, meta, run, config.data.allow_changed_data, allow_config_change)
                 found = checkpoint.restore(folder, abstract)
             except checkpoint.Removed:
                 if run == workdir or jax.process_count() > 1:
@@ -274,7 +272,7 @@ def main(argv, stop: interrupts.StopSignal):
 
 def _parse(argv):
     try:
-        argv = config_file.flags_of([_with_underscores(argument) for argument in argv])
+        argv = config_file.flags_of([config_file.with_underscores(each, flags.FLAGS) for each in argv])
         rest = flags.FLAGS(argv)
         if _CONFIG.value:
             _CONFIG.value.is_locked  # that a file could not be loaded is told at the first use of what it holds
@@ -284,13 +282,6 @@ def _parse(argv):
             error = error.args[0]
         reason = error.args[0] if isinstance(error, KeyError) else error
         raise UserError(f"a flag or the config is wrong: {' '.join(str(reason).split())}") from error
-
-
-def _with_underscores(argument: str) -> str:
-    """--num-processes as --num_processes."""
-    name, equals, value = argument.partition("=")
-    known = name.startswith("--") and name[2:].replace("-", "_") in flags.FLAGS
-    return f"--{name[2:].replace('-', '_')}{equals}{value}" if known else argument
 
 
 def run():
