@@ -20,7 +20,7 @@ from pera_jax.errors import UserError
 from pera_jax.objectives import pera
 
 ROOT = pathlib.Path(train.__file__).parent.parent
-STALL = 60  # seconds; a step of these programs that compiles takes half of it on a slow machine
+STALL = 90  # seconds; from the start of a process to its first step takes half of it on a slow machine
 
 
 @pytest.fixture(scope="module")
