@@ -11,6 +11,7 @@ import logging
 import pathlib
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -109,6 +110,7 @@ def _without_tracebacks() -> Iterator[None]:
         yield
     except Exception:
         time.sleep(_LATE_SECONDS)  # for the threads that still read
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # those that Orbax gives up
         gc.collect()  # what became of a task that nobody waits for is logged when it goes
         raise
     finally:

@@ -1,5 +1,6 @@
 """Checkpoints: exact on any number of devices, kept by policy, usable alone, refused with a sentence."""
 
+import errno
 import importlib
 import re
 import shutil
@@ -10,12 +11,14 @@ import types
 import jax
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pera_jax import checkpoint, checkpoint_store, resume, run_meta, sharding
 from pera_jax import step as steps
 from pera_jax.bands import Bands
+from pera_jax.common import environment
 from pera_jax.errors import UserError
 from pera_jax.objectives import pera
 from pera_jax.weights import init
@@ -201,3 +204,44 @@ def _read_all(folder, steps_read):
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     time.sleep(0.01)
     return [path.read_bytes() for path in files]
+
+
+def test_a_checkpoint_without_digests_is_read_and_its_values_are_finite(run, state, tmp_path):
+    config, objective, optimiser = parts()
+    abstract = steps.abstract_state(objective, optimiser, sharding.make_mesh(fsdp=8))
+    spoiled = jax.tree.map(lambda leaf: leaf * np.float32(np.nan), state.teacher["backbone"]["norm"])
+    teachers = {"1": state.teacher, "2": state.teacher | {"backbone": state.teacher["backbone"] | {"norm": spoiled}}}
+    for name, teacher in teachers.items():
+        meta = meta_of(config, objective) | {"format_version": 2, "step": int(name)}
+        items = checkpoint.split(state) | {"teacher": teacher, "data": {"batches": 3}, "meta": meta}
+        ocp.save_checkpointables(tmp_path / "checkpoints" / name, items)
+    restored, data = checkpoint.restore(tmp_path / "checkpoints" / "1", abstract)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    assert data == {"batches": 3}
+    for read in (lambda: checkpoint.restore(tmp_path / "checkpoints" / "2", abstract), lambda: checkpoint.load_weights(tmp_path, 2)):
+        with pytest.raises(checkpoint.Damaged, match="backbone/norm/bias, backbone/norm/scale of its teacher .* not finite"):
+            read()
+    assert len(jax.tree.leaves(checkpoint.load_weights(tmp_path, 2, verify=False).params)) > 20
+
+
+@pytest.mark.parametrize(
+    "fault", [OSError(errno.EMFILE, "Too many open files"), MemoryError(), RuntimeError("can't start new thread"),
+              ValueError("UNKNOWN: Error opening file [OS error 24: Too many open files]")],
+)  # fmt: skip
+def test_a_machine_that_cannot_read_is_no_damage(fault, run, monkeypatch):
+    tries, load = [], ocp.load_checkpointables
+
+    def failing(*args, **kwargs):
+        tries.append(args)
+        if len(tries) == 1 or always:
+            raise fault
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(environment, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(ocp, "load_checkpointables", failing)
+    always = False
+    assert checkpoint.load_meta(run / "checkpoints" / "7")["step"] == 7 and len(tries) == 2  # it was over in a moment
+    always = True
+    with pytest.raises(environment.EnvironmentFault, match="checkpoints/7 cannot be read: .*the data are not damaged"):
+        checkpoint.load_meta(run / "checkpoints" / "7")
+    assert checkpoint.saved_steps(run) == [3, 6, 7]

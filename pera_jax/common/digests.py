@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,19 +23,17 @@ _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}  # by bytes
 def of_leaves(tree: Any) -> dict[str, str]:
     """For each leaf of a tree of arrays by its path, "a/b/c": dtype, shape and the two sums, as `float32[2,3] 0123...`.
 
-    Compiled once for each set of shapes and layouts; waits for the values. With several hosts all must call it, and all
-    get the same.
+    Compiled once for each shape, dtype and layout, which most leaves of a state share with others; waits for the values.
+    With several hosts all must call it, and all get the same.
 
     Args:
       tree: of jax.Array, of any sharding, and NumPy arrays, of values of 1, 2, 4 or 8 bytes.
     """
     paths, leaves = _flat(tree)
-    if not leaves:
-        return {}
-    sums = np.asarray(_sums(_everywhere(leaves))([_passable(leaf) for leaf in leaves]))  # [N, 2]
+    sums = jax.device_get([_compiled(_sums_of, _everywhere(leaf))(_passable(leaf)) for leaf in leaves])  # [2] each
     return {
         path: f"{described(leaf)} {first:08x}{second:08x}"
-        for path, leaf, (first, second) in zip(paths, leaves, sums.tolist(), strict=True)
+        for path, leaf, (first, second) in zip(paths, leaves, map(np.ndarray.tolist, sums), strict=True)
     }
 
 
@@ -47,10 +46,8 @@ def not_finite(tree: Any) -> list[str]:
     """The paths of leaves that hold a NaN or an infinity. As `of_leaves`."""
     paths, leaves = _flat(tree)
     kept = [(path, leaf) for path, leaf in zip(paths, leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    if not kept:
-        return []
-    finite = np.asarray(_finite(_everywhere([leaf for _, leaf in kept]))([leaf for _, leaf in kept]))
-    return [path for (path, _), good in zip(kept, finite.tolist(), strict=True) if not good]
+    finite = jax.device_get([_compiled(_all_finite, _everywhere(leaf))(leaf) for _, leaf in kept])
+    return [path for (path, _), good in zip(kept, finite, strict=True) if not good]
 
 
 def of_json(value: Any) -> str:
@@ -82,11 +79,11 @@ def _flat(tree: Any) -> tuple[list[str], list[Any]]:
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in found], [leaf for _, leaf in found]
 
 
-def _everywhere(leaves: list[Any]) -> jax.sharding.Sharding | None:
-    """The layout that gives each host a whole result; None where the leaves lie on one device or on the host."""
-    meshes = (leaf.sharding.mesh for leaf in leaves if isinstance(getattr(leaf, "sharding", None), jax.sharding.NamedSharding))
-    mesh = next(meshes, None)
-    return None if mesh is None else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+def _everywhere(leaf: Any) -> jax.sharding.Sharding | None:
+    """The layout that gives each host a whole result; None for a leaf on one device or on the host."""
+    where = getattr(leaf, "sharding", None)
+    is_spread = isinstance(where, jax.sharding.NamedSharding)
+    return jax.sharding.NamedSharding(where.mesh, jax.sharding.PartitionSpec()) if is_spread else None
 
 
 def _passable(leaf: Any) -> Any:
@@ -96,14 +93,13 @@ def _passable(leaf: Any) -> Any:
     return leaf
 
 
-@functools.lru_cache(maxsize=8)
-def _sums(where: jax.sharding.Sharding | None):
-    return jax.jit(lambda leaves: jnp.stack([_sums_of(leaf) for leaf in leaves]), out_shardings=where)
+@functools.lru_cache(maxsize=16)
+def _compiled(function: Callable[[jax.Array], jax.Array], where: jax.sharding.Sharding | None):
+    return jax.jit(function, out_shardings=where)
 
 
-@functools.lru_cache(maxsize=8)
-def _finite(where: jax.sharding.Sharding | None):
-    return jax.jit(lambda leaves: jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]), out_shardings=where)
+def _all_finite(leaf: jax.Array) -> jax.Array:
+    return jnp.isfinite(leaf).all()
 
 
 def _sums_of(leaf: jax.Array) -> jax.Array:
