@@ -7,6 +7,7 @@
 * Images: names that end in jpg, jpeg, png, tif, tiff or webp, in any case, in folders of any depth. All others are
   rejected, and so are hidden ones, links that lead out of the folder (--follow-links takes them), members of archives that are links or whose names
   lead elsewhere. Links that stay in the folder are followed.
+* Names: backslashes in a zip, as Windows writes them, are folders, which is told.
 * Classes: where all images but a few lie in folders, the names of the topmost folders become the labels, and the few are
   left out with a warning; in an archive, those below the folders that hold all of its images. All splits of a data set have the same classes.
 * Pixels: see `pera_jax.data.foreign`; what changes their values is named and counted. Each image is
