@@ -180,6 +180,7 @@ def main() -> None:
     parser.add_argument("--only", choices=list(artefacts.TARGETS), default="")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    faulthandler.enable(os.fdopen(os.dup(2), "w"))  # a crash below Python is told, though a case's stderr is captured
     with tempfile.TemporaryDirectory() as folder:
         counts, failures = fuzz(options.count, options.seed, pathlib.Path(folder), options.only)
     print(f"{options.count} cases, seed {options.seed}: {dict(sorted(counts.items()))}")

@@ -72,7 +72,7 @@ def read_meta(place: pathlib.Path) -> None:
     """As a save of an older version would hold it: digests of newer ones refuse all that differs, before it is looked at."""
     try:
         meta = json.loads((place / "meta.json").read_text())
-    except (ValueError, RecursionError):  # Orbax reads it, and `intact.read` tells what it raises
+    except (OSError, ValueError, RecursionError):  # Orbax reads it, and `intact.read` tells what it raises
         return
     if isinstance(meta, dict):
         meta.pop(intact.ENTRY, None)
