@@ -253,7 +253,7 @@ def test_floats_far_from_zero_have_the_statistics_of_their_values(mean, std):
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 6), st.sampled_from([20, 5000]))
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 def test_histograms_of_floats_do_not_depend_on_how_the_images_were_divided(seed, parts, cells):
     """Bit for bit, also where cells grow, and where parts are packed on the way."""
     rng = np.random.default_rng(seed)
