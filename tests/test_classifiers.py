@@ -214,9 +214,26 @@ def test_the_best_c_of_the_whole_range_is_found_where_few_images_are(images, noi
     assert max(table["class_1"].values()) >= max(expected.values()) - 1.5 / len(held)
     assert "end" not in choice and 10.0**-1 <= choice["C"] <= 10.0**3
     monkeypatch.setattr(logistic, "ROUGH", 1e-6)
+    monkeypatch.setattr(logistic, "FITTED", 0.0)  # no decade is left out
     _, table = logistic.choose(variants, labels, fit, held, classes, 0, logistic.SETTINGS | {"largest": 2})
     found = {power: table["class_1"][f"{10.0**power:.4g}"] for power in expected}
     assert found == pytest.approx(expected, abs=1.5 / len(held))  # one image on the border
+
+
+def test_the_loss_of_a_solution_is_that_of_scikit_learn():
+    for seed in (0, 1, 2):  # several classes, two, several labels
+        x, labels, classes = problem(seed)
+        model = logistic.Problem(x, labels, classes)
+        found = model.solve(1.0, 1e-7, 5000)
+        logits = found.logits(x)
+        truth = np.eye(classes)[labels] if labels.ndim == 1 else labels.astype(float)
+        shares = np.broadcast_to(truth.mean(axis=0), truth.shape)
+        if labels.ndim == 1:
+            odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+            expected = [metrics.log_loss(labels, p / p.sum(axis=1, keepdims=True)) for p in (odds, shares)]
+        else:
+            expected = [sum(metrics.log_loss(truth[:, c], p[:, c]) for c in range(classes)) for p in (1 / (1 + np.exp(-logits)), shares)]
+        assert [found.loss, model.loss_of_shares] == pytest.approx(expected, rel=1e-9)
 
 
 def test_an_end_of_the_range_that_is_best_is_told():

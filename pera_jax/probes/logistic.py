@@ -7,9 +7,10 @@ binomial loss for each class.
 
 Scores: `logistic` (accuracy) and `logistic_macro_f1`, or `logistic_map_micro` and `logistic_map_macro`; `supervised`
 tells what else. The variant of the features and C are chosen on a part of the training images that is held out: for
-each variant C goes through all decades, each solution the start of the next; for the best variant then `REFINEMENT`
-around its best decade. Where few images are fitted, C has to rise by several decades before a prediction changes, so no
-decade is left out. Of equal choices the first variant and the smallest C count.
+each variant C rises by decades, each solution the start of the next, until `PATIENCE` further ones are no better though
+the training images are fitted; for the best variant then by `REFINEMENT` around its best decade. They are fitted where
+their loss is below `FITTED` times the one without features: as long as C is so small that it is not, predictions may not
+change over many decades and get better afterwards. Of equal choices the first variant and the smallest C count.
 
 Settings:
   smallest, largest: the decades of C, as powers of ten; those of the authors of DINOv2. `chosen` has an `end` and
@@ -22,6 +23,7 @@ Settings:
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,6 +37,8 @@ from pera_jax.probes import supervised
 from pera_jax.probes.labelled import Labelled
 
 SETTINGS = supervised.SETTINGS | {"smallest": -6, "largest": 5, "tolerance": 1e-5, "iterations": 2000}
+PATIENCE = 2
+FITTED = 0.5
 REFINEMENT = (-0.5, -0.25, 0.25, 0.5)  # in powers of ten
 ROUGH = 1e-3  # the tolerance while settings are chosen
 
@@ -45,11 +49,13 @@ class Solution:
     Attributes:
       weights, bias: float64 [F, classes], [classes]: `x @ weights + bias` are the logits of raw features x.
       gradient: the length of the gradient of `objective / (C N)` that was left.
+      loss: the mean loss of the training images, without the penalty.
     """
 
     weights: np.ndarray
     bias: np.ndarray
     gradient: float
+    loss: float
 
     def logits(self, features: np.ndarray) -> np.ndarray:
         """Float64 [M, classes] of raw features [M, F]."""
@@ -100,7 +106,7 @@ class Problem:
         """
         tolerance *= min(1.0, c * self.number)
         if not len(self.fitted):
-            return Solution(np.zeros((len(self.mean), self.classes)), self.absent, 0.0)
+            return Solution(np.zeros((len(self.mean), self.classes)), self.absent, 0.0, 0.0)
         strength = 1.0 / (c * self.share * self.number)  # of |W|^2 / 2, beside the mean loss
         # Each axis is scaled by the curvature that the loss has there at most, times the spread of the probabilities.
         spread = np.mean(self.truth.mean(axis=1) * (1.0 - self.truth.mean(axis=1)))
@@ -123,11 +129,19 @@ class Problem:
             options={"maxiter": iterations, "maxfun": 2 * iterations, "gtol": 0.0, "ftol": 0.0, "maxcor": 20},
         )  # fmt: skip
         self.start = found.x.reshape(self.start.shape) * scale
-        gradient = self._objective(self.start, strength)[1]
+        value, gradient = self._objective(self.start, strength)
+        loss = value - strength * np.sum(self.start[:, :-1] ** 2) / 2.0
         weights, bias = np.zeros((len(self.mean), self.classes)), self.absent.copy()
         weights[:, self.fitted] = self.scale[:, None] * (self.axes @ self.start[:, :-1].T)
         bias[self.fitted] = self.start[:, -1] - self.mean @ weights[:, self.fitted]
-        return Solution(weights, bias, float(np.linalg.norm(gradient)))
+        return Solution(weights, bias, float(np.linalg.norm(gradient)), float(loss))
+
+    @functools.cached_property
+    def loss_of_shares(self) -> float:
+        """The mean loss of a bias alone, which is the least without features: the entropy of the classes."""
+        p = self.truth.mean(axis=1)
+        terms = scipy.special.entr(p) if self.multinomial else scipy.special.entr(p) + scipy.special.entr(1.0 - p)
+        return float(terms.sum())
 
     def _objective(self, weights, strength):
         """Mean loss + strength |W|^2 / 2 and its gradient at [classes, A + 1]."""
@@ -156,13 +170,16 @@ def choose(train, labels, fit, held, classes, seed, settings):
     def reached(name, problem, tests, power):
         solution = problem.solve(10.0**power, ROUGH, settings["iterations"])
         table[name][power] = measure(solution.logits(tests), labels[held])
+        return solution.loss < FITTED * problem.loss_of_shares
 
     for name in train:
         fitted, tests = train.cut(name, fit, held)
         problem, table[name] = Problem(fitted, labels[fit], classes), {}
         del fitted
         for power in range(settings["smallest"], settings["largest"] + 1):
-            reached(name, problem, tests, power)
+            fits = reached(name, problem, tests, power)
+            if fits and power - _best(table[name]) >= PATIENCE:
+                break
         value = max(table[name].values())
         if value > best[0]:  # of equal ones the first
             best = value, name, problem, tests
