@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from pera_jax.common import interrupts
-from pera_jax.common.environment import EnvironmentFault, environment_fault
+from pera_jax.common.environment import EnvironmentFault, environment_fault, passing
 
 SAID, DONE, _FAILED, _FAULT = "said", "done", "failed", "fault"
 _LISTEN = 5.0  # seconds between two looks at workers that are silent
@@ -130,7 +130,7 @@ def _work(connection: multiprocessing.connection.Connection, work: Callable) -> 
             except Exception as error:
                 if isinstance(error, (ConnectionError, EOFError)):
                     raise
-                fault = environment_fault(error)
+                fault = environment_fault(error) if passing(error) else None  # a full disk is told by the command
                 if fault is not None:
                     connection.send((_FAULT, f"a worker cannot go on: {fault}, and give the same command again"))
                 elif isinstance(error, (OSError, RuntimeError)):
