@@ -41,7 +41,7 @@ def primitives(jaxpr) -> set[str]:
 
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [(name, {}) for name in PUBLISHED] + [("demo", {"accumulate": 2}), ("demo", {"model.remat": "dots"})],
+    [(name, {}) for name in PUBLISHED] + [("demo", {"accumulate": 2, "model.remat": "dots"})],
 )
 def test_every_published_config_traces_with_the_rules_of_cudnn(name, changes, monkeypatch):
     gpu_rules.in_force(monkeypatch)
