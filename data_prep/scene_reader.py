@@ -54,6 +54,7 @@ class Scene:
       metres: width and height of a pixel on the ground, None where the file does not say where it lies.
       scales: (scale, offset) of the bands by GDAL's number.
       placed: what says where it lies: "transform", "gcps", "rpcs" or None.
+      pages: whether the file holds further pictures, which are not read.
     """
 
     sides: tuple[int, int]
@@ -63,6 +64,7 @@ class Scene:
     metres: tuple[float, float] | None
     scales: dict[int, tuple[float, float]]
     placed: str | None
+    pages: bool = False
 
 
 def describe(path: str, scaled: bool = False) -> Scene:
@@ -73,15 +75,13 @@ def describe(path: str, scaled: bool = False) -> Scene:
 
     Raises:
       ImageDecodeError: the file cannot be read.
-      Rejected: it is sound, but holds no band, values of a dtype that is not stored, or numbers of a palette, or is stored
-        turned.
+      Rejected: it is sound, but holds no band, values of a dtype that is not stored, of fewer than 8 bits or with 0 for
+        white, numbers of a palette, a thumbnail as its first page, or is stored turned.
       EnvironmentFault: the machine failed.
     """
-    dataset = opened(path)
-    if dataset.driver == "GTiff" and (orientation := tiff_files.orientation_of(path)) != 1:
-        raise Rejected(
-            f"is stored turned or mirrored (orientation {orientation}), which GDAL does not undo; store it upright"
-        )
+    dataset, head = opened(path), tiff_files.Head()
+    if dataset.driver == "GTiff":
+        head = tiff_files.head_of(path)
     with reasons(path):
         colours = [colour.name for colour in dataset.colorinterp]
         described = [printable((text or "").strip(), 80) for text in dataset.descriptions]
@@ -89,6 +89,12 @@ def describe(path: str, scaled: bool = False) -> Scene:
         scales = {number: pair for number, pair in zip(indexes, zip(dataset.scales, dataset.offsets), strict=True)}
         together = len(indexes) if getattr(dataset.interleaving, "name", "") == "pixel" else 1
         block = max((np.prod(shape, dtype=float) for shape in dataset.block_shapes), default=0) * together
+        turned = dataset.tags().get("EXIF_Orientation", str(head.orientation))  # the former of JPEG
+    if turned in tuple("2345678"):
+        raise Rejected(f"is stored turned or mirrored (orientation {turned}), which GDAL does not undo; store it upright")
+    if head.beside:
+        raise Rejected("has a first page that only shows another one smaller, or its mask, and GDAL reads the first; store the "
+                       "picture in a file of its own")  # fmt: skip
     alphas = [n for n in indexes if colours[n - 1] == "alpha" and described[n - 1].lower() in ("", "alpha")]
     numbers = [number for number in indexes if number not in alphas]
     if not numbers:
@@ -96,12 +102,20 @@ def describe(path: str, scaled: bool = False) -> Scene:
     dtypes = {of_band[number - 1] for number in numbers}
     known = _SCALED_DTYPES if scaled else codecs.DTYPES
     if not dtypes <= set(known) or (len(dtypes) > 1 and not scaled):
-        raise Rejected(
-            f"holds {several(sorted(dtypes))}; scenes of {', '.join(known)} are read: "
-            + ("convert it with gdal_translate" if scaled else "convert it with gdal_translate -ot Byte, UInt16 or Float32, or give --scale apply")
-        )
+        mend = "convert it with gdal_translate -ot Float32"
+        if dtypes <= set(_SCALED_DTYPES) and not scaled:
+            mend += ", or give --scale apply, which stores float32"
+        raise Rejected(f"holds {several(sorted(dtypes))}; scenes of {', '.join(known)} are read: {mend}")
+    whole = all(np.dtype(dtype).kind == "u" for dtype in dtypes)
+    if head.white_is_zero and whole:
+        raise Rejected("is stored with 0 for white, which GDAL does not turn about; store it with 0 for black")
     if "palette" in colours:
         raise Rejected("holds numbers of a palette, no brightness; convert it with gdal_translate -expand rgb")
+    if head.depth is not None and 1 < head.depth < 8 and whole and not scaled:
+        raise Rejected(
+            f"holds values of {head.depth} bits, too dark among those of 8; convert it with gdal_translate -co NBITS=8 -scale 0 "
+            f"{(1 << head.depth) - 1} 0 255, or give --scale apply, which stores float32"
+        )
     if block * np.dtype(dtypes.copy().pop()).itemsize > _MOST_BLOCK:
         raise Rejected(f"is stored in blocks of over {_MOST_BLOCK >> 30} GiB; rewrite it with gdal_translate -co TILED=YES")
     if scaled and not all(np.isfinite(pair).all() and pair[0] for pair in scales.values()):
@@ -115,7 +129,7 @@ def describe(path: str, scaled: bool = False) -> Scene:
     unique = {number: name if counts.count(name) == 1 else f"band_{number}" for number, name in names.items()}
     alpha, placed = alphas[0] if alphas else None, georeference(path)
     dtype = "float32" if scaled else dtypes.pop()
-    return Scene(sides, unique, alpha, dtype, metres(path), scales, placed and placed.kind)
+    return Scene(sides, unique, alpha, dtype, metres(path), scales, placed and placed.kind, head.pages)
 
 
 def read(

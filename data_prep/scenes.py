@@ -113,6 +113,8 @@ def _notes(scenes: dict, choices: dict, unfit: dict[str, str], scale: str | None
         notes.append(
             f"the alpha band of {number} scenes says where there is data; if it is a band like others, name it in --band-names"
         )
+    if number := sum(scene.pages for scene in taken.values()):
+        notes.append(f"{number} scenes hold several pages, of which the first is taken")
     for kind, what in _PLACED_BY.items():
         if number := sum(scene.placed == kind for scene in taken.values()):
             notes.append(f"{number} scenes lie where their {what} say")

@@ -1,5 +1,6 @@
 """Image files of others: one reader, so a file gives the same pixels wherever it is read."""
 
+import errno
 import functools
 import io
 import json
@@ -16,7 +17,8 @@ from PIL import Image
 
 from data_prep import images, pixels, scene_reader
 from pera_jax.bands import Bands
-from pera_jax.data import codecs, foreign, image_errors, records
+from pera_jax.common import environment
+from pera_jax.data import codecs, foreign, image_errors, records, tiff_files
 from pera_jax.errors import UserError
 from pera_jax.probes import features, samples, scene_files
 
@@ -227,6 +229,35 @@ def test_the_first_of_several_frames_is_taken(kind):
     found = foreign.read(encoded)
     np.testing.assert_array_equal(found.pixels[..., 0], np.asarray(first))
     assert "several frames" in found.changes
+
+
+def test_a_thumbnail_or_mask_before_the_picture_is_none(tmp_path):
+    import tifffile
+
+    rgb = np.random.default_rng(8).integers(0, 256, (32, 48, 3), np.uint8)
+    for name, small, flag, inner in (("pages", rgb[::4, ::4], 1, 0), ("inner", rgb[::4, ::4], 1, 1), ("mask", rgb[..., 0] > 99, 4, 0)):
+        with tifffile.TiffWriter(tmp_path / name) as file:
+            file.write(small, photometric="rgb" if small.ndim == 3 else "minisblack", subfiletype=flag, subifds=inner)
+            file.write(rgb, photometric="rgb", subfiletype=0)
+        found = foreign.read((tmp_path / name).read_bytes(), colours=True)
+        np.testing.assert_array_equal(found.pixels, rgb)
+        assert "several frames" not in found.changes
+    tifffile.imwrite(tmp_path / "alone", rgb, photometric="rgb", subfiletype=1)  # an overview in a file of its own
+    np.testing.assert_array_equal(foreign.read((tmp_path / "alone").read_bytes(), colours=True).pixels, rgb)
+
+
+def test_a_failing_machine_is_no_plain_head_of_a_tiff(tmp_path, monkeypatch):
+    import tifffile
+
+    tifffile.imwrite(tmp_path / "sound.tif", np.zeros((8, 8), np.uint8))
+    monkeypatch.setattr(tiff_files, "_orientation", lambda page: (_ for _ in ()).throw(OSError(errno.EMFILE, "too many")))
+    with pytest.raises(environment.EnvironmentFault, match="sound.tif"):
+        tiff_files.head_of(str(tmp_path / "sound.tif"))
+    monkeypatch.setattr(tiff_files, "_beside", lambda page: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(environment.EnvironmentFault):
+        foreign.read((tmp_path / "sound.tif").read_bytes())
+    (tmp_path / "damaged.tif").write_bytes(b"II*\0damaged")
+    assert tiff_files.head_of(str(tmp_path / "damaged.tif")) == tiff_files.Head()
 
 
 def test_overviews_of_a_tiff_are_no_further_pictures():

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from data_prep import scene_file, scene_hints, scene_reader, scene_resample, scenes, verify
 from data_prep.check_shard import with_data
+from data_prep.pixels import Rejected
 from data_prep.shards import write_shard
 from pera_jax.data import codecs, records, statistics
 from pera_jax.errors import UserError
@@ -358,6 +359,30 @@ def test_a_file_that_claims_to_be_huge_is_refused_by_arithmetic(tmp_path, option
     assert sentence in str(caught.value) and "; " in str(caught.value)
 
 
+def test_what_gdal_does_not_undo_is_refused_and_further_pages_are_told(tmp_path, capsys):
+    import tifffile
+    from PIL import Image
+
+    pixels = values((64, 64), "uint8")
+    cases = {"white": "0 for white", "four": "values of 4 bits", "thumbnail": "only shows another one", "turned": "orientation 6"}
+    write(tmp_path / "white.tif", pixels[None], photometric="miniswhite")
+    write(tmp_path / "four.tif", pixels[None] >> 4, nbits=4)
+    with tifffile.TiffWriter(tmp_path / "thumbnail.tif") as file:
+        file.write(pixels[::2, ::2], subfiletype=1)
+        file.write(pixels)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "turned.jpg", exif=turned)
+    for name, reason in cases.items():
+        path = tmp_path / (name + (".jpg" if name == "turned" else ".tif"))
+        with pytest.raises(Rejected, match=reason):
+            scene_reader.describe(str(path))
+    assert scene_reader.describe(str(tmp_path / "four.tif"), scaled=True).dtype == "float32"
+    tifffile.imwrite(tmp_path / "pages.tif", np.stack([pixels, 255 - pixels]), photometric="minisblack")
+    convert([tmp_path / "pages.tif"], tmp_path / "out", tile=64)
+    assert "1 scenes hold several pages, of which the first is taken" in capsys.readouterr().out
+
+
 def test_a_file_of_another_kind_is_not_opened_as_what_it_says(tmp_path):
     """A list of other files and addresses, called .tif."""
     write(tmp_path / "a.tif", values((1, 32, 32)))
@@ -384,7 +409,7 @@ def test_what_rasterio_fails_to_say_of_a_damaged_file_does_not_reach_the_termina
 
 
 def test_damaged_files_are_tiles_or_reasons(tmp_path):
-    """Cut, flipped and overwritten: see tests/fuzz for more of them."""
+    """Cut, flipped and overwritten."""
     rng, pixels = random.Random(0), values((4, 64, 64), "uint8")
     kinds = [dict(photometric="RGB", alpha="yes", tiled=True, blockxsize=32, blockysize=32, compress="deflate"),
              dict(names=("a", "b", "c", "d")), dict(compress="lzw", nodata=0)]  # fmt: skip

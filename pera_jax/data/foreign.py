@@ -17,7 +17,7 @@ Colours, red, green and blue of 8 bits:
 | a fourth band without a meaning      | left out                                                              |
 | white is 0 (TIFF)                    | turned about, so that white is bright                                 |
 | CMYK, YCbCr                          | Pillow's conversion to RGB                                            |
-| several pages or frames              | the first; overviews and masks in a TIFF are none                     |
+| several pages or frames              | the first; thumbnails, overviews and masks in a TIFF are none         |
 | other numbers of bands, floats, 32   | not read                                                              |
 | bits, signed, CIELAB                 |                                                                       |
 
@@ -32,7 +32,7 @@ from PIL import Image
 from pera_jax.data import picture_files, tiff_files
 from pera_jax.data.image_errors import ImageDecodeError, decoding
 
-VERSION = b"pera_jax.data.foreign 1"  # of these rules: what is derived from files of others is known by it, too
+VERSION = b"pera_jax.data.foreign 2"  # of these rules: what is derived from files of others is known by it, too
 ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
 # What may be done to the values of pixels, and how it is told.
 CHANGES = {
@@ -172,7 +172,8 @@ def _has_colours(stored: _Stored) -> bool:
 def _as_colours(stored: _Stored, span: tuple[int, int] | None) -> Picture:
     values, changes, count = stored.values, list(stored.changes), stored.values.shape[2]
     if values.dtype not in (np.uint8, np.uint16):
-        raise ImageDecodeError(f"holds {values.dtype}, whose range is not known; python -m data_prep.scenes keeps float32")
+        known = "keeps float32" if values.dtype == np.float32 else "--scale apply may take it"
+        raise ImageDecodeError(f"holds {values.dtype}, whose range is not known; python -m data_prep.scenes {known}")
     if not _has_colours(stored):
         raise ImageDecodeError(f"holds {count} bands, which are no colours; python -m data_prep.scenes takes any bands")
     if stored.depth > 8:

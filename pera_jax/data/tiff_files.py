@@ -1,6 +1,7 @@
-"""TIFF files as they are: the values of the first page in their place, and what the tags say of them.
+"""TIFF files as they are: the values of the first picture in their place, and what the tags say of them.
 
-tifffile and imagecodecs read every layout (strips, tiles, planes, BigTIFF), byte order, compression and predictor that
+The first picture is the first page that neither shows another one smaller nor says where that has data: cameras and
+scanners write a thumbnail first. tifffile and imagecodecs read every layout (strips, tiles, planes, BigTIFF), byte order, compression and predictor that
 GDAL writes. Nothing is converted here but what no program stores otherwise: JPEG's YCbCr inside a TIFF comes out as RGB.
 """
 
@@ -13,6 +14,8 @@ import xml.etree.ElementTree
 
 import numpy as np
 
+from pera_jax.common import environment
+from pera_jax.common.text import printable
 from pera_jax.data.image_errors import ImageDecodeError, check_size
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -21,7 +24,7 @@ WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, SEPARATED, YCBCR = 0, 1, 2, 3, 5, 6 
 UNSPECIFIED, PREMULTIPLIED, STRAIGHT = 0, 1, 2  # ExtraSamples
 _JPEG = (6, 7, 34892, 33007)  # compressions
 _INK_SET, _GDAL_METADATA, _ORIENTATION, _CMYK = 332, 42112, 274, 1
-_REDUCED, _MASK = 1, 4  # bits of NewSubfileType: pages that show the first one smaller, or where it has data
+_REDUCED, _MASK = 1, 4  # bits of NewSubfileType: pages that show another one smaller, or where it has data
 
 # It tells of odd tags in lines of its own, with text from the file; what stops the reading is raised all the same.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)
@@ -29,7 +32,7 @@ logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)
 
 @dataclasses.dataclass(frozen=True)
 class Tiff:
-    """The first page of a file, as it is stored.
+    """The first picture of a file, as it is stored.
 
     Attributes:
       values: [H, W, C] of the dtype of the file.
@@ -69,15 +72,15 @@ def values_of(page) -> np.ndarray:
 
 
 def read(encoded: bytes) -> Tiff:
-    """Reads the first page of a file. Raises ImageDecodeError, and on damaged bytes nearly anything."""
+    """Reads the first picture of a file. Raises ImageDecodeError, and on damaged bytes nearly anything."""
     import tifffile  # here: data sets of JPEG and PNG do without it
 
     with tifffile.TiffFile(io.BytesIO(encoded)) as file:
-        page = file.pages.first
+        page = _picture(file)
         photometric = int(page.photometric)
         if photometric == YCBCR:
             if int(page.compression) not in _JPEG:
-                return _by_pillow(encoded, page)
+                return _by_pillow(encoded, page, file)
             photometric = RGB  # which tifffile makes of it
         if photometric == SEPARATED and page.tags.valueof(_INK_SET, _CMYK) != _CMYK:
             raise ImageDecodeError("holds inks other than cyan, magenta, yellow and black")
@@ -88,30 +91,69 @@ def read(encoded: bytes) -> Tiff:
         return Tiff(
             values.astype(np.uint8) if values.dtype == bool else values, photometric,
             tuple(int(kind) for kind in page.extrasamples), depth, _palette(page, depth),
-            _orientation(page), _names(page, values.shape[2]), _further_pages(file),
+            _orientation(page), _names(page, values.shape[2]), _further_pages(file, page),
         )  # fmt: skip
 
 
-def orientation_of(path: str) -> int:
-    """How the first page of a file is to be turned, 1 to 8; 1 where that cannot be told."""
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """What the tags say of the first page of a file, which is what GDAL reads.
+
+    Attributes:
+      orientation: 1 to 8.
+      white_is_zero: whether the greatest value is the darkest.
+      depth: bits of a value; None where bands differ.
+      beside: whether the page is no picture but shows another one smaller, or says where that has data.
+      pages: whether the file holds further pictures.
+    """
+
+    orientation: int = 1
+    white_is_zero: bool = False
+    depth: int | None = None
+    beside: bool = False
+    pages: bool = False
+
+
+def head_of(path: str) -> Head:
+    """The head of a file; that of a plain one where the tags cannot be read. Raises EnvironmentFault."""
     import tifffile
 
     try:
         with tifffile.TiffFile(path) as file:
-            return _orientation(file.pages.first)
-    except Exception:  # on damaged bytes tifffile raises nearly anything
-        return 1
+            page, picture = file.pages.first, _picture(file)
+            depth = page.bitspersample
+            return Head(
+                _orientation(page), int(page.photometric) == WHITE_IS_ZERO, depth if isinstance(depth, int) else None,
+                page is not picture, _further_pages(file, picture),
+            )  # fmt: skip
+    except Exception as error:  # on damaged bytes tifffile raises nearly anything
+        environment.raise_if_fault(error, f"{printable(path)} cannot be read")
+        return Head()
 
 
-def _by_pillow(encoded: bytes, page) -> Tiff:
+def _picture(file):
+    """The page of tifffile's that is the first picture; the first of all where every one is beside another."""
+    first = file.pages.first
+    if not _beside(first):
+        return first
+    others = itertools.chain(itertools.islice(file.pages, 1, None), first.pages or ())
+    return next((page for page in others if not _beside(page)), first)
+
+
+def _beside(page) -> bool:
+    return bool(int(page.subfiletype) & (_REDUCED | _MASK))
+
+
+def _by_pillow(encoded: bytes, page, file) -> Tiff:
     """Subsampled colour that is not JPEG's: libtiff makes RGB of it. Pillow has turned it upright."""
     from PIL import TiffImagePlugin
 
     check_size(page.imagelength, page.imagewidth, 4)
+    if page is not file.pages.first:
+        raise ImageDecodeError("holds subsampled colour behind a thumbnail, which is not read")
     with TiffImagePlugin.TiffImageFile(io.BytesIO(encoded), "") as image:
-        pages = image.n_frames > 1
         values = np.array(image.convert("RGB"))
-    return Tiff(values, RGB, (), 8, None, 1, ("",) * 3, pages)
+    return Tiff(values, RGB, (), 8, None, 1, ("",) * 3, _further_pages(file, page))
 
 
 def _palette(page, depth: int) -> np.ndarray | None:
@@ -143,8 +185,10 @@ def _names(page, bands: int) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _further_pages(file) -> bool:
+def _further_pages(file, picture) -> bool:
+    """Whether there is a picture beside `picture` among the pages."""
     try:
-        return any(not int(page.subfiletype) & (_REDUCED | _MASK) for page in itertools.islice(file.pages, 1, None))
-    except Exception:  # a page that is damaged is no picture that anyone misses
+        return any(page.offset != picture.offset and not _beside(page) for page in file.pages)
+    except Exception as error:  # a page that is damaged is no picture that anyone misses
+        environment.raise_if_fault(error, "a TIFF cannot be read")
         return False
