@@ -32,7 +32,12 @@ _LARGEST_HEADER = 1 << 24  # tarfile reads long names and attributes whole
 _LONGEST_NAME = 4096  # bytes, as of a path
 _BOMB_BYTES, _BOMB_RATIO = 1 << 26, 200  # what is larger and packed tighter is no image, but made to fill the memory
 _BOMB = f"over {_BOMB_BYTES >> 20} MiB, packed to less than 1/{_BOMB_RATIO}"
+_UTF_8 = 1 << 11  # of a zip member's flags: its name is encoded so
 _ZIP_HEADER = struct.Struct("<4s22x2H")  # signature, length of the name, length of the extra field
+
+
+class _Joined(Exception):
+    """Data behind the end of a tar file."""
 
 
 def is_archive(path: pathlib.Path) -> bool:
@@ -63,6 +68,8 @@ def members(path: pathlib.Path) -> Iterator[Found]:
             if fault is None:
                 seen.add(name)
             yield Found(name, found.size, found.part, fault, backslashes)
+    except _Joined as error:
+        raise UserError(f"archive {path} {error}") from error
     except READ_ERRORS as error:
         raise UserError(f"archive {path} cannot be read ({error or type(error).__name__}); fetch it again") from error
 
@@ -106,8 +113,18 @@ def _tar(path: pathlib.Path) -> Iterator[Found]:
                 yield _judged(waiting, file.tell() - before)
             if headers.last != bytes(_TAR_BLOCK):  # tarfile takes a damaged header, or none at all, for the end
                 raise EOFError("it is damaged, or cut off: its end mark is missing")
-        while content.read(1 << 20):  # to the end of the packed file, where its checksum is
-            pass
+        while data := content.read(1 << 20):  # to the end of the packed file, where its checksum is
+            if any(_is_header(data[at : at + _TAR_BLOCK]) for at in range(0, len(data), _TAR_BLOCK)):
+                raise _Joined("goes on behind its end mark, as where archives were put one behind the other; give them one by "
+                              "one to --input, or unpack it with tar --ignore-zeros")  # fmt: skip
+
+
+def _is_header(block: bytes) -> bool:
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True
 
 
 def _judged(member: tarfile.TarInfo, packed: int) -> Found:
@@ -139,7 +156,18 @@ def _zip(path: pathlib.Path) -> Iterator[Found]:
             elif member.file_size > max(_BOMB_BYTES, member.compress_size * _BOMB_RATIO):
                 fault = _BOMB
             part = ("zip", member.header_offset, member.compress_size, member.compress_type, member.CRC)
-            yield Found(member.filename, member.file_size, part, fault)
+            yield Found(_zip_name(member), member.file_size, part, fault)
+
+
+def _zip_name(member: zipfile.ZipInfo) -> str:
+    """A member's name. Without the flag that says UTF-8 it should be in code page 437; macOS and others leave out the flag,
+    and no text of that code page that means anything is UTF-8 by chance."""
+    if member.flag_bits & _UTF_8 or member.filename.isascii():
+        return member.filename
+    try:
+        return member.filename.encode("cp437").decode("utf-8")
+    except UnicodeError:
+        return member.filename
 
 
 # ---------------------------------------------------------------- reading

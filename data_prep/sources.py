@@ -121,7 +121,7 @@ class Inventory(Sequence[Item]):
         self.class_names = sorted(numbers)
         classes.check(self.class_names, self.inputs[0])
         places = {numbers[name]: i for i, name in enumerate(self.class_names)}
-        told = []
+        told = list(filter(None, [classes.alike(self.class_names, self.inputs[0])]))
         if strays:
             names = [self.keys[i] for i in strays]
             told.append(classes.beside(names, self.class_names) + "; --no-labels takes all of them, without classes")

@@ -63,6 +63,35 @@ def test_classes_that_no_list_of_names_can_hold_are_refused(tmp_path):
         inventory.label()
 
 
+def test_utf_8_in_a_zip_needs_no_flag(tmp_path):
+    """As macOS writes it; code page 437, which such names should be in, is read as ever."""
+    names = {"caf\xe9/1.png": b"caf\xc3\xa9/1.png", "stra\xdfe/2.png": b"stra\xe1e/2.png", "plain/3.png": b"plain/3.png"}
+    with zipfile.ZipFile(tmp_path / "mac.zip", "w") as archive:
+        for raw in names.values():
+            archive.writestr(raw.decode("cp437").encode("ascii", "replace").decode(), b"?")
+    content = (tmp_path / "mac.zip").read_bytes()
+    for raw in names.values():
+        content = content.replace(raw.decode("cp437").encode("ascii", "replace"), raw)
+    (tmp_path / "mac.zip").write_bytes(content)
+    assert [found.name for found in archives.members(tmp_path / "mac.zip")] == list(names)
+
+
+def test_archives_one_behind_the_other_are_refused(tmp_path):
+    for name in ("one", "two"):
+        pack(tmp_path / f"{name}.tar", {f"{name}/1.jpg": b"?"})
+    (tmp_path / "both.tar").write_bytes((tmp_path / "one.tar").read_bytes() + (tmp_path / "two.tar").read_bytes())
+    with pytest.raises(UserError, match="both.tar goes on behind its end mark"):
+        sources.take_stock([tmp_path / "both.tar"])
+
+
+def test_classes_that_look_the_same_are_told(tmp_path):
+    for folder in ("caf\xe9", "cafe\u0301", "Sea", "sea ", "wood"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "1.png").write_bytes(b"?")
+    (told,) = sources.take_stock([tmp_path]).label()
+    assert told.endswith(r"different ones: 'Sea', 'sea ', 'cafe\u0301', 'caf\xe9'")
+
+
 def test_damaged_archives_are_one_sentence_and_damaged_members_fail(tmp_path):
     rng = np.random.default_rng(0)
     files = {f"a/{i}.png": encode(rng.integers(0, 256, (40, 40, 3), np.uint8)) for i in range(20)}

@@ -20,7 +20,7 @@ from pera_jax.bands import Bands
 from pera_jax.common import environment
 from pera_jax.data import codecs, foreign, image_errors, records, tiff_files
 from pera_jax.errors import UserError
-from pera_jax.probes import features, samples, scene_files
+from pera_jax.probes import features, folders, samples, scene_files
 
 
 @pytest.fixture(scope="module")
@@ -258,6 +258,34 @@ def test_a_failing_machine_is_no_plain_head_of_a_tiff(tmp_path, monkeypatch):
         foreign.read((tmp_path / "sound.tif").read_bytes())
     (tmp_path / "damaged.tif").write_bytes(b"II*\0damaged")
     assert tiff_files.head_of(str(tmp_path / "damaged.tif")) == tiff_files.Head()
+
+
+def test_a_palette_tiff_has_its_colours_in_both_readings(tmp_path):
+    import tifffile
+
+    numbers, palette = np.arange(256, dtype=np.uint8).reshape(16, 16), np.random.default_rng(3).integers(0, 65536, (3, 256), np.uint16)
+    tifffile.imwrite(tmp_path / "palette.tif", numbers, photometric="palette", colormap=palette)
+    for colours in (True, None, False):
+        found = foreign.read((tmp_path / "palette.tif").read_bytes(), colours)
+        np.testing.assert_array_equal(found.pixels, (palette >> 8).astype(np.uint8).T[numbers])
+        assert found.bands == ("red", "green", "blue")
+
+
+def test_images_unlike_most_of_a_folder_are_left_out_and_counted(tmp_path):
+    import tifffile
+
+    rng = np.random.default_rng(5)
+    for number in range(6):
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(tmp_path / f"{number}.png")
+    tifffile.imwrite(tmp_path / "0_five.tif", np.zeros((5, 16, 16), np.uint8), photometric="minisblack", planarconfig="separate")
+    tifffile.imwrite(tmp_path / "1_float.tif", np.zeros((16, 16, 3), np.float32), photometric="rgb")
+    tifffile.imwrite(tmp_path / "2_deep.tif", np.full((16, 16, 3), 60000, np.uint16), photometric="rgb")
+    with pytest.raises(UserError, match=r"0_five.tif .*5 bands of uint8, and most images are 3 of uint8.*2 of 9"):
+        samples.open_images(str(tmp_path))
+    found = samples.open_images(str(tmp_path), reading=folders.Reading(max_corrupt_share=0.3))
+    assert list(found.keys) == ["0.png", "1.png", "2.png", "2_deep.tif", "3.png", "4.png", "5.png"]
+    assert (found.bands, found.dtype) == (("red", "green", "blue"), "uint8")
+    assert found.decode(found.raw(3))[0, 0].tolist() == [60000 >> 8] * 3
 
 
 def test_overviews_of_a_tiff_are_no_further_pictures():

@@ -75,7 +75,7 @@ def test_tables_of_labels(shards, folders, tmp_path):
 @pytest.mark.parametrize("cell", [",", ";", "\t"])
 def test_tables_as_spreadsheets_save_them(tmp_path, encoding, cell):
     keys = ["wood/caf\u00e9.png", "wood/2.png", "water/3.png"]
-    rows = ["key,label,,", "wood\\cafe\u0301.png, wood ,,", "", "wood/2.png,wood,,", "other.png,,,", "water/3.png,\u6c34,,", ",,,", ""]
+    rows = ["key,label,,", " wood\\cafe\u0301.png, wood ,,", "", "wood/2.png,wood,,", "other.png,,,", "water/3.png,\u6c34,,", ",,,", ""]
     (tmp_path / "l.csv").write_bytes("\r\n".join(rows).replace(",", cell).encode(encoding))
     names, labels, _ = class_folders.read_labels(tmp_path / "l.csv", keys)
     assert names == ("wood", "\u6c34")
@@ -103,8 +103,8 @@ def test_other_dtypes_and_bands(tmp_path):
     assert (found.bands, found.dtype) == (tuple(f"band_{n}" for n in range(1, 6)), "uint16")
     assert images(found)[1].shape == (20, 24, 5)
     (tmp_path / "train" / "b" / "1.tif").write_bytes(codecs.encode_tiff(np.zeros((20, 24, 4), np.uint16)))
-    with pytest.raises(codecs.ImageDecodeError, match="4 bands of uint16 instead of 5"):
-        images(samples.open_samples(str(tmp_path), "train"))
+    with pytest.raises(UserError, match="b/1.tif .*4 bands of uint16, and most images are 5 of uint16"):
+        samples.open_samples(str(tmp_path), "train")
 
 
 def _move(source: str, target: str):
@@ -192,6 +192,8 @@ def test_links_that_leave_the_folder_are_followed_where_they_are_to_be(folders, 
         ("key,label\n0.png,a\n", "has no label for the images 1.png, 2.png, 3.png and 1 more"),
         ("key,label\n0.png,a,b\n", "line 2 .* has 3 cells instead of 2"),
         ("key,label\n0.png,a\n0.png,a\n", "line 3 .* is the second one of 0.png"),
+        ("key,label\nx/0.png,a\nx\\0.png,b\n", r"lines 2 and 3 of .* other labels"),
+        ("key,label\n" + "".join(f"{i}.png,\x1b[31m{i % 2}\n" for i in range(5)), "control characters"),
         ("key,label\n0.png,a\n1.png, \n2.png,b\n3.png,\n4.png,b\n", r"line 3 .* has an empty label for the image 1.png \(2 such"),
         ("key,label,\n0.png,a,\n1.png,a,b\n", "line 3 .* has 3 cells instead of 2"),
         ("key,a,b\n" + "".join(f"{i}.png,0,2\n" for i in range(5)), "has '2' for the image 0.png, which is neither"),

@@ -32,6 +32,23 @@ def check(names: Sequence[str], source: object) -> None:
         raise UserError(f"{printable(source)} has two classes of one name: {several(twice)}; rename one")
 
 
+def alike(names: Sequence[str], source: object) -> str | None:
+    """A warning of names that differ in case, blanks, invisible characters or the spelling of accents only, or None.
+
+    Args:
+        source: what the names are of.
+    """
+    groups = {}
+    for name in names:
+        shown = "".join(c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf")
+        groups.setdefault(" ".join(shown.casefold().split()), []).append(name)
+    twins = [name for group in groups.values() if len(group) > 1 for name in group]
+    if not twins:
+        return None
+    shown = several((ascii(name) for name in twins), 6)
+    return f"warning: {printable(source)} has classes whose names look the same and count as different ones: {shown}"
+
+
 def look_like_splits(names: Sequence[str]) -> bool:
     """Whether folders that are taken for classes are rather the splits of a data set."""
     return {name.lower() for name in names} <= _SPLITS

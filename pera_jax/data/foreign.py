@@ -109,6 +109,22 @@ def read(encoded: bytes, colours: bool | None = None, span: tuple[int, int] | No
         return _as_colours(stored, span) if colours else _as_values(stored)
 
 
+def readings(encoded: bytes) -> dict[bool | None, Picture | ImageDecodeError]:
+    """What `read` returns or raises of a file for `colours` None and False, from decoding it once.
+
+    Raises ImageDecodeError where the bytes cannot be decoded.
+    """
+    with decoding(Exception, said=""):
+        stored = _stored(encoded)
+        found = {}
+        for colours in (None, False):
+            try:
+                found[colours] = _as_colours(stored, None) if colours is None and _has_colours(stored) else _as_values(stored)
+            except ImageDecodeError as error:
+                found[colours] = error
+        return found
+
+
 def read_indices(encoded: bytes) -> np.ndarray:
     """Reads a mask, upright: [H, W, C] of the very values that the file holds, of a palette the indices.
 
@@ -140,7 +156,7 @@ def _of_tiff(tiff: tiff_files.Tiff) -> _Stored:
     changes = (["several frames"] if tiff.pages else []) + ["format TIFF"]
     if tiff.orientation != 1:
         changes.append("orientation")
-    values, depth, count = tiff.values, tiff.depth, tiff.values.shape[2]
+    values, depth, names, count = tiff.values, tiff.depth, tiff.names, tiff.values.shape[2]
     alpha = tiff.extra[0] if tiff.extra else tiff_files.UNSPECIFIED
     base = {tiff_files.RGB: 3, tiff_files.SEPARATED: 4, tiff_files.PALETTE: 1}.get(tiff.photometric, 0)
     grey = tiff.photometric in (tiff_files.WHITE_IS_ZERO, tiff_files.BLACK_IS_ZERO)
@@ -153,12 +169,12 @@ def _of_tiff(tiff: tiff_files.Tiff) -> _Stored:
             raise ImageDecodeError(f"numbers of a palette that are {values.dtype}")
         changes.append("mode P")
         colours = (tiff.palette >> 8).astype(np.uint8).T[values[..., 0]]  # [H, W, 3]
-        values, base, depth = np.concatenate([colours, values[..., 1:].astype(np.uint8)], axis=2), 3, 8
+        values, base, depth, names = np.concatenate([colours, values[..., 1:].astype(np.uint8)], axis=2), 3, 8, ()
     if values.shape[2] < base:
         raise ImageDecodeError(f"a TIFF of {count} bands for {base} colours")
     return _Stored(
         picture_files.upright(values, tiff.orientation), base, depth, changes, alpha, tiff.photometric == tiff_files.WHITE_IS_ZERO,
-        tiff.names, trusted=False,
+        names, trusted=False,
     )  # fmt: skip
 
 

@@ -53,6 +53,9 @@ def reading_of(options: argparse.Namespace) -> Reading:
     return Reading(options.follow_links, options.max_corrupt_share)
 
 
+Kind = tuple[tuple[str, ...], str]  # bands, dtype
+
+
 @dataclasses.dataclass(frozen=True)
 class Found:
     """The images of a folder in the order of their keys, paths below the folder of the split."""
@@ -62,6 +65,8 @@ class Found:
     labels: np.ndarray  # int64 [N], -1 without classes
     class_names: tuple[str, ...] | None
     told: tuple[str, ...] = ()  # what a user must know of it, a line each
+    # Of most of them, by the argument `colours` of `foreign.read`; without the readings that none has. See `examine`.
+    kinds: dict[bool | None, Kind] = dataclasses.field(default_factory=dict)
 
     def take(self, places: Sequence[int], told: str) -> "Found":
         """The images at these places."""
@@ -106,6 +111,7 @@ def list_images(folder: pathlib.Path, split: str, with_classes: bool | None, fol
     if empty and needed:
         links = "".join(f"; {line}" for line in told if "--follow-links" in line)
         raise UserError(f"the class folder {printable(place / empty[0])} holds no image; fill or remove it{links}")
+    told += tuple(filter(None, [classes.alike(names, place)]))
     if classes.look_like_splits(names):
         told += (f"warning: the classes of {printable(place)} are {several(names)}, which look like splits",)
     numbers = {name: number for number, name in enumerate(names)}
@@ -145,7 +151,7 @@ def _keys(place: pathlib.Path, follow_links: bool) -> tuple[list[str], tuple[str
 
 
 def examine(found: Found, max_corrupt_share: float) -> tuple[Found, str]:
-    """Reads and decodes every image once: (those that can be, the fingerprint of these).
+    """Reads and decodes every image once: (those that can be and are like most others, the fingerprint of these).
 
     The fingerprint is SHA-256 over keys, classes and the bytes of the files, in hexadecimal.
 
@@ -153,7 +159,7 @@ def examine(found: Found, max_corrupt_share: float) -> tuple[Found, str]:
       UserError: a larger share than that cannot be read; EnvironmentFault where the machine fails.
     """
     with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-        looks = list(pool.map(_look, found.files))
+        looks = _without_odd(list(pool.map(_look, found.files)))
     faults = [(file, look.fault) for file, look in zip(found.files, looks, strict=True) if look.fault]
     if faults:
         shown = several(f"{file}: {fault}" for file, fault in faults)
@@ -165,22 +171,24 @@ def examine(found: Found, max_corrupt_share: float) -> tuple[Found, str]:
             )
         told = f"warning: {len(faults):,} of {len(looks):,} images cannot be read and are left out: {shown}"
         found = found.take([number for number, look in enumerate(looks) if not look.fault], told)
+        looks = [look for look in looks if not look.fault]
     changes = collections.Counter(change for look in looks for change in look.changes if change in foreign.CHANGES)
     lines = (f"read as pictures, {name}: {number:,} images {foreign.CHANGES[name]}" for name, number in changes.most_common())
-    found = dataclasses.replace(found, told=(*found.told, *lines))
+    found = dataclasses.replace(found, told=(*found.told, *lines), kinds=_most(looks))
     digest = hashlib.sha256(foreign.VERSION)  # features are kept by it, and depend on how files are read
-    digests = [look.digest for look in looks if not look.fault]
-    for content, key, label in zip(digests, found.keys, found.labels, strict=True):
-        digest.update(f"{key}\0{label}\0{content}\n".encode("utf-8", "surrogateescape"))
+    for look, key, label in zip(looks, found.keys, found.labels, strict=True):
+        digest.update(f"{key}\0{label}\0{look.digest}\n".encode("utf-8", "surrogateescape"))
     return found, digest.hexdigest()
 
 
 class _Look(NamedTuple):
-    """What there is to say of a file: its SHA-256, why it is no image, or "", and what its reading as a picture changes."""
+    """What there is to say of a file: its SHA-256, why it is no image, or "", what its reading as a picture changes, and
+    (bands, dtype) by the argument `colours` of `foreign.read`."""
 
     digest: str
     fault: str
     changes: tuple[str, ...] = ()
+    kinds: dict[bool | None, Kind] = {}
 
 
 def _look(file: pathlib.Path) -> _Look:
@@ -190,26 +198,36 @@ def _look(file: pathlib.Path) -> _Look:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.ENOENT):
             environment.raise_if_fault(error, f"{printable(file)} cannot be read")
         return _Look("", error.strerror or type(error).__name__)
-    fault = ""
-    for colours in (None, False):  # sound values without a range may be what the weights take
-        try:
-            changes = foreign.read(encoded, colours).changes
-            return _Look(hashlib.sha256(encoded).hexdigest(), "", changes)
-        except foreign.ImageDecodeError as error:
-            fault = fault or str(error)
-    return _Look("", fault)
-
-
-def bands_of(file: pathlib.Path, colours: bool | None) -> tuple[tuple[str, ...], str]:
-    """Names of the bands and the dtype of an image, read as `foreign.read` does by `colours`.
-
-    Raises UserError where it cannot be decoded.
-    """
     try:
-        picture = foreign.read(file.read_bytes(), colours)
-    except (OSError, foreign.ImageDecodeError) as error:
-        raise UserError(f"{file} cannot be read as an image ({error}); mend or remove it") from error
-    return picture.bands, picture.pixels.dtype.name
+        found = foreign.readings(encoded)
+    except foreign.ImageDecodeError as error:
+        return _Look("", str(error))
+    # Sound values without a range may be what the weights take.
+    sound = {colours: picture for colours, picture in found.items() if isinstance(picture, foreign.Picture)}
+    if not sound:
+        return _Look("", str(found[None]))
+    kinds = {colours: (picture.bands, picture.pixels.dtype.name) for colours, picture in sound.items()}
+    return _Look(hashlib.sha256(encoded).hexdigest(), "", next(iter(sound.values())).changes, kinds)
+
+
+def _most(looks: Sequence[_Look]) -> dict[bool | None, Kind]:
+    """(bands, dtype) that most of the images have, by the argument `colours` of `foreign.read`."""
+    counts = {colours: collections.Counter(look.kinds[colours] for look in looks if colours in look.kinds) for colours in (None, False)}
+    return {colours: count.most_common(1)[0][0] for colours, count in counts.items() if count}
+
+
+def _without_odd(looks: list[_Look]) -> list[_Look]:
+    """Images that are unlike most others in either reading have a fault."""
+    shape = lambda kind: (len(kind[0]), kind[1])  # noqa: E731  names of bands may differ
+    most = {colours: shape(kind) for colours, kind in _most(looks).items()}
+    for place, look in enumerate(looks):
+        own = {colours: shape(kind) for colours, kind in look.kinds.items()}
+        if own and not any(own[colours] == most[colours] for colours in own):
+            count, dtype = own.get(None, own.get(False))
+            others = most.get(None, most.get(False))
+            fault = f"{count} bands of {dtype}, and most images are {others[0]} of {others[1]}"
+            looks[place] = look._replace(fault=fault)
+    return looks
 
 
 def read_labels(file: pathlib.Path, keys: Sequence[str]) -> tuple[tuple[str, ...], np.ndarray, str]:
@@ -227,13 +245,15 @@ def read_labels(file: pathlib.Path, keys: Sequence[str]) -> tuple[tuple[str, ...
     """
     header, rows = _table(file)
     column = header.index("key")
-    by_key, lines = {}, {}
+    by_key, lines, as_written = {}, {}, {}
     for line, row in rows:
         key = row.pop(column)
         if key in by_key:
             raise UserError(f"line {line} of {file} is the second one of {key}; remove one")
         by_key[key], lines[key] = [cell.strip() for cell in row], line
-    as_written = {_same(key): key for key in by_key}
+        first = as_written.setdefault(_same(key), key)
+        if by_key[first] != by_key[key]:
+            raise UserError(f"lines {lines[first]} and {line} of {file} give {printable(key)} other labels; remove one")
     found = [key if key in by_key else as_written.get(_same(key)) for key in keys]
     missing = [key for key, row in zip(keys, found, strict=True) if row is None]
     if missing:
@@ -255,12 +275,14 @@ def read_labels(file: pathlib.Path, keys: Sequence[str]) -> tuple[tuple[str, ...
             if wrong:
                 raise UserError(f"{file} has {printable(wrong[0])!r} for the image {row}, which is neither 0 nor 1; mend it")
         values = np.array([[cell == "1" for cell in by_key[row]] for row in found], bool)
+    classes.check(names, file)
     return names, values, hashlib.sha256(repr(names).encode() + values.tobytes()).hexdigest()
 
 
 def _same(key: str) -> str:
-    """What is equal for two spellings of one key: Windows writes backslashes, macOS accents as letters of their own."""
-    return unicodedata.normalize("NFC", key.replace("\\", "/"))
+    """What is equal for two spellings of one key: Windows writes backslashes, macOS accents as letters of their own, and
+    spreadsheets keep blanks around cells."""
+    return unicodedata.normalize("NFC", key.strip().replace("\\", "/"))
 
 
 def _table(file: pathlib.Path) -> tuple[list[str], list[tuple[int, list[str]]]]:

@@ -21,7 +21,7 @@ import numpy as np
 
 from pera_jax import distributed
 from pera_jax.bands import Bands
-from pera_jax.common import paths
+from pera_jax.common import classes, paths
 from pera_jax.common.text import several
 from pera_jax.data import codecs, foreign, records
 from pera_jax.errors import UserError
@@ -153,16 +153,19 @@ def _from_folder(data: str, split: str, with_classes: bool | None, reading: fold
         except OSError as error:
             raise UserError(f"{found.files[index]} cannot be read: {error.strerror}; mend or remove it") from error
 
-    bands, dtype, decode = _reading(found.files[0], None)
+    reading_as = functools.partial(_reading, data, found.kinds)
+    bands, dtype, decode = reading_as(None if None in found.kinds else False)
     return Samples(
         pathlib.Path(data).resolve().name, data, split, bands, dtype, found.class_names,
-        fingerprint, found.keys, found.labels, raw, decode, functools.partial(_reading, found.files[0]),
+        fingerprint, found.keys, found.labels, raw, decode, reading_as,
     )  # fmt: skip
 
 
-def _reading(first: pathlib.Path, colours: bool | None):
+def _reading(data: str, kinds: dict[bool | None, folders.Kind], colours: bool | None):
     """(bands, dtype, decode) of a folder's images, which are alike, read as `foreign.read` does by `colours`."""
-    bands, dtype = folders.bands_of(first, colours)
+    if colours not in kinds:
+        raise UserError(f"no image of {data} can be read as values of uint8, uint16 or float32; convert them first")
+    bands, dtype = kinds[colours]
 
     def decode(encoded):
         pixels = foreign.read(encoded, colours).pixels
@@ -216,6 +219,8 @@ def _bytes_of(value: bytes | np.ndarray) -> bytes:
 
 def _relabelled(samples: Samples, labels: str) -> Samples:
     class_names, values, digest = folders.read_labels(pathlib.Path(labels), samples.keys)
+    if told := classes.alike(class_names, labels):
+        distributed.say(told)
     fingerprint = hashlib.sha256(f"{samples.fingerprint} {digest}".encode()).hexdigest()
     return dataclasses.replace(samples, class_names=class_names, labels=values, fingerprint=fingerprint)
 
