@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+import re
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -32,6 +33,7 @@ from pera_jax.objectives import pera
 T = TypeVar("T")
 
 FOLDER = "checkpoints"
+_STEP = re.compile(r"0|[1-9][0-9]*")  # as a folder's name
 _PATIENCE = 60.0  # seconds in which one checkpoint after the other may be removed while it is read
 _MOMENT = 0.3  # seconds in which a removal that is under way goes on
 # What a full disk, a lost mount or a denied write look like: Orbax and TensorStore wrap the system's error in several.
@@ -102,7 +104,7 @@ def saved_steps(run: str | pathlib.Path) -> list[int]:
     folder = pathlib.Path(paths.local(run)).absolute() / FOLDER
     if not folder.is_dir():
         return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    return sorted(int(path.name) for path in folder.iterdir() if _STEP.fullmatch(path.name) and path.is_dir())
 
 
 def folder_of(run: str | pathlib.Path, step: int | None) -> tuple[pathlib.Path, int]:
@@ -226,7 +228,7 @@ def while_kept(run: str | pathlib.Path, step: int | None, read: Callable[[int], 
             failure = error
             time.sleep(_MOMENT)  # a removal goes on
         # Files are removed one by one: what is still there after reading was there while reading.
-        if before and intact.files_of(folder) >= before:
+        if intact.kept(folder, before):
             if failure is not None:
                 raise failure
             return found

@@ -33,6 +33,7 @@ ENTRY = "digests"
 FORMAT_VERSION, _WITHOUT_DIGESTS = 3, 2
 _ARRAYS = ("state", "teacher")
 _LATE_SECONDS = 0.1
+_EMPTY_SECONDS = 1.0  # that a folder which is being removed is there without a file, at most
 
 
 class Damaged(UserError):
@@ -83,11 +84,13 @@ def read(folder: pathlib.Path, load: Callable[[], T]) -> T:
             raise EnvironmentFault(f"{what}: {fault}, and start again; the data are not damaged") from error
         if isinstance(error, jax.errors.JaxRuntimeError):  # another host is lost
             raise
-        if not before or not files_of(folder) >= before:
+        if not kept(folder, before):
             raise Removed(f"the checkpoint {folder} was removed while it was read; take a later one") from error
+        if not before:
+            raise Damaged(f"{what}: the folder is empty") from error
         first = (str(error).splitlines() or [""])[0]
         raise Damaged(f"{what}: {printable(first) or type(error).__name__}") from error
-    if not files_of(folder) >= before:
+    if not kept(folder, before):
         raise Removed(f"the checkpoint {folder} was removed while it was read; take a later one")
     return found
 
@@ -127,6 +130,13 @@ def files_of(folder: pathlib.Path) -> set[pathlib.Path]:
         return set()
 
 
+def kept(folder: pathlib.Path, before: set[pathlib.Path]) -> bool:
+    """Whether a folder has lost nothing since it held `before`, as it does in a removal, file by file and itself at last."""
+    if not before:
+        time.sleep(_EMPTY_SECONDS)
+    return folder.is_dir() and files_of(folder) >= before
+
+
 def agreed(load: Callable[[], T]) -> T:
     """What `load` gives, on every host or on none: raises Damaged or UserError on all hosts where it does on one."""
     found = error = None
@@ -155,7 +165,11 @@ def load_meta(folder: pathlib.Path) -> dict[str, Any]:
 def meta_of(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The `meta`, and the digests of a checkpoint that has some."""
     stored = read(folder, lambda: ocp.load_checkpointables(folder, {"meta": None})["meta"])
-    return _unsealed(folder, stored)
+    meta, found = _unsealed(folder, stored)
+    step = meta.get("step")
+    if step is not None and folder.name != str(step):  # a folder that was renamed, or took the place of another
+        raise Damaged(f"the checkpoint {folder} is not of step {folder.name}: it was saved at step {step}")
+    return meta, found
 
 
 def _unsealed(folder: pathlib.Path, stored: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:

@@ -142,6 +142,8 @@ def _train(config, workdir, profile, allow_config_change, stop, stack: contextli
     watchdog.fed()
     start = int(state.step)
     if start >= total:
+        if distributed.main_host() and checkpoint.saved_steps(workdir):  # killed before it could say so
+            run_meta.mark_finished(workdir, start)
         distributed.say(f"{workdir} is at step {start} of {total}: nothing left to do")
         return
     traced = profiling.parse_range(profile, start, total)

@@ -245,3 +245,23 @@ def test_a_machine_that_cannot_read_is_no_damage(fault, run, monkeypatch):
     with pytest.raises(environment.EnvironmentFault, match="checkpoints/7 cannot be read: .*the data are not damaged"):
         checkpoint.load_meta(run / "checkpoints" / "7")
     assert checkpoint.saved_steps(run) == [3, 6, 7]
+
+
+def test_a_folder_that_was_renamed_or_is_empty_is_damaged_and_one_that_is_no_step_is_none(run, tmp_path):
+    work = tmp_path / "run"
+    shutil.copytree(run, work)
+    folder = work / checkpoint.FOLDER
+    (folder / "7").rename(folder / "9")
+    (folder / "6").rename(folder / "7")
+    for step, held in ((9, 7), (7, 6)):
+        with pytest.raises(checkpoint.Damaged, match=f"is not of step {step}: it was saved at step {held}"):
+            checkpoint.load_weights(work, step)
+    for name in ("0012", "²", "1e3"):
+        (folder / name).mkdir()
+    (folder / "10").write_text("a file")
+    assert checkpoint.saved_steps(work) == [3, 7, 9]
+    (folder / "11").mkdir()
+    began = time.monotonic()
+    with pytest.raises(checkpoint.Damaged, match="checkpoints/11 cannot be read: the folder is empty"):
+        checkpoint.load_weights(work)
+    assert time.monotonic() - began < 10

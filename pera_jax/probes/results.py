@@ -28,14 +28,17 @@ from PIL import Image
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 
-from pera_jax import files
+from pera_jax import checkpoint, files
 from pera_jax.common import lease, owned
 from pera_jax.common.text import printable
 from pera_jax.errors import UserError
 from pera_jax.probes import entries, keys
 
+REPLACED = "an earlier save"
+"""Of which checkpoint a result is, where its step was saved anew since: by a training that began again, or went back."""
+
 COLUMNS = ("name", "task", "score", "value", "low", "high", "seeds", "step", "encoder", "data", "train_split", "test_split",
-           "image_size", "settings", "train_fingerprint", "test_fingerprint", "weights", "git", "run", "failure")  # fmt: skip
+           "image_size", "settings", "train_fingerprint", "test_fingerprint", "weights", "git", "run", "failure", "of")  # fmt: skip
 
 _LONGEST_WRITE = 600.0  # seconds that another job may take to write its results
 _PLACES = ("step_*", "untrained", "pixels")
@@ -112,6 +115,16 @@ def read(base: pathlib.Path) -> list[dict[str, Any]]:
     """All entries below `base`, by step, encoder and name. Raises UserError for a file that is no result."""
     found = [entries.read(file) for place in _PLACES for file in base.glob(f"{place}/*.json")]
     return sorted(found, key=lambda e: (e["checkpoint"]["step"], e["checkpoint"]["encoder"], e["name"]))
+
+
+def replaced(base: pathlib.Path, entry: Mapping[str, Any]) -> bool:
+    """Whether an entry below `base` is of another save than the one that lies under its step; False where none does."""
+    of = entry["checkpoint"]
+    if of["encoder"] != "teacher" or not of["saved"]:
+        return False
+    run = base / of["origin"] if "origin" in of else pathlib.Path(of["run"])
+    now = checkpoint.identity(run / checkpoint.FOLDER / str(of["step"]))
+    return now not in ("", of["saved"])
 
 
 def read_place(base: pathlib.Path, encoder: str, step: int, name: str) -> list[dict[str, Any]]:
