@@ -1,5 +1,6 @@
 """`--follow`: each checkpoint of a run once, killed and started again, beside a training, with a task that fails."""
 
+import errno
 import json
 import os
 import pathlib
@@ -13,8 +14,8 @@ import time
 import labelled_toys
 import pytest
 
-from pera_jax import checkpoint
-from pera_jax.common import lease
+from pera_jax import checkpoint, errors
+from pera_jax.common import environment, lease
 from pera_jax.errors import UserError
 from pera_jax.probes import follow, job, knn, results, specs
 
@@ -142,12 +143,38 @@ def test_a_result_is_of_one_checkpoint_of_one_run_on_one_data_set(finished, data
     assert steps(run) == [] and len(results.read(base)) == 6  # which lie beside the first one's
     note = run / "checkpoints" / "8" / "_CHECKPOINT_METADATA"
     note.write_text(note.read_text().replace('"init_timestamp_nsecs": ', '"init_timestamp_nsecs": 1'))  # saved again
+    shown = results.markdown(results.read(base)).splitlines()
+    assert {line.split(" | ")[3].strip() for line in shown if "| 8, saved" in line} == {"8, saved anew since"}
     assert steps(run) == [8] and steps(run) == []
+    assert "anew" not in results.markdown(results.read(base)) + (base / "results.csv").read_text()
     info = json.loads((pathlib.Path(data) / "info.json").read_text())
     info["splits"]["train"]["fingerprint"] = "made anew"
     changed = pathlib.Path(shutil.copytree(data, tmp_path / "data"))
     (changed / "info.json").write_text(json.dumps(info))
     assert steps(run, str(changed)) == [4, 8, 12] and len(results.read(base)) == 9
+
+
+def test_what_the_machine_did_not_let_end_is_no_result_and_a_new_save_of_a_passed_step_is_judged(
+    finished, data, tmp_path, monkeypatch
+):
+    run, right, failures = pathlib.Path(shutil.copytree(finished, tmp_path / "run")), knn.run, [OSError(errno.EMFILE, "files")]
+    (run / "checkpoints/4/teacher/manifest.ocdbt").write_bytes(b"")
+
+    def no_files_once(labelled, settings):
+        if failures:
+            shutil.rmtree(run / "checkpoints/4")  # as a training that found it damaged makes it anew
+            shutil.copytree(finished / "checkpoints/4", run / "checkpoints/4")
+            note = run / "checkpoints/4/_CHECKPOINT_METADATA"
+            note.write_text(note.read_text().replace('"init_timestamp_nsecs": ', '"init_timestamp_nsecs": 1'))
+            raise failures.pop()
+        yield from right(labelled, settings)
+
+    monkeypatch.setattr(knn, "run", no_files_once)
+    with pytest.raises(environment.EnvironmentFault, match="the machine failed in knn of step 8; start this job again") as ended:
+        run_follow(run, tmp_path / "out", two_tasks(data)[:1])
+    assert ended.value.status == errors.TRY_AGAIN
+    assert sorted(path.name for path in (tmp_path / "out").glob("step_*")) == ["step_000004", "step_000012"]
+    assert [entry["checkpoint"]["step"] for entry in run_follow(run, tmp_path / "out", two_tasks(data)[:1])] == [8]
 
 
 def test_one_job_at_a_time_and_an_end_to_patience(finished, data, tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -20,7 +21,7 @@ from pera_jax.data import codecs, records
 from pera_jax.data.mixture import Mixture
 from pera_jax.models import vit
 from pera_jax.objectives import pera
-from pera_jax.reports import charts, confusion, images, neighbours, overlays, pairs, tokens
+from pera_jax.reports import charts, confusion, folder, images, neighbours, overlays, pairs, tokens
 from pera_jax.reports import grid as grids
 
 EVIL = "<script>alert('1')</script>"
@@ -196,6 +197,27 @@ def test_the_page_of_a_run_that_has_just_begun(run, tmp_path, capsys):
     ):  # fmt: skip
         assert re.search(rf"<td>{title}</td><td class=\"text\">[^<]*{why}", text), title
     assert "not finished: step 0 is the last logged" in text
+
+
+def test_broken_lines_doubled_steps_and_results_of_a_checkpoint_that_was_saved_anew_are_told(run, tmp_path):
+    work = pathlib.Path(shutil.copytree(run, tmp_path / "run"))
+    lines = [json.dumps({"step": step, "loss": loss}) for step, loss in ((1, 5), (2, 4), (2, 3), (3, 2), (4, 1))]
+    lines.insert(1, lines[1][:-4])
+    (work / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 5, "lo')  # the last one is being written
+    shutil.rmtree(work / "probe", ignore_errors=True)
+    saved = checkpoint.identity(work / "checkpoints/4")
+    for name, of in (("knn", saved), ("linear", "another")):
+        of = {"run": "r", "origin": "..", "step": 4, "encoder": "teacher", "saved": of}
+        entry = {"name": name, "task": name, "checkpoint": of, "data": {"path": "d"}, "spec": {"task": name}, "scores": {}}
+        (work / "probe/step_000004").mkdir(parents=True, exist_ok=True)
+        (work / f"probe/step_000004/{name}.json").write_text(json.dumps(entry))
+    found = folder.read(str(work), None)
+    assert [(line["step"], line["loss"]) for line in found.metrics] == [(1, 5), (2, 3), (3, 2), (4, 1)]
+    assert [entry["name"] for entry in found.results] == ["knn"]
+    told = " ".join(found.faults)
+    for text in ("linear.json is of an earlier checkpoint of step 4", "no JSON in line 2.", "holds 1 step(s) twice"):
+        assert text in told
+    assert len(found.faults) == 3
 
 
 @pytest.mark.parametrize(

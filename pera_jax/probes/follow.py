@@ -1,7 +1,8 @@
 """Judges each checkpoint of a run that trains elsewhere, as it appears.
 
 What has been judged is known from the results beside the run, so a job that was killed goes on where it was: in the
-middle of a checkpoint's tasks, too. A task that fails leaves its failure as its result, and the others go on.
+middle of a checkpoint's tasks, too. A task that fails leaves its failure as its result, and the others go on; where the
+machine failed (no memory, no threads), nothing is left, and the job ends with a status that says to start it again.
 """
 
 import contextlib
@@ -12,6 +13,8 @@ from typing import Any
 
 from pera_jax import checkpoint, distributed
 from pera_jax.common import lease
+from pera_jax.common.environment import EnvironmentFault, passing
+from pera_jax.common.text import printable, several
 from pera_jax.errors import UserError
 from pera_jax.probes import folders, keys, results
 from pera_jax.probes.job import Job, Network, Result
@@ -44,12 +47,15 @@ def follow(
 
 def _follow(run: str, job: Job, poll: float, patience: float) -> list[dict[str, Any]]:
     entries, network, idle, waits = [], None, time.monotonic(), False
-    passed_over: set[int] = set()
+    passed_over: set[tuple[int, str]] = set()  # saves
+    unfinished: list[str] = []  # tasks that the machine has not let end
     while True:
         # On one host, and the end before the look for checkpoints: else the last one could be missed.
         ended = distributed.of_main_host(int((pathlib.Path(run) / "FINISHED").exists()))
         step = distributed.of_main_host(_next(run, job, passed_over) if distributed.main_host() else _NOTHING)
         if step == _NOTHING:
+            if ended and unfinished:
+                raise EnvironmentFault(f"the machine failed in {several(unfinished)}; start this job again for them")
             if ended:
                 return entries
             if distributed.anywhere(time.monotonic() - idle > patience):
@@ -72,6 +78,10 @@ def _follow(run: str, job: Job, poll: float, patience: float) -> list[dict[str, 
             if distributed.of_main_host(int(_judged(run, job, step, spec))):
                 continue
             result = _judge(job, network, spec)
+            if distributed.anywhere(result is None):
+                unfinished.append(f"{printable(spec.name)} of step {step}")
+                passed_over.add((step, network.saved))
+                continue
             job.write(result)
             entries.append(result.entry)
             found = {name: f"{score['value']:.4f}" for name, score in result.entry.get("scores", {}).items()}
@@ -81,16 +91,20 @@ def _follow(run: str, job: Job, poll: float, patience: float) -> list[dict[str, 
         idle, waits = time.monotonic(), False
 
 
-def _judge(job: Job, network: Network, spec: Spec) -> Result:
+def _judge(job: Job, network: Network, spec: Spec) -> Result | None:
+    """What a task found, or that it failed; None where it may succeed another time, as the machine failed."""
     try:
         return job.judge(network, spec)
     except Exception as error:  # whatever it is: the other tasks and checkpoints are worth having
+        if passing(error) or isinstance(error, EnvironmentFault):
+            distributed.say(f"step {network.step}, {printable(spec.name)}: no result yet ({printable(error)})")
+            return None
         return job.failed(network, spec, error)
 
 
-def _next(run: str, job: Job, passed_over: set[int]) -> int:
+def _next(run: str, job: Job, passed_over: set[tuple[int, str]]) -> int:
     """The first checkpoint for which a result is missing."""
-    steps = (step for step in checkpoint.saved_steps(run) if step not in passed_over)
+    steps = (step for step in checkpoint.saved_steps(run) if _save(run, step) not in passed_over)
     return next((step for step in steps if not all(_judged(run, job, step, spec) for spec in job.specs)), _NOTHING)
 
 
@@ -109,22 +123,28 @@ def _fits(entry: dict[str, Any], run: str, job: Job, step: int, spec: Spec) -> b
     return same_data and of["saved"] == checkpoint.identity(_folder(run, step))
 
 
-def _load(run: str, step: int, passed_over: set[int]) -> checkpoint.Weights | None:
+def _save(run: str, step: int) -> tuple[int, str]:
+    """A step and what tells its save from another one under the same step."""
+    return step, checkpoint.identity(_folder(run, step))
+
+
+def _load(run: str, step: int, passed_over: set[tuple[int, str]]) -> checkpoint.Weights | None:
     """The teacher of a checkpoint on every host, or None: for good where it is gone or damaged, else for now."""
     weights = damaged = None
+    save = _save(run, step)
     try:
         weights = load_if_kept(run, step)
     except checkpoint.Damaged as error:
         damaged = error
     if distributed.anywhere(damaged is not None):
         distributed.say(str(damaged or f"the checkpoint of step {step} cannot be read on another host"))
-        passed_over.add(step)
+        passed_over.add(save)
         return None
     if not distributed.anywhere(weights is None):
         return weights
     if not distributed.of_main_host(int(_folder(run, step).is_dir())):  # else another host does not see it yet
         distributed.say(f"the checkpoint of step {step} was removed before it could be read")
-        passed_over.add(step)
+        passed_over.add(save)
     return None
 
 

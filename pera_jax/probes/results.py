@@ -34,11 +34,9 @@ from pera_jax.common.text import printable
 from pera_jax.errors import UserError
 from pera_jax.probes import entries, keys
 
-REPLACED = "an earlier save"
-"""Of which checkpoint a result is, where its step was saved anew since: by a training that began again, or went back."""
-
 COLUMNS = ("name", "task", "score", "value", "low", "high", "seeds", "step", "encoder", "data", "train_split", "test_split",
-           "image_size", "settings", "train_fingerprint", "test_fingerprint", "weights", "git", "run", "failure", "of")  # fmt: skip
+           "image_size", "settings", "train_fingerprint", "test_fingerprint", "weights", "git", "run", "failure",
+           "replaced")  # fmt: skip
 
 _LONGEST_WRITE = 600.0  # seconds that another job may take to write its results
 _PLACES = ("step_*", "untrained", "pixels")
@@ -112,25 +110,31 @@ def _unwritable(base: pathlib.Path, error: OSError) -> UserError:
 
 
 def read(base: pathlib.Path) -> list[dict[str, Any]]:
-    """All entries below `base`, by step, encoder and name. Raises UserError for a file that is no result."""
-    found = [entries.read(file) for place in _PLACES for file in base.glob(f"{place}/*.json")]
+    """All entries below `base`, by step, encoder and name, each with whether it is `replaced`. Raises UserError for a file
+    that is no result."""
+    found = [_read(base, file) for place in _PLACES for file in base.glob(f"{place}/*.json")]
     return sorted(found, key=lambda e: (e["checkpoint"]["step"], e["checkpoint"]["encoder"], e["name"]))
 
 
 def replaced(base: pathlib.Path, entry: Mapping[str, Any]) -> bool:
-    """Whether an entry below `base` is of another save than the one that lies under its step; False where none does."""
+    """Whether an entry below `base` is of another save than the one that lies under its step now; False where none does."""
     of = entry["checkpoint"]
     if of["encoder"] != "teacher" or not of["saved"]:
         return False
-    run = base / of["origin"] if "origin" in of else pathlib.Path(of["run"])
+    run = pathlib.Path(os.path.realpath(base)) / of["origin"] if "origin" in of else pathlib.Path(of["run"])
     now = checkpoint.identity(run / checkpoint.FOLDER / str(of["step"]))
     return now not in ("", of["saved"])
 
 
 def read_place(base: pathlib.Path, encoder: str, step: int, name: str) -> list[dict[str, Any]]:
     """The entries of this name of one checkpoint. Raises UserError for a file that is no result."""
-    found = map(entries.read, _files(base / folder_of(encoder, step), name))
+    found = [_read(base, file) for file in _files(base / folder_of(encoder, step), name)]
     return [entry for entry in found if entry["name"] == name]
+
+
+def _read(base: pathlib.Path, file: pathlib.Path) -> dict[str, Any]:
+    entry = entries.read(file)
+    return entry | {"replaced": replaced(base, entry)}
 
 
 def _files(place: pathlib.Path, name: str) -> list[pathlib.Path]:
@@ -146,7 +150,8 @@ def markdown(entries: Sequence[dict[str, Any]]) -> str:
     several = len({entry["checkpoint"].get("origin", keys.OWN) for entry in entries}) > 1
     for entry in entries:
         network = entry["checkpoint"]
-        where = (entry["name"], data[keys.row(entry)], network["encoder"], str(network["step"]),
+        step = f"{network['step']}, saved anew since" if entry.get("replaced") else str(network["step"])
+        where = (entry["name"], data[keys.row(entry)], network["encoder"], step,
                  network["run"] if several else "")  # fmt: skip
         if "failure" in entry:
             rows.append((*where, "failed", "", "", entry["failure"]))
@@ -176,6 +181,7 @@ def _csv(entries: Sequence[dict[str, Any]]) -> str:
     for entry in entries:
         fields = entry["data"] | entry["checkpoint"] | {key: entry[key] for key in ("name", "task")}
         fields |= {"data": entry["data"]["path"], "settings": json.dumps(entry.get("settings"))}
+        fields |= {"replaced": "saved anew since" if entry.get("replaced") else ""}
         if "failure" in entry:
             writer.writerow(fields | {"failure": entry["failure"]})
         for name, score in entry.get("scores", {}).items():

@@ -11,6 +11,7 @@ from pera_jax.common import json_files
 from pera_jax.common.text import printable, several
 from pera_jax.errors import UserError
 from pera_jax.probes import entries, keys
+from pera_jax.probes import results as probes
 
 _MOST_STEPS = 1 << 53
 UNTRAINED, PIXELS = "untrained", "pixels"
@@ -62,19 +63,32 @@ def read(run: str, step: int | None) -> Folder:
     else:
         raise UserError(f"{run} is not the folder of a run: it holds neither a checkpoint nor {config.name}")
     results, faults = _results(path)
-    metrics = [_numbers(line) for line in _lines(path / "metrics.jsonl")]
-    alarms = [line for line in _lines(path / "alarms.jsonl") if "alarm" in line]
+    metrics = [_numbers(line) for line in _lines(path / "metrics.jsonl", faults)]
+    alarms = [line for line in _lines(path / "alarms.jsonl", faults) if "alarm" in line]
     finished = (path / "FINISHED").exists()
-    return Folder(path, meta, step, [line for line in metrics if "step" in line], alarms, finished, results, faults)
+    metrics = [line for line in metrics if "step" in line]
+    by_step = {line["step"]: line for line in metrics}
+    if len(by_step) < len(metrics):
+        faults.append(f"{path / 'metrics.jsonl'} holds {len(metrics) - len(by_step)} step(s) twice; the later line counts.")
+    return Folder(path, meta, step, [by_step[step] for step in sorted(by_step)], alarms, finished, results, faults)
 
 
-def _lines(file: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines; none without the file. A line that a run is writing just now is left out."""
+def _lines(file: pathlib.Path, faults: list[str]) -> Iterator[dict[str, Any]]:
+    """The objects of a file of JSON lines; none without the file. The last line may be one that a run is writing just now.
+
+    Sentences on lines that are none are added to `faults`.
+    """
     if not file.is_file():
         return
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(json_files.Invalid):
-            yield json_files.parse(line, dict[str, Any])
+    lines, broken = file.read_text(encoding="utf-8", errors="replace").split("\n"), []
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line.strip():
+                yield json_files.parse(line, dict[str, Any])
+        except json_files.Invalid:
+            broken += [number] * (number < len(lines))
+    if broken:
+        faults.append(f"Left out of {printable(file)}: what is no JSON in line {several(broken, 5)}.")
 
 
 def _numbers(line: dict[str, Any]) -> dict[str, float]:
@@ -94,7 +108,11 @@ def _results(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[str]]:
         except UserError as error:
             faults.append(f"Left out: {error}.")
             continue
-        if entry["checkpoint"].get("origin", keys.OWN) == keys.OWN:
+        if probes.replaced(path / "probe", entry):
+            step = f"step {entry['checkpoint']['step']:,}"
+            faults.append(f"Left out: {printable(file)} is of an earlier checkpoint of {step}, which was saved anew since; "
+                          "probe it again.")  # fmt: skip
+        elif entry["checkpoint"].get("origin", keys.OWN) == keys.OWN:
             scores = {} if "failure" in entry else entry["scores"]
             details, failure = entry.get("details", {}), entry.get("failure", "")
             full = entry | {"scores": scores, "details": details, "failure": failure, "file": file}
