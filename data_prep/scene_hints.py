@@ -18,6 +18,7 @@ _LOOKED_AT, _SIDE = 24, 512  # tiles that are looked at beforehand, and px of ea
 _USUAL = (0, 9999, 99999, 65535, 65534, -1, -99, -999, -9999, -99999, -32768, -32767, 1e20, -1e20, 1e30, -1e30)
 _HUGE = 1e37  # what lies beyond is no data in all usual formats (the largest floats, NetCDF's 9.97e36)
 _SHARE = {True: 1e-4, False: 1e-3}  # of the pixels, that a usual or another value must have
+_PATCHES = 0.005, 0.9  # of the pixels that such a value fills in all bands, and of these, how many have one to their right
 _FAR = {True: 0.5, False: 3.0}  # from the others, in the extent of 98 % of these
 
 
@@ -96,11 +97,40 @@ def _stands_alone(values: np.ndarray, held: np.ndarray, end: int, total: int) ->
     return held[end] >= max(2, _SHARE[usual] * total) and apart > _FAR[usual] * (high - low) and apart > 0
 
 
+class _Patches:
+    """Counts what scenes are filled with where nothing was seen: 0, or the greatest whole number, in all bands at once and
+    side by side. Such values need not lie far from others: 0 among reflectances, or among decibels, where it is bright."""
+
+    def __init__(self):
+        self._total, self._held = 0, {}  # by value, (pixels, those whose neighbour to the right holds it too)
+
+    def add(self, pixels: np.ndarray, valid: np.ndarray) -> None:
+        """Pixels [H, W, C] of the file's dtype, and where there is data."""
+        self._total += pixels.shape[0] * pixels.shape[1]
+        for value in (0, np.iinfo(pixels.dtype).max) if pixels.dtype.kind == "u" else (0,):
+            here = ((pixels == value) & valid).all(axis=2)
+            inner = here[:, :-1]
+            held = np.array([here.sum(), inner.sum(), (inner & here[:, 1:]).sum()])
+            self._held[value] = self._held.get(value, 0) + held
+
+    def sentences(self, names: Sequence[str]) -> dict[float, str]:
+        """What to tell, by the value."""
+        where = "all bands" if len(names) > 1 else f"band {printable(names[0])}"
+        least, beside = _PATCHES
+        return {
+            float(value): f"{held / self._total:.2%} of the pixels that were looked at hold {value:g} in {where}, in patches; if "
+            f"they have no data, give --nodata {value:g}: else this value counts as data"
+            for value, (held, inner, pairs) in self._held.items()
+            if least * self._total <= held < self._total and pairs >= beside * max(1, inner)
+        }  # fmt: skip
+
+
 def beforehand(
     items: Sequence[Item], dtype: str, names: Sequence[str], nodata: Sequence[float]
 ) -> tuple[dict[float, str], list[str]]:
-    """Looks at some tiles, in pixels and values of the files: what `fills` says of them, and sentences on alpha bands."""
-    counts, opacities = 0, 0
+    """Looks at some tiles, in pixels and values of the files: sentences on values that look like no data by the value, as
+    of `fills` and `_Patches`, and sentences on alpha bands."""
+    counts, opacities, patches = 0, 0, _Patches()
     for i in sorted({len(items) * k // _LOOKED_AT for k in range(_LOOKED_AT)}):
         part = items[i].part
         if not isinstance(part, Tile):
@@ -113,6 +143,7 @@ def beforehand(
                 opacities = opacities + scene_reader.opacities(items[i].path, part)
         except (codecs.ImageDecodeError, Rejected):
             continue  # the conversion will name it
+        patches.add(pixels, valid)
         if dtype == "float32":
             pixels = pixels.astype(np.float32)
         counts = counts + statistics.count(pixels, valid)
@@ -120,4 +151,4 @@ def beforehand(
     between = 0.0 if isinstance(opacities, int) else opacities[1:-1].sum() / opacities.sum()
     odd = [f"{between:.0%} of the pixels that were looked at lie between nothing and all in the alpha band, so it may be a "
            "band like others"] if between > 0.1 else []  # fmt: skip
-    return fills(counts, dtype, names) if known else {}, odd
+    return patches.sentences(names) | (fills(counts, dtype, names) if known else {}), odd

@@ -18,7 +18,7 @@ import pytest
 
 from pera_jax import errors, export, feature_folder, features, files
 from pera_jax.common import lease
-from pera_jax.data import codecs
+from pera_jax.data import codecs, foreign
 from pera_jax.errors import UserError
 from pera_jax.probes.features import resized
 from pera_jax.probes.samples import open_images
@@ -258,19 +258,33 @@ def test_two_exports_do_not_share_a_folder(run, data, tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["vit", "weights"]
 
 
-def test_an_image_that_does_not_fit_is_named(run, data, tmp_path):
-    """The parts before it are whole; with the image mended the data are others."""
+def test_an_image_that_does_not_fit_is_named(run, data, tmp_path, monkeypatch):
+    """Before anything is written; where it turns bad later, the parts before it are whole."""
     copy, out = pathlib.Path(shutil.copytree(data, tmp_path / "in")), tmp_path / "out"
     sound = sorted(copy.rglob("*.png"))[-1]
     content = sound.read_bytes()
     sound.write_bytes(codecs.encode_tiff(np.zeros((60, 60, 4), np.uint8)))  # judged by its content
-    with pytest.raises(UserError, match=f"image train/.*/{sound.name} of .* cannot be decoded .4 bands of uint8 instead of 3.*; mend it"):
-        export.main(command(run, copy, out, "--part-size", "5", "--batch-size", "5"))
+    options = ("--part-size", "5", "--batch-size", "5", "--max-corrupt-share", "0")
+    with pytest.raises(UserError, match=f"{sound.name} .*4 bands of uint8, and most images are 3 of uint8"):
+        export.main(command(run, copy, out, *options))
+    assert not out.exists()
+    sound.write_bytes(content)
+    read = foreign.read
+
+    def torn(encoded, *args):
+        if encoded == content:
+            raise foreign.ImageDecodeError("it was written anew")
+        return read(encoded, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(foreign, "read", torn)
+        with pytest.raises(UserError, match=f"image train/.*/{sound.name} of .* cannot be decoded .it was written anew.; mend it"):
+            export.main(command(run, copy, out, *options))
     assert (out / "class_token-00002.npy").exists() and not (out / "index.csv").exists()
     assert not [name for name in os.listdir(out) if name.endswith(".tmp")]
-    sound.write_bytes(content)
+    sound.write_bytes(content + b"\0")
     with pytest.raises(UserError, match="holds features of other data"):
-        export.main(command(run, copy, out, "--part-size", "5", "--batch-size", "5"))
+        export.main(command(run, copy, out, *options))
 
 
 def test_a_part_that_is_not_as_it_was_written_is_made_again(run, data, tmp_path, capsys):

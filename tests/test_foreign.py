@@ -365,3 +365,25 @@ def test_masks_keep_their_values_and_follow_their_scene(tmp_path):
     (tmp_path / "label/a.png").write_bytes(toy_images.png(mask[:29], 2))
     with pytest.raises(UserError, match="is 40 x 29 px and .* is 40 x 30 px; they must be of one size"):
         scene_files.read(scene_files.files(tmp_path, 1), "a", Bands.plain(), ())
+
+
+def test_masks_may_be_tiffs_and_what_they_declare_is_no_class(tmp_path):
+    rasterio = pytest.importorskip("rasterio")
+    for place in ("image", "label"):
+        (tmp_path / place).mkdir()
+    Image.fromarray(np.zeros((24, 32, 3), np.uint8)).save(tmp_path / "image/a.png")
+    mask = np.random.default_rng(2).integers(0, 4, (24, 32), np.uint8)
+    mask[0, :5] = 255
+
+    def read(dtype="uint8", nodata=None, values=mask):
+        with rasterio.open(tmp_path / "label/a.tif", "w", driver="GTiff", width=32, height=24, count=1, dtype=dtype, nodata=nodata,
+                           compress="deflate") as file:  # fmt: skip
+            file.write(values.astype(dtype), 1)
+        return scene_files.read(scene_files.files(tmp_path, 1), "a", Bands.plain(), ()).mask
+
+    for dtype, nodata in (("uint8", None), ("int16", None), ("uint8", 255), ("uint8", 9), ("int32", -9999)):
+        np.testing.assert_array_equal(read(dtype, nodata), mask)
+    with pytest.raises(UserError, match="declares 0 to be no data, and holds it; store 255 there"):
+        read(nodata=0)
+    with pytest.raises(UserError, match="bands of float32; a mask has one"):
+        read("float32")

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep import scene_file, scene_hints, scene_reader, scene_resample, scenes, verify
+from data_prep import scene_file, scene_hints, scene_plan, scene_reader, scene_resample, scene_tiles, scenes, verify
 from data_prep.check_shard import with_data
 from data_prep.pixels import Rejected
+from data_prep.scene_grid import length
 from data_prep.shards import write_shard
 from pera_jax.data import codecs, records, statistics
 from pera_jax.errors import UserError
@@ -186,6 +187,29 @@ def test_fill_values_are_named_beforehand_and_can_be_declared(tmp_path, capsys):
     assert report["changed"]["no data to the least value"] == 8
     with pytest.raises(UserError, match=r"--nodata -9999 is no value of uint16"):
         convert([write(tmp_path / "b.tif", values((1, 64, 64)))], tmp_path / "three", "--nodata", "-9999")
+
+
+@pytest.mark.parametrize("kind, dtype, fill", [("dark", "uint8", 0), ("bright", "uint8", 255), ("reflectance", "uint16", 0), ("decibels", "float32", 0)])  # fmt: skip
+def test_patches_of_a_fill_value_amid_the_others_are_told(tmp_path, kind, dtype, fill):
+    rng = np.random.default_rng(1)
+    low, high = {"decibels": (-25, 0), "reflectance": (1, 4000)}.get(kind, (0, 256))
+    pixels = rng.uniform(low, high, (2, 96, 96)).astype(dtype)
+
+    def hints(pixels):
+        path = write(tmp_path / f"{pixels.sum()}.tif", pixels)
+        files, _ = scene_plan.list_scenes([path])
+        found, unreadable, _ = scene_plan.look_at(files, 0.0)
+        choices, _ = scene_plan.choose_bands(files, found, None, None)
+        tiles, _ = scene_tiles.plan_tiles(files, found, unreadable, choices, length("48"), length("48"), None)
+        return scene_hints.beforehand(tiles, dtype, ["one", "two"], ())[0]
+
+    assert hints(pixels) == {}
+    pixels[1, 10:40, 10:40] = fill  # of one band alone: a shadow, water, a saturated band
+    assert hints(pixels) == {}
+    pixels[0, 10:40, 10:40] = fill
+    assert [(value, line.partition(";")[0]) for value, line in hints(pixels).items()] == [
+        (fill, f"{900 / 96**2:.2%} of the pixels that were looked at hold {fill} in all bands, in patches")
+    ]
 
 
 @pytest.mark.parametrize("dtype, mark, found", [("float32", 1e20, True), ("uint16", 65535, True), ("uint16", 1, False), ("float32", 0.05, False)])  # fmt: skip

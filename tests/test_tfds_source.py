@@ -193,6 +193,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(data_dir, tmp_path):
         "is truncated or damaged": ["--dataset", cut],
         "it has test (4), train (20), unlabelled (1)": ["--dataset", full, *one, "--tfds-split", "val"],
         "'train[:0]' names no examples": ["--dataset", full, *one, "--tfds-split", "train[:0]"],
+        "'train[50%:10%]' names no examples": ["--dataset", full, *one, "--tfds-split", "train[50%:10%]"],
         "'train[x' names no examples": ["--dataset", full, *one, "--tfds-split", "train[x"],
         "3 image features: image, scene/bands, scene/quick; choose": ["--dataset", full],
         "--image-feature where": ["--dataset", full, "--image-feature", "where"],

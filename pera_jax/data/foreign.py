@@ -48,6 +48,7 @@ CHANGES = {
     "several frames": "with several pages or frames, of which the first was taken",
     "reduced": "made smaller",
 }
+NO_LABEL = 255  # in a mask
 RGB = ("red", "green", "blue")
 DTYPES = ("uint8", "uint16", "float32")
 _NARROW = 1 << 12  # values of 16 bits below this are those of a sensor of 12 bits, or reflectances
@@ -128,12 +129,18 @@ def readings(encoded: bytes) -> dict[bool | None, Picture | ImageDecodeError]:
 def read_indices(encoded: bytes) -> np.ndarray:
     """Reads a mask, upright: [H, W, C] of the very values that the file holds, of a palette the indices.
 
-    Raises ImageDecodeError: undecodable, or of a format that does not keep values.
+    Raises ImageDecodeError: undecodable, or of a format that does not keep values; pixels that a TIFF declares to be no data
+    and that are not `NO_LABEL`.
     """
     with decoding(Exception, said=""):
         if encoded[:4] not in tiff_files.MAGIC:
             return np.ascontiguousarray(picture_files.read_indices(encoded))
         tiff = tiff_files.read(encoded)
+        if tiff.nodata not in (None, NO_LABEL) and (tiff.values == tiff.nodata).any():
+            raise ImageDecodeError(
+                f"declares {tiff.nodata:g} to be no data, and holds it; store {NO_LABEL} there, or remove the declaration with "
+                "gdal_edit.py -unsetnodata where it is a class"
+            )
         return np.ascontiguousarray(picture_files.upright(tiff.values, tiff.orientation))
 
 

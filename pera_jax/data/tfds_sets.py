@@ -66,7 +66,7 @@ def pieces(builder: read_only_builder.ReadOnlyBuilder, tfds_split: str) -> list[
         found = builder.info.splits[tfds_split].file_instructions
     except (ValueError, KeyError):
         found = []
-    if not found:
+    if not found or any(piece.take <= 0 for piece in found):  # train[50%:10%] has pieces of fewer than none
         held = ", ".join(f"{name} ({split.num_examples})" for name, split in sorted(builder.info.splits.items()))
         raise UserError(f"{tfds_split!r} names no examples of {builder.info.full_name}; it has {held}")
     result = []

@@ -23,7 +23,7 @@ MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, SEPARATED, YCBCR = 0, 1, 2, 3, 5, 6  # PhotometricInterpretation
 UNSPECIFIED, PREMULTIPLIED, STRAIGHT = 0, 1, 2  # ExtraSamples
 _JPEG = (6, 7, 34892, 33007)  # compressions
-_INK_SET, _GDAL_METADATA, _ORIENTATION, _CMYK = 332, 42112, 274, 1
+_INK_SET, _GDAL_METADATA, _GDAL_NODATA, _ORIENTATION, _CMYK = 332, 42112, 42113, 274, 1
 _REDUCED, _MASK = 1, 4  # bits of NewSubfileType: pages that show another one smaller, or where it has data
 
 # It tells of odd tags in lines of its own, with text from the file; what stops the reading is raised all the same.
@@ -43,6 +43,7 @@ class Tiff:
       orientation: 1 to 8; not applied to `values`.
       names: of the bands, "" where the file has none.
       pages: whether the file holds further pictures.
+      nodata: the value that stands for no data, as GDAL declares it; None without one.
     """
 
     values: np.ndarray
@@ -53,6 +54,7 @@ class Tiff:
     orientation: int
     names: tuple[str, ...]
     pages: bool
+    nodata: float | None = None
 
 
 def values_of(page) -> np.ndarray:
@@ -91,7 +93,7 @@ def read(encoded: bytes) -> Tiff:
         return Tiff(
             values.astype(np.uint8) if values.dtype == bool else values, photometric,
             tuple(int(kind) for kind in page.extrasamples), depth, _palette(page, depth),
-            _orientation(page), _names(page, values.shape[2]), _further_pages(file, page),
+            _orientation(page), _names(page, values.shape[2]), _further_pages(file, page), _nodata(page),
         )  # fmt: skip
 
 
@@ -168,6 +170,13 @@ def _palette(page, depth: int) -> np.ndarray | None:
 def _orientation(page) -> int:
     found = page.tags.valueof(_ORIENTATION, 1)
     return int(found) if found in range(2, 9) else 1
+
+
+def _nodata(page) -> float | None:
+    try:
+        return float(str(page.tags.valueof(_GDAL_NODATA, "")).strip("\0 "))
+    except ValueError:
+        return None
 
 
 def _names(page, bands: int) -> tuple[str, ...]:

@@ -9,9 +9,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from pera_jax.data import foreign
 from pera_jax.probes.scores import Score
 
-IGNORE = 255  # in masks: a pixel without label
+IGNORE = foreign.NO_LABEL  # in masks: a pixel without label
 
 
 def confusion(predicted: np.ndarray, truth: np.ndarray, classes: int) -> np.ndarray:

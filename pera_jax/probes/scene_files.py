@@ -13,6 +13,9 @@ from pera_jax.data import foreign
 from pera_jax.errors import UserError
 from pera_jax.probes.overlap import IGNORE
 
+MASK_ENDINGS = (".png", ".tif", ".tiff")
+
+
 class UnreadableScene(UserError):
     """A file of a scene is damaged, or may not be read."""
 
@@ -49,7 +52,7 @@ def files(folder: pathlib.Path, dates: int) -> dict[str, dict[str, pathlib.Path]
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}")
     kinds = ("image",) if dates == 1 else ("A", "B")
-    found = {kind: _files(folder / kind, foreign.ENDINGS) for kind in kinds} | {"label": _files(folder / "label", (".png",))}
+    found = {kind: _files(folder / kind, foreign.ENDINGS) for kind in kinds} | {"label": _files(folder / "label", MASK_ENDINGS)}
     for kind in (*kinds[1:], "label"):
         for one, other in ((kinds[0], kind), (kind, kinds[0])):
             for stem in sorted(found[one].keys() - found[other].keys()):

@@ -1,9 +1,9 @@
 """Labelled scenes for the dense tasks, from folders of images and masks.
 
-    segmentation: FOLDER[/SPLIT]/image/NAME.* and FOLDER[/SPLIT]/label/NAME.png, values the class index, 255 no label
-    change:       FOLDER[/SPLIT]/A/NAME.* and B/NAME.* (two dates), label/NAME.png, values 0 and 255 (or 1): changed
+    segmentation: FOLDER[/SPLIT]/image/NAME.* and FOLDER[/SPLIT]/label/NAME.*, values the class index, 255 no label
+    change:       FOLDER[/SPLIT]/A/NAME.* and B/NAME.* (two dates), label/NAME.*, values 0 and 255 (or 1): changed
 
-Images are JPEG, PNG or TIFF. With the subfolders of the splits there is one fold, from one split to the other; without
+Images are JPEG, PNG, WebP or TIFF, masks PNG or TIFF. With the subfolders of the splits there is one fold, from one split to the other; without
 them the scenes are tested in turn, by a head that was trained on the others.
 """
 
