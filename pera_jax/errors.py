@@ -18,8 +18,6 @@ from pera_jax.common import interrupts
 from pera_jax.common.text import printable
 
 INPUT, CRASH, TRY_AGAIN = 1, 70, 75
-_LONGEST = 2000
-"""Characters of an error's sentence at most."""
 
 
 class UserError(Exception):
@@ -30,12 +28,20 @@ class UserError(Exception):
 
     Attributes:
       status: of a command that ends with it.
+      longest: characters of the sentence at most.
     """
 
     status = INPUT
+    longest = 2000
 
     def __str__(self) -> str:
-        return printable(super().__str__(), _LONGEST)
+        return printable(super().__str__(), self.longest)
+
+
+class Misfit(UserError):
+    """Weights that do not fit a network; names all of them, that is, every array of the largest networks there are."""
+
+    longest = 1 << 17
 
 
 def run(main: Callable[[], None]) -> None:

@@ -23,8 +23,8 @@ from orbax.checkpoint import v1 as ocp
 from pera_jax import distributed, meta_fields
 from pera_jax.common import digests, json_files
 from pera_jax.common.environment import EnvironmentFault, environment_fault, patiently
-from pera_jax.common.text import printable, several
-from pera_jax.errors import UserError
+from pera_jax.common.text import every, printable, several
+from pera_jax.errors import Misfit, UserError
 from pera_jax.sharding import path_of
 
 T = TypeVar("T")
@@ -216,7 +216,7 @@ def check_shapes(folder: pathlib.Path, stored: Any, wanted: Any) -> None:
     """Raises UserError where leaves are missing, too many or of another shape than the `wanted` ones."""
     differing = differences(stored, wanted)
     if differing:
-        raise UserError(f"the checkpoint {folder} does not fit this config: {several(differing)}")
+        raise Misfit(f"the checkpoint {folder} does not fit this config: {every(differing)}")
 
 
 def differences(found: Any, wanted: Any) -> list[str]:
@@ -260,7 +260,7 @@ def check_arrays(folder: pathlib.Path, name: str, tree: Any, found: dict[str, An
     other = [f"{path} is {saved.get(path, ('absent',))[0]} there and {each[0]} here" for path, each in now.items()
              if saved.get(path, ("",))[0] != each[0]]  # fmt: skip
     if other:  # the program has changed, not the checkpoint
-        raise UserError(f"the checkpoint {folder} does not fit this program: {several(other)}")
+        raise Misfit(f"the checkpoint {folder} does not fit this program: {every(other)}")
     wrong = [path for path, each in now.items() if each != saved[path]]
     if wrong:
         raise Damaged(

@@ -115,8 +115,7 @@ def test_init_from_another_shape_names_leaves_that_differ(run, state):
         )
         if leaf.shape != old.shape
     ]
-    assert sum(f"{path} is" in message for path in differing) == 3
-    assert int(re.search(r"and (\d+) more$", message)[1]) >= len(differing) - 3 > 20
+    assert all(f"{path} is" in message for path in differing) and len(differing) > 20
 
 
 def test_restoring_into_another_shape_or_a_damaged_checkpoint_is_refused(run, tmp_path):

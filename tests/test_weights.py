@@ -94,21 +94,47 @@ def test_layer_scale_is_multiplied_in_and_heads_are_left_out(tmp_path):
     named = timm.of_backbone(toy_weights.backbone(description, rng), description, side, side)
     width, extras = description["width"], ["decoder_embed.weight", "head.bias", "head.weight", "mask_token"]
     scaled = named | {name: np.ones(3, np.float32) for name in extras}
-    gammas = {f"blocks.{i}.ls{j}.gamma": rng.normal(size=width).astype(np.float32) for i in (0, 1) for j in (1, 2)}
+    blocks = range(description["depth"])
+    gammas = {f"blocks.{i}.ls{j}.gamma": rng.normal(size=width).astype(np.float32) for i in blocks for j in (1, 2)}
     arrays.write(tmp_path / "a.safetensors", scaled | gammas)
     wanted = imports.Options(description["heads"])
-    assert imports.import_timm(tmp_path / "a.safetensors", tmp_path / "run", wanted)[1] == extras
+    meta, left_out = imports.import_timm(tmp_path / "a.safetensors", tmp_path / "run", wanted)
+    assert left_out == extras and "LayerScale of" in "".join(meta["imported"]["told"])
     found = timm.of_backbone(checkpoint.load_weights(tmp_path / "run").backbone, description, side, side)
     x = rng.normal(size=width).astype(np.float64)
-    for i in (0, 1):
+    for i in blocks:
         for j, layer in ((1, "attn.proj"), (2, "mlp.fc2")):
             weight, bias = (named[f"blocks.{i}.{layer}.{part}"].astype(np.float64) for part in ("weight", "bias"))
             x = rng.normal(size=weight.shape[1])
             ours = found[f"blocks.{i}.{layer}.weight"] @ x + found[f"blocks.{i}.{layer}.bias"]
             np.testing.assert_allclose(ours, gammas[f"blocks.{i}.ls{j}.gamma"] * (weight @ x + bias), rtol=1e-5, atol=1e-5)
-    arrays.write(tmp_path / "b.safetensors", named | {"blocks.0.ls1.gamma": np.ones(1, np.float32), "blocks.9.ls2.gamma": x})
-    with pytest.raises(UserError, match="does not fit the layer before it: blocks.0.ls1.gamma, blocks.9.ls2.gamma$"):
+    odd = {"blocks.0.ls1.gamma": np.ones(1, np.float32), "blocks.9.ls2.gamma": x, "blocks.1.ls2.gamma": x[:1] * np.inf}
+    lacking = sorted(gammas.keys() - {"blocks.0.ls1.gamma", "blocks.1.ls2.gamma"} | {"blocks.9.ls1.gamma"})
+    arrays.write(tmp_path / "b.safetensors", named | odd)
+    with pytest.raises(UserError) as error:
         imports.import_timm(tmp_path / "b.safetensors", tmp_path / "other", wanted)
+    assert str(error.value).endswith(
+        f"lacks {', '.join(lacking)}; has values that are not finite in blocks.1.ls2.gamma; has what does not fit the layer "
+        "before it: blocks.0.ls1.gamma, blocks.1.ls2.gamma, blocks.9.ls2.gamma"
+    )
+
+
+def test_sizes_that_config_json_tells_are_those_of_the_file(tmp_path):
+    rng = np.random.default_rng(4)
+    description = toy_weights.shape(rng) | {"bands": 3, "depth": 3, "split": 1}
+    side = description["image_size"]
+    named = timm.of_backbone(toy_weights.backbone(description, rng), description, side, side)
+    without_the_last = {name: each.astype(np.float64) for name, each in named.items() if not name.startswith("blocks.2.")}
+    arrays.write(tmp_path / "a.safetensors", without_the_last)
+    told = dict(depth=3, embed_dim=description["width"], patch_size=[description["patch"]] * 2, in_chans=3)
+    wanted = imports.Options(description["heads"])
+    for change, words in ({}, "depth 2 instead of 3,"), ({"depth": 2, "patch_size": 9, "in_chans": 1}, "bands 3 instead of 1, patch"):
+        (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {}, "model_args": told | change}))
+        with pytest.raises(UserError, match=words):
+            imports.import_timm(tmp_path / "a.safetensors", tmp_path / "run", wanted)
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {}, "model_args": told | {"depth": 2}}))
+    meta, _ = imports.import_timm(tmp_path / "a.safetensors", tmp_path / "run", wanted)
+    assert f"{len(without_the_last)} arrays of float64 are rounded to float32" in meta["imported"]["told"]
 
 
 def test_the_command_writes_what_timm_and_a_reader_need(tmp_path):

@@ -114,6 +114,12 @@ def test_every_name_that_is_wrong_is_told(seed, tmp_path):
     said = refused(tmp_path / "a.safetensors", tmp_path)
     assert all(f"{name} is {list(misshapen[name].shape)} instead of {list(named[name].shape)}" in said for name in first)
     assert said.count(" instead of ") == len(first)
+    # All of it in one sentence, however much it is.
+    mixed = {name: array for name, array in misshapen.items() if name not in second}
+    mixed |= {f"x{number}.{'y' * 40}": np.zeros(1, np.float32) for number in range(200)}
+    arrays.write(tmp_path / "a.safetensors", mixed)
+    said = refused(tmp_path / "a.safetensors", tmp_path)
+    assert said.count(" instead of ") == len(first) and said.count("y" * 40) == 200 and all(name in said for name in second)
 
 
 def test_sizes_that_make_no_network_are_refused(tmp_path):

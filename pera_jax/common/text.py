@@ -51,6 +51,11 @@ def several(items: Iterable[object], limit: int = 3) -> str:
     return f"{shown} and {len(items) - limit:,} more" if len(items) > limit else shown
 
 
+def every(items: Iterable[object]) -> str:
+    """All of `items`, each `printable`, for a sentence that must leave none out."""
+    return ", ".join(map(printable, items))
+
+
 def decoded(content: bytes) -> str:
     """The text in a file that people made with any editor or spreadsheet, its lines ended by line feeds.
 

@@ -4,7 +4,7 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -14,10 +14,9 @@ import safetensors.numpy
 
 from pera_jax import files
 from pera_jax.common import digests
-from pera_jax.common.text import several
-from pera_jax.errors import UserError
+from pera_jax.common.text import every, several
+from pera_jax.errors import Misfit, UserError
 from pera_jax.weights import pickles
-from pera_jax.weights.tables import NAMED
 
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _MOST_DIMENSIONS = 8  # a convolution over space and time has 5; NumPy takes 64
@@ -28,7 +27,7 @@ _DIGEST = "sha256"  # over the arrays, in the metadata of safetensors
 _WRAPPER = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module)\.")  # of PyTorch, around any part
 
 
-def read(path: pathlib.Path, verify: bool = True) -> dict[str, np.ndarray]:
+def read(path: pathlib.Path, verify: bool = True, told: list[str] | None = None) -> dict[str, np.ndarray]:
     """The parameters in a file as float32, by name, without the names of PyTorch's wrappers, as `module.`.
 
     Args:
@@ -37,11 +36,18 @@ def read(path: pathlib.Path, verify: bool = True) -> dict[str, np.ndarray]:
         passed over.
       verify: check the checksums that the file has: this program's over all arrays in safetensors, each member's in a file
         of torch.save.
+      told: gets a line for arrays that are passed over, and one for those that are rounded.
 
     Raises:
-      UserError: no such file, or damaged; entries that are no arrays of floats, some of which are named; as `pickles.load`.
+      UserError: no such file, or damaged; entries that are no arrays of floats, all of which are named; as `pickles.load`.
     """
-    named = _safetensors(path, verify) if path.suffix == ".safetensors" else _torch(path, verify)
+    told = [] if told is None else told
+    named = _safetensors(path, verify) if path.suffix == ".safetensors" else _torch(path, verify, told)
+    rounded = [name for name, array in named.items() if array.dtype.itemsize > 4]
+    if rounded:
+        told.append(f"{len(rounded)} arrays of float64 are rounded to float32")
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, which the reader refuses
+        named = {name: array.astype(np.float32, copy=False) for name, array in named.items()}
     bare = {_WRAPPER.sub("", name): array for name, array in named.items()}
     return bare if len(bare) == len(named) else named
 
@@ -76,7 +82,7 @@ def _safetensors(path: pathlib.Path, verify: bool) -> dict[str, np.ndarray]:
     written = _metadata(content).get(_DIGEST)
     if verify and written is not None and written != digests.of_named(arrays):
         raise UserError(f"{path} is damaged: it does not hold the arrays that were written; take another copy of it")
-    return {name: array.astype(np.float32) for name, array in arrays.items()}
+    return arrays
 
 
 def _metadata(content: bytes) -> dict[str, str]:
@@ -84,15 +90,19 @@ def _metadata(content: bytes) -> dict[str, str]:
     return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {}
 
 
-def _torch(path: pathlib.Path, verify: bool) -> dict[str, np.ndarray]:
+def _torch(path: pathlib.Path, verify: bool, told: list[str]) -> dict[str, np.ndarray]:
     held: Any = pickles.load(path, verify)
     import torch
 
     if not isinstance(held, dict):
         raise UserError(f"{path} holds no dictionary of parameters but a {type(held).__name__}")
-    held = next((held[entry] for entry in _ENTRIES if isinstance(held.get(entry), dict)), held)
+    entry = next((name for name in _ENTRIES if isinstance(held.get(name), dict)), None)
+    if entry is not None:
+        told += _passed_over(held, {entry})
+        held = held[entry]
     networks = {name: held[name] for name in _NETWORKS if isinstance(held.get(name), dict)}
     if networks:
+        told += _passed_over(held, networks.keys())
         flat = dict(_flat(networks))
         counters = [k for k, v in flat.items() if isinstance(v, torch.Tensor) and not v.is_floating_point()]  # of batches
         held = {name: value for name, value in flat.items() if name not in counters}
@@ -101,8 +111,22 @@ def _torch(path: pathlib.Path, verify: bool) -> dict[str, np.ndarray]:
     # A stride of 0 makes a terabyte of one number, which the first copy would ask of the memory.
     spread = [str(k) for k, v in held.items() if v.numel() * v.element_size() > v.untyped_storage().nbytes()]
     if spread:
-        raise UserError(f"{path} holds arrays that are larger than what is stored of them: {several(sorted(spread), NAMED)}")
-    return {str(name): tensor.detach().float().numpy() for name, tensor in held.items()}
+        raise Misfit(f"{path} holds arrays that are larger than what is stored of them: {every(sorted(spread))}")
+    wide = lambda tensor: tensor if tensor.dtype == torch.float64 else tensor.float()  # noqa: E731
+    return {str(name): wide(tensor.detach()).numpy() for name, tensor in held.items()}
+
+
+def _passed_over(held: dict, taken: Collection[str]) -> list[str]:
+    """A line on the entries beside the `taken` ones that hold arrays, as other networks and optimisers do."""
+    import torch
+
+    def holds_arrays(value: Any, depth: int = 0) -> bool:
+        inside = value.values() if isinstance(value, dict) and depth < _MOST_DIMENSIONS else ()
+        return isinstance(value, torch.Tensor) or any(holds_arrays(each, depth + 1) for each in inside)
+
+    others = [f"{key}{'.*' if isinstance(value, dict) else ''}" for key, value in held.items()
+              if key not in taken and holds_arrays(value)]  # fmt: skip
+    return [f"taken is {every(taken)} of the file; passed over: {several(sorted(others), 12)}"] if others else []
 
 
 def _flat(held: dict, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
@@ -126,4 +150,4 @@ def _refuse_shapes(path: pathlib.Path, shapes: dict[str, Sequence[int]]) -> None
 
 def _refuse(path: pathlib.Path, names: list[str]) -> None:
     if names:
-        raise UserError(f"{path} holds what is no array of floats: {several(sorted(names), NAMED)}")
+        raise Misfit(f"{path} holds what is no array of floats: {every(sorted(names))}")

@@ -93,9 +93,9 @@ def load(folder: pathlib.Path, step: int | None, which: str, verify: bool = True
     named = arrays.read(file, verify)
     if verify:
         check_file(meta, folder / CONFIG, file)
-    tables.check_names(named, entries, str(file))
     network, image = vit.build(shape), jnp.zeros((1, height, width, shape["bands"]))
     abstract = jax.eval_shape(lambda: network.init(jax.random.key(0), image))
-    tables.check_shapes(named, {"backbone": abstract["params"]}, entries, shape, str(file))
+    misshapen = tables.misshapen(named, {"backbone": abstract["params"]}, entries, shape)
+    tables.check([*tables.misfits(named, entries), *misshapen], str(file))
     tree = tables.from_named(named, entries, shape["heads"], shape["patch"])
     return checkpoint.Weights(jax.tree.map(jnp.asarray, tree), meta, held[1])

@@ -73,8 +73,10 @@ def import_released(
       UserError: a file that is no such dictionary (all names that are wrong are in the sentence), options that do not fit,
         an output that cannot be written.
     """
-    named, beside = arrays.read(file, verify), released.beside(file, verify)
+    passed_over: list[str] = []
+    named, beside = arrays.read(file, verify, passed_over), released.beside(file, verify)
     options, told = options.told(beside, released.place_beside(file).name)
+    told = [*passed_over, *told]
     if teacher_only:
         named = {name: each for name, each in named.items() if not name.startswith(_REST)}
         return _import(file, output, options, named, "teacher.backbone.", _teacher_table, told)
@@ -98,11 +100,14 @@ def import_timm(
     Raises:
       UserError: as `import_released`; a config.json that is none of timm's; positions for a rectangle.
     """
-    prefix, named, others = timm.backbone_in(arrays.read(file, verify), str(file))
-    named, left_out = timm.without_extras(named)
+    passed_over: list[str] = []
+    prefix, named, others = timm.backbone_in(arrays.read(file, verify, passed_over), str(file))
+    named, left_out, scaled = timm.without_extras(named, str(file))
     beside = timm.beside(file, verify)
     tables.check_grid(named, beside.get("size"), str(file))
+    tables.check_sizes(named, beside.get("sizes", {}), str(file))
     options, told = options.told(beside, exported.CONFIG)
+    told = [*passed_over, *scaled, *told]
     meta = _import(file, output, options, named, "", timm.table, told, prefix)
     return meta, others + [prefix + name for name in left_out]
 
@@ -123,15 +128,20 @@ def _import(
 ) -> dict[str, Any]:
     depth = tables.depth_of(named, prefix)
     entries = table(depth, depth // 2)
-    tables.check_names(named, entries, str(file))
-    shape = tables.shape_of(named, prefix, options.heads, str(file))
-    whole = any(entry.path[0] == "params" for entry in entries)
-    bands = _bands(file, shape["bands"], options)
-    config = _config(file.stem, shape, released.head_sizes(named) if whole else {}, bands.names)
-    objective = pera.from_config(config, bands)
-    optimiser = steps.make_optimiser(config.optimiser)
-    abstract = jax.eval_shape(lambda: steps.new_state(objective, optimiser, 0))
-    tables.check_shapes(named, {"params": abstract.params, "teacher": abstract.teacher}, entries, shape, str(file))
+    whole, said = any(entry.path[0] == "params" for entry in entries), tables.misfits(named, entries)
+    try:
+        shape = tables.shape_of(named, prefix, options.heads, str(file))
+        bands = _bands(file, shape["bands"], options)
+        config = _config(file.stem, shape, released.head_sizes(named) if whole else {}, bands.names)
+        objective = pera.from_config(config, bands)
+        optimiser = steps.make_optimiser(config.optimiser)
+        abstract = jax.eval_shape(lambda: steps.new_state(objective, optimiser, 0))
+        tree = {"params": abstract.params, "teacher": abstract.teacher}
+        said += tables.misshapen(named, tree, entries, shape)
+    except (UserError, KeyError):  # arrays that tell the sizes are missing: then the names are all that can be told
+        if not said:
+            raise
+    tables.check(said, str(file))
     tree = jax.tree.map(jax.numpy.asarray, tables.from_named(named, entries, shape["heads"], shape["patch"]))
 
     digest = hashlib.sha256(file.read_bytes()).hexdigest()

@@ -13,9 +13,9 @@ from jax.sharding import NamedSharding
 
 from pera_jax import checkpoint, distributed, sharding
 from pera_jax import step as steps
-from pera_jax.common.text import several
+from pera_jax.common.text import every
 from pera_jax.data import pipeline
-from pera_jax.errors import UserError
+from pera_jax.errors import Misfit
 from pera_jax.objectives import pera
 from pera_jax.weights import fit
 
@@ -62,7 +62,7 @@ def with_weights(state: steps.TrainState, run: str, objective: pera.PerA) -> ste
     params, follower = fitted(student, state.params), fitted(teacher.params, state.teacher)
     differing = sorted({*checkpoint.differences(params, state.params), *checkpoint.differences(follower, state.teacher)})
     if differing:
-        raise UserError(f"init_from={run} does not fit this config: {several(differing)}")
+        raise Misfit(f"init_from={run} does not fit this config: {every(differing)}")
     distributed.say(f"begins from {run}, step {teacher.step}: {'; '.join(said)}")
     params, follower = jax.tree.map(_laid_out_as, (params, follower), (state.params, state.teacher))
     return state.replace(params=params, teacher=follower)

@@ -1,7 +1,7 @@
 """What torch.save has written, read without running any of it.
 
-The pickle may hold arrays, numbers, strings and containers, and the NumPy scalars that optimisers leave in their
-settings. Every name that it refers to is looked at before PyTorch sees it, and PyTorch's own reader (`weights_only`)
+The pickle may hold arrays, numbers, strings and containers, the NumPy scalars that optimisers leave in their settings, and
+the options of a command, which become an object without use. Every name that it refers to is looked at before PyTorch sees it, and PyTorch's own reader (`weights_only`)
 takes no other either.
 """
 
@@ -22,9 +22,10 @@ from pera_jax.common.text import printable, several
 from pera_jax.errors import UserError
 
 _SCALARS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")  # before NumPy 2, and since
+_SETTINGS = "argparse.Namespace"  # a command's options, beside the arrays
 _STORAGES = ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool")
 ALLOWED = frozenset((
-    *_SCALARS, "numpy.dtype", "_codecs.encode", "collections.OrderedDict", "torch.Size", "torch.device",
+    *_SCALARS, "numpy.dtype", "_codecs.encode", "collections.OrderedDict", "torch.Size", "torch.device", _SETTINGS,
     "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter", "torch.storage.UntypedStorage",
     *(f"torch.{name}Storage" for name in _STORAGES),
 ))  # fmt: skip
@@ -34,6 +35,10 @@ _FILE_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, Va
 _TORCH_ERRORS = (*_FILE_ERRORS, pickle.UnpicklingError, ImportError, AssertionError, OSError)
 _LARGEST_PICKLE = 1 << 28  # bytes; the arrays lie beside the pickle, which holds their names
 _LEGACY_PICKLES = 5  # one after the other in a file that is no zip: magic number, version, system, content, storages
+
+
+class _Settings:
+    """Stands where the pickle has an argparse.Namespace: attributes, and nothing that acts."""
 
 
 def load(path: pathlib.Path, verify: bool = True) -> Any:
@@ -70,7 +75,7 @@ def load(path: pathlib.Path, verify: bool = True) -> Any:
         raise UserError(f"reading {path} needs PyTorch; pip install pera_jax[torch], or pip install torch") from error
     scalar = np._core.multiarray.scalar
     dtypes = {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
-    allowed = [*((scalar, name) for name in _SCALARS), np.dtype, *dtypes]
+    allowed = [*((scalar, name) for name in _SCALARS), (_Settings, _SETTINGS), np.dtype, *dtypes]
     try:
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -97,6 +102,8 @@ def _globals(path: pathlib.Path) -> Iterator[str]:
     """All names `module.name` that the pickles of a file refer to. Nothing is executed."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise UserError(f"{path} is compressed, which torch.save never does; unpack it and pack it without (zip -0)")
             pickles = [name for name in archive.namelist() if name.endswith(".pkl")]
             if not pickles:
                 raise ValueError("a zip without a pickle")

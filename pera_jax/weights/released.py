@@ -44,9 +44,12 @@ def table(depth: int, split: int) -> list[Entry]:
 
 
 def head_sizes(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """`config.heads` of a dictionary that has all names; where an array has no first axis to tell a size, 1."""
+    """`config.heads` of a dictionary; where an array has no first axis to tell a size, 1. Raises KeyError where neither
+    network has an array that tells one."""
     sizes = {"hidden": "mlp.0.weight", "bottleneck": "mlp.4.weight", "prototypes": "last_layer.weight_v"}
-    return {field: (*arrays[f"student.cls_head.{name}"].shape, 1)[0] or 1 for field, name in sizes.items()}
+    heads = {name.removeprefix("student.cls_head."): each for name, each in arrays.items()}
+    heads = {name.removeprefix("teacher.cls_head."): each for name, each in arrays.items()} | heads
+    return {field: (*heads[name].shape, 1)[0] or 1 for field, name in sizes.items()}
 
 
 @dataclasses.dataclass(frozen=True)

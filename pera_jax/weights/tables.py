@@ -14,12 +14,8 @@ import jax
 import numpy as np
 from einops import rearrange
 
-from pera_jax.common.text import several
-from pera_jax.errors import UserError
-
-NAMED = 12
-"""Arrays that an error names at most."""
-
+from pera_jax.common.text import every, several
+from pera_jax.errors import Misfit, UserError
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
@@ -165,25 +161,45 @@ def check_grid(named: dict[str, np.ndarray], size: tuple[int, int] | None, what:
         )
 
 
-def check_names(arrays: dict[str, np.ndarray], entries: list[Entry], what: str) -> None:
-    """Raises a UserError that names entries that are missing, arrays that are none and those that are not finite."""
+def check_sizes(named: dict[str, np.ndarray], told: dict[str, int], what: str) -> None:
+    """Raises UserError where a file's sizes are not those that are told beside it: it lacks blocks, or is of another network.
+
+    Args:
+      told: some of `depth`, `width`, `patch`, `bands`.
+    """
+    token, kernel = named.get("cls_token"), named.get("patch_embed.proj.weight")
+    held = {"depth": depth_of(named, "")}
+    held |= {"width": token.shape[-1]} if token is not None and token.ndim else {}
+    held |= dict(zip(("bands", "patch"), kernel.shape[1:3])) if kernel is not None and kernel.ndim == 4 else {}
+    wrong = [f"{name} {size} instead of {told[name]}" for name, size in held.items() if told.get(name, size) != size]
+    if wrong:
+        raise UserError(
+            f"{what} has {every(wrong)}, as config.json beside it says; complete the file, or move it to a folder without it"
+        )
+
+
+def misfits(arrays: dict[str, np.ndarray], entries: list[Entry]) -> list[str]:
+    """Parts of a sentence that name every entry that is missing, array that is none and array that is not finite."""
     names = {entry.name for entry in entries}
     problems = {
         "lacks": sorted(names - arrays.keys()),
         "has what does not belong there:": sorted(arrays.keys() - names),
         "has values that are not finite in": sorted(name for name, each in arrays.items() if not np.isfinite(each).all()),
     }
-    said = [f"{verb} {several(found, NAMED)}" for verb, found in problems.items() if found]
-    if said:
-        raise UserError(f"{what} {'; '.join(said)}")
+    return [f"{verb} {every(found)}" for verb, found in problems.items() if found]
 
 
-def check_shapes(arrays: dict[str, np.ndarray], tree: Any, entries: list[Entry], shape: dict[str, Any], what: str) -> None:
-    """Raises a UserError that names the arrays whose shape is not that of our `tree`, abstract or not."""
+def misshapen(arrays: dict[str, np.ndarray], tree: Any, entries: list[Entry], shape: dict[str, Any]) -> list[str]:
+    """A part of a sentence that names every array whose shape is not that of our `tree`, abstract or not; [] for none."""
     wanted = jax.eval_shape(lambda tree: to_named(tree, entries, shape["heads"], shape["patch"]), tree)
     wrong = [
         f"{name} is {list(arrays[name].shape)} instead of {list(wanted[name].shape)}"
-        for name in sorted(wanted) if arrays[name].shape != wanted[name].shape
+        for name in sorted(wanted) if name in arrays and arrays[name].shape != wanted[name].shape
     ]  # fmt: skip
-    if wrong:
-        raise UserError(f"{what} has arrays of the wrong shape: {several(wrong, NAMED)}")
+    return [f"has arrays of the wrong shape: {every(wrong)}"] if wrong else []
+
+
+def check(said: list[str], what: str) -> None:
+    """Raises Misfit, one sentence with all that `misfits` and `misshapen` found in the file `what`."""
+    if said:
+        raise Misfit(f"{what} {'; '.join(said)}")

@@ -19,7 +19,7 @@ import numpy as np
 from pera_jax import checkpoint, files, meta_fields
 from pera_jax.bands import Bands
 from pera_jax.common import json_files
-from pera_jax.common.text import several
+from pera_jax.common.text import every, several
 from pera_jax.errors import UserError
 from pera_jax.weights import arrays, card, exported, fit, tables
 
@@ -28,6 +28,7 @@ _PREFIXES = ("", "teacher.backbone.", "teacher.", "backbone.", "student.backbone
 _PART = re.compile(r"^([^.]*\.[^.]*\.).*")
 _CHUNK = re.compile(r"^(blocks\.)\d+\.(?=\d+\.)")
 _SCALE = re.compile(r"(blocks\.\d+\.)ls([12])\.gamma")
+_BLOCK = re.compile(r"(blocks\.\d+\.)")
 _SCALED = {"1": "attn.proj", "2": "mlp.fc2"}  # what each of a block's two factors follows
 ARCHITECTURE = "vit_base_patch16_224"  # timm's entry point; `model_args` says all of its sizes anew
 
@@ -40,26 +41,33 @@ def table(depth: int, split: int) -> list[tables.Entry]:
 # ---------------------------------------------------------------- in
 
 
-def without_extras(named: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The ViT of a file with LayerScale multiplied in, and the names of what is left out.
+def without_extras(named: dict[str, np.ndarray], what: str) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
+    """The ViT of a file with LayerScale multiplied in, the names of what is left out, and a line that says so of LayerScale.
+
+    Args:
+      what: the file, for errors.
 
     Raises:
-      UserError: factors that do not fit their layer; all are named.
+      UserError: factors that are missing, not finite or do not fit their layer; all are named.
     """
     left_out = sorted(name for name in named if _LEFT_OUT.fullmatch(name))
     scales = {name: _SCALE.fullmatch(name) for name in named}
     scales = {name: match[1] + _SCALED[match[2]] for name, match in scales.items() if match}
     kept = {name: each for name, each in named.items() if name not in scales and name not in left_out}
-    wrong = []
+    if not scales:
+        return kept, left_out, []
+    blocks = {_BLOCK.match(name)[1] for name in named if _BLOCK.match(name)}
+    lacking = {f"{block}ls{number}.gamma" for block in blocks for number in _SCALED} - scales.keys()
+    infinite, wrong = {name for name in scales if not np.isfinite(named[name]).all()}, set()
     for name, layer in scales.items():
         weight, bias, gamma = kept.get(f"{layer}.weight"), kept.get(f"{layer}.bias"), named[name]
         if weight is None or bias is None or not (bias.shape == gamma.shape == weight.shape[:1]):
-            wrong.append(name)
+            wrong.add(name)
             continue
         kept[f"{layer}.weight"], kept[f"{layer}.bias"] = gamma[:, None] * weight, gamma * bias
-    if wrong:
-        raise UserError(f"LayerScale does not fit the layer before it: {several(sorted(wrong), tables.NAMED)}")
-    return kept, left_out
+    problems = {"lacks": lacking, "has values that are not finite in": infinite, "has what does not fit the layer before it:": wrong}
+    tables.check([f"{verb} {every(sorted(found))}" for verb, found in problems.items() if found], f"of LayerScale, {what}")
+    return kept, left_out, [f"LayerScale of {len(blocks)} blocks is multiplied into the layers before it"]
 
 
 @dataclasses.dataclass
@@ -72,6 +80,10 @@ class _Pretrained:
 @dataclasses.dataclass
 class _Arguments:
     num_heads: json_files.Positive | None = None
+    depth: json_files.Positive | None = None
+    embed_dim: json_files.Positive | None = None
+    patch_size: int | list[int] | None = None
+    in_chans: json_files.Positive | None = None
     img_size: int | list[int] | None = None
 
 
@@ -81,6 +93,7 @@ class _Config:
 
     pretrained_cfg: _Pretrained
     model_args: _Arguments = dataclasses.field(default_factory=_Arguments)
+    num_features: json_files.Positive | None = None
     pera_jax: dict[str, Any] | None = None
 
 
@@ -114,8 +127,8 @@ def beside(file: pathlib.Path, verify: bool = True) -> dict[str, Any]:
       verify: compare `file` with the digest that this program has written there.
 
     Returns:
-      `heads`, `mean`, `std`, `size` (height and width in px), or None for each; of an export of this program `bands`, `dtype`
-      and `ranges` too.
+      `heads`, `mean`, `std`, `size` (height and width in px), or None for each; `sizes`, for `tables.check_sizes`; of an
+      export of this program `bands`, `dtype` and `ranges` too.
 
     Raises:
       UserError: a config.json that is none of timm's, or damaged.
@@ -125,7 +138,11 @@ def beside(file: pathlib.Path, verify: bool = True) -> dict[str, Any]:
         told = json_files.parse(place.read_bytes(), _Config)
         cfg, entry, size = told.pretrained_cfg, told.pera_jax, told.model_args.img_size
         size = (size, size) if isinstance(size, int) else tuple(size or (cfg.input_size or ())[1:])
-        found = {"heads": told.model_args.num_heads, "mean": cfg.mean, "std": cfg.std, "size": size}
+        args, patch = told.model_args, told.model_args.patch_size
+        sizes = {"depth": args.depth, "width": args.embed_dim or told.num_features, "bands": args.in_chans}
+        sizes |= {"patch": patch[0] if isinstance(patch, list) and patch else patch}
+        sizes = {name: size for name, size in sizes.items() if isinstance(size, int)}
+        found = {"heads": args.num_heads, "mean": cfg.mean, "std": cfg.std, "size": size, "sizes": sizes}
         if entry is None:
             return found
         meta_fields.check_exported(entry)

@@ -3,8 +3,11 @@
 Needs requirements-torch.txt: `make test-torch`; skipped where torch and timm are not installed.
 """
 
+import argparse
+import io
 import json
 import pathlib
+import zipfile
 
 import numpy as np
 import pytest
@@ -74,10 +77,8 @@ def test_numpy_scalars_of_before_numpy_2_are_read(tmp_path):
 
 
 def test_more_than_arrays_and_numbers_is_refused(tmp_path):
-    import argparse
-
-    torch.save({"model": {}, "args": argparse.Namespace(lr=1), "array": np.zeros(3)}, tmp_path / "a.params")
-    with pytest.raises(UserError, match="refers to argparse.Namespace, numpy._core.multiarray._reconstruct, numpy.ndarray,"):
+    torch.save({"model": {}, "array": np.zeros(3), "path": pathlib.PurePosixPath("a")}, tmp_path / "a.params")
+    with pytest.raises(UserError, match="refers to numpy._core.multiarray._reconstruct, numpy.ndarray, pathlib"):
         pickles.load(tmp_path / "a.params")
     torch.save({"model": {"a": torch.zeros(2), "b": 3, "c": torch.zeros(2, dtype=torch.int32)}}, tmp_path / "b.params")
     with pytest.raises(UserError, match="no array of floats: b, c$"):
@@ -88,6 +89,26 @@ def test_more_than_arrays_and_numbers_is_refused(tmp_path):
         (tmp_path / "c.params").write_bytes(cut)
         with pytest.raises(UserError, match="is no file of torch.save, or is cut off$"):
             pickles.load(tmp_path / "c.params")
+    with zipfile.ZipFile(io.BytesIO(content)) as stored, zipfile.ZipFile(tmp_path / "d.params", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in stored.namelist():
+            packed.writestr(name, stored.read(name))
+    with pytest.raises(UserError, match="is compressed, which torch.save never does"):
+        pickles.load(tmp_path / "d.params")
+
+
+def test_the_options_of_a_command_are_inert_and_other_networks_are_told(tmp_path):
+    held = {"student": {"a": torch.ones(2)}, "teacher": {"a": torch.zeros(2)}, "ema": {"a": torch.ones(1)}, "epoch": 3,
+            "args": argparse.Namespace(lr=1e-3, arch="vit_small", inner=argparse.Namespace(x=[1])), "step": torch.ones(1)}  # fmt: skip
+    torch.save(held, tmp_path / "dino.pth")
+    found = pickles.load(tmp_path / "dino.pth")["args"]
+    assert type(found).__module__ == pickles.__name__ and vars(found).keys() == {"lr", "arch", "inner"}
+    assert found.arch == "vit_small" and found.inner.x == [1]
+    told = []
+    assert arrays.read(tmp_path / "dino.pth", told=told).keys() == {"student.a", "teacher.a"}
+    assert told == ["taken is teacher, student of the file; passed over: ema.*, step"]
+    torch.save({"model": held["teacher"], "model_ema": held["student"], "epoch": 1}, tmp_path / "mae.pth")
+    arrays.read(tmp_path / "mae.pth", told=told)
+    assert told[1:] == ["taken is model of the file; passed over: model_ema.*"]
 
 
 @pytest.mark.parametrize(
@@ -272,7 +293,7 @@ def test_the_teacher_of_checkpoints_of_dino_is_taken(tmp_path, capsys):
     head = {"head.mlp.0.weight": torch.zeros(3), "head.mlp.1.num_batches_tracked": torch.tensor(3)}
     nested = {"teacher": under("backbone.", teacher) | head, "student": under("module.backbone.", student)}
     flat = {"model": under("teacher.backbone.", teacher) | under("student.backbone.", student)}
-    for name, held in {"dino": nested | {"epoch": 3, "optimizer": {"state": {0: torch.zeros(2)}}}, "dinov2": flat}.items():
+    for name, held in {"dino": nested | {"epoch": 3, "args": argparse.Namespace(lr=1)}, "dinov2": flat}.items():
         torch.save(held, tmp_path / f"{name}.pth")
         export.main(["import-timm", str(tmp_path / f"{name}.pth"), "--output", str(tmp_path / name)])
         assert "taken is teacher.backbone.* of the file" in capsys.readouterr().out
