@@ -7,6 +7,8 @@ import base64
 import html
 from collections.abc import Iterable, Sequence
 
+from pera_jax.common.text import printable
+
 _STYLE = """
 :root { color-scheme: light; }
 body { margin: 0 auto; padding: 28px 32px 64px; max-width: 1240px; background: #fff; color: #2d3238;
@@ -32,7 +34,9 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def escaped(value) -> str:
-    return html.escape(str(value), quote=True)
+    """A text between tags or in an attribute; line feeds stay, what acts unseen (controls, bidirectional marks) is spelled."""
+    lines = str(value).split("\n")
+    return html.escape("\n".join(printable(line, None) for line in lines), quote=True)
 
 
 def document(title: str, body: Iterable[str], style: str = "") -> bytes:

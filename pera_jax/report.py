@@ -20,6 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--run", required=True, type=paths.local, help="folder of the run (the --workdir of the training)")
     parser.add_argument("--data", type=paths.local, help="data set folder (default: the one that was trained on, if it is still there)")
     parser.add_argument("--output", required=True, type=paths.local, help="folder for index.html and the pictures")
+    parser.add_argument("--no-verify", action="store_false", dest="verify", help="do not compare the weights with their digests")
     parser.add_argument("--step", type=int, help="the checkpoint (default: the latest)")
     parser.add_argument("--split", help="split whose images are shown (default: test, else the one trained on)")
     parser.add_argument("--images", type=int, default=8, dest="number", help="shown at most (default 8)")

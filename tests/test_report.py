@@ -13,7 +13,7 @@ import scipy.special
 from array_record.python import array_record_module
 from PIL import Image
 
-from pera_jax import checkpoint, checkpoint_store, errors, report, run_meta
+from pera_jax import checkpoint, checkpoint_store, errors, html, report, run_meta
 from pera_jax import config as configs
 from pera_jax import step as steps
 from pera_jax.bands import Bands
@@ -197,6 +197,29 @@ def test_the_page_of_a_run_that_has_just_begun(run, tmp_path, capsys):
     ):  # fmt: skip
         assert re.search(rf"<td>{title}</td><td class=\"text\">[^<]*{why}", text), title
     assert "not finished: step 0 is the last logged" in text
+
+
+def test_images_that_the_run_was_not_trained_on_are_told_and_damage_is_passed_only_if_asked(run, data, tmp_path, capsys):
+    changed = pathlib.Path(shutil.copytree(data, tmp_path / "data"))
+    info = json.loads((changed / "info.json").read_text())
+    info["splits"]["train"]["fingerprint"] = "made anew"
+    (changed / "info.json").write_text(json.dumps(info))
+    work = pathlib.Path(shutil.copytree(run, tmp_path / "run"))
+    arrays = max((work / "checkpoints/4/teacher").rglob("d/*"), key=lambda file: file.stat().st_size)
+    content = bytearray(arrays.read_bytes())
+    content[len(content) // 2] ^= 1
+    command = ["--run", str(work), "--data", str(changed), "--output", str(tmp_path / "out"), "--images", "2", "--pairs", "1"]
+    report.main(command)
+    told = f"The images of {changed} are not those that the run was trained on: their fingerprint is another."
+    assert told in capsys.readouterr().err.splitlines() and told in (tmp_path / "out/index.html").read_text()
+    arrays.write_bytes(content)
+    with pytest.raises(errors.UserError, match="teacher do.es. not hold the values that were saved"):
+        report.main(command)
+    report.main([*command, "--no-verify"])
+
+
+def test_what_acts_unseen_is_spelled_in_a_page():
+    assert html.escaped("a\u202eb\x1b[31m<i>\n\u2066é") == "a\\u202eb\\x1b[31m&lt;i&gt;\n\\u2066é"
 
 
 def test_broken_lines_doubled_steps_and_results_of_a_checkpoint_that_was_saved_anew_are_told(run, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import sys
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 from pera_jax import checkpoint, files
 from pera_jax.bands import Bands
 from pera_jax.common import lease, owned, paths
+from pera_jax.common.text import printable
 from pera_jax.data import records
 from pera_jax.errors import UserError
 from pera_jax.probes import features, samples
@@ -35,6 +37,7 @@ def report(
     number_of_pairs: int = 6,
     image_size: int | None = None,
     seed: int = 0,
+    verify: bool = True,
 ) -> pathlib.Path:
     """Writes `output`/index.html and a PNG for each picture beside it; arguments as the command's options.
 
@@ -55,10 +58,10 @@ def report(
     if pathlib.Path(output).exists() and not pathlib.Path(output).is_dir():
         raise UserError(f"cannot write to {output}: it is a file; choose another --output")
     with lease.held(output, "--output", name=".report.lease"):
-        return _report(run, output, data, step, split, number, number_of_pairs, image_size, seed)
+        return _report(run, output, data, step, split, number, number_of_pairs, image_size, seed, verify)
 
 
-def _report(run, output, data, step, split, number, number_of_pairs, image_size, seed) -> pathlib.Path:
+def _report(run, output, data, step, split, number, number_of_pairs, image_size, seed, verify) -> pathlib.Path:
     owned.check(pathlib.Path(output) / PAGE)
 
     def read(chosen: int | None) -> tuple[Folder, dict[str, checkpoint.Weights]]:
@@ -67,22 +70,25 @@ def _report(run, output, data, step, split, number, number_of_pairs, image_size,
         if found.step is None or (data is None and _data_of(found.meta) is None):
             return found, {}
         networks = ["teacher"] if checkpoint.backbone_alone(found.meta) else ["teacher", "student"]
-        loaded = {which: checkpoint.load_weights(run, found.step, which) for which in networks}
+        loaded = {which: checkpoint.load_weights(run, found.step, which, verify=verify) for which in networks}
         params = {which: jax.tree.map(np.asarray, weights.params) for which, weights in loaded.items()}
         return found, {which: dataclasses.replace(loaded[which], params=params[which]) for which in networks}
 
     beside_training = pathlib.Path(run).is_dir() and (step is not None or checkpoint.saved_steps(run))
     found, networks = checkpoint.while_kept(run, step, read) if beside_training else read(step)
     data = _data_of(found.meta) if data is None else data
+    subject = None if data is None or found.step is None else _Subject.of(found, networks, data, split, seed)
+    found.faults.extend(subject.faults if subject else ())
+    for fault in found.faults:
+        print(printable(fault, None), file=sys.stderr)
     before, after, scenes = page.of_the_folder(found)
     pictures = {_file_name(name): grid.picture(of) for name, of in scenes.items()}
-    if data is None or found.step is None:
+    if subject is None:
         missing = page.NO_CHECKPOINT if found.step is None else page.NO_DATA
         middle = [Section(place, title, "", "", missing) for place, title in _TITLES.items()]
     else:
         size = tokens.default_size(found.meta["model"]) if image_size is None else image_size
         features.check_image_size(size, found.meta)
-        subject = _Subject.of(found, networks, data, split, seed)
         weights, chosen = networks["teacher"], images.pick(subject.source, number, seed)
         made = [_pairs(subject, number_of_pairs), *_tokens(subject, weights, chosen, size)]
         made.append(_neighbours(subject, weights, chosen))
@@ -117,6 +123,16 @@ class _Subject:
     channels: tuple[int, int, int]
     seed: int
     title: str
+
+    @property
+    def faults(self) -> list[str]:
+        """That the images are not those that were trained on, although the pages speak of these."""
+        card, info = self.found.meta["data"], self.source.info
+        trained_on = info.splits.get(self.found.meta["config"]["data"]["split"])
+        prints = [card["fingerprint"], *(each["fingerprint"] for each in card.get("sets", []) if "fingerprint" in each)]
+        if "imported" in self.found.meta or (trained_on and trained_on.fingerprint in prints):
+            return []
+        return [f"The images of {self.source.path} are not those that the run was trained on: their fingerprint is another."]
 
     @classmethod
     def of(cls, found: Folder, networks: dict[str, checkpoint.Weights], data: str, split: str | None, seed: int) -> "_Subject":
