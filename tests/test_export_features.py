@@ -179,6 +179,22 @@ def test_stablehlo_runs_without_this_program(run, tmp_path):
         np.testing.assert_allclose(found[f"{size}_patch_map"], wanted.patch_map, atol=1e-5)
 
 
+def test_damage_to_stablehlo_is_seen_by_the_sum_beside_it(run, tmp_path):
+    command = ["stablehlo", "--run", str(run), "--output", str(tmp_path / "a b.stablehlo"), "--image-size", "24"]
+    export.main(command)
+    check = ["sha256sum", "--status", "-c", "a b.stablehlo.sha256"]
+    assert subprocess.run(check, cwd=tmp_path).returncode == 0
+    content = bytearray((tmp_path / "a b.stablehlo").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "a b.stablehlo").write_bytes(content)
+    assert subprocess.run(check, cwd=tmp_path).returncode == 1
+    (tmp_path / "a b.stablehlo").unlink()
+    (tmp_path / "a b.stablehlo.sha256").write_text("mine")
+    with pytest.raises(UserError, match="a b.stablehlo.sha256 is there, and this command did not write it"):
+        export.main(command)
+    assert [path.name for path in tmp_path.iterdir()] == ["a b.stablehlo.sha256"]
+
+
 def test_stablehlo_of_too_many_parameters_is_refused(run, tmp_path, monkeypatch):
     monkeypatch.setattr(stablehlo, "_LARGEST", 1000)
     with pytest.raises(UserError, match="more than 2 GB of parameters"):

@@ -11,26 +11,31 @@ It needs JAX and flatbuffers, on CPUs, NVIDIA GPUs or TPUs:
     tokens["patch_map"]                # float32 [B, H / patch, W / patch, D]
 
 B is any number from 1; stored values are normalised inside. `jax.jit(network.call)` keeps what is compiled. JAX reads such a
-file for six months after the release that wrote it, and longer where nothing in it has changed.
+file for six months after the release that wrote it, and longer where nothing in it has changed; it notices no damage, for
+which `sha256sum -c aid.stablehlo.sha256` is there.
 """
 
+import hashlib
 import pathlib
+import re
 
 import jax
 from jax import export as jax_export
 
 from pera_jax import checkpoint, files
 from pera_jax.common import owned
+from pera_jax.common.text import printable
 from pera_jax.errors import UserError
 from pera_jax.features import Model
 from pera_jax.weights import fit
 
+_SUMS = re.compile(r"[0-9a-f]{64}  [^/]*\n", re.DOTALL)
 PLATFORMS = ("cpu", "cuda", "tpu")
 _LARGEST = 2**31 - 2**24  # bytes of parameters: what flatbuffers can hold, less room for the program
 
 
 def export(weights: checkpoint.Weights, size: tuple[int, int] | None, output: pathlib.Path) -> str:
-    """Writes the file, whole or not at all.
+    """Writes the file, whole or not at all, and its SHA-256 beside it.
 
     Args:
       size: (height, width) of the images, px; None: the training's global crops.
@@ -45,7 +50,9 @@ def export(weights: checkpoint.Weights, size: tuple[int, int] | None, output: pa
         import flatbuffers  # noqa: F401  (JAX wants it for `serialize` below)
     except ImportError as error:
         raise UserError("writing StableHLO needs flatbuffers: pip install flatbuffers") from error
+    sums = place_of_sums(output)
     owned.check(output, _ours)
+    owned.check(sums, lambda file: _SUMS.fullmatch(file.read_text(errors="replace")) is not None)
     model = Model.of(weights.backbone, weights.meta)
     if sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) > _LARGEST:
         raise UserError("the network has more than 2 GB of parameters, too many for a file of jax.export; export it for timm")
@@ -61,14 +68,23 @@ def export(weights: checkpoint.Weights, size: tuple[int, int] | None, output: pa
     images = jax.ShapeDtypeStruct((batch, height, width, len(model.bands)), model.bands.dtype)
     exported = jax_export.export(jax.jit(tokens), platforms=PLATFORMS)(images)
     try:
-        files.write(output, exported.serialize())
+        content = exported.serialize()
+        sums.unlink(missing_ok=True)  # of a file that was there
+        files.write(output, content)
+        files.write(sums, f"{hashlib.sha256(content).hexdigest()}  {output.name}\n".encode("utf-8", "surrogateescape"))
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror}; make room or choose another --output") from error
     rows, columns, channels = exported.out_avals[1].shape[1:]
     return (
         f"takes {model.bands.dtype} [B, {height}, {width}, {len(model.bands)}] of {', '.join(model.bands.names)}; gives "
-        f"class_token [B, {channels}] and patch_map [B, {rows}, {columns}, {channels}]"
+        f"class_token [B, {channels}] and patch_map [B, {rows}, {columns}, {channels}]\n"
+        f"SHA-256 is in {printable(sums.name)}, for sha256sum -c: JAX notices no damage as it reads the file"
     )
+
+
+def place_of_sums(output: pathlib.Path) -> pathlib.Path:
+    """Where the SHA-256 of a file lies, in the format of sha256sum."""
+    return output.with_name(f"{output.name}.sha256")
 
 
 def _ours(file: pathlib.Path) -> bool:
