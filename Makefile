@@ -35,7 +35,7 @@ test: $(VENV)/ready-test
 	$(PY) -m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder tests
 
 test-beam: $(VENV)/ready $(BEAM)/ready
-	$(BEAM)/bin/python -m pytest -q tests/test_beam.py
+	$(BEAM)/bin/python -m pytest -q tests/data_prep/test_beam.py
 
 test-torch: $(TORCH)/ready
 	$(TORCH)/bin/python -m pytest -q tests/with_torch

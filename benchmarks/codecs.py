@@ -21,8 +21,8 @@ import tifffile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from pera_jax import errors  # noqa: E402
-from pera_jax.data import codecs  # noqa: E402
+from pera_jax.common import errors  # noqa: E402
+from pera_jax.data.images import codecs  # noqa: E402
 
 _MOST_TILES = 16  # of one file
 
@@ -111,8 +111,8 @@ def made(bands: int, dtype: str, side: int) -> list[np.ndarray]:
 
 def tiles_of(path: pathlib.Path, side: int) -> list[np.ndarray]:
     """The first tiles [<= side, <= side, C] of a scene. Raises UserError where it cannot be read or holds another dtype."""
-    from data_prep import scene_file, scene_reader
-    from data_prep.pixels import Rejected
+    from data_prep.convert.pixels import Rejected
+    from data_prep.geo import scene_file, scene_reader
 
     scene_file.require_rasterio()
     try:

@@ -8,7 +8,7 @@ the published lengths beside float64, and its time beside XLA's), `gradients` (o
 `steps` (the table), `profile` (the ten largest kernels of its first row). What is measured is printed and written at once, and
 what does not fit into `--seconds` is named and left out.
 
-MFU is the method's FLOPs (`pera_jax.flops`, nothing counted twice) over the time and the chip's peak bf16 rate.
+MFU is the method's FLOPs (`pera_jax.cost.flops`, nothing counted twice) over the time and the chip's peak bf16 rate.
 """
 
 import argparse
@@ -27,13 +27,15 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from pera_jax import chips, errors, files, flops, sharding  # noqa: E402
 from pera_jax import config as configs  # noqa: E402
-from pera_jax import step as steps  # noqa: E402
-from pera_jax.errors import UserError  # noqa: E402
+from pera_jax.common import errors, files
+from pera_jax.common.errors import UserError  # noqa: E402
+from pera_jax.cost import flops
+from pera_jax.cost.program import Program, memory_of  # noqa: E402
 from pera_jax.models import attention  # noqa: E402
-from pera_jax.precision import Precision  # noqa: E402
-from pera_jax.program import Program, memory_of  # noqa: E402
+from pera_jax.models.precision import Precision  # noqa: E402
+from pera_jax.parallel import chips, sharding  # noqa: E402
+from pera_jax.training import step as steps  # noqa: E402
 
 PARTS = ("kernels", "gradients", "steps", "profile")
 # Class token, patches and learnable ones of the published crops: student and teacher, global and local; a whole image.

@@ -4,5 +4,5 @@
 #   benchmarks/gpu.sh [FOLDER FOR gpu.json] [SECONDS]
 set -u
 cd "$(dirname "$0")/.."
-python3 tests/check_reference.py tests/data/reference_tiny.npz | tail -1
+python3 tests/check_reference.py tests/files/reference_tiny.npz | tail -1
 exec python3 benchmarks/gpu.py --json "${1:-.}/gpu.json" --seconds "${2:-440}"

@@ -22,8 +22,10 @@ from einops import rearrange
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from pera_jax import config as configs  # noqa: E402
-from pera_jax import errors, files, losses, plan  # noqa: E402
-from pera_jax.objectives import pera  # noqa: E402
+from pera_jax import plan
+from pera_jax.common import errors, files  # noqa: E402
+from pera_jax.losses import prototypes as losses
+from pera_jax.objectives.pera import pera  # noqa: E402
 
 CHIPS = (16, 32, 80)  # GB of memory of chips of today, for the largest batch
 _GB, _GIB = 1e9, 2**30

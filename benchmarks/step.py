@@ -31,10 +31,12 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from pera_jax import config as configs  # noqa: E402
-from pera_jax import errors, files, flops, sharding  # noqa: E402
-from pera_jax import step as steps  # noqa: E402
-from pera_jax.errors import UserError  # noqa: E402
-from pera_jax.program import Program, memory_of  # noqa: E402
+from pera_jax.common import errors, files  # noqa: E402
+from pera_jax.common.errors import UserError  # noqa: E402
+from pera_jax.cost import flops
+from pera_jax.cost.program import Program, memory_of  # noqa: E402
+from pera_jax.parallel import sharding
+from pera_jax.training import step as steps  # noqa: E402
 
 _SIDE = 2048  # of the matrix product that the step is measured against
 

@@ -20,8 +20,8 @@ import functools
 import importlib
 import sys
 
-from data_prep import beam_jobs
-from pera_jax.errors import UserError, run
+from data_prep.convert import beam_jobs
+from pera_jax.common.errors import UserError, run
 
 COMMANDS = ("images", "scenes", "tfds")  # modules of this package with `main(argv, driver)`
 

@@ -15,14 +15,14 @@ import pathlib
 
 import numpy as np
 
-from data_prep import folder_info, histogram_picture, page, stats
-from data_prep.shards import write_file
-from data_prep.survey import THUMBNAIL, Survey, shown_bands, survey, thumbnails
-from pera_jax import html
-from pera_jax.common import json_files, owned, paths
+from data_prep import stats
+from data_prep.convert.shards import write_file
+from data_prep.inspect import folder_info, histogram_picture, page
+from data_prep.inspect.survey import THUMBNAIL, Survey, shown_bands, survey, thumbnails
+from pera_jax.common import html, json_files, owned, paths
+from pera_jax.common.errors import UserError, run
 from pera_jax.common.text import printable
 from pera_jax.data import records
-from pera_jax.errors import UserError, run
 
 _LISTED = 12  # sizes, sources, dates and so on that are listed before the rest is summed up
 _MOST_IMAGES = 1000  # 8 kB each

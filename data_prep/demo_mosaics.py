@@ -3,7 +3,7 @@
     python -m data_prep.demo_mosaics --output mosaics
 
 makes mosaics/cover/{train,test}/{image,label} with classes.txt, and mosaics/change/{train,test}/{A,B,label}, as
-`pera_jax.probes.scenes` reads them. A scene is a patchwork of fields, each filled with the layout of one class of
+`pera_jax.data.labelled.scenes` reads them. A scene is a patchwork of fields, each filled with the layout of one class of
 `data_prep.demo_scenes`; one exposure for the whole. The second date of a pair has an exposure of its own, and roofs where
 some fields were; every fourth pair shows no change.
 """
@@ -14,14 +14,14 @@ import pathlib
 import numpy as np
 from PIL import Image
 
-from data_prep import raster
+from data_prep.demo import raster
+from data_prep.demo.scene_layouts import LAYOUTS
+from data_prep.demo.scene_parts import Tones
 from data_prep.demo_scenes import expose, write_once
-from data_prep.scene_layouts import LAYOUTS
-from data_prep.scene_parts import Tones
 from pera_jax.common import paths
+from pera_jax.common.errors import UserError, run
 from pera_jax.common.text import printable
-from pera_jax.errors import UserError, run
-from pera_jax.metrics import Progress
+from pera_jax.training.metrics import Progress
 
 VERSION = 1  # of the pictures: goes up when the same seed gives others
 CLASSES = ("forest", "crop_rows", "orchard", "dense_roofs", "solar_farm")

@@ -10,7 +10,7 @@
 * Names: backslashes in a zip, as Windows writes them, are folders, which is told.
 * Classes: where all images but a few lie in folders, the names of the topmost folders become the labels, and the few are
   left out with a warning; in an archive, those below the folders that hold all of its images. All splits of a data set have the same classes.
-* Pixels: see `pera_jax.data.foreign`; what changes their values is named and counted. Each image is
+* Pixels: see `pera_jax.data.images.foreign`; what changes their values is named and counted. Each image is
   decoded once, to check it. JPEG and PNG files that need no change are stored byte for byte.
 * OUTPUT/SPLIT.report.json accounts for every input as written, duplicate, rejected or failed, and names images that are
   exact duplicates, smaller than --min-side, or blank; --drop leaves these out. OUTPUT/SPLIT.inputs.csv has the whole
@@ -26,12 +26,13 @@ import pathlib
 import re
 from collections.abc import Callable
 
-from data_prep import command, folder, pixels, sources
-from data_prep.shards import Item, run_jobs
+from data_prep.convert import command, folder, pixels
+from data_prep.convert.shards import Item, run_jobs
+from data_prep.inputs import sources
 from pera_jax.common import paths
+from pera_jax.common.errors import UserError, run
 from pera_jax.common.text import several
 from pera_jax.data import file_tree, records
-from pera_jax.errors import UserError, run
 
 
 def main(argv: list[str] | None = None, driver: Callable = run_jobs) -> None:

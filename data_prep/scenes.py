@@ -6,8 +6,8 @@
 
 * Scenes: the files below each folder of --input whose names end in tif or tiff, in any case; files that --input names
   themselves may be of any kind that rasterio opens (JPEG 2000, PNG, VRT). They are read by windows, so their size does
-  not matter. `data_prep.scene_reader` says what counts as a band, as no data, and how pixels are made of another size.
-* Tiles: `data_prep.scene_grid` says where they lie. A tile of which more than --max-nodata holds no data, in the band that
+  not matter. `data_prep.geo.scene_reader` says what counts as a band, as no data, and how pixels are made of another size.
+* Tiles: `data_prep.geo.scene_grid` says where they lie. A tile of which more than --max-nodata holds no data, in the band that
   has least, or that has a band without any, is left out.
 * Bands: --bands chooses and orders them by number (from 1) or name; --band-names names all bands of the files, in their
   order, an alpha band too where it is none.
@@ -35,16 +35,19 @@ from collections.abc import Callable
 
 import numpy as np
 
-from data_prep import command, folder, images, scene_hints, scene_place, scene_plan, scene_reader, scene_tiles
-from data_prep.pixels import Rejected, Stored, content_hash
-from data_prep.scene_file import require_rasterio
-from data_prep.scene_grid import length
-from data_prep.scene_reader import Tile
-from data_prep.shards import Item, run_jobs
+from data_prep import images
+from data_prep.convert import command, folder
+from data_prep.convert.pixels import Rejected, Stored, content_hash
+from data_prep.convert.shards import Item, run_jobs
+from data_prep.geo import scene_hints, scene_place, scene_plan, scene_reader, scene_tiles
+from data_prep.geo.scene_file import require_rasterio
+from data_prep.geo.scene_grid import length
+from data_prep.geo.scene_reader import Tile
 from pera_jax.common import paths
+from pera_jax.common.errors import UserError, run
 from pera_jax.common.text import printable, several
-from pera_jax.data import codecs, records, statistics
-from pera_jax.errors import UserError, run
+from pera_jax.data import records, statistics
+from pera_jax.data.images import codecs
 
 _PLACED_BY = {"gcps": "ground control points", "rpcs": "RPCs, at the height that they are centred on"}
 

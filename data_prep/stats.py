@@ -19,12 +19,12 @@ import pathlib
 
 import numpy as np
 
-from data_prep import folder_info, histogram_picture, tables
-from data_prep.shards import write_file
+from data_prep.convert.shards import write_file
+from data_prep.inspect import folder_info, histogram_picture, tables
 from pera_jax.common import owned, paths
+from pera_jax.common.errors import UserError, run
 from pera_jax.common.text import printable
 from pera_jax.data import records, statistics
-from pera_jax.errors import UserError, run
 
 _LEAST = 1e-300  # percent: more than nothing, and less than one pixel
 

@@ -8,7 +8,7 @@
   NAME[/CONFIG][:VERSION], of one that lies in --data-dir. It must have been prepared with
   `--file_format=array_record`: reading TFDS's other formats needs TensorFlow.
 * Images: the one image feature, or --image-feature; inside of others it is written OUTER/INNER. An `Image` gives its
-  encoded bytes as they are stored, which go the way of a file: see `data_prep.pixels`. JPEG and PNG that need no change
+  encoded bytes as they are stored, which go the way of a file: see `data_prep.convert.pixels`. JPEG and PNG that need no change
   stay byte for byte. A `Tensor` [height, width, bands] of uint8, uint16 or float32 is stored with all its bands,
   without loss.
 * Classes: the one `ClassLabel`, or --label-feature; its names are carried over. Images whose label is -1 have no class:
@@ -26,13 +26,14 @@ from collections.abc import Callable
 
 from tensorflow_datasets.core import constants, features
 
-from data_prep import command, folder, images, tfds_examples
-from data_prep.shards import run_jobs
-from pera_jax.common import classes
-from pera_jax.common import paths
+from data_prep import images
+from data_prep.convert import command, folder
+from data_prep.convert.shards import run_jobs
+from data_prep.inputs import tfds_examples
+from pera_jax.common import classes, paths
+from pera_jax.common.errors import UserError, run
 from pera_jax.data import records
 from pera_jax.data.tfds_sets import bands_of, feature_of, open_dataset, pick_image, pick_label
-from pera_jax.errors import UserError, run
 
 
 def main(argv: list[str] | None = None, driver: Callable = run_jobs) -> None:

@@ -3,7 +3,7 @@
 #
 # One task per node holds all of its GPUs; the tasks find each other by SLURM's own variables. Ten minutes before the
 # time is up SLURM sends SIGTERM: all nodes save at the same step, end with status 0, and the job queues itself again, to
-# go on from the newest checkpoint. What else is tried again, by the statuses that pera_jax/errors.py lists: a node or a
+# go on from the newest checkpoint. What else is tried again, by the statuses that pera_jax/common/errors.py lists: a node or a
 # machine that failed, a step that hung (config.stall_seconds) and a crash, as long as starts get on to new checkpoints.
 # Wrong input, a loss that is not finite, a full disk and Ctrl-C need a person: the job ends.
 #SBATCH --job-name=pera

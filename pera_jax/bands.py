@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from pera_jax.common.errors import UserError
 from pera_jax.common.text import several
-from pera_jax.errors import UserError
 
 RGB = ("red", "green", "blue")
 

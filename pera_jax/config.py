@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict
 
 from pera_jax.common import paths
-from pera_jax.errors import UserError
+from pera_jax.common.errors import UserError
 
 PATHS = ("resume_from", "init_from", "data.path", "monitor.data")
 """The fields that hold paths."""

@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 
 from pera_jax import config as configs
 from pera_jax.common import json_files
+from pera_jax.common.errors import UserError
 from pera_jax.common.text import printable
-from pera_jax.errors import UserError
 
 
 def get_config(path: str) -> ConfigDict:

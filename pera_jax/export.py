@@ -14,12 +14,14 @@ Reading and writing files of torch.save needs PyTorch, the extra `torch`.
 import argparse
 import re
 
-from pera_jax import checkpoint, errors, feature_folder, features
-from pera_jax.common import paths
+from pera_jax.common import errors, paths
 from pera_jax.common.text import printable, several
-from pera_jax.probes import folders
-from pera_jax.probes.samples import open_images
-from pera_jax.weights import imports, released, stablehlo, timm
+from pera_jax.data.labelled import folders
+from pera_jax.data.labelled.samples import open_images
+from pera_jax.encoder import feature_folder, stablehlo
+from pera_jax.encoder import model as features
+from pera_jax.training.checkpoints import checkpoint
+from pera_jax.weights import imports, released, timm
 
 
 def _size(text: str) -> tuple[int, int]:

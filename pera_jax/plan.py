@@ -22,12 +22,14 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from pera_jax import chips, errors, files, flops, hlo, schedules, sharding
 from pera_jax import config as configs
-from pera_jax.common import owned, paths
-from pera_jax.errors import UserError
-from pera_jax.objectives import pera
-from pera_jax.program import Memory, Program, memory_of
+from pera_jax.common import errors, files, owned, paths
+from pera_jax.common.errors import UserError
+from pera_jax.cost import flops, hlo
+from pera_jax.cost.program import Memory, Program, memory_of
+from pera_jax.objectives.pera import pera
+from pera_jax.parallel import chips, sharding
+from pera_jax.training import schedules
 
 _GIB = 2**30
 _RESERVED = 0.5 * _GIB  # of a chip's memory: the runtime's own, and the next batch on its way

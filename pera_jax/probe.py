@@ -12,13 +12,14 @@ import argparse
 import os
 import pathlib
 
-from pera_jax import distributed, errors
-from pera_jax.common import paths
+from pera_jax.common import errors, paths
+from pera_jax.common.errors import UserError
 from pera_jax.common.text import printable
-from pera_jax.errors import UserError
-from pera_jax.probes import folders, results, specs
-from pera_jax.probes.follow import follow
-from pera_jax.probes.job import ENCODERS, Job, load_network
+from pera_jax.data.labelled import folders
+from pera_jax.parallel import distributed
+from pera_jax.probes.runner import results, specs
+from pera_jax.probes.runner.follow import follow
+from pera_jax.probes.runner.job import ENCODERS, Job, load_network
 
 
 def probe(

@@ -9,8 +9,7 @@ scenes and the config. What a run does not have yet is left out, which the page 
 
 import argparse
 
-from pera_jax import errors
-from pera_jax.common import paths
+from pera_jax.common import errors, paths
 from pera_jax.common.text import printable
 from pera_jax.reports.job import report
 

@@ -24,19 +24,21 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from pera_jax import checkpoint, checkpoint_store, config_file, distributed, errors, flops, intact, metrics, opening
-from pera_jax import profiling, resume, run_meta
 from pera_jax import config as configs
-from pera_jax import schedules, sharding
-from pera_jax import step as steps
-from pera_jax.common import environment, interrupts, lease, paths
+from pera_jax import config_file
+from pera_jax.common import environment, errors, interrupts, lease, paths
+from pera_jax.common.errors import UserError
 from pera_jax.common.text import several
+from pera_jax.cost import flops
 from pera_jax.data import mixture, pipeline
-from pera_jax.errors import UserError
-from pera_jax.loop import Loop, told_memory
-from pera_jax.monitor import Monitor
-from pera_jax.objectives import pera
-from pera_jax.watchdog import Watchdog
+from pera_jax.objectives.pera import pera
+from pera_jax.parallel import distributed, sharding
+from pera_jax.probes.online import Monitor
+from pera_jax.training import metrics, opening, profiling, resume, schedules
+from pera_jax.training import step as steps
+from pera_jax.training.checkpoints import checkpoint, checkpoint_store, intact, run_meta
+from pera_jax.training.loop import Loop, told_memory
+from pera_jax.training.watchdog import Watchdog
 from pera_jax.weights import init
 
 _COMPILER_BYTES = 256 << 20  # that the compiler must find at least: it aborts the process where it finds none
@@ -48,7 +50,7 @@ _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "processes in all, 
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "this process's number, from 0, where several hosts are told")
 _JOIN_SECONDS = flags.DEFINE_integer("join_seconds", distributed.JOIN_SECONDS, "to wait for all hosts at the start")
 _ALLOW = flags.DEFINE_bool(
-    "allow_config_change", False, "go on with a run under another total, batch_size, schedules, ...; see pera_jax/resume.py"
+    "allow_config_change", False, "go on with a run under another total, batch_size, schedules, ...; see pera_jax/training/resume.py"
 )
 _PROFILE = flags.DEFINE_string("profile", None, "FIRST:LAST, steps of which a trace is written to WORKDIR/profile")
 

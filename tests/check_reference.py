@@ -19,11 +19,14 @@ import numpy as np  # noqa: E402
 from einops import rearrange  # noqa: E402
 
 from pera_jax import config as configs  # noqa: E402
-from pera_jax import masking  # noqa: E402
-from pera_jax import step as steps  # noqa: E402
 from pera_jax.bands import RGB, Bands  # noqa: E402
-from pera_jax.objectives import pera  # noqa: E402
-from pera_jax.weights import released, tables  # noqa: E402
+from pera_jax.formats import tables
+from pera_jax.objectives.pera import (
+    masking,  # noqa: E402
+    pera,  # noqa: E402
+)
+from pera_jax.training import step as steps  # noqa: E402
+from pera_jax.weights import released  # noqa: E402
 
 OUTPUT, GRADIENT, CHANGE = 5e-5, 1e-4, 1e-3
 

@@ -18,6 +18,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Tests start many trainings of the same few programs: they share what is compiled, also with the commands they start.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 sys.path.insert(0, str(ROOT))  # `data_prep`, `configs` and `benchmarks` are run from the checkout
 os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
 
@@ -38,7 +39,7 @@ def one_device(monkeypatch):
     """Eight virtual devices on a core or two take most of the time to wait for each other."""
     import jax
 
-    from pera_jax import sharding
+    from pera_jax.parallel import sharding
 
     make_mesh = sharding.make_mesh
     monkeypatch.setattr(sharding, "make_mesh", lambda **_: make_mesh(devices=jax.devices()[:1]))

@@ -4,8 +4,8 @@ import pathlib
 import unicodedata
 from collections.abc import Sequence
 
+from pera_jax.common.errors import UserError
 from pera_jax.common.text import decoded, printable, several
-from pera_jax.errors import UserError
 
 _SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"})
 _UNWRITABLE = frozenset({"Cc", "Cs", "Zl", "Zp"})

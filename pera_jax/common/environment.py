@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from pera_jax.errors import INPUT, TRY_AGAIN, UserError
+from pera_jax.common.errors import INPUT, TRY_AGAIN, UserError
 
 _T = TypeVar("_T")
 PAUSES = (0.05, 0.2, 0.5, 1.0, 2.0, 4.0)  # seconds between tries, about 8 in all: a server that restarts takes longer

@@ -11,8 +11,8 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
+from pera_jax.common.errors import UserError
 from pera_jax.common.text import printable
-from pera_jax.errors import UserError
 
 T = TypeVar("T")
 

@@ -17,8 +17,8 @@ import uuid
 from collections.abc import Callable, Iterator
 
 from pera_jax.common import interrupts
+from pera_jax.common.errors import UserError
 from pera_jax.common.owner import Owner, process_began, this_machine
-from pera_jax.errors import UserError
 
 NAME = ".lease"
 RENEWAL = 10.0  # seconds between two signs of life

@@ -8,8 +8,8 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
+from pera_jax.common.errors import UserError
 from pera_jax.common.text import printable
-from pera_jax.errors import UserError
 
 _BY = "pera_jax"
 _HEAD = 1 << 16  # bytes in which a mark is looked for

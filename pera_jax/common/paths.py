@@ -5,8 +5,8 @@ import pathlib
 import re
 from typing import TypeVar
 
+from pera_jax.common.errors import UserError
 from pera_jax.common.text import printable
-from pera_jax.errors import UserError
 
 P = TypeVar("P", bound=str | os.PathLike)
 

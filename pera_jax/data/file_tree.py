@@ -6,8 +6,8 @@ import stat
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from pera_jax.common.errors import UserError
 from pera_jax.common.text import printable, several
-from pera_jax.errors import UserError
 
 HIDDEN = "its name, or that of a folder around it, begins with a dot"
 LEADS_OUT = "a link that leads out of the folder"

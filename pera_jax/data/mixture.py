@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from pera_jax.bands import RGB, Bands
+from pera_jax.common.errors import UserError
 from pera_jax.data import records, statistics
-from pera_jax.errors import UserError
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean, std of red, green, blue
 

@@ -24,9 +24,10 @@ import numpy as np
 from absl import flags
 
 from pera_jax.common import environment, interrupts
-from pera_jax.data import decode, records, shared_memory
+from pera_jax.common.errors import UserError
+from pera_jax.data import records, shared_memory
+from pera_jax.data.images import decode
 from pera_jax.data.mixture import Mixture
-from pera_jax.errors import UserError
 
 _REPLACEMENTS, _NEIGHBOURS, _LEAP = 100, 4, 0x9E3779B1
 _ENDLESS = 1 << 62  # Grain computes with lengths as floats, which round the largest whole number up

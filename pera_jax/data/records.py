@@ -19,12 +19,13 @@ import pathlib
 from typing import Annotated, Any
 
 import msgspec
+
 from pera_jax.bands import RGB as RGB
 from pera_jax.common import json_files, paths
 from pera_jax.common.environment import EnvironmentFault
+from pera_jax.common.errors import UserError
 from pera_jax.common.text import printable, several
 from pera_jax.data import info_faults, shard_files
-from pera_jax.errors import UserError
 
 FORMAT_VERSION = 2
 INFO_FILE = "info.json"

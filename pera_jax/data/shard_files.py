@@ -17,8 +17,8 @@ from typing import Any
 from array_record.python import array_record_module
 
 from pera_jax.common import environment
+from pera_jax.common.errors import UserError
 from pera_jax.common.text import printable
-from pera_jax.errors import UserError
 
 MOST_OPEN = 4096  # an open shard takes about 10 kB
 _READER_THREADS = 64  # that ArrayRecord starts with the first shard of a process; if it cannot, it waits for ever

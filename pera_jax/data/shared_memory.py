@@ -11,7 +11,7 @@ import pathlib
 import secrets
 from multiprocessing import shared_memory
 
-from pera_jax.errors import UserError
+from pera_jax.common.errors import UserError
 
 _FOLDER = pathlib.Path("/dev/shm")
 _PREFIX = "pera_jax-"

@@ -10,8 +10,8 @@ import pathlib
 
 import numpy as np
 
+from pera_jax.common.errors import UserError
 from pera_jax.data.float_histogram import Cells, FloatHistogram
-from pera_jax.errors import UserError
 
 PERCENTILES = (0.1, 1.0, 50.0, 99.0, 99.9)  # that info.json names
 _RANGE = (1.0, 99.0)  # percentiles that map to 0 and 1 where nobody chose a range

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from pera_jax import sharding
-from pera_jax.errors import UserError
-from pera_jax.precision import Precision
+from pera_jax.common.errors import UserError
+from pera_jax.models.precision import Precision
+from pera_jax.parallel import sharding
 
 IMPLEMENTATIONS = ("auto", "cudnn", "xla")
 _SCORES = 128 * 2**20  # bytes of scores on one device at a time

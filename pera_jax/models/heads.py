@@ -8,9 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from pera_jax.models.precision import Precision
 from pera_jax.models.vit import fan_in_uniform
-from pera_jax.precision import Precision
-from pera_jax.sharding import constrain_batch
+from pera_jax.parallel.sharding import constrain_batch
 
 
 def normalise(x: jax.Array, floor: float) -> jax.Array:

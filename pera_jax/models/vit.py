@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from pera_jax.errors import UserError
+from pera_jax.common.errors import UserError
 from pera_jax.models import positions, stochastic_depth
 from pera_jax.models.attention import Attention, choose
+from pera_jax.models.precision import Precision
 from pera_jax.models.stochastic_depth import Depth
-from pera_jax.precision import Precision
-from pera_jax.sharding import constrain_batch, gathered
+from pera_jax.parallel.sharding import constrain_batch, gathered
 
 _NORMAL = nn.initializers.normal(0.02)
 

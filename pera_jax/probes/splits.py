@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from pera_jax.common import text
-from pera_jax.errors import UserError
-from pera_jax.probes.features import Features
-from pera_jax.probes.labelled import Labelled
+from pera_jax.common.errors import UserError
+from pera_jax.encoder.extract import Features
+from pera_jax.probes.classification.labelled import Labelled
 
 
 def strata(labels: np.ndarray) -> np.ndarray:

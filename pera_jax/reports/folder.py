@@ -6,12 +6,12 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from pera_jax import checkpoint, meta_fields
 from pera_jax.common import json_files
+from pera_jax.common.errors import UserError
 from pera_jax.common.text import printable, several
-from pera_jax.errors import UserError
-from pera_jax.probes import entries, keys
-from pera_jax.probes import results as probes
+from pera_jax.probes.runner import entries, keys
+from pera_jax.probes.runner import results as probes
+from pera_jax.training.checkpoints import checkpoint, meta_fields
 
 _MOST_STEPS = 1 << 53
 UNTRAINED, PIXELS = "untrained", "pixels"

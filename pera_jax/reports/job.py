@@ -8,16 +8,19 @@ import jax
 import numpy as np
 from PIL import Image
 
-from pera_jax import checkpoint, files
 from pera_jax.bands import Bands
-from pera_jax.common import lease, owned, paths
+from pera_jax.common import files, lease, owned, paths
+from pera_jax.common.errors import UserError
 from pera_jax.common.text import printable
 from pera_jax.data import records
-from pera_jax.errors import UserError
-from pera_jax.probes import features, samples
-from pera_jax.reports import folder, grid, images, neighbours, page, pairs, tokens
+from pera_jax.data.labelled import samples
+from pera_jax.encoder import extract as features
+from pera_jax.reports import folder, page
+from pera_jax.reports.drawing import grid, images
 from pera_jax.reports.folder import Folder
 from pera_jax.reports.page import Section, pictured
+from pera_jax.reports.sections import neighbours, pairs, tokens
+from pera_jax.training.checkpoints import checkpoint
 
 PAGE = "index.html"
 _TITLES = {

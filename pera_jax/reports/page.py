@@ -3,11 +3,13 @@
 import dataclasses
 import json
 
-from pera_jax import html
 from pera_jax.bands import Bands
-from pera_jax.reports import charts, confusion, curves, folder, grid, head, overlays, scores
+from pera_jax.common import html
+from pera_jax.reports import folder
+from pera_jax.reports.drawing import charts, grid
+from pera_jax.reports.drawing.grid import Grid
 from pera_jax.reports.folder import Folder
-from pera_jax.reports.grid import Grid
+from pera_jax.reports.sections import confusion, curves, head, overlays, scores
 
 STYLE = (
     grid.STYLE

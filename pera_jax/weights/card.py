@@ -1,7 +1,7 @@
 """The model card of an exported network: what it is, what it was trained on, which input it expects, how to use it."""
 
-from pera_jax import checkpoint
 from pera_jax.bands import Bands
+from pera_jax.training.checkpoints import checkpoint
 
 
 def text(weights: checkpoint.Weights, which: str, height: int, width: int) -> str:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
 
-from pera_jax.errors import UserError
+from pera_jax.common.errors import UserError
 from pera_jax.models import positions
 
 

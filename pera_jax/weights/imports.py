@@ -15,15 +15,18 @@ import jax
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
-from pera_jax import checkpoint, files, intact, run_meta
 from pera_jax import config as configs
-from pera_jax import step as steps
 from pera_jax.bands import RGB, Bands
+from pera_jax.common import files
+from pera_jax.common.errors import UserError
 from pera_jax.common.text import printable
 from pera_jax.data.mixture import IMAGENET
-from pera_jax.errors import UserError
-from pera_jax.objectives import pera
-from pera_jax.weights import arrays, exported, released, tables, timm
+from pera_jax.encoder import exported
+from pera_jax.formats import arrays, tables
+from pera_jax.objectives.pera import pera
+from pera_jax.training import step as steps
+from pera_jax.training.checkpoints import checkpoint, intact, run_meta
+from pera_jax.weights import released, timm
 
 _REST = ("student.", "teacher.cls_head.", "pred_head.", "s_mask_token")  # all of a dictionary but the teacher's backbone
 

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from pera_jax import checkpoint, distributed, sharding
-from pera_jax import step as steps
+from pera_jax.common.errors import Misfit
 from pera_jax.common.text import every
 from pera_jax.data import pipeline
-from pera_jax.errors import Misfit
-from pera_jax.objectives import pera
+from pera_jax.objectives.pera import pera
+from pera_jax.parallel import distributed, sharding
+from pera_jax.training import step as steps
+from pera_jax.training.checkpoints import checkpoint
 from pera_jax.weights import fit
 
 

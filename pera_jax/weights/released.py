@@ -14,12 +14,12 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from pera_jax import checkpoint, files
-from pera_jax.common import digests, json_files, owned
+from pera_jax.common import digests, files, json_files, owned
+from pera_jax.common.errors import UserError
 from pera_jax.common.json_files import Finite, Name, Positive
-from pera_jax.errors import UserError
-from pera_jax.weights import tables
-from pera_jax.weights.tables import Entry, backbone, linear
+from pera_jax.formats import tables
+from pera_jax.formats.tables import Entry, backbone, linear
+from pera_jax.training.checkpoints import checkpoint
 
 
 def _head(mlp: str, last: str, path: tuple[str, ...]) -> list[Entry]:

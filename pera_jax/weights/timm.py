@@ -16,12 +16,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from pera_jax import checkpoint, files, meta_fields
 from pera_jax.bands import Bands
-from pera_jax.common import json_files
+from pera_jax.common import files, json_files
+from pera_jax.common.errors import UserError
 from pera_jax.common.text import every, several
-from pera_jax.errors import UserError
-from pera_jax.weights import arrays, card, exported, fit, tables
+from pera_jax.encoder import exported
+from pera_jax.formats import arrays, tables
+from pera_jax.training.checkpoints import checkpoint, meta_fields
+from pera_jax.weights import card, fit
 
 _LEFT_OUT = re.compile(r"(head\.|decoder_).*|mask_token")
 _PREFIXES = ("", "teacher.backbone.", "teacher.", "backbone.", "student.backbone.", "student.")  # the first one is taken

@@ -9,12 +9,33 @@ from collections.abc import Callable
 from typing import Any
 
 from data_artefacts import (
-    make_archives, make_names, make_partial, make_pictures, make_shards, read_archives, read_names, read_partial,
-    read_pictures, read_shards, read_tables, verify_shards,
+    make_archives,
+    make_names,
+    make_partial,
+    make_pictures,
+    make_shards,
+    read_archives,
+    read_names,
+    read_partial,
+    read_pictures,
+    read_shards,
+    read_tables,
+    verify_shards,
 )  # fmt: skip
 from run_artefacts import (
-    make_cache, make_export, make_features, make_meta, make_run, read_cache, read_export, read_features,
-    read_foreign_weights, read_meta, read_run, resume_metrics, show_results,
+    make_cache,
+    make_export,
+    make_features,
+    make_meta,
+    make_run,
+    read_cache,
+    read_export,
+    read_features,
+    read_foreign_weights,
+    read_meta,
+    read_run,
+    resume_metrics,
+    show_results,
 )  # fmt: skip
 
 

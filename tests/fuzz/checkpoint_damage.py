@@ -28,10 +28,12 @@ import numpy as np
 import tiny
 from absl import logging
 
-from pera_jax import checkpoint, checkpoint_store, run_meta, sharding, train
-from pera_jax import step as steps
+from pera_jax import train
 from pera_jax.common import digests
-from pera_jax.errors import UserError
+from pera_jax.common.errors import UserError
+from pera_jax.parallel import sharding
+from pera_jax.training import step as steps
+from pera_jax.training.checkpoints import checkpoint, checkpoint_store, run_meta
 
 CARD = {"name": "toy", "fingerprint": "f", "class_names": None, "records": 10, "split": "train"}
 KINDS = ("bit", "bits", "zeros", "cut", "emptied", "removed")

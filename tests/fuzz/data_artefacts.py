@@ -8,15 +8,18 @@ import toy_data
 import toy_files
 from PIL import Image
 
-from data_prep import archives, browse, check_shard, folder_info, sources, stats
-from data_prep import folder as folders_of_shards
-from data_prep import shards as part_files
-from data_prep.pixels import Stored, content_hash
+from data_prep import browse, stats
+from data_prep.convert import folder as folders_of_shards
+from data_prep.convert import shards as part_files
+from data_prep.convert.pixels import Stored, content_hash
+from data_prep.inputs import archives, sources
+from data_prep.inspect import check_shard, folder_info
+from pera_jax.common.errors import UserError
 from pera_jax.common.text import printable
-from pera_jax.data import codecs, foreign, records, statistics
-from pera_jax.data.image_errors import ImageDecodeError
-from pera_jax.errors import UserError
-from pera_jax.probes import folders, samples, scenes
+from pera_jax.data import records, statistics
+from pera_jax.data.images import codecs, foreign
+from pera_jax.data.images.image_errors import ImageDecodeError
+from pera_jax.data.labelled import folders, samples, scenes
 
 # ---------------------------------------------------------------- data sets
 

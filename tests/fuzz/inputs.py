@@ -31,7 +31,7 @@ if __name__ == "__main__":
 import artefacts
 import mutations
 
-from pera_jax.errors import UserError
+from pera_jax.common.errors import UserError
 
 SECONDS = 60
 """That one case may take; most take milliseconds."""

@@ -10,15 +10,19 @@ import numpy as np
 import tiny
 import toy_weights
 
-from pera_jax import checkpoint, export, feature_folder, files, intact, metrics, probe, run_meta
+from pera_jax import export, probe
 from pera_jax.bands import Bands
-from pera_jax.common import digests
-from pera_jax.errors import UserError
+from pera_jax.common import digests, files
+from pera_jax.common.errors import UserError
+from pera_jax.encoder import cache, exported, feature_folder
+from pera_jax.formats import arrays, pickles
 from pera_jax.models import vit
-from pera_jax.probes import cache, entries, results
+from pera_jax.probes.runner import entries, results
 from pera_jax.reports import folder as run_folder
 from pera_jax.reports import page
-from pera_jax.weights import arrays, exported, pickles, timm
+from pera_jax.training import metrics
+from pera_jax.training.checkpoints import checkpoint, intact, run_meta
+from pera_jax.weights import timm
 
 # ---------------------------------------------------------------- runs and what is written beside them
 

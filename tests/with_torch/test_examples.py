@@ -13,8 +13,9 @@ timm = pytest.importorskip("timm", reason="timm is not installed: run make test-
 
 import labelled_toys  # noqa: E402
 
-from pera_jax import export, features  # noqa: E402
+from pera_jax import export  # noqa: E402
 from pera_jax.bands import Bands  # noqa: E402
+from pera_jax.encoder import model as features
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent.parent / "examples"))
 import finetune  # noqa: E402

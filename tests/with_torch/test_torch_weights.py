@@ -18,13 +18,14 @@ timm = pytest.importorskip("timm", reason="timm is not installed: run make test-
 import toy_data  # noqa: E402
 import toy_weights  # noqa: E402
 
-from pera_jax import checkpoint, export, train  # noqa: E402
 from pera_jax import config as configs  # noqa: E402
-from pera_jax.errors import UserError  # noqa: E402
+from pera_jax import export, train
+from pera_jax.common.errors import UserError  # noqa: E402
+from pera_jax.formats import arrays, pickles  # noqa: E402
 from pera_jax.models import vit  # noqa: E402
-from pera_jax.weights import arrays, pickles  # noqa: E402
+from pera_jax.training.checkpoints import checkpoint  # noqa: E402
 
-REFERENCE = dict(np.load(pathlib.Path(__file__).parent.parent / "data" / "reference_tiny.npz"))
+REFERENCE = dict(np.load(pathlib.Path(__file__).parents[1] / "files" / "reference_tiny.npz"))
 NAMED = {name[6:]: array for name, array in REFERENCE.items() if name.startswith("final/") and name != "final/center"}
 CLOSE = 1e-4
 
@@ -197,7 +198,7 @@ def test_timm_gives_the_same_features(run, size, key, tmp_path):
 
 def test_the_input_of_the_card_is_that_of_the_probes(run, tmp_path):
     """The card's code block, run as it stands, on stored values."""
-    from pera_jax.probes import features
+    from pera_jax.encoder import extract as features
 
     export.main(["timm", "--run", run, "--output", str(tmp_path / "out")])
     code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]

@@ -1,0 +1,206 @@
+"""Parameter names and layouts of PyTorch's vision transformers, as tables that are read in both directions.
+
+Theirs: linear layers [out, in], convolution [out, in, height, width], qkv rows ordered three, heads, head dimension, one
+entry per block. Ours: kernels [in, ...out], blocks stacked along a leading axis in `lower` and `upper`.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from einops import rearrange
+
+from pera_jax.common.errors import Misfit, UserError
+from pera_jax.common.text import every, several
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """The array called `name` is `path` in our tree, [`index`] of the stack, rearranged by `ours -> theirs`."""
+
+    name: str
+    path: tuple[str, ...]
+    ours: str
+    theirs: str
+    index: int | None = None
+
+
+def linear(name: str, path: tuple[str, ...]) -> list[Entry]:
+    return [Entry(f"{name}.weight", (*path, "kernel"), "i o", "o i"), Entry(f"{name}.bias", (*path, "bias"), "o", "o")]
+
+
+def _norm(name: str, path: tuple[str, ...]) -> list[Entry]:
+    return [Entry(f"{name}.weight", (*path, "scale"), "d", "d"), Entry(f"{name}.bias", (*path, "bias"), "d", "d")]
+
+
+def _block(name: str, path: tuple[str, ...]) -> list[Entry]:
+    return [
+        *_norm(f"{name}.norm1", (*path, "norm_1")),
+        Entry(f"{name}.attn.qkv.weight", (*path, "attention", "qkv", "kernel"), "d t h e", "(t h e) d"),
+        Entry(f"{name}.attn.qkv.bias", (*path, "attention", "qkv", "bias"), "t h e", "(t h e)"),
+        Entry(f"{name}.attn.proj.weight", (*path, "attention", "projection", "kernel"), "h e d", "d (h e)"),
+        Entry(f"{name}.attn.proj.bias", (*path, "attention", "projection", "bias"), "d", "d"),
+        *_norm(f"{name}.norm2", (*path, "norm_2")),
+        *linear(f"{name}.mlp.fc1", (*path, "mlp", "in")),
+        *linear(f"{name}.mlp.fc2", (*path, "mlp", "out")),
+    ]
+
+
+def backbone(prefix: str, path: tuple[str, ...], depth: int, split: int) -> list[Entry]:
+    """The entries of a ViT of `depth` blocks whose `lower` stack has `split`; their names begin with `prefix`."""
+    table = [
+        Entry(f"{prefix}cls_token", (*path, "class_token"), "d", "1 1 d"),
+        Entry(f"{prefix}pos_embed", (*path, "position_embedding"), "l d", "1 l d"),
+        Entry(f"{prefix}patch_embed.proj.weight", (*path, "patch_projection", "kernel"), "(p q c) d", "d c p q"),
+        Entry(f"{prefix}patch_embed.proj.bias", (*path, "patch_projection", "bias"), "d", "d"),
+        *_norm(f"{prefix}norm", (*path, "norm")),
+    ]
+    for block in range(depth):
+        stack, index = ("lower", block) if block < split else ("upper", block - split)
+        entries = _block(f"{prefix}blocks.{block}", (*path, stack))
+        table += [dataclasses.replace(entry, index=index) for entry in entries]
+    return table
+
+
+# ---------------------------------------------------------------- in both directions
+
+
+def _sizes(heads: int, patch: int) -> dict[str, int]:
+    return {"t": 3, "h": heads, "p": patch, "q": patch}
+
+
+def _rearrange(array, before: str, after: str, sizes: dict[str, int]):
+    named = {axis: size for axis, size in sizes.items() if axis in before.replace("(", " ").replace(")", " ").split()}
+    return rearrange(array, f"{before} -> {after}", **named)
+
+
+def to_named(tree: dict[str, Any], entries: list[Entry], heads: int, patch: int) -> dict[str, Any]:
+    """Our tree -> arrays by name; entries whose root (as `params`, `teacher`) is not in `tree` are left out."""
+    result = {}
+    for entry in entries:
+        if entry.path[0] in tree:
+            leaf = tree
+            for key in entry.path:
+                leaf = leaf[key]
+            leaf = leaf if entry.index is None else leaf[entry.index]
+            result[entry.name] = _rearrange(leaf, entry.ours, entry.theirs, _sizes(heads, patch))
+    return result
+
+
+def from_named(arrays: dict[str, np.ndarray], entries: list[Entry], heads: int, patch: int) -> dict[str, Any]:
+    """Arrays by name, all of `entries`, -> our tree, blocks stacked."""
+    stacks: dict[tuple[str, ...], dict[int | None, np.ndarray]] = {}
+    for entry in entries:
+        leaf = _rearrange(arrays[entry.name], entry.theirs, entry.ours, _sizes(heads, patch))
+        stacks.setdefault(entry.path, {})[entry.index] = leaf
+    tree: dict[str, Any] = {}
+    for path, parts in stacks.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = parts[None] if None in parts else np.stack([parts[i] for i in sorted(parts)])
+    return tree
+
+
+# ---------------------------------------------------------------- what a file holds
+
+
+def depth_of(names: Iterable[str], prefix: str) -> int:
+    """The number of different blocks that names speak of."""
+    found = (re.match(rf"{re.escape(prefix)}blocks\.(\d+)\.", name) for name in names)
+    return len({match[1] for match in found if match})
+
+
+def shape_of(arrays: dict[str, np.ndarray], prefix: str, heads: int | None, what: str) -> dict[str, Any]:
+    """The sizes of the ViT whose arrays' names begin with `prefix`, as `vit.build` takes them.
+
+    Args:
+      heads: of attention, which no array tells; None: 64 values each.
+      what: the file, for errors.
+
+    Raises:
+      UserError: the arrays that the sizes are read from are no ViT's; all that are wrong are named.
+    """
+    wanted = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2}
+    shapes = {name: arrays[prefix + name].shape for name in wanted}
+    wrong = [name for name, ndim in wanted.items() if len(shapes[name]) != ndim or 0 in shapes[name]]
+    if not wrong:
+        width, (hidden, _) = shapes["cls_token"][2], shapes["blocks.0.mlp.fc1.weight"]
+        _, bands, patch, other_patch = shapes["patch_embed.proj.weight"]
+        grid = math.isqrt(shapes["pos_embed"][1] - 1)
+        wrong += ["pos_embed"] * (grid < 1 or 1 + grid**2 != shapes["pos_embed"][1])
+        wrong += ["patch_embed.proj.weight"] * (patch != other_patch)
+    if wrong:
+        listed = several(f"{prefix}{name} {list(shapes[name])}" for name in wrong)
+        raise UserError(f"{what} is of no ViT with a class token and square patches in a square grid: {listed}")
+    if heads is None and width % 64:
+        raise UserError(f"{what} has the width {width}, no multiple of 64, which leaves the heads unknown; give --heads")
+    if heads is not None and (heads < 1 or width % heads):
+        raise UserError(f"{what} has the width {width}, no multiple of {heads} heads; give another --heads")
+    ratio = hidden / width
+    depth = depth_of(arrays, prefix)
+    return dict(
+        width=width, depth=depth, heads=heads or width // 64, patch=patch, image_size=grid * patch, bands=bands,
+        split=depth // 2, mlp_ratio=ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf),
+    )  # fmt: skip
+
+
+def check_grid(named: dict[str, np.ndarray], size: tuple[int, int] | None, what: str) -> None:
+    """Raises UserError where positions are for a rectangle of patches, by the `size` of images in px that is told beside."""
+    positions, kernel = named.get("pos_embed"), named.get("patch_embed.proj.weight")
+    if not size or len(size) != 2 or positions is None or kernel is None or positions.ndim != 3 or kernel.ndim != 4:
+        return
+    rows, columns = (side // max(patch, 1) for side, patch in zip(size, kernel.shape[2:]))
+    if rows != columns and rows * columns == positions.shape[1] - 1:
+        raise UserError(
+            f"{what} has positions for {rows} x {columns} patches, images of {size[0]} x {size[1]} px by config.json, and only "
+            "square ones can be imported; resample them first, as timm.create_model(..., img_size=SIDE) does where it loads"
+        )
+
+
+def check_sizes(named: dict[str, np.ndarray], told: dict[str, int], what: str) -> None:
+    """Raises UserError where a file's sizes are not those that are told beside it: it lacks blocks, or is of another network.
+
+    Args:
+      told: some of `depth`, `width`, `patch`, `bands`.
+    """
+    token, kernel = named.get("cls_token"), named.get("patch_embed.proj.weight")
+    held = {"depth": depth_of(named, "")}
+    held |= {"width": token.shape[-1]} if token is not None and token.ndim else {}
+    held |= dict(zip(("bands", "patch"), kernel.shape[1:3])) if kernel is not None and kernel.ndim == 4 else {}
+    wrong = [f"{name} {size} instead of {told[name]}" for name, size in held.items() if told.get(name, size) != size]
+    if wrong:
+        raise UserError(
+            f"{what} has {every(wrong)}, as config.json beside it says; complete the file, or move it to a folder without it"
+        )
+
+
+def misfits(arrays: dict[str, np.ndarray], entries: list[Entry]) -> list[str]:
+    """Parts of a sentence that name every entry that is missing, array that is none and array that is not finite."""
+    names = {entry.name for entry in entries}
+    problems = {
+        "lacks": sorted(names - arrays.keys()),
+        "has what does not belong there:": sorted(arrays.keys() - names),
+        "has values that are not finite in": sorted(name for name, each in arrays.items() if not np.isfinite(each).all()),
+    }
+    return [f"{verb} {every(found)}" for verb, found in problems.items() if found]
+
+
+def misshapen(arrays: dict[str, np.ndarray], tree: Any, entries: list[Entry], shape: dict[str, Any]) -> list[str]:
+    """A part of a sentence that names every array whose shape is not that of our `tree`, abstract or not; [] for none."""
+    wanted = jax.eval_shape(lambda tree: to_named(tree, entries, shape["heads"], shape["patch"]), tree)
+    wrong = [
+        f"{name} is {list(arrays[name].shape)} instead of {list(wanted[name].shape)}"
+        for name in sorted(wanted) if name in arrays and arrays[name].shape != wanted[name].shape
+    ]  # fmt: skip
+    return [f"has arrays of the wrong shape: {every(wrong)}"] if wrong else []
+
+
+def check(said: list[str], what: str) -> None:
+    """Raises Misfit, one sentence with all that `misfits` and `misshapen` found in the file `what`."""
+    if said:
+        raise Misfit(f"{what} {'; '.join(said)}")

@@ -1,0 +1,266 @@
+"""The terms of the loss, on unit vectors `u` and last layers `W`, where the prototype output is `z = W u`.
+
+Shen et al., arXiv:2505.19447, section III-D; the spreading term is KoLeo (Sablayrolles et al., arXiv:1806.03198).
+Each docstring is the plain loop; the code computes the same without arrays of crops x prototypes all alive at once.
+
+On a mesh the rows of `u` lie over `data` and `fsdp` and those of `W` over `tensor` and `fsdp`. The class and the spreading
+term are written for one device (`shard_map`), so that what crosses between devices stands here: `W` stays where it is;
+each device takes the unit vectors of all of its `fsdp` group, gathered once, to its own prototypes, and sums over
+prototypes go over `tensor` and `fsdp`. Gradients are summed once, after the loop over pairs.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from pera_jax.models.precision import Precision
+from pera_jax.parallel import sharding
+
+_KOLEO_EPS = 1e-8
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prototypes:
+    """One network's class outputs in factored form: `z[b, v] = weights @ units[b, v]`."""
+
+    units: jax.Array  # [B, V, D], L2-normalised
+    weights: jax.Array  # [K, D]
+
+
+def class_term(
+    student: Prototypes,
+    teacher: Prototypes,
+    center: jax.Array,
+    student_temperature: jax.Array,
+    teacher_temperature: jax.Array,
+    precision: Precision,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Cross-entropy of each pair's student to the same pair's teacher, mean over pairs and batch.
+
+        loss = 0
+        for v in range(V):                                     # pairs: all global, then all local crops
+            for b in range(B):
+                p_t = softmax((teacher.z[b, v] - center) / teacher_temperature)     # no gradient
+                loss -= sum(p_t * log_softmax(student.z[b, v] / student_temperature)) / (B * V)
+
+    Args:
+      student, teacher: units [B, V, D], weights [K, D].
+      center: [K].
+      student_temperature, teacher_temperature: scalars.
+
+    Returns:
+      The loss [V] of each pair of crops (its mean is the term), and of the teacher's probabilities over all pairs and
+      samples `entropy` (mean), `mean` [K], `used` [K] (1 where a crop's most probable prototype is this one, else 0).
+    """
+    teacher, center = jax.lax.stop_gradient((teacher, center))
+    rows, columns = sharding.axes_in_use()
+    whole, cut, data = P(), P(columns), rows[:1]
+
+    def local(student_units, teacher_units, student_weights, teacher_weights, center, temperatures):
+        student_units, teacher_units = (_gather_units(x, rows, precision) for x in (student_units, teacher_units))
+        student_weights = _vary(student_weights, data)  # [K / (tensor fsdp), D]; its gradient is summed over `data` once
+        ts, tt = temperatures
+
+        # One pair at a time, recomputed in the backward pass: the probabilities of one pair are alive, not of all.
+        @jax.checkpoint
+        def pair(student_weights, student_units, teacher_units):
+            z_s = precision.logits(student_units, student_weights) / ts  # [B, K]
+            z_t = (precision.logits(teacher_units, teacher_weights) - center) / tt  # [B, K]
+            log_sum_t, highest = _log_sum_exp(z_t, columns)  # [B] each
+            log_p_t = z_t - log_sum_t[:, None]  # [B, K]
+            p_t = jnp.exp(log_p_t)
+            # sum_k p_t log p_s with p_t summing to 1: the log-partition comes out of the sum.
+            loss = jnp.mean(_log_sum_exp(z_s, columns)[0] - _sum(jnp.sum(p_t * z_s, axis=-1), columns))
+            entropy = -jnp.mean(_sum(jnp.sum(p_t * log_p_t, axis=-1), columns))
+            best = jnp.where(jnp.max(z_t, axis=-1) == highest, jnp.argmax(z_t, axis=-1), len(center))  # or on no row
+            return loss, jax.lax.stop_gradient((entropy, jnp.mean(p_t, axis=0), best))
+
+        def body(seen, units):
+            mean_p, used = seen
+            loss, (entropy, mean_of_pair, best) = pair(student_weights, *units)
+            return (mean_p + mean_of_pair, used.at[best].set(1.0, mode="drop")), (loss, entropy)
+
+        start = _vary(jnp.zeros((2, len(center)), precision.wide), (*data, *columns))
+        per_pair = (jnp.moveaxis(student_units, 1, 0), jnp.moveaxis(teacher_units, 1, 0))  # [V, B, D] each
+        (mean_p, used), (loss, entropy) = jax.lax.scan(body, tuple(start), per_pair)
+        mean_p, loss, entropy = (_mean(value, data) for value in (mean_p / len(loss), loss, entropy))
+        return loss, entropy, mean_p, jax.lax.pmax(used, data) if data else used
+
+    shape = dict(in_specs=(sharding.BATCH, sharding.BATCH, cut, cut, cut, whole), out_specs=(whole, whole, cut, cut))
+    loss, entropy, mean_p, used = (jax.shard_map(local, **shape) if rows else local)(
+        student.units, teacher.units, student.weights, teacher.weights, center,
+        (student_temperature, teacher_temperature),
+    )  # fmt: skip
+    statistics = {"entropy": jnp.mean(entropy), "mean": mean_p, "used": used}
+    return loss, jax.lax.stop_gradient(statistics)
+
+
+def teacher_statistics(loss: jax.Array, statistics: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """What is logged of the teacher's probabilities, from the results of `class_term`, means over parts of a batch.
+
+    Returns:
+      `teacher_entropy` (mean over samples), `teacher_entropy_of_mean` (of the mean distribution), `kl` (teacher to
+      student), `prototypes_in_use` (that are the most probable of at least one crop).
+    """
+    mean_p = statistics["mean"]
+    return {
+        "teacher_entropy": statistics["entropy"],
+        "teacher_entropy_of_mean": -jnp.sum(mean_p * jnp.log(jnp.maximum(mean_p, 1e-30))),
+        "kl": jnp.mean(loss) - statistics["entropy"],
+        "prototypes_in_use": jnp.sum(statistics["used"] > 0),
+    }
+
+
+def _sum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return jax.lax.psum(x, axes) if axes else x
+
+
+def _mean(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return jax.lax.pmean(x, axes) if axes else x
+
+
+def _vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """`x`, which is the same along `axes` of the mesh, as a value of each device's own."""
+    return jax.lax.pcast(x, axes, to="varying") if axes else x
+
+
+def _log_sum_exp(z: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:
+    """log sum exp over the last axis, which is cut over `axes`, and its largest value; [B, K] -> [B], [B]."""
+    highest = jnp.max(jax.lax.stop_gradient(z), axis=-1)
+    highest = jax.lax.pmax(highest, axes) if axes else highest
+    return highest + jnp.log(_sum(jnp.sum(jnp.exp(z - highest[:, None]), axis=-1), axes)), highest
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather_units(units: jax.Array, rows: tuple[str, ...], precision: Precision) -> jax.Array:
+    """This device's [B / (data fsdp), V, D] -> the [B / data, V, D] of all of `fsdp`, rounded to what products take.
+
+    They travel in the precision of products; their gradient, which every device has for its own prototypes, is summed in
+    `wide`, once.
+    """
+    narrow = units.astype(precision.compute)
+    if rows:
+        narrow = _vary(jax.lax.all_gather(narrow, "fsdp", axis=0, tiled=True), ("tensor",))
+    return narrow
+
+
+def _gather_units_backward(rows, precision, _, cotangent):
+    cotangent = cotangent.astype(precision.wide)
+    if rows:
+        cotangent = jax.lax.psum_scatter(cotangent, "fsdp", scatter_dimension=0, tiled=True)
+        cotangent = jax.lax.psum(cotangent, "tensor")
+    return (cotangent,)
+
+
+_gather_units.defvjp(
+    lambda units, rows, precision: (_gather_units(units, rows, precision), None), _gather_units_backward
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gram(precision: Precision, weights: jax.Array) -> jax.Array:
+    """`W^T W` [D, D] of `weights` [K, D]."""
+    return precision.wide_einsum("kd,ke->de", weights, weights)
+
+
+# One product over the prototypes instead of the two that the product rule gives.
+_gram.defvjp(
+    lambda precision, weights: (_gram(precision, weights), weights),
+    lambda precision, weights, cotangent: (precision.wide_einsum("kd,de->ke", weights, cotangent + cotangent.T),),
+)
+
+
+def koleo(units: jax.Array, weights: jax.Array, group: int, precision: Precision) -> jax.Array:
+    """The spreading term, summed over crops: minus the mean log distance to the nearest other sample of the group.
+
+        for v in range(V):
+            x = [z / norm(z) for z in units[:, v] @ weights.T]
+            for i in group:
+                j = the other sample of the group with the largest inner product x[i] @ x[j]
+                loss -= log(norm(x[i] - x[j] + 1e-8) + 1e-8) / B
+
+    Inner products of `z = W u` are `u^T (W^T W) v`, so no array of batch x prototypes is made.
+
+    Args:
+      units: [B, V, D]; weights: [K, D]; group: samples per group, a divisor of B. Gradients flow through both samples.
+
+    Returns:
+      A scalar; 0 for groups of one sample, which have no neighbour.
+    """
+    if group == 1:
+        return jnp.zeros((), units.dtype)
+    batch, (rows, _) = len(units), sharding.axes_in_use()
+    gram, total = _gram(precision, weights), jnp.sum(weights, axis=0)  # [D, D]; [D], W^T 1
+
+    def local(units, gram, total):
+        scaled = _unit_outputs(units, gram, precision)  # [B, V, D]
+        own = min(group, len(scaled))
+        first, others = jnp.zeros(len(scaled) // own, jnp.int32), scaled  # [G], place of the first row in its group
+        if group > len(scaled):  # the group takes in rows of other devices
+            begin = jax.lax.axis_index(rows) * len(scaled)
+            others = jax.lax.all_gather(scaled, rows, axis=0, tiled=True)  # [B, V, D]
+            others = jax.lax.dynamic_slice_in_dim(others, begin // group * group, group)
+            first += begin % group
+        scaled, others = (x.reshape(-1, size, *x.shape[1:]) for x, size in ((scaled, own), (others, group)))
+        gap = _gap_to_nearest(scaled, others, gram, first, precision)  # [G, g, V, D]
+        distance = _length(gap, gram, total, len(weights), precision)
+        return -_sum(jnp.sum(jnp.log(distance + _KOLEO_EPS)), rows) / batch
+
+    shape = dict(in_specs=(sharding.BATCH, P(), P()), out_specs=P())
+    return (jax.shard_map(local, **shape) if rows else local)(units, gram, total)
+
+
+def _unit_outputs(units: jax.Array, gram: jax.Array, precision: Precision) -> jax.Array:
+    """`u` [B, V, D] such that `W u` has length 1."""
+    square = precision.wide_einsum("bvd,de,bve->bv", units, gram, units)
+    return units * jax.lax.rsqrt(jnp.maximum(square, precision.norm_floor**2))[..., None]
+
+
+def _gap_to_nearest(scaled, others, gram, first, precision: Precision) -> jax.Array:
+    """`scaled` [G, o, V, D] less the nearest of `others` [G, g, V, D]; row i of group G is itself number first[G] + i."""
+    inner = precision.wide_einsum("givd,de,gjve->gvij", *map(jax.lax.stop_gradient, (scaled, gram, others)))  # [G, V, o, g]
+    itself = first[:, None] + jnp.arange(scaled.shape[1])  # [G, o]
+    inner = jnp.where(itself[:, None, :, None] == jnp.arange(others.shape[1]), -jnp.inf, inner)
+    nearest = jnp.argmax(inner, axis=-1).swapaxes(1, 2)  # [G, o, V]
+    # The difference is taken before the map: 2 - 2 cos would lose near neighbours to rounding.
+    return scaled - jnp.take_along_axis(others, nearest[..., None], axis=1)  # [G, o, V, D]
+
+
+def _length(gap, gram, total, prototypes: int, precision: Precision) -> jax.Array:
+    """`|| W gap + eps ||` of [G, o, V, D] -> [G, o, V]."""
+    square = precision.wide_einsum("givd,de,give->giv", gap, gram, gap)
+    square += 2 * _KOLEO_EPS * precision.wide_einsum("givd,d->giv", gap, total) + prototypes * _KOLEO_EPS**2
+    return jnp.sqrt(jnp.maximum(square, prototypes * _KOLEO_EPS**2))
+
+
+def pixel_term(predicted: jax.Array, target: jax.Array) -> jax.Array:
+    """Squared error, summed over the values of a patch, mean over patches and samples.
+
+        for n in range(N):
+            for t in range(T):
+                loss += sum((predicted[n, t] - target[n, t]) ** 2) / (N * T)
+
+    Args:
+      predicted, target: [N, T, p p C], values by row, column, channel.
+    """
+    return jnp.mean(jnp.sum(jnp.square(predicted - target), axis=-1))
+
+
+def mean_output(teacher: Prototypes, precision: Precision) -> jax.Array:
+    """`mean(z)` over all crops and samples, [K]: what the centre moves towards; the mean of `W u` is `W mean(u)`."""
+    mean_unit = jnp.mean(teacher.units, axis=(0, 1))  # [D]
+    return precision.wide_einsum("kd,d->k", teacher.weights, mean_unit)
+
+
+def mean_direction(tokens: jax.Array) -> jax.Array:
+    """Mean of `tokens / ||tokens||` over all crops and samples: [B, V, D] -> [D].
+
+    The square of its length is the mean cosine similarity of two of them, so 1 minus it is their variance: 0 where all
+    are the same, near 1 where they point everywhere.
+    """
+    length = jnp.linalg.norm(tokens, axis=-1, keepdims=True)
+    return jnp.mean(tokens / jnp.maximum(length, 1e-12), axis=(0, 1))

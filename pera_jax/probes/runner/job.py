@@ -1,0 +1,267 @@
+"""One network judged by several tasks: opens the data, encodes it once, runs each task, writes each result."""
+
+import dataclasses
+import hashlib
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from pera_jax.bands import Bands
+from pera_jax.common.errors import UserError
+from pera_jax.common.text import printable
+from pera_jax.data.labelled import folders, scenes
+from pera_jax.data.labelled.samples import Samples, check_labels, open_samples
+from pera_jax.encoder import extract as features
+from pera_jax.encoder.cache import Cache, digest
+from pera_jax.parallel import distributed
+from pera_jax.probes.classification.labelled import Labelled
+from pera_jax.probes.dense import dense
+from pera_jax.probes.runner import keys, results
+from pera_jax.probes.runner.specs import DENSE, TASKS, Spec
+from pera_jax.probes.scores import Score
+from pera_jax.training.checkpoints import checkpoint
+
+ENCODERS = ("teacher", "untrained", "pixels")
+_DATES = {"segmentation": 1, "change": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """What is judged.
+
+    Attributes:
+      encoder: "teacher", "untrained" (as it was before the first step) or "pixels" (the baseline).
+      meta: of the checkpoint.
+      weights: SHA-256 of the backbone, "" of pixels.
+      saved: SHA-256 of what Orbax says of the save: another one under the same step is another checkpoint.
+    """
+
+    encoder: str
+    run: str
+    step: int
+    meta: dict[str, Any]
+    weights: str
+    saved: str
+    extractor: features.Extractor | features.Pixels
+
+    @classmethod
+    def of(
+        cls, weights: checkpoint.Weights, run: str, encoder: str, saved: str, before: "Network | None" = None
+    ) -> "Network":
+        """The network of weights that are loaded.
+
+        Args:
+          before: another checkpoint of the same run, whose compiled programs this one takes over; it is of no use then.
+        """
+        if encoder == "pixels":
+            return cls(encoder, run, 0, weights.meta, "", saved, features.Pixels(weights.meta))
+        if before and before.meta["model"] == weights.meta["model"] and before.extractor.bands == Bands.of(weights.meta):
+            extractor = before.extractor
+            extractor.take(weights.backbone)
+        else:
+            extractor = features.Extractor(weights.backbone, weights.meta)
+        return cls(encoder, run, weights.step, weights.meta, digest(weights.backbone), saved, extractor)
+
+    def described(self) -> dict[str, Any]:
+        return {
+            "run": self.run, "step": self.step, "encoder": self.encoder, "weights": self.weights, "saved": self.saved,
+            "git": self.meta["git"], "trained_on": self.meta["data"]["fingerprint"],
+        }  # fmt: skip
+
+
+def load_network(run: str, step: int | None, encoder: str, verify: bool = True) -> Network:
+    """Raises UserError: no such run, step or encoder; weights that are not what was saved."""
+    if encoder not in ENCODERS:
+        raise UserError(f"there is no encoder {encoder!r}; choose from {', '.join(ENCODERS)}")
+
+    def read(chosen: int) -> tuple[checkpoint.Weights, str]:
+        weights = checkpoint.load_weights(run, chosen, untrained=encoder != "teacher", verify=verify)
+        return weights, checkpoint.identity(checkpoint.folder_of(run, chosen)[0])
+
+    weights, saved = checkpoint.while_kept(run, step, read)
+    return Network.of(weights, run, encoder, saved)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a task found: the entry of `results`, and its pictures."""
+
+    entry: dict[str, Any]
+    pictures: dict[str, np.ndarray]
+
+
+class Job:
+    """The data of all specs, opened and checked; what networks may be judged on.
+
+    With several hosts all hold one and call the same. Each encodes a part of the whole images, and all the scenes of
+    dense tasks; every host computes the scores, and the first one writes.
+    """
+
+    def __init__(
+        self, specs: Sequence[Spec], base: pathlib.Path, batch_size: int = 256, reading: folders.Reading = folders.Reading()
+    ):
+        """Opens what needs no checkpoint.
+
+        Args:
+          base: folder for results.
+          batch_size: images decoded at a time; changes no score.
+          reading: how folders of images and of scenes are read.
+
+        Raises:
+          UserError: data that cannot be opened, labels that do not fit, a folder of results that holds something else.
+        """
+        self.specs, self.base, self._batch_size = specs, base, batch_size
+        self._reading = reading
+        self._cache = Cache(base / "cache")
+        self._samples: dict[tuple[str, str, str], Samples] = {}
+        self._scenes: dict[str, scenes.Folder] = {}
+        results.read(base)
+        distributed.on_main_host(lambda: results.check_writable(base))
+        for spec in specs:
+            if spec.task not in DENSE:
+                self._open(spec)
+            elif not pathlib.Path(spec.data).is_dir():
+                raise UserError(f"{spec.name}: the folder of scenes {spec.data} does not exist; name one with --data")
+
+    def prepare(self, meta: dict[str, Any]) -> None:
+        """Checks the data against the `meta` of a checkpoint; those of one run have the same bands and patch.
+
+        Raises:
+          UserError: other bands, sizes that the patch does not divide, scenes that do not fit.
+        """
+        bands = Bands.of(meta)
+        for spec in self.specs:
+            if spec.task not in DENSE:
+                features.check_image_size(_image_size(spec, meta), meta)
+                for samples in filter(None, self._open(spec)):
+                    bands.places(samples.suited_to(bands), samples.path)  # raises where a band is missing
+            elif spec.name not in self._scenes:
+                self._scenes[spec.name] = scenes.load(
+                    spec.data, _DATES[spec.task], bands, spec.settings["folds"], spec.settings.get("class_names", ()),
+                    (spec.train_split, spec.test_split), self._reading.max_corrupt_share,
+                )  # fmt: skip
+
+    def judge(self, network: Network, spec: Spec) -> Result:
+        """Runs one task. Raises UserError: data that the task cannot work on; features that are not finite."""
+        began = time.perf_counter()
+        data = self._data(network, spec)
+        scores, details, pictures = {}, {}, {}
+        for name, value in TASKS[spec.task].run(data, dict(spec.settings)):
+            if isinstance(value, Score):
+                scores[name] = dataclasses.asdict(value) | {"seeds": list(value.seeds)}
+            elif isinstance(value, np.ndarray):
+                pictures[name] = value
+            else:
+                details[name] = value
+        found = {"scores": scores, "details": details, "seconds": round(time.perf_counter() - began, 1)}
+        return Result(self._described(network, spec) | found, pictures)
+
+    def failed(self, network: Network, spec: Spec, error: Exception) -> Result:
+        """That a task has failed."""
+        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        return Result(self._described(network, spec) | {"failure": printable(" ".join(text.split()), limit=2000)}, {})
+
+    def write(self, result: Result) -> None:
+        """Writes what was found. Raises UserError on all hosts where the first one cannot, which prints it then."""
+        try:
+            distributed.on_main_host(lambda: results.write(self.base, result.entry, result.pictures))
+        except UserError:
+            distributed.say(results.markdown([result.entry]))  # it may have taken hours
+            raise
+
+    def fingerprints(self, spec: Spec) -> tuple[str, str] | None:
+        """Of the training and the test split; None as long as they are not known."""
+        if spec.task in DENSE:
+            folder = self._scenes.get(spec.name)
+            return folder and folder.fingerprints
+        train, test = self._open(spec)
+        return train.fingerprint, (test or train).fingerprint
+
+    def forget(self) -> None:
+        """Removes the features that this job has kept."""
+        self._cache.clear()
+
+    # ---------------------------------------------------------------- data
+
+    def _open(self, spec: Spec) -> tuple[Samples, Samples | None]:
+        for split in (spec.train_split, spec.test_split):
+            place = (spec.data, split, spec.labels)
+            if split and place not in self._samples:
+                self._samples[place] = open_samples(*place, self._reading)
+        if spec.train_split == spec.test_split:
+            raise UserError(f"the training and the test split are both {spec.train_split!r}; a test needs images of its own")
+        train = self._samples[spec.data, spec.train_split, spec.labels]
+        test = self._samples[spec.data, spec.test_split, spec.labels] if spec.test_split else None
+        check_labels(train, test)
+        return train, test
+
+    def _data(self, network: Network, spec: Spec) -> Labelled | scenes.Dense:
+        if spec.task in DENSE:
+            return self._scenes[spec.name].dense(network.extractor.patch, self._tokens(network, spec))
+        train, test = self._open(spec)
+        size = _image_size(spec, network.meta)
+        return Labelled(
+            self._features(network, train, size), self._features(network, test, size) if test else None,
+            train.labels, test.labels if test else None, train.class_names,
+        )  # fmt: skip
+
+    def _features(self, network: Network, samples: Samples, image_size: int) -> features.Features:
+        described = _of(network) | {"data": samples.fingerprint, "split": samples.split, "image_size": image_size}
+        make = lambda: vars(features.extract(network.extractor, samples, image_size, self._batch_size))  # noqa: E731
+        return features.Features(**self._cache.arrays(described, make))
+
+    def _tokens(self, network: Network, spec: Spec) -> Callable[[np.ndarray, int, int], np.ndarray]:
+        extractor, blocks = network.extractor, max(spec.settings["blocks"])
+
+        def maps(images):
+            return extractor.maps(images)[:, -blocks:]
+
+        def tokens(image, window, stride):
+            image = np.ascontiguousarray(image)
+            content = hashlib.sha256(image).hexdigest()
+            described = _of(network) | {
+                "image": content, "shape": image.shape, "window": window, "stride": stride, "blocks": blocks,
+            }  # fmt: skip
+            make = lambda: {"tokens": dense.encode(maps, image, extractor.patch, window, stride)}  # noqa: E731
+            return self._cache.arrays(described, make)["tokens"]
+
+        return tokens
+
+    def _described(self, network: Network, spec: Spec) -> dict[str, Any]:
+        """What an entry says of the checkpoint and the data."""
+        prints = self.fingerprints(spec)
+        if spec.task in DENSE:
+            folder = self._scenes[spec.name]
+            trained, tested = ({place for fold in folder.folds for place in fold[part]} for part in (0, 1))
+            numbers, names = (len(trained), len(tested)), folder.class_names
+            size, data_name = 0, pathlib.Path(spec.data).resolve().name
+        else:
+            train, test = self._open(spec)
+            numbers, names = (len(train), len(test) if test else len(train)), train.class_names
+            size, data_name = _image_size(spec, network.meta), train.name
+        described = spec.described()
+        return {
+            "name": spec.name,
+            "task": spec.task,
+            "checkpoint": network.described() | {"image_size": size, "origin": keys.origin(self.base, network.run)},
+            "data": {
+                "path": spec.data, "name": data_name, "train_split": spec.train_split, "test_split": spec.test_split,
+                "labels": spec.labels, "train_images": numbers[0], "test_images": numbers[1],
+                "train_fingerprint": prints[0], "test_fingerprint": prints[1], "class_names": list(names),
+            },
+            "settings": described["settings"],
+            "spec": described,
+        }  # fmt: skip
+
+
+def _of(network: Network) -> dict[str, Any]:
+    """What features depend on beside the images."""
+    return {"weights": network.weights, "encoder": network.encoder, "model": network.meta["model"],
+            **network.extractor.bands.described()}  # fmt: skip
+
+
+def _image_size(spec: Spec, meta: dict[str, Any]) -> int:
+    return spec.image_size or meta["model"]["image_size"]

@@ -1,0 +1,121 @@
+"""What a run is, how far it has come, what it cost: facts at the head of the page."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from pera_jax.common import html
+from pera_jax.cost import flops
+from pera_jax.reports.folder import Folder
+from pera_jax.reports.sections.curves import column
+from pera_jax.training.checkpoints import checkpoint
+
+_ALARMS = 20  # that are listed
+
+
+def alarms(folder: Folder) -> str:
+    """The alarms of the training, in red; "" without."""
+    if not folder.alarms:
+        return ""
+    lines = "".join(
+        f"<li>step {html.escaped(alarm.get('step', '?'))}, {html.escaped(alarm['alarm'])}: "
+        f"{html.escaped(alarm.get('text', ''))}</li>"
+        for alarm in folder.alarms[-_ALARMS:]
+    )
+    number = len(folder.alarms)
+    title = f"{number} alarms of the training" if number > 1 else "An alarm of the training"
+    last = f", the last {_ALARMS}" if number > _ALARMS else ""
+    return f'<div class="warn alarms"><b>{title}{last}:</b><ul>{lines}</ul></div>'
+
+
+def run_facts(folder: Folder) -> list[tuple[str, object]]:
+    config = folder.meta["config"]
+    last, total = folder.last_step, config["total"]
+    state = f"finished at step {last:,}" if folder.finished else f"not finished: step {last:,} is the last logged"
+    shown = "none" if folder.step is None else f"step {folder.step:,}"
+    return [
+        ("folder", folder.path.resolve()), ("state", f"{state}, planned: {total}"), ("checkpoint shown", shown),
+        ("program", f"git {folder.meta['git']}"), ("objective", config["objective"]), ("seed", config["seed"]),
+    ]  # fmt: skip
+
+
+def model_facts(meta: dict[str, Any]) -> list[tuple[str, object]]:
+    model, objective = meta["model"], checkpoint.objective_of(meta)
+    params = jax.eval_shape(objective.init, jax.random.key(0))
+    count = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in params.items()}
+    heads = count["prototype_head"] + count["pixel_head"]
+    crops = [f"{number} {kind} of {side} px" for kind, (number, side) in objective.crops.items() if number]
+    return [
+        ("transformer", "width {width}, depth {depth}, {heads} heads, patch {patch} px".format(**model)),
+        ("parameters", f"{count['backbone'] / 1e6:,.2f} M of the transformer, {heads / 1e6:,.2f} M of the heads"),
+        ("crops of an image", ", ".join(crops)),
+        ("batch", f"{meta['config']['batch_size']:,} images"),
+    ]
+
+
+def data_facts(meta: dict[str, Any]) -> list[tuple[str, object]]:
+    data = meta["data"]
+    names = data.get("class_names")
+    facts = [
+        ("data set", f"{data['name']}, split {data['split']}"), ("records", f"{data['records']:,}"),
+        ("fingerprint", data["fingerprint"][:16]), ("values", meta["dtype"]),
+    ]  # fmt: skip
+    for part in data.get("sets", []):
+        facts.append((f"of it {part['name']}", f"{part['records']:,} records, {part['share']:.1%} of what is drawn"))
+    return facts + ([("classes", f"{len(names)}, which training does not use")] if names else [])
+
+
+def band_table(meta: dict[str, Any]) -> str:
+    rows = [["band", "black", "white", "mean", "std"]]
+    for name, (low, high), mean, std in zip(meta["bands"], meta["ranges"], meta["mean"], meta["std"], strict=True):
+        rows.append([name, f"{low:,.6g}", f"{high:,.6g}", f"{mean:.4f}", f"{std:.4f}"])
+    return html.table(rows)
+
+
+def cost_facts(folder: Folder) -> list[tuple[str, object]]:
+    """Images, time and FLOPs as far as they were logged; time is that of steps, without start-up and interruptions."""
+    meta, batch = folder.meta, folder.meta["config"]["batch_size"]
+    per_image = sum(flops.per_image(checkpoint.objective_of(meta)).values())
+    images = folder.last_step * batch
+    facts: list[tuple[str, object]] = [
+        ("images seen", f"{images:,}, {images / meta['data']['records']:,.1f} epochs"),
+        ("work", f"{_flop(per_image)} an image (matrix products of the method)"),
+    ]
+    replaced = column(folder.metrics, "data/replaced")[1]
+    if len(replaced):
+        facts.append(("unreadable images", f"{replaced[-1]:,.0f}, which others replaced"))
+    steps, rates = column(folder.metrics, "time/images_per_second")
+    if not len(steps) or not (rates > 0).all():
+        return facts
+    seconds = float(np.sum(np.diff(steps, prepend=0.0) * batch / rates))
+    facts.append(("time", f"{seconds / 3600:,.2f} hours of steps, {steps[-1] * batch / seconds:,.1f} images/s"))
+    each = column(folder.metrics, "time/images_per_second_per_chip")[1]
+    if len(each) == len(rates):
+        facts.append(("devices", f"{round(float(rates[-1] / each[-1]))}"))
+    facts.append(("work so far", f"{_flop(per_image * images)}, {_flop(per_image * images / seconds)}/s"))
+    share = column(folder.metrics, "time/mfu")[1]
+    if len(share):
+        facts.append(("share of peak", f"{share.mean():.1%} of the devices' bf16 FLOP/s"))
+    waiting = column(folder.metrics, "time/data_wait_share")[1]
+    if len(waiting):
+        facts.append(("waiting for data", f"{waiting.mean():.1%} of the time"))
+    return facts
+
+
+def _flop(value: float) -> str:
+    for power, letter in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M")):
+        if value >= 10.0**power:
+            return f"{value / 10.0**power:,.3g} {letter}FLOP"
+    return f"{value:,.0f} FLOP"
+
+
+def section(folder: Folder) -> str:
+    blocks = (
+        ("Run", html.facts(run_facts(folder))),
+        ("Model", html.facts(model_facts(folder.meta))),
+        ("Data", html.facts(data_facts(folder.meta)) + band_table(folder.meta)),
+        ("Cost", html.facts(cost_facts(folder))),
+    )
+    cards = "".join(f"<div><h3>{title}</h3>{content}</div>" for title, content in blocks)
+    return f'{alarms(folder)}<div class="cards">{cards}</div>'

@@ -1,0 +1,148 @@
+"""What the `meta` of a checkpoint, a run's config.json and an export's config.json must hold to be used."""
+
+import dataclasses
+import math
+from typing import Annotated, Any, Literal
+
+import msgspec
+from ml_collections import ConfigDict
+
+from pera_jax import config as configs
+from pera_jax.common import json_files
+from pera_jax.common.json_files import Count, Finite, Name, Positive
+from pera_jax.data.images import codecs
+
+_Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 17)]
+_Depth = Annotated[int, msgspec.Meta(ge=1, le=1 << 12)]
+_Ratio = Annotated[float, msgspec.Meta(gt=0, le=1 << 10)]
+_Deviation = Annotated[float, msgspec.Meta(gt=0, le=1e300)]
+
+# Fields of the config that reports use; what the network is made of is asked for by `checkpoint.objective_of`.
+_NEEDED = ("name", "objective", "total", "seed", "batch_size", "data.path", "data.split", "views.rgb")
+
+
+@dataclasses.dataclass
+class _Model:
+    width: _Size
+    depth: _Depth
+    heads: _Size
+    patch: _Size
+    image_size: _Size
+    bands: _Size
+    split: _Depth
+    mlp_ratio: _Ratio
+
+
+@dataclasses.dataclass
+class _Used:
+    """What the use of an encoder needs."""
+
+    format_version: int
+    model: _Model
+    bands: list[Name]
+    dtype: Literal[codecs.DTYPES]  # type: ignore[valid-type]
+    ranges: list[tuple[Finite, Finite]]
+    mean: list[Finite]
+    std: list[_Deviation]
+    git: str
+
+    def __post_init__(self):
+        lengths = {"ranges": len(self.ranges), "mean": len(self.mean), "std": len(self.std), "model.bands": self.model.bands}
+        for name, length in lengths.items():
+            if length != len(self.bands):
+                raise ValueError(f"{name} is for {length} bands, and bands names {len(self.bands)}")
+        if not all(low < high for low, high in self.ranges):
+            raise ValueError("a range has a lower end that is not below its upper end")
+
+
+@dataclasses.dataclass
+class _Set:
+    name: str
+    records: Count
+    share: Finite
+
+
+@dataclasses.dataclass
+class _Data:
+    name: str
+    split: str | None
+    records: Count | None
+    fingerprint: str
+    class_names: list[str] | None = None
+    sets: list[_Set] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class _Imported:
+    file: str
+    backbone_alone: bool
+
+
+@dataclasses.dataclass
+class _Meta(_Used):
+    data: _Data
+    config: dict[str, Any]
+    imported: _Imported | None = None
+
+
+@dataclasses.dataclass
+class _Exported(_Used):
+    network: Name
+    step: Count
+    image_size: tuple[Positive, Positive]
+
+
+def check_meta(meta: Any) -> None:
+    """Checks the `meta` of a checkpoint or of a run's config.json.
+
+    Raises:
+      json_files.Invalid: a field that is missing, of another type or that does not fit the others; the message names it.
+    """
+    used = json_files.convert(meta, _Meta)
+    _check_config(used.config, configs.default(), "config")
+    for field in _NEEDED:
+        value = used.config
+        for name in field.split("."):
+            value = value.get(name)
+            if value is None:
+                raise json_files.Invalid(f"config: missing field {field}")
+    for part in ("model", "heads"):
+        for name, value in used.config.get(part, {}).items():
+            if isinstance(value, int) and not isinstance(value, bool) and not 1 <= value < 1 << 31:
+                raise json_files.Invalid(f"config.{part}.{name}: expected a number from 1 on, got {value}")
+    asked = used.config.get("model", {}) | {"image_size": used.config.get("crops", {}).get("global_size")}
+    for name, value in dataclasses.asdict(used.model).items():
+        if asked.get(name) not in (None, value):
+            raise json_files.Invalid(f"model.{name} is {value}, and the config gives {asked[name]}")
+
+
+def check_exported(entry: Any) -> None:
+    """As `check_meta`, of the entry that an export for timm leaves in config.json."""
+    json_files.convert(entry, _Exported)
+
+
+def _check_config(found: dict[str, Any], reference: ConfigDict, place: str) -> None:
+    """Checks the types of the fields that are there; one that the config has got since is not."""
+    for name, default in reference.items():
+        if name not in found or name == "schedules":  # of which some are numbers in one run and fields in another
+            continue
+        value, where = found[name], f"{place}.{name}"
+        if isinstance(default, ConfigDict):
+            if not isinstance(value, dict):
+                raise json_files.Invalid(f"{where}: expected fields of its own, got {type(value).__name__}")
+            _check_config(value, default, where)
+        elif not _alike(value, default):
+            raise json_files.Invalid(f"{where}: expected {type(default).__name__}, got {type(value).__name__}")
+
+
+def _alike(value: Any, default: Any) -> bool:
+    """Whether a value out of JSON is of the type of a config's default."""
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and isinstance(default, bool)
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        return False
+    if isinstance(default, float):
+        return isinstance(value, (int, float)) and not math.isnan(value)
+    if isinstance(default, (tuple, list)):
+        return isinstance(value, (tuple, list))
+    return default is None or isinstance(value, type(default))

@@ -1,0 +1,287 @@
+"""Where a run's numbers go: `metrics.jsonl`, TensorBoard and one line of progress; alarms; progress of counted loops.
+
+Keys that start with `time/` hold what a clock measured. All other values are reproducible, also across a resume.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TextIO
+
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2, summary_pb2
+
+from pera_jax.common import json_files
+from pera_jax.common.errors import UserError
+from pera_jax.common.text import printable
+
+_PIPED_INTERVAL = 10.0  # seconds between the lines of a progress that nobody watches live
+_LIVE_INTERVAL = 0.1
+_RATE_WINDOW = 30.0  # seconds that a rate looks back
+
+
+class MetricsWriter:
+    """Writes the metrics of a run to its workdir and shows a line of progress on stderr.
+
+    * `metrics.jsonl`: one JSON object a line, "step" first, then the other keys in alphabetical order. It is strict
+      JSON: what is not finite is written as the string "nan", "inf" or "-inf" (Python's `float` reads both).
+      On construction it is cut back to the lines up to `resume_step`, atomically; a last line that a crash cut short is
+      dropped. Lines are not buffered, so a killed process has lost none of a step whose checkpoint it saved.
+    * `alarms.jsonl`: one JSON object an alarm, "step", "alarm" (its name) and "text"; cut back in the same way.
+    * `tb/`: TensorBoard events. A resumed run opens a new file, which tells TensorBoard to forget the points after
+      `resume_step` in the older ones.
+    * stderr: one live line on a terminal, else a plain line for each `write`; a line for each alarm.
+
+    One process of a run may hold one.
+    """
+
+    def __init__(
+        self, workdir: str | os.PathLike, *, resume_step: int, total: int, batch_size: int, stream: TextIO | None = None
+    ):
+        """
+        Args:
+          workdir: folder of the run; made where it is missing.
+          resume_step: number of steps done so far: 0, or the step of the checkpoint that the run goes on from.
+          total: steps of the whole run.
+          batch_size: global batch, images; makes images/s into the time left.
+          stream: where the line of progress goes; stderr by default.
+
+        Raises:
+          UserError: the workdir cannot be written, or one of the two files in it is not one that this class wrote.
+        """
+        self._path, alarms = (pathlib.Path(workdir) / name for name in ("metrics.jsonl", "alarms.jsonl"))
+        self._total, self._batch_size = total, batch_size
+        self._line = _Line(stream)
+        self._failed = False
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            for path in (self._path, alarms):
+                _cut_back(path, resume_step)
+            self._file, self._alarms = (open(path, "ab", buffering=0) for path in (self._path, alarms))
+            # Not `SummaryWriter`: when the disk is full its thread dies and the run waits for it for ever.
+            (self._path.parent / "tb").mkdir(exist_ok=True)
+            self._events = EventsWriter(str(self._path.parent / "tb" / "events"), f".step{resume_step}")
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._write_event(event_pb2.Event(step=resume_step + 1, session_log=start))
+        except OSError as error:
+            raise _unwritable(self._path.parent, error) from error
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Records the values (Python or NumPy numbers) of the step after which `step` steps are done.
+
+        Raises:
+          UserError: no space left, or another reason why the workdir cannot be written.
+        """
+        values = {key: _number(values[key]) for key in sorted(values)}
+        record = {"step": int(step)} | {key: _strict(value) for key, value in values.items()}
+        scalars = [summary_pb2.Summary.Value(tag=key, simple_value=value) for key, value in values.items()]
+        with self._told():
+            _write_all(self._file, json.dumps(record, allow_nan=False).encode() + b"\n")
+            self._write_event(event_pb2.Event(step=int(step), summary=summary_pb2.Summary(value=scalars)))
+        self._line.show(self._describe(step, values))
+
+    def write_alarm(self, step: int, name: str, text: str, say: bool = True) -> None:
+        """Records an alarm that begins at `step`, and says it on stderr. Raises UserError as `write`."""
+        with self._told():
+            _write_all(self._alarms, json.dumps({"step": int(step), "alarm": name, "text": text}).encode() + b"\n")
+        if say:
+            self._line.say(f"alarm at step {step:,}, {name}: {text}")
+
+    def close(self) -> None:
+        """Ends the live line and closes the files. Raises UserError as `write` does, unless `write` has said it."""
+        self._line.end()
+        self._file.close()
+        self._alarms.close()
+        try:
+            self._events.close()
+        except OSError as error:
+            if not self._failed:
+                raise _unwritable(self._path.parent, error) from error
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._failed = True
+            raise _unwritable(self._path.parent, error) from error
+
+    def _write_event(self, event: event_pb2.Event) -> None:
+        event.wall_time = time.time()
+        self._events.write_event(event)
+        self._events.flush()
+
+    def _describe(self, step: int, values: Mapping[str, float]) -> str:
+        parts = [f"step {step:,}/{self._total:,}"]
+        if "loss" in values:
+            parts.append(f"loss {values['loss']:.4g}")
+        rate = values.get("time/images_per_second", 0.0)
+        if rate > 0:
+            left = (self._total - step) * self._batch_size / rate
+            parts += [f"{_rate_text(rate)} images/s", f"ETA {_duration_text(left)}"]
+        return "  ".join(parts)
+
+
+class Progress:
+    """Progress of a loop over a known number of things: count, rate, time left.
+
+        with Progress(len(paths), "images", "convert") as progress:
+            for path in paths:
+                ...
+                progress.update()
+
+    shows `convert: 1,200/5,000 images  24%  310/s  ETA 0:12` on stderr: one live line on a terminal, else a plain line
+    every ten seconds; and at the end a line with the count, the time taken and the mean rate.
+    The rate is that of the last half minute, so that the time left is right again soon after a change of speed.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        unit: str,
+        label: str,
+        *,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """`clock` gives seconds; `stream` is where the lines go, stderr by default."""
+        self._total, self._unit, self._label, self._clock = total, unit, label, clock
+        self._line = _Line(stream)
+        self._done, self._closed = 0, False
+        self._began = self._shown = clock()
+        self._marks = collections.deque([(self._began, 0)])  # (seconds, things done), oldest first
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def update(self, n: int = 1) -> None:
+        """`n` more are done."""
+        self._done += n
+        now = self._clock()
+        if now - self._shown < (_LIVE_INTERVAL if self._line.live else _PIPED_INTERVAL):
+            return
+        self._shown = now
+        while len(self._marks) > 1 and now - self._marks[1][0] >= _RATE_WINDOW:
+            self._marks.popleft()
+        began, before = self._marks[0]
+        self._marks.append((now, self._done))
+        rate = (self._done - before) / (now - began)
+        left = f"  ETA {_duration_text((self._total - self._done) / rate)}" if rate > 0 else ""
+        share = 100 * self._done // self._total if self._total else 100
+        self._line.show(f"{self._counted()}  {share}%  {_rate_text(rate)}/s{left}")
+
+    def close(self) -> None:
+        """Shows the last line; a second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        seconds = self._clock() - self._began
+        rate = f", {_rate_text(self._done / seconds)}/s" if seconds > 0 else ""
+        self._line.show(f"{self._counted()} in {_duration_text(seconds)}{rate}")
+        self._line.end()
+
+    def _counted(self) -> str:
+        return f"{self._label}: {self._done:,}/{self._total:,} {self._unit}"
+
+
+@dataclasses.dataclass
+class _Logged:
+    """A line of metrics.jsonl or alarms.jsonl."""
+
+    step: json_files.Count
+
+
+class _Line:
+    """One line that is redrawn on a terminal; elsewhere each text is a line of its own."""
+
+    def __init__(self, stream: TextIO | None):
+        self._stream = sys.stderr if stream is None else stream
+        self.live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._drawn = False
+
+    def show(self, text: str) -> None:
+        if self.live:
+            width = shutil.get_terminal_size().columns - 1  # a full line would wrap and could not be redrawn
+            self._stream.write(f"\r{text[:width]}\x1b[K")  # back to the start of the line; erase what is left of it
+            self._drawn = True
+        else:
+            self._stream.write(text + "\n")
+        self._stream.flush()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.end()
+        self._stream.write(printable(text, limit=2000) + "\n")
+        self._stream.flush()
+
+    def end(self) -> None:
+        if self._drawn:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._drawn = False
+
+
+def _cut_back(path: pathlib.Path, last_step: int) -> None:
+    """Keeps the whole lines of steps up to `last_step`, through a temporary file and a rename."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    *lines, torn = content.split(b"\n")  # whatever follows the last line end is no whole line
+    kept = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            step = json_files.parse(line, _Logged).step
+        except json_files.Invalid as error:
+            raise UserError(
+                f"line {number} of {path} is no line of {path.stem} ({error}): mend or move the file, or choose another workdir"
+            ) from error
+        if step <= last_step:
+            kept.append(line)
+    if torn or len(kept) != len(lines):
+        temporary = path.with_name(path.name + ".tmp")
+        with open(temporary, "wb") as file:
+            file.write(b"".join(line + b"\n" for line in kept))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+
+def _write_all(file, data: bytes) -> None:
+    """Unbuffered writes may take a part only, for instance of what the disk still has space for."""
+    while data:
+        data = data[file.write(data) :]
+
+
+def _number(value: Any) -> int | float:
+    value = value.item() if hasattr(value, "item") else value
+    return value if isinstance(value, int) else float(value)
+
+
+def _strict(value: int | float) -> int | float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+def _unwritable(folder: pathlib.Path, error: OSError) -> UserError:
+    return UserError(f"cannot write to {folder}: {error.strerror}; make room or choose another workdir")
+
+
+def _rate_text(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+
+
+def _duration_text(seconds: float) -> str:
+    """12 -> "0:12", 3723 -> "1:02:03"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,56 @@
+"""What a training says before its first step: devices, data, durations, sizes."""
+
+import logging
+import sys
+from typing import Any
+
+import jax
+
+from pera_jax.common.text import printable, several
+from pera_jax.data.mixture import Mixture
+from pera_jax.parallel import sharding
+
+_BACKENDS = "jax._src.xla_bridge"  # the logger of JAX's choice of devices
+
+
+class _Told(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"warning: {' '.join(record.getMessage().split())}", file=sys.stderr, flush=True)
+
+
+def tell_warnings_of_devices() -> None:
+    """Lets JAX say that it has not found the accelerator of this machine, whatever the level of other logs is."""
+    logger = logging.getLogger(_BACKENDS)
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    if not any(isinstance(handler, _Told) for handler in logger.handlers):
+        logger.addHandler(_Told())
+
+
+def lines(
+    config, mesh: jax.sharding.Mesh, data: Mixture, params: Any, *, total: int, steps_per_epoch: int, hosts: int
+) -> list[str]:
+    """A line each for devices, data, durations and model.
+
+    Args:
+      params: of the student, arrays or their shapes.
+      total: steps of the run. hosts: processes.
+    """
+    device, batch = mesh.devices.flat[0], config.batch_size
+    shape = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    on_hosts = f" on {hosts} hosts" if hosts > 1 else ""
+    local = batch // sharding.batch_shards(mesh)
+    parts = f", {config.accumulate} microbatches of {local // config.accumulate}" if config.accumulate > 1 else ""
+    sets = [f"{printable(name)} ({len(source):,} images)" for name, source in zip(data.names(), data.sources, strict=True)]
+    bands = f"{several(data.bands.names, 13)} of {data.bands.dtype}"
+    number = sum(leaf.size for leaf in jax.tree.leaves(params))
+    backbone = sum(leaf.size for leaf in jax.tree.leaves(params["backbone"]))
+    model = config.model
+    return [
+        f"devices: {mesh.size} x {device.device_kind} ({device.platform}){on_hosts}; mesh: {shape}",
+        f"data: {several(sets, 5)}, split {printable(config.data.split)}; bands {bands}",
+        f"training: {total:,} steps of {batch:,} images, {total / steps_per_epoch:,.4g} epochs of {steps_per_epoch:,} steps; "
+        f"{local:,} images on each device{parts}",
+        f"model: {number:,} parameters, {backbone:,} of them in the backbone (width {model.width}, depth {model.depth}, "
+        f"patches of {model.patch} px); {config.precision} products",
+    ]

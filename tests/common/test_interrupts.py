@@ -1,0 +1,99 @@
+"""Statuses of commands, and what Ctrl-C and SIGTERM do before there is something to save, after it, and again."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pera_jax.common import environment, errors
+
+WORK = """
+import os, sys, time
+from pera_jax.common import interrupts
+with interrupts.StopSignal(command=sys.argv[1] == "command") as stop, interrupts.before_end(lambda: os.write(2, b"tidied\\n")):
+    if "saves" in sys.argv:
+        stop.saving()
+    print("ready", flush=True)
+    while not stop.reached(1):
+        time.sleep(0.01)
+    if "slow" in sys.argv:
+        time.sleep(60)
+print("asked by", stop.asked)
+"""
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, "-c", WORK, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_before_there_is_something_to_save_a_command_ends_at_once(number):
+    process = start("command")
+    process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (128 + number, "")
+    assert err == f"error: interrupted by {number.name}; nothing is lost\ntidied\n"
+
+
+def test_in_a_program_of_others_it_is_a_keyboard_interrupt():
+    process = start("library")
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=20)[1]
+    assert process.returncode == -signal.SIGINT and err.splitlines()[-1] == "KeyboardInterrupt"
+
+
+def test_the_first_asks_and_says_so_the_second_ctrl_c_ends_at_once_and_a_second_sigterm_does_not():
+    process = start("command", "saves")
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=20) == ("asked by SIGTERM\n", "SIGTERM: saving after this step\n")
+    process = start("command", "saves", "slow")
+    for number in (signal.SIGTERM, signal.SIGTERM):
+        process.send_signal(number)
+        time.sleep(0.2)
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
+    process = start("command", "saves", "slow")
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.readline() == "SIGINT: saving after this step; again to stop at once\n"
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=20)[1]
+    assert process.returncode == 130
+    assert err == "error: stopped at once; the same command goes on from the newest checkpoint\ntidied\n"
+
+
+@pytest.mark.parametrize("module", ["pera_jax.train", "data_prep.images"])
+def test_ctrl_c_while_modules_are_imported_is_one_line(module):
+    process = subprocess.Popen([sys.executable, "-m", module], stderr=subprocess.PIPE, text=True)
+    while "numpy" not in open(f"/proc/{process.pid}/maps").read():  # among the first of what is imported
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "error: interrupted\n" and process.returncode == 130
+
+
+@pytest.mark.parametrize("error, status", [
+    (errors.UserError("x"), 1), (environment.EnvironmentFault("x"), 75), (ZeroDivisionError(), 70), (KeyboardInterrupt(), 130),
+])  # fmt: skip
+def test_ends_of_different_kinds_have_statuses_of_their_own(error, status, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        errors.run(main)
+    assert ended.value.code == status
+    assert ("Traceback" in capsys.readouterr().err) == (status == 70)
+
+
+def test_a_stall_ends_by_sigalrm_with_the_stacks_also_where_python_cannot_run():
+    hang = "import ctypes\nfrom pera_jax.training.watchdog import Watchdog\nwith Watchdog(0.5):\n    ctypes.PyDLL(None).sleep(60)\n"
+    done = subprocess.run([sys.executable, "-c", hang], capture_output=True, text=True, timeout=50)  # keeps the interpreter
+    assert done.returncode == -signal.SIGALRM and 'File "<string>", line 4' in done.stderr
+    moves = "import time\nfrom pera_jax.training.watchdog import Watchdog\nwith Watchdog(0.5) as dog:\n    for _ in range(20):\n        time.sleep(0.1)\n        dog.fed()\ntime.sleep(2)\n"
+    assert subprocess.run([sys.executable, "-c", moves], capture_output=True, text=True, timeout=50).stderr == ""

@@ -1,0 +1,138 @@
+"""FLOPs: the arithmetic equals what is traced, product by product; the benchmark prints both."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+from conftest import FAST
+
+from pera_jax.cost import flops
+from pera_jax.losses import prototypes as losses
+from pera_jax.models import positions
+from pera_jax.models.stochastic_depth import kept_of
+from pera_jax.training import step as steps
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def traced(function, *arguments) -> float:
+    return flops.matrix_products(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def of_step(config) -> float:
+    objective, optimiser = tiny.objective(config), steps.make_optimiser(config.optimiser)
+    state = jax.eval_shape(lambda: steps.new_state(objective, optimiser, 0))
+    return traced(steps.make_step(objective, optimiser, 0), state, tiny.batch(config), tiny.HYPER)
+
+
+def scores(objective, kind: str) -> float:
+    """Of the student's attention, query times key, over all blocks on the crops that one image has of a kind."""
+    vit, parts, group = objective.vit, objective.parts[kind], objective.depth_group
+    crops = objective.crops[kind][0]
+    kept = kept_of(group * crops, objective.depth_rate) / (group * crops) if objective.depth_rate else 1.0
+    lower = 1 + parts.student
+    upper = lower + (parts.learnable if kind == "global" else 0)
+    return crops * kept * 2 * vit.width * (vit.split * lower**2 + (vit.depth - vit.split) * upper**2)
+
+
+def beside_the_method(config) -> float:
+    """The products that the count leaves out: spreading term, centre, resampled positions; class logits and attention
+    scores once more.
+
+    The class term keeps no logits, of either network, and the student's blocks no scores: the backward pass computes them.
+    """
+    objective = tiny.objective(config)
+    heads, side = config.heads, config.crops.global_size // config.model.patch
+    units = jnp.ones((config.batch_size, config.crops.global_number, heads.bottleneck))
+    weights = jnp.ones((heads.prototypes, heads.bottleneck))
+    group = config.loss.koleo_group or config.batch_size
+
+    def koleo(units, weights):
+        return losses.koleo(units, weights, group, objective.precision)
+
+    total = traced(jax.grad(koleo, (0, 1)), units, weights)
+    logits = 2 * heads.prototypes * heads.bottleneck
+    total += logits  # W mean(u)
+    total += config.batch_size * sum(scores(objective, kind) for kind in objective.parts)
+    total += 2 * config.batch_size * (config.crops.global_number + config.crops.local_number) * logits
+    if config.crops.local_number:
+        local = config.crops.local_size // config.model.patch
+        grid = jnp.ones((side, side, config.model.width))
+        forward = traced(lambda grid: positions.resample(grid, local, local), grid)
+        both = traced(jax.grad(lambda grid: positions.resample(grid, local, local).sum()), grid)
+        total += both + forward  # of the student, of the teacher
+    return total
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(batch_size=4),
+        dict(batch_size=8, model__depth=5, model__scan=False, model__mlp_ratio=3.0),
+        dict(batch_size=6, stochastic_depth__rate=0.0, loss__koleo_group=0, crops__local_number=0, masks__student=0.3),
+        dict(batch_size=4, crops__local_number=5, crops__global_number=1, stochastic_depth__group=4),
+    ],
+    ids=str,
+)
+def test_the_count_is_what_is_traced_to_the_last_product(changes):
+    config = tiny.config(**changes)
+    counted = config.batch_size * sum(flops.per_image(tiny.objective(config)).values())
+    assert of_step(config) == counted + beside_the_method(config)
+
+
+def test_recomputation_is_seen_and_is_no_part_of_the_count():
+    plain, remat = tiny.config(batch_size=4), tiny.config(batch_size=4, model__remat="block")
+    assert flops.per_image(tiny.objective(plain)) == flops.per_image(tiny.objective(remat))
+    blocks = {name: value for name, value in flops.per_image(tiny.objective(plain)).items() if "student" in name}
+    more = of_step(remat) - of_step(plain)
+    assert 0.15 < more / (4 * sum(blocks.values())) < 1 / 3  # at most one more forward pass of three
+
+
+def test_loops_are_counted_by_their_trips():
+    matrix = jnp.ones((3, 3))
+
+    def loop(x):
+        return jax.lax.scan(lambda x, _: (x @ matrix, None), x, None, length=7)[0]
+
+    def choice(x):
+        return jax.lax.cond(x[0, 0] > 0, loop, lambda x: x, x)
+
+    assert traced(loop, jnp.ones((2, 3))) == traced(choice, jnp.ones((2, 3))) == 7 * 2 * 2 * 3 * 3
+    with pytest.raises(ValueError, match="while loop"):
+        traced(lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ matrix, x), jnp.ones((2, 3)))
+
+
+def test_the_benchmark_of_the_step_prints_and_writes_its_numbers(tmp_path):
+    file = tmp_path / "step.json"
+    command = [sys.executable, "benchmarks/step.py", "--config", "configs/demo.py:smoke", "--steps", "2"]
+    command += ["--json", str(file)]
+    # As from a shell: the script finds the package by itself.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"XLA_FLAGS": FAST}
+    done = subprocess.run(
+        [*command, "--set", "model.depth=2", "--batch", "4"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text())
+    count = found["flops_per_image"]
+    assert found["batch_size"] == 4
+    assert count["method"] == sum(count["parts"].values())
+    assert count["method"] < count["traced"] < count["xla"]
+    assert min(found["bytes"].values()) > 0 and found["cpu_seconds_per_image"] > 0 and 0 < found["share_of_matmul"] < 1
+    for words in ("student global", "CPU seconds per image", "temporaries", "2048 x 2048"):
+        assert words in done.stdout
+    command += ["--set", "model.deep=2"]
+    wrong = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert wrong.returncode == 1 and wrong.stderr.startswith("error: the config has no field model.deep")
+
+
+def test_the_benchmark_of_the_step_imports_no_data_library():
+    code = "import sys, benchmarks.step; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "pera_jax.cost.flops" in loaded.split()
+    assert not {"grain", "array_record", "tensorflow_datasets", "pera_jax.data"} & set(loaded.split())

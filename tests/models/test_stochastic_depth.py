@@ -1,0 +1,153 @@
+"""Stochastic depth: how many crops are kept, how they are scaled, and where the subsets come from."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import NamedSharding
+
+from pera_jax.models import stochastic_depth
+from pera_jax.objectives.pera import masking, pera
+from pera_jax.parallel import sharding
+
+
+def residual(branch, x, key, rate, group):
+    """`stochastic_depth.residual` on a whole batch `x`."""
+    depth = stochastic_depth.Depth(key, jnp.arange(len(x) // group), rate, group)
+    return stochastic_depth.residual(branch, x, depth)
+
+
+def ones_kept(key, groups, group, rate=0.3):
+    """Bool [groups, group]: the crops on which the branch ran, and what it added."""
+    x = jnp.zeros((groups * group, 1, 1))
+    added = residual(jnp.ones_like, x, key, rate, group).reshape(groups, group)
+    return added > 0, added
+
+
+def test_kept_is_exact_for_every_group_size():
+    for group in range(1, 400):
+        assert stochastic_depth.kept_of(group, 0.3) == max(7 * group // 10, 1)  # whole numbers: no rounding to trust
+    assert stochastic_depth.kept_of(10, 0.9) == 1
+    assert stochastic_depth.kept_of(7, 0.0) == 7
+
+
+@pytest.mark.parametrize("group, kept", [(1, 1), (2, 1), (3, 2), (10, 7), (16, 11)])
+def test_each_group_keeps_its_number_and_scales_it(group, kept):
+    ran_on = []
+
+    def branch(y):
+        ran_on.append(y.shape)
+        return jnp.ones_like(y)
+
+    x = jnp.arange(5.0 * group).reshape(5 * group, 1, 1)
+    out = residual(branch, x, jax.random.key(3), 0.3, group)
+    added = np.asarray(out - x).reshape(5, group)
+    assert ran_on == [(5 * kept, 1, 1)]  # the skipped crops cost nothing
+    np.testing.assert_array_equal((added > 0).sum(axis=1), kept)
+    np.testing.assert_allclose(added[added > 0], group / kept, rtol=1e-5)
+
+
+def test_expectation_is_the_branch():
+    keys = jax.random.split(jax.random.key(0), 3000)
+    added = jax.vmap(lambda key: ones_kept(key, 4, 5)[1])(keys)  # [keys, 4, 5]: 3 of 5 kept, scaled by 5 / 3
+    deviation = np.sqrt((5 / 3) ** 2 * 0.6 * 0.4 / len(keys))
+    assert np.abs(added.mean(axis=0) - 1).max() < 5 * deviation
+
+
+def test_groups_draw_their_own_subsets():
+    kept, _ = ones_kept(jax.random.key(0), 64, 10)
+    assert len({tuple(row) for row in np.asarray(kept)}) > 30  # of 120
+    # No correlation between neighbouring groups' crops beyond chance.
+    same = np.mean(np.asarray(kept[1:]) == np.asarray(kept[:-1]))
+    assert abs(same - (0.7**2 + 0.3**2)) < 5 * np.sqrt(0.25 / kept[1:].size)
+
+
+def test_value_and_gradients_equal_the_masked_formula():
+    groups, group = 3, 4
+    key, (kx, kw, kg) = jax.random.key(7), jax.random.split(jax.random.key(8), 3)
+    x = jax.random.normal(kx, (groups * group, 5, 6))
+    w = jax.random.normal(kw, (6, 6)) / 3
+    seed = jax.random.normal(kg, x.shape)
+    scale = ones_kept(key, groups, group)[1].reshape(-1, 1, 1)
+
+    def branch(w, y):
+        return jnp.tanh(y @ w)
+
+    def ours(x, w):
+        return jnp.sum(seed * residual(lambda y: branch(w, y), x, key, 0.3, group))
+
+    def naive(x, w):
+        return jnp.sum(seed * (x + scale * branch(w, x)))
+
+    value, gradients = jax.value_and_grad(ours, (0, 1))(x, w)
+    expected, expected_gradients = jax.value_and_grad(naive, (0, 1))(x, w)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for gradient, other in zip(gradients, expected_gradients):
+        np.testing.assert_allclose(gradient, other, rtol=1e-5, atol=1e-5)
+
+
+def test_off_without_depth_or_rate():
+    x = jnp.arange(6.0).reshape(6, 1, 1)
+    for out in (stochastic_depth.residual(jnp.cos, x, None), residual(jnp.cos, x, jax.random.key(0), 0.0, 3)):
+        np.testing.assert_array_equal(out, x + jnp.cos(x))
+
+
+def test_parts_of_a_batch_draw_what_the_whole_does():
+    x, key = jax.random.normal(jax.random.key(0), (12, 3, 4)), jax.random.key(1)
+    whole = residual(jnp.sin, x, key, 0.3, 3)
+    places = jnp.array([2, 0])
+    part = x.reshape(4, 3, 3, 4)[places].reshape(6, 3, 4)
+    out = stochastic_depth.residual(jnp.sin, part, stochastic_depth.Depth(key, places, 0.3, 3))
+    np.testing.assert_array_equal(out, whole.reshape(4, 3, 3, 4)[places].reshape(6, 3, 4))
+
+
+def test_groups_stay_on_their_devices():
+    """With whole groups on each device nothing crosses between devices, forward or backward; the result is the same."""
+    mesh = sharding.make_mesh()
+    where = NamedSharding(mesh, sharding.BATCH)
+    x = jax.random.normal(jax.random.key(0), (32, 3, 4))
+
+    def gradient(x):
+        return jax.grad(lambda x: jnp.sum(residual(jnp.sin, x, jax.random.key(1), 0.3, 4) ** 2))(x)
+
+    compiled = jax.jit(gradient, in_shardings=where, out_shardings=where).lower(x).compile()
+    for collective in ("all-gather", "all-to-all", "all-reduce", "collective-permute", "reduce-scatter"):
+        assert collective not in compiled.as_text()
+    np.testing.assert_allclose(compiled(jax.device_put(x, where)), gradient(x), rtol=1e-6)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_every_block_branch_and_kind_has_a_key_of_its_own(monkeypatch, scan):
+    calls = []
+
+    def spy(branch, x, depth):
+        if depth is None:
+            return x + branch(x)  # the teacher
+        rate, group = depth.rate, depth.group
+        jax.debug.callback(
+            lambda data: calls.append((tuple(data.ravel().tolist()), rate, group)), jax.random.key_data(depth.key)
+        )
+        return x + branch(x)
+
+    monkeypatch.setattr(stochastic_depth, "residual", spy)
+    settings = tiny.config(crops__local_number=3, stochastic_depth__group=2, model__scan=scan)
+    objective = tiny.objective(settings)
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(objective.init, jax.random.key(0)))
+
+    @jax.jit
+    def run(params, key):
+        views = {}
+        for kind, (crops, size) in objective.crops.items():
+            masks = masking.sample(key, 4 * crops, objective.parts[kind])
+            views[kind] = pera.Views(*[jnp.zeros((4 * crops, size, size, 3))] * 2, masks)
+        depths = objective.depths(key, jnp.arange(4))
+        return objective.outputs(params, {k: params[k] for k in objective.teacher_keys}, views, depths)[0].units
+
+    jax.block_until_ready(run(params, jax.random.key(0)))
+    jax.effects_barrier()
+    depth = settings.model.depth
+    assert len(calls) == 2 * depth * 2
+    assert len({key for key, _, _ in calls}) == len(calls)
+    # A group of 2 images is 2 x 2 global and 2 x 3 local crops.
+    assert sorted((rate, group) for _, rate, group in calls) == [(0.3, 4)] * 2 * depth + [(0.3, 6)] * 2 * depth

@@ -1,0 +1,286 @@
+"""The training job: exact resume after every kind of end, start-up order, and each config run small end to end."""
+
+import importlib
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import toy_data
+from conftest import FAST
+from orbax.checkpoint import v1 as ocp
+
+from pera_jax import train
+from pera_jax.common.errors import UserError
+from pera_jax.parallel import sharding
+from pera_jax.training.checkpoints import checkpoint
+
+OPENING = ("resuming from step ", "devices: ", "data: ", "training: ", "model: ", "compiling ")  # what is said before
+TOTAL, EVERY = 80, 5  # steps of the run that is interrupted, and between its checkpoints
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return toy_data.write(tmp_path_factory.mktemp("data") / "toy", undecodable=(3, 4, 20))
+
+
+def smoke(name: str, data: str, total: str = "4 steps"):
+    config = importlib.import_module(f"configs.{name}").get_config("smoke")
+    config.data.path, config.total = data, total
+    return config
+
+
+def metrics_of(workdir) -> list[dict]:
+    """The lines of metrics.jsonl without what a clock measured."""
+    lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
+
+
+def everything(run, step: int) -> dict[str, np.ndarray]:
+    """All arrays and numbers of a checkpoint but `meta`, by path."""
+    folder = pathlib.Path(run).absolute() / "checkpoints" / str(step)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    metadata = ocp.checkpointables_metadata(folder).metadata
+    wanted = {
+        name: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), metadata[name])
+        for name in ("state", "teacher")
+    }
+    items = ocp.load_checkpointables(folder, wanted | {"data": None})
+    leaves = jax.tree_util.tree_flatten_with_path(items)[0]
+    return {sharding.path_of(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def assert_same_bits(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    assert one.keys() == other.keys()
+    for path in one:
+        np.testing.assert_array_equal(one[path], other[path], err_msg=path, strict=True)
+
+
+# ---------------------------------------------------------------- interrupted runs, through the command
+
+
+def launch(data: str, workdir, workers: int) -> subprocess.Popen:
+    environment = os.environ | {"XLA_FLAGS": FAST}  # one device
+    command = [
+        sys.executable, "-m", "pera_jax.train", "--config", "configs/demo.py:smoke", f"--config.data.path={data}",
+        f"--config.data.workers={workers}", f"--config.total={TOTAL} steps", f"--config.checkpoint.every={EVERY} steps",
+        "--workdir", str(workdir),
+    ]  # fmt: skip
+    root = pathlib.Path(train.__file__).parent.parent
+    return subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def end(process: subprocess.Popen) -> str:
+    """Waits for the end; returns what was left on stderr."""
+    text = process.stderr.read()
+    process.wait(timeout=60)
+    return text
+
+
+def wait_for_step(process: subprocess.Popen, step: int) -> None:
+    """Reads lines of progress up to that of `step`."""
+    for line in process.stderr:
+        assert line.startswith(("step ", *OPENING)), line
+        if line.startswith(f"step {step}/"):
+            return
+    pytest.fail(f"ended before step {step}")
+
+
+def kill_while_saving(process: subprocess.Popen, workdir: pathlib.Path, after: int) -> None:
+    """Kills the process when a checkpoint later than step `after` is half written."""
+    folder = workdir / "checkpoints"
+    while process.poll() is None:
+        names = os.listdir(folder) if folder.exists() else []
+        steps_begun = [int(name.split(".")[0]) for name in names if "orbax-checkpoint-tmp" in name]
+        if any(step > after for step in steps_begun):
+            process.send_signal(signal.SIGSTOP)  # looks twice: the save may have ended since
+            if any((folder / name).exists() for name in names if "orbax-checkpoint-tmp" in name):
+                process.kill()
+                return
+            process.send_signal(signal.SIGCONT)
+        time.sleep(0.001)
+    pytest.fail(f"ended before it was killed: {end(process)}")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    process = launch(data, workdir, workers=0)
+    stderr = end(process)
+    assert process.returncode == 0, stderr
+    opening, progress = stderr.splitlines()[:5], stderr.splitlines()[5:]
+    assert [line.split(" ")[0] for line in opening] == ["devices:", "data:", "training:", "model:", "compiling"], opening
+    assert opening[2].startswith(f"training: {TOTAL} steps of 16 images, 26.67 epochs of 3 steps; 16 images on each device")
+    assert [line.split("  ")[0] for line in progress] == [f"step {i}/{TOTAL}" for i in range(1, TOTAL + 1)]
+    return workdir
+
+
+def test_a_run_killed_in_every_way_ends_in_the_same_bits(uninterrupted, data, tmp_path):
+    workdir = tmp_path / "run"
+    process = launch(data, workdir, workers=0)
+    kill_while_saving(process, workdir, after=EVERY)
+    end(process)
+    assert process.returncode == -signal.SIGKILL
+    halves = [name for name in os.listdir(workdir / "checkpoints") if "orbax-checkpoint-tmp" in name]
+    assert halves and checkpoint.saved_steps(workdir)
+
+    process = launch(data, workdir, workers=2)  # with data workers now
+    wait_for_step(process, 5 * EVERY + 2)
+    process.kill()
+    end(process)
+    seen = checkpoint.saved_steps(workdir)[-1]
+    assert 0 < seen < TOTAL
+
+    for number, name in ((signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")):
+        process = launch(data, workdir, workers=1)
+        wait_for_step(process, seen + EVERY + 2)
+        process.send_signal(number)
+        stderr = end(process)
+        seen = checkpoint.saved_steps(workdir)[-1]
+        assert process.returncode == 0, stderr
+        *progress, last = stderr.splitlines()  # no warnings either
+        again = "; again to stop at once" if name == "SIGINT" else ""
+        progress.remove(f"{name}: saving after this step{again}")
+        assert last == f"stopped by {name} at step {seen} of {TOTAL}; checkpoint saved"
+        assert not (workdir / "FINISHED").exists()
+        assert all(line.startswith("step ") for line in progress)
+
+    process = launch(data, workdir, workers=0)
+    stderr = end(process)
+    assert process.returncode == 0, stderr
+    said = stderr.splitlines()
+    assert said[0] == f"resuming from step {seen} of {TOTAL}; changed: data.workers 1 -> 0"
+    assert said[len(OPENING)].startswith(f"step {seen + 1}/{TOTAL}")
+
+    assert_same_bits(everything(workdir, TOTAL), everything(uninterrupted, TOTAL))
+    lines = metrics_of(workdir)
+    assert lines == metrics_of(uninterrupted)
+    assert [line["step"] for line in lines] == list(range(1, TOTAL + 1))
+    assert lines[-1]["data/replaced"] > lines[10]["data/replaced"] > 0
+    assert not [name for name in os.listdir(workdir / "checkpoints") if not name.isdigit()]
+
+
+# ---------------------------------------------------------------- in this process, on eight devices
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """The run of configs/demo.py:smoke, 4 steps."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    train.train(smoke("demo", data), str(workdir))
+    return workdir
+
+
+def frozen(config):
+    """The config with a step that changes neither student nor teacher."""
+    config.total = "2 steps"
+    config.schedules.learning_rate.update(dict(start=0.0, peak=0.0, end=0.0))
+    config.schedules.momentum.update(dict(start=1.0, end=1.0))
+    return config
+
+
+@pytest.mark.parametrize("name", ["demo", "aid_small", "pera_vitb16", "pera_vitg16_1024"])
+def test_every_config_trains_small_and_leaves_weights_that_can_be_used(name, data, tmp_path, request):
+    workdir = request.getfixturevalue("finished") if name == "demo" else tmp_path / "run"
+    if name != "demo":
+        train.train(smoke(name, data), str(workdir))
+    lines = metrics_of(workdir)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all(np.isfinite(value) for line in lines for value in line.values())
+    assert any((workdir / "tb").iterdir()) and json.loads((workdir / "config.json").read_text())["config"]["name"]
+
+    state = everything(workdir, 4)
+    for which, path in (("teacher", "teacher"), ("student", "state/params")):
+        weights = checkpoint.load_weights(workdir, which=which)
+        assert weights.step == 4 and weights.meta["step"] == 4
+        flat = jax.tree_util.tree_flatten_with_path(weights.params)[0]
+        assert flat
+        for leaf_path, leaf in flat:
+            np.testing.assert_array_equal(leaf, state[f"{path}/{sharding.path_of(leaf_path)}"])
+
+
+def test_untrained_weights_are_those_that_the_run_was_born_with(data, tmp_path):
+    workdir = tmp_path / "run"
+    train.train(frozen(smoke("pera_vitg16_1024", data)), str(workdir))  # born cut over eight devices
+    for which in ("teacher", "student"):
+        born = checkpoint.load_weights(workdir, which=which, untrained=True)
+        kept = checkpoint.load_weights(workdir, which=which)
+        assert (born.step, kept.step) == (0, 2)
+        jax.tree.map(np.testing.assert_array_equal, born.params, kept.params)
+
+
+def test_init_from_takes_the_weights_only(finished, data, tmp_path):
+    config = frozen(smoke("demo", data))
+    config.init_from = str(finished)
+    train.train(config, str(tmp_path / "run"))
+    for which in ("teacher", "student"):
+        given, taken = (checkpoint.load_weights(run, which=which) for run in (finished, tmp_path / "run"))
+        assert (given.step, taken.step) == (4, 2)
+        jax.tree.map(np.testing.assert_array_equal, given.params, taken.params)
+    state = everything(tmp_path / "run", 2)
+    assert state["data/batches"] == 2 and state["state/step"] == 2
+
+
+def test_resume_from_goes_on_as_the_workdir_itself_would(finished, data, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "own")
+    for workdir, config in ((tmp_path / "own", smoke("demo", data, "6 steps")), (tmp_path / "other", smoke("demo", data, "6 steps"))):
+        config.resume_from = str(finished) if workdir.name == "other" else ""
+        with pytest.raises(UserError, match="is of another run: its total is 4 steps, this config gives 6 steps; .* --allow-config-change"):
+            train.train(config, str(workdir))
+        train.train(config, str(workdir), allow_config_change=True)
+        assert f"resuming from step 4 of 6; changed: total 4 steps -> 6 steps" in capsys.readouterr().err
+    earlier = json.loads((tmp_path / "own" / "earlier_configs" / "until_step_000004.json").read_text())["config"]
+    assert earlier["total"] == "4 steps" and not (tmp_path / "other" / "earlier_configs").exists()
+    assert_same_bits(everything(tmp_path / "other", 6), everything(tmp_path / "own", 6))
+    assert metrics_of(tmp_path / "other") == metrics_of(tmp_path / "own")[4:]
+    # The workdir's own checkpoint comes before resume_from: nothing is left to do.
+    before = (tmp_path / "other" / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "other" / "FINISHED").read_text() == "6\n"
+    train.train(config, str(tmp_path / "other"))
+    assert (tmp_path / "other" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_last_good_checkpoint(data, tmp_path):
+    config = smoke("demo", data)
+    config.schedules.learning_rate.peak = 1e30  # its first step has the rate 0
+    config.checkpoint.every = "1 steps"
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(UserError, match="is inf at step 2; the last good checkpoint is step 1: lower"):
+        train.train(config, str(tmp_path / "run"))
+    assert checkpoint.saved_steps(tmp_path / "run") == [1]
+    alarm = json.loads((tmp_path / "run" / "alarms.jsonl").read_text())
+    assert (alarm["step"], alarm["alarm"]) == (2, "loss is not finite") and "is inf at step 2; the last" in alarm["text"]
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+    everything(tmp_path / "run", 1)
+
+
+def spoil(folder: pathlib.Path) -> None:
+    """Cuts the largest file of the state to half, as a disk that lied about a write does."""
+    file = max((folder / "state").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of a coroutine that Orbax gives up
+def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(finished, data, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    spoil(workdir / "checkpoints" / "4")
+    train.train(smoke("demo", data), str(workdir))
+    said = capsys.readouterr().err.splitlines()[0]
+    assert "checkpoints/4 cannot be read" in said and said.endswith("going on from the checkpoint of step 2")
+    assert_same_bits(everything(workdir, 4), everything(finished, 4))
+    assert metrics_of(workdir) == metrics_of(finished)
+    assert (workdir / "damaged_4").is_dir()
+
+    for step in (2, 4):
+        spoil(workdir / "checkpoints" / str(step))
+    with pytest.raises(UserError, match=f"no checkpoint of {workdir} can be read; the newest: .*checkpoints/4 cannot"):
+        train.train(smoke("demo", data), str(workdir))
+    assert checkpoint.saved_steps(workdir) == [2, 4]
