@@ -26,7 +26,7 @@ import pathlib
 import re
 from collections.abc import Callable
 
-from data_prep.convert import command, folder, pixels
+from data_prep.convert import command, folder, pixels, split_plan
 from data_prep.convert.shards import Item, run_jobs
 from data_prep.inputs import sources
 from pera_jax.common import paths
@@ -80,11 +80,11 @@ def dataset_name(output: pathlib.Path) -> str:
 
 def make_split(
     inventory: sources.Inventory, output: pathlib.Path, dataset: str, name: str, shards: int, options: dict
-) -> folder.Split:
+) -> split_plan.Split:
     """The plan of a conversion."""
     digest = inventory.digest([records.FORMAT_VERSION, dataset, name, inventory.class_names, shards, options])
     bands = list(records.RGB)
-    return folder.Split(output, dataset, name, bands, "uint8", inventory.class_names, False, inventory, shards, digest)
+    return split_plan.Split(output, dataset, name, bands, "uint8", inventory.class_names, False, inventory, shards, digest)
 
 
 def convert_file(item: Item, **options) -> pixels.Stored:

@@ -27,7 +27,7 @@ from collections.abc import Callable
 from tensorflow_datasets.core import constants, features
 
 from data_prep import images
-from data_prep.convert import command, folder
+from data_prep.convert import command, folder, split_plan
 from data_prep.convert.shards import run_jobs
 from data_prep.inputs import tfds_examples
 from pera_jax.common import classes, paths
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None, driver: Callable = run_jobs) -> None:
         builder.info.full_name, examples.pieces,
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode("ascii")).hexdigest()
-    split = folder.Split(args.output, dataset, args.split, bands, dtype, class_names, False, examples, shards, digest)
+    split = split_plan.Split(args.output, dataset, args.split, bands, dtype, class_names, False, examples, shards, digest)
     read = functools.partial(tfds_examples.read_bytes, **reading)
     convert = functools.partial(tfds_examples.convert_example, **reading, **options)
     command.write(split, read, convert, args, driver=driver)

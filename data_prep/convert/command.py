@@ -5,7 +5,7 @@ import os
 import pathlib
 from collections.abc import Callable, Sequence
 
-from data_prep.convert import duplicates, folder, pixels
+from data_prep.convert import duplicates, folder, pixels, split_plan
 from data_prep.convert.shards import Item, run_jobs
 from pera_jax.common import paths
 from pera_jax.common.text import printable, several
@@ -86,7 +86,7 @@ def number_of_shards(args: argparse.Namespace, images: int) -> int:
 
 
 def write(
-    split: folder.Split,
+    split: split_plan.Split,
     read: Callable[[Item], bytes],
     convert: Callable[[Item], pixels.Stored],
     args: argparse.Namespace,
@@ -111,10 +111,10 @@ def write(
     classes = f"{len(split.class_names)} classes ({several(split.class_names, 5)})" if split.class_names else "no classes"
     workers = f", {args.workers} workers" if driver is run_jobs else ""
     print(f"{split.name}: {len(split)} images, {classes}, {split.shards} shards{workers}", flush=True)
-    folder.check_unfinished(split)  # before the search for duplicates, which takes its time
+    split_plan.check_unfinished(split)  # before the search for duplicates, which takes its time
     again = duplicates.find(split.items, read, args.workers) if "duplicates" in args.drop else []
     info, report = folder.write_split(
-        folder.without(split, again), convert, workers=args.workers, run=driver,
+        split_plan.without(split, again), convert, workers=args.workers, run=driver,
         max_corrupt_share=args.max_corrupt_share, rejected=rejected,
         duplicates=[item.key for item in map(split.items.__getitem__, again)],
     )  # fmt: skip

@@ -8,86 +8,24 @@ info.json last of all: a split is in it whole, or not at all.
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Sequence
-
-import numpy as np
+from collections.abc import Callable
 
 from data_prep.convert import duplicates as duplicates_of
-from data_prep.convert import summary
+from data_prep.convert import split_plan, summary
 from data_prep.convert.pixels import Stored
-from data_prep.convert.shards import Item, Job, Part, run_jobs, sync, write_file
-from pera_jax.common import json_files, lease
+from data_prep.convert.shards import Item, Part, run_jobs, sync, write_file
+from data_prep.convert.split_plan import Split
+from pera_jax.common import lease
 from pera_jax.common.errors import UserError
 from pera_jax.data import records, statistics
 from pera_jax.training.metrics import Progress
 
-_PLAN_FILE = "plan.json"
 # What a folder may hold beside info.json, or without one after a crash.
 _OWN_FILES = ("*.array_record-*-of-*", "*.report.json", "*.inputs.csv", "*.histogram.npz", "dataset_info.json", "features.json", "label.labels.txt")
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """A split to be written.
-
-    Attributes:
-      folder: the data set folder.
-      dataset, name: names of the data set and of the split.
-      bands, dtype: of the images.
-      class_names: names of the classes, which the items' labels index; None without classes.
-      has_places: whether records say where on the ground their image lies.
-      items: the images in the order of the records; may make them one by one.
-      shards: number of shards.
-      source: a hash of what the records depend on: items, classes, shards and options of the conversion.
-      kept: int64, the places in `items` of those that are converted; None: all.
-    """
-
-    folder: pathlib.Path
-    dataset: str
-    name: str
-    bands: list[str]
-    dtype: str
-    class_names: list[str] | None
-    has_places: bool
-    items: Sequence[Item]
-    shards: int
-    source: str
-    kept: np.ndarray | None = None
-
-    @property
-    def partial(self) -> pathlib.Path:
-        return self.folder / f".{self.name}.partial"
-
-    def shard_name(self, shard: int) -> str:
-        return f"{self.dataset}-{self.name}.array_record-{shard:05d}-of-{self.shards:05d}"
-
-    def __len__(self) -> int:
-        """Images to convert."""
-        return len(self.items) if self.kept is None else len(self.kept)
-
-    def job_size(self, shard: int) -> int:
-        """Images of one shard, of n in K: those from n k / K to n (k + 1) / K, whoever asks."""
-        return len(self) * (shard + 1) // self.shards - len(self) * shard // self.shards
-
-    def job(self, shard: int) -> Job:
-        """What one shard is made of."""
-        first = len(self) * shard // self.shards
-        places = slice(first, first + self.job_size(shard))
-        items = self.items[places] if self.kept is None else [self.items[i] for i in self.kept[places]]
-        return Job(self.partial, self.shard_name(shard), items)
-
-
-def without(split: Split, places: list[int]) -> Split:
-    """The split without the items at these places."""
-    if not places:
-        return split
-    kept = np.delete(np.arange(len(split.items)), places)
-    return dataclasses.replace(split, kept=kept, shards=min(split.shards, len(kept)))
 
 
 def existing_info(folder: pathlib.Path) -> records.DatasetInfo | None:
@@ -114,7 +52,10 @@ def already_complete(split: Split, info: records.DatasetInfo | None) -> bool:
                 f"name another --output or --split, or remove {split.folder}"
             )
         records.open_split(split.folder, split.name)
-        shutil.rmtree(split.partial, ignore_errors=True)  # left where a crash came between the last two steps
+        shutil.rmtree(split.partial, ignore_errors=True)  # left where a crash came between the last steps
+        if (split.folder / lease.NAME).exists():
+            with contextlib.suppress(UserError), lease.held(split.folder, "--output", say=lambda text: None):
+                pass  # takes a dead owner's lease away
         return True
     if (info.bands, info.dtype) != (split.bands, split.dtype):
         raise UserError(
@@ -162,10 +103,10 @@ def write_split(
     made = _missing_folders(split.folder)
     try:
         with lease.held(split.folder, "--output"):
-            check_unfinished(split)
-            _check_kept(split)
+            split_plan.check_unfinished(split)
+            split_plan.check_kept(split)
             try:
-                _write_plan(split)
+                split_plan.write(split)
                 parts = _write_shards(split, functools.partial(run, convert=convert, workers=workers), max_corrupt_share)
                 info, report = _finish(split, parts, rejected, duplicates)
                 shutil.rmtree(split.partial)
@@ -187,61 +128,11 @@ def _missing_folders(folder: pathlib.Path) -> list[pathlib.Path]:
     return [path for path in (folder, *folder.parents) if not path.exists()]
 
 
-def _remove_half_written(split: Split) -> None:
-    for file in split.partial.glob("*.tmp"):
-        file.unlink(missing_ok=True)
-
-
 def _tidy(split: Split) -> None:
     """After a failure: removes what is half written, and the whole plan where no shard is finished."""
-    _remove_half_written(split)
+    split_plan.remove_half_written(split)
     if split.partial.exists() and not any(split.partial.glob("*.array_record-*.json")):
         shutil.rmtree(split.partial)
-
-
-def check_unfinished(split: Split) -> None:
-    """Raises UserError if the folder holds an unfinished conversion of something else, or shards of none."""
-    plan = split.partial / _PLAN_FILE
-    if plan.is_file():
-        if _read_plan(plan).source != split.source:
-            raise UserError(
-                f"{split.partial} is an unfinished conversion of other images or with other options; "
-                f"give that command again, or remove {split.partial}"
-            )
-        return
-    strays = sorted(split.folder.glob(f"{split.dataset}-{split.name}.array_record-*"))
-    if strays:
-        raise UserError(f"{strays[0]} belongs to no finished split; remove it, or name another --output")
-
-
-def _check_kept(split: Split) -> None:
-    """Raises UserError if the unfinished conversion left out other items: shards would then lack images, or share them."""
-    plan = split.partial / _PLAN_FILE
-    if plan.is_file() and _read_plan(plan).kept != _kept_hash(split):
-        raise UserError(f"images were changed since {split.partial} was begun; remove it, and begin again")
-
-
-@dataclasses.dataclass
-class _Plan:
-    """What is being converted, see `Split`."""
-
-    source: str
-    kept: str
-
-
-def _read_plan(file: pathlib.Path) -> _Plan:
-    return json_files.read(file, _Plan, f"remove {file.parent}, and begin again")
-
-
-def _kept_hash(split: Split) -> str:
-    return hashlib.sha256(b"" if split.kept is None else split.kept.tobytes()).hexdigest()
-
-
-def _write_plan(split: Split) -> None:
-    split.partial.mkdir(exist_ok=True)
-    _remove_half_written(split)
-    plan = _Plan(split.source, _kept_hash(split))
-    write_file(split.partial / _PLAN_FILE, json.dumps(dataclasses.asdict(plan)).encode("ascii"))
 
 
 def _write_shards(split: Split, run: Callable, max_corrupt_share: float) -> list[Part]:

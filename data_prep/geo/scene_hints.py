@@ -37,7 +37,9 @@ def scales(scenes: dict[str, Scene], choices: dict[str, Choice], wanted: str | N
     if not others and all(pair == (1, 0) for pair in first):
         return None
     if wanted == "apply":
-        return f"scale and offset of {len(held)} scenes are applied: the values are float32"
+        plain = sum(all(pair == (1, 0) for pair in pairs) for pairs in held.values())
+        but = f", but {plain} of them have none and are stored as they are" if plain else ""
+        return f"scale and offset of {len(held)} scenes are applied: the values are float32{but}"
     if others and wanted is None:
         one, other = (next(name for name, pairs in held.items() if pairs == which) for which in (first, others[0]))
         band = next(band for band, pairs in enumerate(zip(first, others[0], strict=True)) if pairs[0] != pairs[1])
@@ -109,7 +111,8 @@ class _Patches:
         """Pixels [H, W, C] of the file's dtype, and where there is data."""
         self._total += pixels.shape[0] * pixels.shape[1]
         for value in (0, np.iinfo(pixels.dtype).max) if pixels.dtype.kind == "u" else (0,):
-            here = ((pixels == value) & valid).all(axis=2)
+            same = (pixels == value) & valid
+            here = (same | ~valid).all(axis=2) & same.any(axis=2)  # a band may declare it, and another one not
             inner = here[:, :-1]
             held = np.array([here.sum(), inner.sum(), (inner & here[:, 1:]).sum()])
             self._held[value] = self._held.get(value, 0) + held

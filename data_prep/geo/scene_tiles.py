@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_prep.convert import folder
+from data_prep.convert import split_plan
 from data_prep.convert.shards import Item
 from data_prep.geo.scene_grid import Grid, Length
 from data_prep.geo.scene_plan import Choice, Files, Reasons, check_few
@@ -157,7 +157,7 @@ def _fault(grid: Grid, scene: Scene, choice: Choice, gsd: float | None) -> str |
 
 def make_split(
     output: pathlib.Path, dataset: str, name: str, bands: list[str], dtype: str, tiles: Tiles, shards: int, options: list
-) -> folder.Split:
+) -> split_plan.Split:
     """The plan of a conversion: the tiles dealt to the shards by a hash of their keys, then as they lie in the scenes.
 
     `options` is what else the records depend on, of JSON's types.
@@ -171,4 +171,4 @@ def make_split(
     order = np.argsort(hashes, kind="stable")
     for shard in range(shards):
         order[len(tiles) * shard // shards : len(tiles) * (shard + 1) // shards].sort()
-    return folder.Split(output, dataset, name, bands, dtype, None, True, _Dealt(tiles, order), shards, source)
+    return split_plan.Split(output, dataset, name, bands, dtype, None, True, _Dealt(tiles, order), shards, source)

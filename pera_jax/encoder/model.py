@@ -119,6 +119,8 @@ class Model:
         names = self.bands.names
         if size not in SIZES:
             raise UserError(f"size={size!r} is none of {', '.join(SIZES)}")
+        if not hasattr(images, "dtype"):
+            raise UserError(f"images are a {type(images).__name__}; hand over an array [H, W, C] or [B, H, W, C] of {self.bands.dtype}")
         if images.ndim not in (3, 4) or 0 in images.shape:
             raise UserError(f"images of shape {tuple(images.shape)} are neither [B, H, W, C] nor [H, W, C], or have no pixel")
         if images.shape[-1] != len(names):

@@ -391,3 +391,24 @@ def test_masks_may_be_tiffs_and_what_they_declare_is_no_class(tmp_path):
         read(nodata=0)
     with pytest.raises(UserError, match="bands of float32; a mask has one"):
         read("float32")
+
+
+@pytest.mark.parametrize("dtype, nodata", [("uint8", 255), ("uint8", 0), ("uint16", 65535), ("float32", -9999), ("float32", float("nan"))])
+def test_what_a_tiff_declares_to_be_no_data_is_as_in_scenes(tmp_path, dtype, nodata):
+    rasterio = pytest.importorskip("rasterio")
+    rng = np.random.default_rng(4)
+    pixels = (rng.uniform(-25, -1, (3, 24, 32)) if dtype == "float32" else rng.integers(1, 250, (3, 24, 32)) * (1 if dtype == "uint8" else 200)).astype(dtype)
+    pixels[:, :6, :9] = pixels[1, 20, 20] = nodata
+    with rasterio.open(tmp_path / "a.tif", "w", driver="GTiff", width=32, height=24, count=3, dtype=dtype, nodata=nodata,
+                       photometric="RGB") as file:  # fmt: skip
+        file.write(pixels)
+    encoded = (tmp_path / "a.tif").read_bytes()
+    tile = scene_reader.Tile((0, 0, 32, 24), 32, 24, (1, 2, 3), None)
+    scene, valid = scene_reader.read(str(tmp_path / "a.tif"), tile)
+    found = foreign.read(encoded, colours=False)
+    np.testing.assert_array_equal(found.pixels, scene)
+    assert ("no data" in found.changes) == (nodata != 0) and np.isfinite(found.pixels).all()
+    if dtype != "float32":
+        colours = foreign.read(encoded, colours=True)
+        np.testing.assert_array_equal(colours.pixels, scene if dtype == "uint8" else scene >> 8)
+        assert ("no data" in colours.changes) == (nodata != 0) and not colours.pixels[~valid].any()

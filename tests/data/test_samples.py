@@ -1,6 +1,7 @@
 """Labelled images from shards, class folders, tables of labels and TFDS: the same images, one sentence for each fault."""
 
 import io
+import os
 import pathlib
 import shutil
 
@@ -12,7 +13,7 @@ from PIL import Image
 from pera_jax.common.errors import UserError
 from pera_jax.data.images import codecs
 from pera_jax.data.labelled import folders as class_folders
-from pera_jax.data.labelled import samples
+from pera_jax.data.labelled import label_tables, samples
 
 LABELS = {"train": [0, 1, 2, 2, 1], "test": [2, 0, 1]}
 
@@ -77,7 +78,7 @@ def test_tables_as_spreadsheets_save_them(tmp_path, encoding, cell):
     keys = ["wood/caf\u00e9.png", "wood/2.png", "water/3.png"]
     rows = ["key,label,,", " wood\\cafe\u0301.png, wood ,,", "", "wood/2.png,wood,,", "other.png,,,", "water/3.png,\u6c34,,", ",,,", ""]
     (tmp_path / "l.csv").write_bytes("\r\n".join(rows).replace(",", cell).encode(encoding))
-    names, labels, _ = class_folders.read_labels(tmp_path / "l.csv", keys)
+    names, labels, _ = label_tables.read_labels(tmp_path / "l.csv", keys)
     assert names == ("wood", "\u6c34")
     assert labels.tolist() == [0, 0, 1]
 
@@ -90,6 +91,20 @@ def test_class_folders_whose_names_no_table_could_hold_are_refused(tmp_path):
         class_folders.list_images(tmp_path / "in", "", None)
     assert "names are empty or hold control characters" in str(error.value)
     assert str(error.value).isprintable()
+
+
+def test_names_that_are_not_utf_8_stay_out_as_in_conversions(folders, capsys):
+    for split in ("train/dots", "train/stripes"):
+        one = next((folders / split).iterdir())
+        (folders / split / os.fsdecode(b"lat\xe9.png")).write_bytes(one.read_bytes())
+    found = samples.open_samples(str(folders), "train")
+    assert all(key.isascii() for key in found.keys) and "not valid UTF-8 (2)" in capsys.readouterr().err
+
+
+def test_an_archive_is_to_be_converted_first(tmp_path):
+    (tmp_path / "a.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match="a.zip is a file; convert an archive with python -m data_prep.images"):
+        samples.open_images(str(tmp_path / "a.zip"))
 
 
 def test_other_dtypes_and_bands(tmp_path):

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from data_prep import beam, images, scenes
-from data_prep.convert import beam_jobs, folder, pixels, shards
+from data_prep.convert import beam_jobs, folder, pixels, shards, split_plan
 from pera_jax.common.errors import UserError
 from pera_jax.data import records, statistics
 from pera_jax.data.images import codecs
@@ -128,10 +128,10 @@ def store_bands(item: shards.Item) -> pixels.Stored:
     return pixels.Stored(codecs.encode_tiff(values), statistics.count(values), ("tile",), content, place=place)
 
 
-def bands_split(output: pathlib.Path) -> folder.Split:
+def bands_split(output: pathlib.Path) -> split_plan.Split:
     items = [shards.Item("scene.tif", f"scene.tif#{i}", None, 0, (i,)) for i in range(20)]
     bands = ["B2", "B3", "B4", "B8", "B11"]
-    return folder.Split(output, "tiles", "train", bands, "uint16", None, True, items, 4, "source")
+    return split_plan.Split(output, "tiles", "train", bands, "uint16", None, True, items, 4, "source")
 
 
 def write_bands(output: pathlib.Path, run=shards.run_jobs, convert=store_bands) -> None:

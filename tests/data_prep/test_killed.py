@@ -15,7 +15,7 @@ from PIL import Image
 from toy_files import encode, pack
 
 from data_prep import images
-from data_prep.convert import duplicates, folder
+from data_prep.convert import duplicates, folder, split_plan
 from data_prep.inputs import sources
 from pera_jax.common.errors import UserError
 
@@ -80,8 +80,8 @@ def test_images_that_were_changed_while_a_conversion_rests_are_no_other_shards(t
     inventory = sources.take_stock([root])
     split = images.make_split(inventory, tmp_path / "out", "set", "train", 3, {})
     (tmp_path / "out").mkdir()
-    folder._write_plan(folder.without(split, duplicates.find(inventory, sources.read, 1)))
+    split_plan.write(split_plan.without(split, duplicates.find(inventory, sources.read, 1)))
     (root / "9.png").write_bytes(files[1][:-1] + b"?")  # as many bytes, and a duplicate no more
-    changed = folder.without(split, duplicates.find(inventory, sources.read, 1))
+    changed = split_plan.without(split, duplicates.find(inventory, sources.read, 1))
     with pytest.raises(UserError, match="images were changed since"):
         folder.write_split(changed, images.convert_file, workers=1, max_corrupt_share=0)

@@ -250,6 +250,9 @@ def test_scales_that_differ_need_a_word_and_applied_ones_make_scenes_comparable(
     _, tiles, _ = convert([tmp_path / "in"], tmp_path / "raw", "--scale", "ignore")
     assert "differ between the scenes and are not applied" in capsys.readouterr().out
     assert {int(image.min()) // 1000 for image, _ in tiles.values()} == {0, 1}
+    write(tmp_path / "in/plain.tif", ground)
+    convert([tmp_path / "in"], tmp_path / "three", "--scale", "apply")
+    assert "3 scenes are applied: the values are float32, but 1 of them have none" in capsys.readouterr().out
     convert([tmp_path / "in/new.tif"], tmp_path / "same")
     assert "scale and offset of the files (0.0001 and -0.1, 0.001 and -1) are not applied" in capsys.readouterr().out
 

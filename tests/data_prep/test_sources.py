@@ -12,7 +12,7 @@ import pytest
 from toy_files import contents, encode, pack, twins
 
 from data_prep import images
-from data_prep.convert import command, folder, pixels, shards
+from data_prep.convert import command, folder, pixels, shards, split_plan
 from data_prep.convert import duplicates as duplicate_files
 from data_prep.inputs import sources
 from pera_jax.data import records
@@ -36,7 +36,7 @@ def convert(inputs: list[pathlib.Path], out: pathlib.Path, labels: bool = True, 
     if "duplicates" in options.get("drop", ()):
         duplicates = duplicate_files.find(inventory, sources.read, 1)
     _, report = folder.write_split(
-        folder.without(split, duplicates), None, workers=1, run=lambda jobs, report, **_: run(jobs, report),
+        split_plan.without(split, duplicates), None, workers=1, run=lambda jobs, report, **_: run(jobs, report),
         max_corrupt_share=0.99, rejected=inventory.rejected, duplicates=[inventory.keys[i] for i in duplicates],
     )  # fmt: skip
     assert report == json.loads((out / "train.report.json").read_text())

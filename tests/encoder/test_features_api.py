@@ -152,6 +152,7 @@ def test_agrees_with_the_released_program(tmp_path):
         (stored(2, 16, 16).astype(np.float32), {}, "are float32, and these weights take stored values of uint8"),
         (stored(2, 16, 16).astype(np.int64), {}, "are int64, and these weights take stored values of uint8"),
         (stored(0, 16, 16), {}, r"images of shape \(0, 16, 16, 3\) are neither"),
+        ([1, 2], {}, "images are a list; hand over an array"),
         (stored(16), {}, r"images of shape \(16, 3\) are neither"),
         (stored(16, 16), {"blocks": (1, 4)}, "there is no block 4; the network has 4, from 0 to 3"),
         (stored(16, 16), {"blocks": (-1,)}, "there is no block -1"),

@@ -11,6 +11,7 @@ from PIL import Image
 from data_prep import browse, stats
 from data_prep.convert import folder as folders_of_shards
 from data_prep.convert import shards as part_files
+from data_prep.convert import split_plan
 from data_prep.convert.pixels import Stored, content_hash
 from data_prep.inputs import archives, sources
 from data_prep.inspect import check_shard, folder_info
@@ -19,7 +20,7 @@ from pera_jax.common.text import printable
 from pera_jax.data import records, statistics
 from pera_jax.data.images import codecs, foreign
 from pera_jax.data.images.image_errors import ImageDecodeError
-from pera_jax.data.labelled import folders, samples, scenes
+from pera_jax.data.labelled import label_tables, samples, scenes
 
 # ---------------------------------------------------------------- data sets
 
@@ -53,7 +54,7 @@ def verify_shards(place: pathlib.Path) -> None:
 def make_partial(place: pathlib.Path) -> None:
     split = _split(place)
     split.partial.mkdir(parents=True)
-    folders_of_shards._write_plan(split)
+    split_plan.write(split)
     pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
     encoded = toy_files.encode(pixels)
 
@@ -63,14 +64,14 @@ def make_partial(place: pathlib.Path) -> None:
     part_files.write_shard(split.job(0), convert, lambda done, corrupt: None)
 
 
-def _split(place: pathlib.Path) -> folders_of_shards.Split:
+def _split(place: pathlib.Path) -> split_plan.Split:
     items = [part_files.Item(str(place / f"{i}.png"), f"{i}.png", i % 2, 10) for i in range(3)]
-    return folders_of_shards.Split(place / "out", "set", "train", list(records.RGB), "uint8", ["a", "b"], False, items, 1, "f")
+    return split_plan.Split(place / "out", "set", "train", list(records.RGB), "uint8", ["a", "b"], False, items, 1, "f")
 
 
 def read_partial(place: pathlib.Path) -> None:
     split = _split(place)
-    folders_of_shards.check_unfinished(split)
+    split_plan.check_unfinished(split)
     folders_of_shards._finished(split, split.shard_name(0))
 
 
@@ -140,7 +141,7 @@ def read_names(place: pathlib.Path) -> None:
 
 def read_tables(place: pathlib.Path) -> None:
     keys = ["a/0.png", "a/1.png", "b/0.png", "b/1.png"]
-    for read in (lambda: folders.read_labels(place / "labels.csv", keys), lambda: scenes._class_names(place, 1, ())):
+    for read in (lambda: label_tables.read_labels(place / "labels.csv", keys), lambda: scenes._class_names(place, 1, ())):
         try:
             read()
         except UserError as error:

@@ -15,13 +15,15 @@ Colours, red, green and blue of 8 bits:
 | alpha, or a transparent colour       | the colour times its opacity: what is transparent is black            |
 | alpha of a TIFF that is no opacity   | left out: many a program that writes infrared calls it alpha          |
 | a fourth band without a meaning      | left out                                                              |
+| declared to be no data (TIFF)        | black                                                                 |
 | white is 0 (TIFF)                    | turned about, so that white is bright                                 |
 | CMYK, YCbCr                          | Pillow's conversion to RGB                                            |
 | several pages or frames              | the first; thumbnails, overviews and masks in a TIFF are none         |
 | other numbers of bands, floats, 32   | not read                                                              |
 | bits, signed, CIELAB                 |                                                                       |
 
-Values: the bands of the file as they are stored, uint8, uint16 or float32; of a palette its colours.
+Values: the bands of the file as they are stored, uint8, uint16 or float32; of a palette its colours. What a TIFF declares to
+be no data, and what is no finite number, becomes the least value of its band, at most 0, as in `data_prep.scenes`.
 """
 
 import dataclasses
@@ -41,6 +43,7 @@ CHANGES = {
     "alpha": "with alpha, colours were multiplied by it: what is transparent is black",
     "alpha left out": "with a band called alpha that is no opacity, infrared perhaps, which was left out",
     "band left out": "with a fourth band, which was left out",
+    "no data": "with values that they declare to be no data, or no numbers, which became black or the least value",
     "transparent colour": "with a transparent colour, which became black",
     "white is 0": "with 0 for white, which were turned about",
     "mode CMYK": "of CMYK, converted without a colour profile",
@@ -89,6 +92,7 @@ class _Stored:
     inverted: bool = False
     names: tuple[str, ...] = ()
     trusted: bool = True  # an alpha is one
+    void: np.ndarray | None = None  # bool [H, W, C]: what is declared to be no data, or no finite number; None: nothing
 
 
 def read(encoded: bytes, colours: bool | None = None, span: tuple[int, int] | None = None) -> Picture:
@@ -166,6 +170,7 @@ def _of_tiff(tiff: tiff_files.Tiff) -> _Stored:
     values, depth, names, count = tiff.values, tiff.depth, tiff.names, tiff.values.shape[2]
     alpha = tiff.extra[0] if tiff.extra else tiff_files.UNSPECIFIED
     base = {tiff_files.RGB: 3, tiff_files.SEPARATED: 4, tiff_files.PALETTE: 1}.get(tiff.photometric, 0)
+    void = _void(values, tiff.nodata)
     grey = tiff.photometric in (tiff_files.WHITE_IS_ZERO, tiff_files.BLACK_IS_ZERO)
     if grey:
         base = 3 if count == 3 else 1 if count == 1 or (count == 2 and alpha != tiff_files.UNSPECIFIED) else 0
@@ -177,12 +182,22 @@ def _of_tiff(tiff: tiff_files.Tiff) -> _Stored:
         changes.append("mode P")
         colours = (tiff.palette >> 8).astype(np.uint8).T[values[..., 0]]  # [H, W, 3]
         values, base, depth, names = np.concatenate([colours, values[..., 1:].astype(np.uint8)], axis=2), 3, 8, ()
+        void = None if void is None else np.broadcast_to(void[..., :1], values.shape)
     if values.shape[2] < base:
         raise ImageDecodeError(f"a TIFF of {count} bands for {base} colours")
     return _Stored(
         picture_files.upright(values, tiff.orientation), base, depth, changes, alpha, tiff.photometric == tiff_files.WHITE_IS_ZERO,
-        names, trusted=False,
+        names, trusted=False, void=None if void is None else picture_files.upright(void, tiff.orientation),
     )  # fmt: skip
+
+
+def _void(values: np.ndarray, nodata: float | None) -> np.ndarray | None:
+    """Where values [H, W, C] are no data: bool of the same shape, or None."""
+    void = np.zeros(values.shape, bool) if values.dtype.kind != "f" else ~np.isfinite(values)
+    if nodata is not None:
+        with np.errstate(over="ignore"):
+            void |= values == (values.dtype.type(nodata) if values.dtype.kind == "f" else nodata)
+    return void if void.any() else None
 
 
 # ---------------------------------------------------------------- its readings
@@ -221,6 +236,12 @@ def _as_colours(stored: _Stored, span: tuple[int, int] | None) -> Picture:
         colours = np.asarray(Image.frombytes("CMYK", (width, height), colours.tobytes()).convert("RGB"))
     if stored.base == 1:
         colours = np.repeat(colours, 3, axis=2)
+    if stored.void is not None:
+        void = stored.void[..., : stored.base]
+        black = np.where(void.any(axis=2, keepdims=True) if stored.base == 4 else void, 0, colours).astype(np.uint8)
+        if (black != colours).any():
+            colours = black
+            changes.append("no data")
     return Picture(np.require(colours, requirements="CW"), RGB, tuple(dict.fromkeys(changes)))
 
 
@@ -260,4 +281,10 @@ def _as_values(stored: _Stored) -> Picture:
     plain = plain or tuple(f"band_{number}" for number in range(1, count + 1))
     named = tuple(name or other for name, other in zip(names, plain, strict=True))
     changes = tuple(name for name in stored.changes if name in ("orientation", "several frames"))
+    if stored.void is not None:
+        filled = values.copy()
+        for band, void in zip(np.moveaxis(filled, 2, 0), np.moveaxis(stored.void, 2, 0), strict=True):
+            band[void] = min(band[~void].min(initial=0), 0)
+        if not np.array_equal(filled, values):
+            values, changes = filled, (*changes, "no data")
     return Picture(np.require(values, requirements="CW"), named if len(set(named)) == count else plain, changes)

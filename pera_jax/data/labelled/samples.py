@@ -25,7 +25,7 @@ from pera_jax.common.errors import UserError
 from pera_jax.common.text import several
 from pera_jax.data import records
 from pera_jax.data.images import codecs, foreign
-from pera_jax.data.labelled import folders
+from pera_jax.data.labelled import folders, label_tables
 from pera_jax.parallel import distributed
 
 
@@ -113,6 +113,8 @@ def _open(data: str, split: str, with_classes: bool | None, reading: folders.Rea
         return of_source(records.open_split(data, split))
     if pathlib.Path(data).is_dir():
         return _from_folder(data, split, with_classes, reading)
+    if pathlib.Path(data).is_file():
+        raise UserError(f"{data} is a file; convert an archive with python -m data_prep.images, and name the folder of shards")
     raise UserError(f"the data set {data} does not exist; name a folder of shards, of images, or tfds:NAME")
 
 
@@ -219,7 +221,7 @@ def _bytes_of(value: bytes | np.ndarray) -> bytes:
 
 
 def _relabelled(samples: Samples, labels: str) -> Samples:
-    class_names, values, digest = folders.read_labels(pathlib.Path(labels), samples.keys)
+    class_names, values, digest = label_tables.read_labels(pathlib.Path(labels), samples.keys)
     if told := classes.alike(class_names, labels):
         distributed.say(told)
     fingerprint = hashlib.sha256(f"{samples.fingerprint} {digest}".encode()).hexdigest()
