@@ -15,7 +15,8 @@ workdir=${5:?the folder of the run, the same on each host}
 shift 5
 repository=$(git -C "$(dirname "$0")/.." remote get-url origin)
 revision=$(git -C "$(dirname "$0")/.." rev-parse HEAD)
-options=$(printf ' %q' "$@")
+train=$(printf '%q ' .venv/bin/python -m pera_jax.train --config "$config" --config.data.path="$shards" \
+  --workdir "$workdir" "$@")
 
 everywhere() {
   gcloud compute tpus tpu-vm ssh "$name" --zone "$zone" --worker=all --command "$1"
@@ -23,12 +24,12 @@ everywhere() {
 
 everywhere "
   set -e
-  test -d pera_jax/.git || git clone --quiet $repository pera_jax
+  test -d pera_jax/.git || git clone --quiet $(printf %q "$repository") pera_jax
   cd pera_jax && git fetch --quiet && git checkout --quiet $revision
   make .venv/ready
   .venv/bin/pip install --quiet \"jax[tpu]==\$(.venv/bin/python -c 'import jax; print(jax.__version__)')\"
 "
 everywhere "
   cd pera_jax
-  .venv/bin/python -m pera_jax.train --config $config --config.data.path=$shards --workdir $workdir$options
+  $train
 "

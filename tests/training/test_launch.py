@@ -40,6 +40,26 @@ def test_what_they_call_exists(file):
             section = section[name]
 
 
+@pytest.mark.parametrize("options", [[], ["--config.total=3 steps", "--config.name=it's"]])
+def test_every_host_of_a_tpu_gets_the_arguments_as_they_were_given(options, tmp_path):
+    tools, host = tmp_path / "bin", tmp_path / "host"
+    (host / "pera_jax/.venv/bin").mkdir(parents=True)
+    tools.mkdir()
+    for place, content in (
+        (tools / "git", 'echo "https://host/$3"'),
+        (tools / "gcloud", 'case "${@: -1}" in *pera_jax.train*) cd "$HOST_FOLDER" && bash -c "${@: -1}";; esac'),
+        (host / "pera_jax/.venv/bin/python", 'printf "%s\\n" "$@" > arguments'),
+    ):
+        place.write_text(f"#!/usr/bin/env bash\n{content}\n")
+        place.chmod(0o755)
+    given = ["configs/x.py", "/mnt/my shards", "/mnt/runs/$x"]
+    environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "HOST_FOLDER": str(host)}
+    subprocess.run(["bash", str(LAUNCH / "tpu_vm.sh"), "name", "zone", *given, *options], check=True, env=environment)
+    config, shards, workdir = given
+    wanted = ["-m", "pera_jax.train", "--config", config, f"--config.data.path={shards}", "--workdir", workdir, *options]
+    assert (host / "pera_jax/arguments").read_text().splitlines() == wanted
+
+
 OUTCOMES = [  # status of each task, what it leaves, how often the job was started before, whether it is queued again
     ((0, 0), "FINISHED", 0, False),
     ((0, 0), "", 0, True),  # SIGTERM: saved
