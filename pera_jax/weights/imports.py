@@ -19,7 +19,7 @@ from pera_jax import config as configs
 from pera_jax.bands import RGB, Bands
 from pera_jax.common import files
 from pera_jax.common.errors import UserError
-from pera_jax.common.text import printable
+from pera_jax.common.text import printable, several
 from pera_jax.data.mixture import IMAGENET
 from pera_jax.encoder import exported
 from pera_jax.formats import arrays, tables
@@ -145,6 +145,9 @@ def _import(
         if not said:
             raise
     tables.check(said, str(file))
+    empty = sorted(name for name, each in named.items() if each.ndim > 1 and not each.any())
+    if empty:
+        told = [*told, f"holding nothing but 0, as what a download has not reached: {several(empty, 12)}"]
     tree = jax.tree.map(jax.numpy.asarray, tables.from_named(named, entries, shape["heads"], shape["patch"]))
 
     digest = hashlib.sha256(file.read_bytes()).hexdigest()

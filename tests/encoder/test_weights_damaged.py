@@ -124,6 +124,14 @@ def test_every_name_that_is_wrong_is_told(seed, tmp_path):
     assert said.count(" instead of ") == len(first) and said.count("y" * 40) == 200 and all(name in said for name in second)
 
 
+def test_arrays_of_nothing_but_zeros_are_told(tmp_path):
+    named, file = toy_weights.dictionary(np.random.default_rng(0)), tmp_path / "a.safetensors"
+    kernel, bias = "teacher.backbone.blocks.1.mlp.fc2.weight", "teacher.backbone.blocks.1.mlp.fc2.bias"
+    arrays.write(file, named | {name: np.zeros_like(named[name]) for name in (kernel, bias)})
+    meta = imports.import_released(file, tmp_path / "run", imports.Options(heads=2), teacher_only=True)
+    assert [line for line in imports.said_of(meta) if line.endswith(f"download has not reached: {kernel}")]
+
+
 def test_sizes_that_make_no_network_are_refused(tmp_path):
     named, file = toy_weights.dictionary(np.random.default_rng(0)), tmp_path / "a.safetensors"
     name = "teacher.backbone.pos_embed"
