@@ -243,7 +243,9 @@ def test_resume_from_goes_on_as_the_workdir_itself_would(finished, data, tmp_pat
     # The workdir's own checkpoint comes before resume_from: nothing is left to do.
     before = (tmp_path / "other" / "metrics.jsonl").read_bytes()
     assert (tmp_path / "other" / "FINISHED").read_text() == "6\n"
+    (tmp_path / "other" / "FINISHED").unlink()  # as of a run that was killed between its last save and the mark
     train.train(config, str(tmp_path / "other"))
+    assert (tmp_path / "other" / "FINISHED").read_text() == "6\n"
     assert (tmp_path / "other" / "metrics.jsonl").read_bytes() == before
 
 
