@@ -34,6 +34,7 @@ from pera_jax.cost import flops
 from pera_jax.cost.program import Program, memory_of  # noqa: E402
 from pera_jax.models import attention  # noqa: E402
 from pera_jax.models.precision import Precision  # noqa: E402
+from pera_jax.objectives.base import Context, Streams  # noqa: E402
 from pera_jax.parallel import chips, sharding  # noqa: E402
 from pera_jax.training import step as steps  # noqa: E402
 
@@ -123,8 +124,8 @@ def gradients() -> dict:
     }.items():  # fmt: skip
         config = configs.load("configs/pera_vitb16.py")
         config.update_from_flattened_dict(
-            {"batch_size": 4, "model.depth": 4, "heads.prototypes": 4096, "stochastic_depth.rate": 0.0,
-             "stochastic_depth.group": 4, "loss.koleo_group": 4} | settings
+            {"batch_size": 4, "model.depth": 4, "pera.heads.prototypes": 4096, "drop_path.rate": 0.0,
+             "drop_path.group": 4, "pera.loss.koleo_group": 4} | settings
         )  # fmt: skip
         program = Program(config)
         objective = program.objective
@@ -134,8 +135,9 @@ def gradients() -> dict:
         teacher = {key: params[key] for key in objective.teacher_keys}
 
         def loss(params, crops, objective=objective, teacher=teacher, hyper=program.hyper):
-            examples = objective.examples(jax.random.key(1), crops)
-            return objective.loss(params, teacher, objective.init_state(), examples, jax.random.key(2), hyper)[0]
+            rngs = Streams.at(0, "step", 0)
+            examples, context = objective.prepare(rngs, crops), Context(rngs, hyper)
+            return objective.loss(params, teacher, objective.init_state(), examples, context)[0]
 
         found[name] = jax.device_get(jax.jit(jax.value_and_grad(loss))(params, crops))
     return {
@@ -149,7 +151,7 @@ def program_of(row) -> Program:
     config = configs.load("configs/pera_vitb16.py")
     config.update_from_flattened_dict(
         {"batch_size": batch, "model.remat": remat, "model.attention": kernel, "model.scan": scan,
-         "heads.prototypes": prototypes}
+         "pera.heads.prototypes": prototypes}
     )  # fmt: skip
     return Program(config, jax.devices()[:1])
 
@@ -173,7 +175,7 @@ class Table:
         program, compiled = self.programs[row], self.compiled[row]
         if self.prototypes != row[-1]:
             self.state = None
-            self.state = steps.born_sharded(program.objective, program.optimiser, program.mesh, 0)
+            self.state = steps.born_sharded(program.objective, program.optimizer, program.mesh, 0)
             self.prototypes = row[-1]
         rng = np.random.default_rng(0)
         noise = {kind: rng.integers(0, 256, crops.shape, np.uint8) for kind, crops in program.crops.items()}
@@ -197,7 +199,7 @@ class Table:
         result = dict(batch=batch, remat=remat, attention=kernel, scan=scan, prototypes=prototypes)
         try:
             compiling = self.compile(row)
-            result["attention"] = self.programs[row].objective.vit.attention
+            result["attention"] = self.programs[row].objective.encoder.attention
             seconds = self.run(row)
         except jax.errors.JaxRuntimeError as error:
             self.state = self.prototypes = None

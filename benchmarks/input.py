@@ -45,7 +45,8 @@ _PARTS = {
 
 def main() -> None:
     arguments = _arguments()
-    crops = pipeline.Crops.of((configs.load(arguments.config) if arguments.config else configs.default()).crops)
+    settings = (configs.load(arguments.config) if arguments.config else configs.default()).crops
+    crops = pipeline.Crops(base.crop_specs(settings), settings.aspect, settings.flip)
     with tempfile.TemporaryDirectory() as folder:
         if arguments.data:
             sources = {arguments.data: records.open_split(arguments.data, arguments.split)}

@@ -24,26 +24,26 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from pera_jax import config as configs  # noqa: E402
 from pera_jax import plan
 from pera_jax.common import errors, files  # noqa: E402
-from pera_jax.losses import prototypes as losses
-from pera_jax.objectives.pera import pera  # noqa: E402
+from pera_jax.losses import prototypes
+from pera_jax.objectives.pera import PerA  # noqa: E402
 
 CHIPS = (16, 32, 80)  # GB of memory of chips of today, for the largest batch
 _GB, _GIB = 1e9, 2**30
 
 
-class Dense(pera.PerA):
+class Dense(PerA):
     """PerA without masks: both networks see every patch of every crop."""
 
-    def outputs(self, params, teacher, views, depths):
+    def outputs(self, params, teacher, views, drop_path):
         tokens = {"teacher": [], "student": []}
         for name, tree in (("teacher", teacher), ("student", params)):
             tokens, views = jax.lax.optimization_barrier((tokens, views))  # one network after the other, as PerA
             for kind, view in views.items():
-                depth = depths[kind] if depths and name == "student" else None
-                seen = self.vit.apply({"params": tree["backbone"]}, getattr(view, name), depth=depth)["class_token"]
-                tokens[name].append(rearrange(seen, "(b v) d -> b v d", v=self.crops[kind][0]))
+                depth = drop_path[kind] if drop_path and name == "student" else None
+                seen = self.encoder.apply({"params": tree["backbone"]}, getattr(view, name), drop_path=depth)["class_token"]
+                tokens[name].append(rearrange(seen, "(b v) d -> b v d", v=self.crops[kind].number))
         student, teacher = (
-            losses.Prototypes(*self.prototype_head.apply({"params": tree["prototype_head"]}, jnp.concatenate(x, axis=1)))
+            prototypes.Prototypes(*self.prototype_head.apply({"params": tree["prototype_head"]}, jnp.concatenate(x, axis=1)))
             for tree, x in ((params, tokens["student"]), (teacher, tokens["teacher"]))
         )
         teacher, aligned = jax.lax.stop_gradient((teacher, jnp.concatenate(tokens["teacher"], axis=1)))
@@ -54,7 +54,7 @@ class Dense(pera.PerA):
 
 
 def dense(config, bands, device=None):
-    objective = pera.from_config(config, bands, device)
+    objective = PerA.from_config(config, bands, device)
     return Dense(**{field.name: getattr(objective, field.name) for field in dataclasses.fields(objective)})
 
 
@@ -87,7 +87,7 @@ def main() -> None:
     print(f"{arguments.config} on {arguments.topology}, {arguments.batches[1]} images a chip; GB = 1e9 bytes\n")
     print(f"{'input':8}{'remat':8}{'state':>10}{'temporaries':>13}{'per image':>11}   largest batch on "
           + ", ".join(f"{chip} GB" for chip in CHIPS))  # fmt: skip
-    for name, make in (("PerA", pera.from_config), ("dense", dense)):
+    for name, make in (("PerA", PerA.from_config), ("dense", dense)):
         for remat in arguments.remat:
             config = configs.load(arguments.config, [*arguments.set, f"model.remat={remat}"])
             began = time.perf_counter()

@@ -60,7 +60,7 @@ def xla_flops(config, remat: str) -> float:
 
 def time_step(program: Program, compiled, number: int) -> dict[str, float]:
     """Seconds of CPU and of the clock per step: the median of `number` steps after two that are not counted."""
-    state = steps.born_sharded(program.objective, program.optimiser, program.mesh, program.config.seed)
+    state = steps.born_sharded(program.objective, program.optimizer, program.mesh, program.config.seed)
     rng = np.random.default_rng(0)
     noise = {kind: rng.integers(0, 256, crops.shape, np.uint8) for kind, crops in program.crops.items()}
     batch = jax.device_put(noise, jax.sharding.NamedSharding(program.mesh, sharding.BATCH))
@@ -92,7 +92,7 @@ def time_product() -> dict[str, float]:
 def measure(config, number: int, run: bool) -> dict:
     """Everything that the command prints, as JSON."""
     program = Program(config)
-    parts = flops.per_image(program.objective)
+    parts = program.objective.flops_per_image()
     method = sum(parts.values())
     traced = program.trace()
     count = {
@@ -162,8 +162,7 @@ def main() -> None:
         raise UserError("--steps and --batch must be at least 1")
     if arguments.batch:
         config.batch_size = arguments.batch
-        for section, field in ((config.stochastic_depth, "group"), (config.loss, "koleo_group")):
-            section[field] = min(section[field], arguments.batch)
+        configs.limit_groups(config, arguments.batch)
     result = measure(config, arguments.steps, not arguments.no_run)
     show(result)
     if arguments.json:

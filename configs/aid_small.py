@@ -19,14 +19,14 @@ def get_config(argument=None):
     config.total = "4000 steps"
     config.batch_size = 32
     config.precision = "float32"
-    config.data.update(dict(path="shards/aid", normalise="dataset", workers=1))
+    config.data.update(dict(path="shards/aid", normalize="dataset", workers=1))
     config.crops.update(dict(global_size=64, local_size=32, local_number=2))
     config.model.update(dict(width=96, depth=6, heads=3, patch=8, remat="none"))
-    config.heads.update(dict(hidden=512, bottleneck=128, prototypes=1024))
-    config.stochastic_depth.update(dict(rate=0.0, group=0))
-    config.loss.koleo_group = 0
+    config.pera.heads.update(dict(hidden=512, bottleneck=128, prototypes=1024))
+    config.drop_path.update(dict(rate=0.0, group=0))
+    config.pera.loss.koleo_group = 0
     config.schedules.learning_rate.update(dict(peak=8e-4, warmup="10 percent"))
-    config.schedules.momentum.start = 0.985
-    config.schedules.teacher_temperature.update(dict(start=0.03, end=0.05, warmup="15 percent"))
+    config.pera.teacher_momentum.start = 0.985
+    config.pera.teacher_temperature.update(dict(start=0.03, end=0.05, warmup="15 percent"))
     config.checkpoint.update(dict(every="25 percent", keep_every="100 percent"))
     return configs.finish(config, argument)

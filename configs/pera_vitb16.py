@@ -5,7 +5,7 @@ Cost:     86 M parameters in the backbone; 20 % + 20 % + 60 % of the patches of 
 Reached:  not run here at full length.
 
 Of the paper's numbers only the batch per GPU (16) is given; the learning rate is not scaled with the global batch, so
-the global batch is a field of its own. Nearest neighbours (KoLeo) and stochastic depth work on groups of 16 images, one
+the global batch is a field of its own. Nearest neighbours (KoLeo) and drop path work on groups of 16 images, one
 GPU's batch there, whatever the mesh is here.
 """
 
@@ -17,9 +17,9 @@ def get_config(argument=None):
     config.name = "pera_vitb16"
     config.total = "200 epochs"
     config.batch_size = 1024
-    config.model.update(dict(width=768, depth=12, heads=12, patch=16, remat="block"))
-    config.loss.koleo_group = 16
-    config.stochastic_depth.update(dict(rate=0.3, group=16))
-    config.schedules.momentum.start = 0.992
-    config.schedules.teacher_temperature.update(dict(start=0.03, end=0.05, warmup="30 epochs"))
+    config.model.update(dict(variant="B/16", remat="block"))
+    config.pera.loss.koleo_group = 16
+    config.drop_path.update(dict(rate=0.3, group=16))
+    config.pera.teacher_momentum.start = 0.992
+    config.pera.teacher_temperature.update(dict(start=0.03, end=0.05, warmup="30 epochs"))
     return configs.finish(config, argument)

@@ -15,10 +15,10 @@ def get_config(argument=None):
     config.name = "pera_vitg16_1024"
     config.total = "200 epochs"
     config.batch_size = 1024
-    config.model.update(dict(width=1024, depth=40, heads=16, patch=16, remat="block"))
-    config.loss.koleo_group = 16
-    config.stochastic_depth.update(dict(rate=0.3, group=16))
-    config.schedules.momentum.start = 0.998
-    config.schedules.teacher_temperature.update(dict(start=0.02, end=0.03, warmup="30 epochs"))
+    config.model.update(dict(variant="G/16-1024", remat="block"))
+    config.pera.loss.koleo_group = 16
+    config.drop_path.update(dict(rate=0.3, group=16))
+    config.pera.teacher_momentum.start = 0.998
+    config.pera.teacher_temperature.update(dict(start=0.02, end=0.03, warmup="30 epochs"))
     config.mesh.update(dict(data=1, fsdp=-1))
     return configs.finish(config, argument)

@@ -63,6 +63,14 @@ class Bands:
         low, high = np.asarray(self.ranges, dtype).T  # [C] each
         return ((values.astype(dtype) - low) / (high - low)).clip(0, 1)
 
+    def normalized(self, values, dtype=np.float32):
+        """Stored values [..., C] as the network takes them: `mapped`, less the mean, over the std."""
+        return (self.mapped(values, dtype) - np.asarray(self.mean, dtype)) / np.asarray(self.std, dtype)
+
+    def denormalized(self, values):
+        """What the network takes, [..., C], as values in [0, 1]."""
+        return values * self.std + self.mean
+
     def places(self, info, folder) -> list[int]:
         """Where these bands stand among those of a data set (a `records.DatasetInfo`).
 
@@ -77,11 +85,11 @@ class Bands:
         return [info.bands.index(name) for name in self.names]
 
 
-def rgb_places(wanted: Sequence[str], names: Sequence[str]) -> tuple[int, int, int] | None:
+def rgb_indices(wanted: Sequence[str], names: Sequence[str]) -> tuple[int, int, int] | None:
     """The channels that are red, green and blue.
 
     Args:
-      wanted: `config.views.rgb`: the names of the three, or (): the bands are just red, green and blue, or none is.
+      wanted: `config.data.rgb`: the names of the three, or (): the bands are just red, green and blue, or none is.
       names: of the channels.
 
     Raises:
@@ -92,7 +100,28 @@ def rgb_places(wanted: Sequence[str], names: Sequence[str]) -> tuple[int, int, i
         return None
     for name in wanted:
         if name not in names:
-            raise UserError(f"views.rgb names {name!r}, which is not among the bands {', '.join(names)}")
+            raise UserError(f"data.rgb names {name!r}, which is not among the bands {', '.join(names)}")
     if len(wanted) != 3 or len(set(wanted)) != 3:
-        raise UserError(f"views.rgb={','.join(wanted)} must name the bands that are red, green and blue")
+        raise UserError(f"data.rgb={','.join(wanted)} must name the bands that are red, green and blue")
     return tuple(names.index(name) for name in wanted)
+
+
+def band_order(there: Sequence[str], here: Sequence[str]) -> list[int] | None:
+    """Which of the bands `there` stands for each band `here`; None where their numbers differ.
+
+    Bands of the same names are matched by name, others of the same number by their index.
+    """
+    if len(there) != len(here):
+        return None
+    return [there.index(name) for name in here] if set(there) == set(here) else list(range(len(here)))
+
+
+def visible(bands: Bands, rgb: Sequence[str]) -> tuple[int, int, int]:
+    """The channels that a picture shows as red, green and blue: those of `config.data.rgb` where they are known, else the
+    first three, or one band as gray."""
+    return rgb_indices(rgb, bands.names) or ((0, 1, 2) if len(bands) > 2 else (0, 0, 0))
+
+
+def as_bytes(values: np.ndarray, channels: tuple[int, int, int]) -> np.ndarray:
+    """Values in [0, 1], [..., C], as uint8 [..., 3] for a picture."""
+    return np.round(255.0 * np.clip(values[..., channels], 0.0, 1.0)).astype(np.uint8)

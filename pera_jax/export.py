@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     dictionary = commands.add_parser("released", help="student, teacher and heads for the authors' PyTorch program")
     dictionary.add_argument("--output", required=True, type=paths.local_path, help="file for torch.load")
     for command in (out, artefact, folder):
-        command.add_argument("--which", choices=features.NETWORKS, default="teacher")
+        command.add_argument("--which", choices=features.NETWORKS, help="default: the teacher, or the student of a method without one")
     for command in (out, dictionary, artefact, folder):
         command.add_argument("--run", required=True, type=paths.local, help="folder of the run (the --workdir of the training)"
                              + ", or of an export for timm" * (command in (artefact, folder)))  # fmt: skip
@@ -103,21 +103,23 @@ def main(argv: list[str] | None = None) -> None:
             meta, left_out = imports.import_released(file, output, wanted, teacher_only, verify), []
         else:
             meta, left_out = imports.import_timm(file, output, wanted, verify)
-        parts = "a backbone alone" if checkpoint.backbone_alone(meta) else "student, teacher and heads"
+        parts = "a backbone alone" if load.backbone_alone(meta) else "student, teacher and heads"
         print(f"{printable(file)}: {parts}, {_described(meta, (meta['model']['image_size'],) * 2)}")
         print("\n".join(imports.said_of(meta)))
         if left_out:
             print(f"left out: {several(left_out, 12)}")
     elif command == "timm":
-        weights = checkpoint.load_weights(
-            options["run"], options["step"], options["which"], verify=not options["no_verify"]
+        weights = load.load_weights(
+            options["run"], options["step"], options["which"], verify=not options["no_verify"], parts=("backbone",)
         )
+        options["which"] = weights.network
         timm.export(weights, options["which"], options["image_size"], output)
         size = options["image_size"] or (weights.meta["model"]["image_size"],) * 2
         print(f"{printable(options['run'])}, {options['which']} at step {weights.step}: {_described(weights.meta, size)}")
     elif command in ("features", "stablehlo"):
         source = {name: options.pop(name) for name in ("run", "step", "which")}
-        weights = features.load_weights(source["run"], source["step"], source["which"], verify=not options.pop("no_verify"))
+        weights = features.load_weights(source["run"], source["step"], source["which"], verify=not options.pop("no_verify"), parts=("backbone",))
+        source["which"] = source["which"] or weights.network
         if command == "stablehlo":
             said = stablehlo.export(weights, options["image_size"], output)
         else:

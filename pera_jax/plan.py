@@ -23,11 +23,11 @@ import jax
 from jax.experimental import topologies
 
 from pera_jax import config as configs
+from pera_jax import objectives
 from pera_jax.common import errors, files, owned, paths
 from pera_jax.common.errors import UserError
-from pera_jax.cost import flops, hlo
+from pera_jax.cost import hlo
 from pera_jax.cost.program import Memory, Program, memory_of
-from pera_jax.objectives.pera import pera
 from pera_jax.parallel import chips, sharding
 from pera_jax.training import schedules
 
@@ -77,16 +77,15 @@ def _shards(config, devices: list[Any]) -> int:
     return data * fsdp
 
 
-def compile_step(config, devices: list[Any], per_device: int, make: Callable = pera.from_config) -> Trial:
+def compile_step(config, devices: list[Any], per_device: int, make: Callable = objectives.from_config) -> Trial:
     """Compiles the step of `config` for `per_device` images on each part of the mesh.
 
-    A batch smaller than a group of stochastic depth or of nearest neighbours shrinks that group to itself.
+    A batch smaller than a group of images (of drop path, of nearest neighbors) shrinks that group to itself.
     """
     config = config.copy_and_resolve_references()
     shards = _shards(config, devices)
     config.batch_size = per_device * shards
-    for section, field in ((config.stochastic_depth, "group"), (config.loss, "koleo_group")):
-        section[field] = min(section[field], per_device // config.accumulate)
+    configs.limit_groups(config, per_device // config.accumulate)
     began = time.perf_counter()
     program = Program(config, devices, make=make)
     lowered = program.trace().lower()
@@ -170,11 +169,11 @@ def plan(config, topology: str, per_device: int | None, search: bool, images: in
     trial = measure(per_device)
     best = None
     if search and math.isfinite(room):
-        unit = max(config.stochastic_depth.group, 1) * config.accumulate
+        unit = max(config.drop_path.group, 1) * config.accumulate
         unit = unit if per_device % unit == 0 else per_device
         best = largest(lambda count: measure(count).memory, unit, room, (per_device, trial.memory))
     program = trial.program
-    parts = flops.per_image(program.objective)
+    parts = program.objective.flops_per_image()
     batch = per_device * shards
     total = schedules.parse_duration(
         config.total, total_steps=None, steps_per_epoch=images // batch, batch_size=batch, name="total"

@@ -2,8 +2,7 @@
 
     python -m pera_jax.train --config configs/aid_small.py --config.data.path=shards/aid --workdir runs/aid
 
-One crop of each image, two looks, disjoint patches for the student and for its moving average, one jitted step. Start
-the same command again and it goes on, bit for bit, from the newest checkpoint of the workdir; `resume` says which fields of
+One jitted step of the objective that the config names, over a mesh. Re-run the same command and it resumes, bit for bit, from the newest checkpoint of the workdir; `resume` says which fields of
 the config may change meanwhile. One process trains in a workdir: a second one is refused. SIGTERM and SIGINT save and end
 with status 0; `errors` lists the others.
 
@@ -25,13 +24,13 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from pera_jax import config as configs
-from pera_jax import config_file
+from pera_jax.config import run_file as config_file
 from pera_jax.common import environment, errors, interrupts, lease, paths
 from pera_jax.common.errors import UserError
 from pera_jax.common.text import several
 from pera_jax.cost import flops
 from pera_jax.data import mixture, pipeline
-from pera_jax.objectives.pera import pera
+from pera_jax.objectives.base import judged
 from pera_jax.parallel import distributed, sharding
 from pera_jax.probes.online import Monitor
 from pera_jax.training import metrics, opening, profiling, resume, schedules
@@ -39,7 +38,7 @@ from pera_jax.training import step as steps
 from pera_jax.training.checkpoints import checkpoint, checkpoint_store, intact, run_meta
 from pera_jax.training.loop import Loop, told_memory
 from pera_jax.training.watchdog import Watchdog
-from pera_jax.weights import init
+from pera_jax.weights import warm_start
 
 _COMPILER_BYTES = 256 << 20  # that the compiler must find at least: it aborts the process where it finds none
 
@@ -114,24 +113,26 @@ def _train(config, workdir, profile, allow_config_change, stop, stack: contextli
     for name, value in every.items():
         if value < 1:
             raise UserError(f"the interval of {name} is zero steps; write at least \"1 steps\"")
-    schedule = schedules.hyperparameters(
-        config.schedules, steps_per_epoch=steps_per_epoch, total_steps=total, batch_size=config.batch_size
+    schedule = schedules.scalars(
+        config, objectives.method(config.objective).schedules(), steps_per_epoch=steps_per_epoch, total_steps=total
     )
 
     # ---- what a run that is gone on with has been trained with so far
     data = resume.with_own_statistics(data, _earlier(config, workdir), config.data)
 
-    # ---- objective, optimiser, step
-    objective = pera.from_config(config, data.bands)
-    optimiser = steps.make_optimiser(config.optimiser)
-    abstract = steps.abstract_state(objective, optimiser, mesh)
+    # ---- objective, optimizer, step
+    objective = objectives.from_config(config, data.bands)
+    optimizer = steps.make_optimizer(config.optimizer)
+    abstract = steps.abstract_state(objective, optimizer, mesh)
     train_step = steps.jit_step(
-        steps.make_step(objective, optimiser, config.seed, config.optimiser.decay, config.accumulate),
+        steps.make_step(objective, optimizer, config.seed, config.optimizer, config.accumulate),
         jax.tree.map(lambda leaf: leaf.sharding, abstract),
         mesh,
     )
     meta = run_meta.describe(config, objective, data.card())
-    monitor = Monitor(config.monitor, objective, abstract.teacher, mesh) if config.monitor.data else None
+    monitor = None
+    if config.monitor.data:
+        monitor = Monitor(config.monitor, objective, judged(objective, abstract.params, abstract.teacher), mesh)
 
     # ---- from here on no other process works in the workdir, and this one may write to it
     owned = []
@@ -139,7 +140,7 @@ def _train(config, workdir, profile, allow_config_change, stop, stack: contextli
 
     # ---- state: (1) checkpoint in the workdir, else (2) resume_from, else (3) init_from (weights), else (4) scratch
     state, position, changes = _first_state(
-        config, workdir, meta, objective, optimiser, abstract, mesh, data, allow_config_change
+        config, workdir, meta, objective, optimizer, abstract, mesh, data, allow_config_change
     )
     watchdog.fed()
     start = int(state.step)
@@ -152,7 +153,7 @@ def _train(config, workdir, profile, allow_config_change, stop, stack: contextli
     if changes is not None:
         distributed.say(resume.sentence(start, total, changes))
     said = opening.lines(
-        config, mesh, data, abstract.params, total=total, steps_per_epoch=steps_per_epoch, hosts=jax.process_count()
+        config, objective, mesh, data, abstract.params, total=total, steps_per_epoch=steps_per_epoch, hosts=jax.process_count()
     )
     for line in (*said, "compiling the step, which takes longest where it was never compiled before"):
         distributed.say(line)
@@ -163,7 +164,7 @@ def _train(config, workdir, profile, allow_config_change, stop, stack: contextli
     stop.several_hosts = jax.process_count() > 1
     shared = distributed.SharedStop() if stop.several_hosts else None
     stream = pipeline.make_pipeline(
-        data, config.crops, batch_size=config.batch_size, seed=config.seed, start_batch=position["batches"],
+        data, pipeline.Crops(objective.crops, config.crops.aspect, config.crops.flip), batch_size=config.batch_size, seed=config.seed, start_batch=position["batches"],
         workers=pipeline.workers_of(config.data.workers),
         rows=distributed.rows_of(jax.sharding.NamedSharding(mesh, sharding.BATCH), config.batch_size),
     )
@@ -184,10 +185,8 @@ def _train(config, workdir, profile, allow_config_change, stop, stack: contextli
     stack.enter_context(distributed.ends_alone())
     stack.enter_context(told_memory(config))  # again: `ends_alone` lets nothing through
 
-    image_flops = sum(flops.per_image(objective).values())
     loop = Loop(
-        config, mesh, store, meta, writer, watchdog, every, total, position, start, image_flops, data.names(),
-        monitor,
+        config, objective, mesh, store, meta, writer, watchdog, every, total, position, start, data.names(), monitor
     )
     for step in range(start, total):
         hyper = {k: np.asarray(v, config.parameter_precision) for k, v in schedule.at(step).items()}
@@ -216,7 +215,7 @@ def _earlier(config, workdir: str) -> dict | None:
     return None
 
 
-def _first_state(config, workdir, meta, objective, optimiser, abstract, mesh, data, allow_config_change):
+def _first_state(config, workdir, meta, objective, optimizer, abstract, mesh, data, allow_config_change):
     """The state to begin with, the position in the data, and what has changed since, by the order of start-up.
 
     Returns:
@@ -239,7 +238,7 @@ def _first_state(config, workdir, meta, objective, optimiser, abstract, mesh, da
             except checkpoint.Removed:
                 if run == workdir or jax.process_count() > 1:
                     raise
-                return _first_state(config, workdir, meta, objective, optimiser, abstract, mesh, data, allow_config_change)
+                return _first_state(config, workdir, meta, objective, optimizer, abstract, mesh, data, allow_config_change)
             except checkpoint.Damaged as error:
                 damaged.append((folder, error))
                 continue
@@ -251,10 +250,10 @@ def _first_state(config, workdir, meta, objective, optimiser, abstract, mesh, da
             batches, images = resume.place_in_stream(position, before["config"]["batch_size"], config.batch_size)
             return state, position | {"batches": batches, "images": images}, changes
         raise UserError(f"no checkpoint of {run} can be read; the newest: {damaged[0][1]}")
-    state = steps.born_sharded(objective, optimiser, mesh, config.seed)
+    state = steps.born_sharded(objective, optimizer, mesh, config.seed)
     if config.init_from:
-        state = init.with_weights(state, config.init_from, objective)
-        state = init.with_center(state, config, objective, data, mesh)
+        state = warm_start.with_weights(state, config.init_from, objective, config.objective)
+        state = warm_start.with_estimate(state, config, objective, data, mesh)
     return state, {"batches": 0, "images": 0, "replaced": 0, "drawn": []}, None
 
 

@@ -1,68 +1,13 @@
-"""FLOPs of one training step: by arithmetic from the sizes, and by counting what was traced.
+"""FLOPs of what was traced: the matrix products of a program, counted.
 
-The count is of the method (Shen et al., arXiv:2505.19447, section III): matrix products only, 2 m n k each, on exactly
-the tokens that each block sees and the crops that stochastic depth keeps. A backward pass costs twice its forward pass,
-and nothing is computed twice: recomputation (`remat`) is a cost of the program, not of the method.
+What the method itself costs is arithmetic, `Objective.flops_per_image`: nothing is computed twice there, while
+recomputation (`remat`) is a cost of the program.
 """
 
 from collections.abc import Iterable
 from typing import Any
 
 from jax.extend import core
-
-from pera_jax.models.stochastic_depth import kept_of
-from pera_jax.objectives.pera.pera import PerA
-
-# Forward, gradient of the inputs, gradient of the weights. Pixels need no gradient.
-_TRAINED, _TRAINED_FIRST, _FORWARD = 3, 2, 1
-
-
-def per_image(objective: PerA) -> dict[str, float]:
-    """FLOPs per image of a training step, by part; their sum is the whole.
-
-    Left out is what does not grow with the batch (`W^T W` of the spreading term, resampled positions, the centre), and
-    the rest of the spreading term: for the published ViT-B/16 0.05 % of a step of 1024 images, 3.4 % of one of 16.
-    Where stochastic depth draws from the whole batch (group 0) the share that it keeps is not rounded to whole crops.
-    """
-    vit = objective.vit
-    result = {}
-    for kind, parts in objective.parts.items():
-        crops = objective.crops[kind][0]
-        group = objective.depth_group * crops
-        kept = 1.0
-        if objective.depth_rate:
-            kept = kept_of(group, objective.depth_rate) / group if group else 1.0 - objective.depth_rate
-        joined = parts.learnable if kind == "global" else 0
-        lower, upper = 1 + parts.student, 1 + parts.student + joined
-        blocks = vit.split * _block(vit, lower) + (vit.depth - vit.split) * _block(vit, upper)
-        embedding = _embedding(vit, parts.student)
-        result[f"student {kind}"] = crops * (_TRAINED * kept * blocks + _TRAINED_FIRST * embedding)
-        teacher = vit.depth * _block(vit, 1 + parts.teacher) + _embedding(vit, parts.teacher)
-        result[f"teacher {kind}"] = crops * _FORWARD * teacher
-    pairs = sum(objective.crops[kind][0] for kind in objective.parts)
-    prototypes = _head(objective.prototype_head, vit.width)
-    result["prototype head"] = pairs * (_TRAINED + _FORWARD) * prototypes
-    predicted = objective.crops["global"][0] * objective.parts["global"].learnable
-    result["pixel head"] = predicted * _TRAINED * _head(objective.pixel_head, vit.width)
-    return result
-
-
-def _block(vit, tokens: int) -> float:
-    """Forward FLOPs of one block on one crop of `tokens` tokens."""
-    width, hidden = vit.width, int(vit.width * vit.mlp_ratio)
-    projections = 2 * tokens * width * (3 * width + width)  # query, key, value; output
-    attention = 2 * 2 * tokens * tokens * width  # scores; mixing
-    return projections + attention + 2 * 2 * tokens * width * hidden
-
-
-def _embedding(vit, patches: int) -> float:
-    return 2 * patches * vit.patch**2 * vit.bands * vit.width
-
-
-def _head(head, width: int) -> float:
-    """Forward FLOPs of a projection head and its last layer on one token."""
-    mlp = width * head.hidden + head.hidden**2 + head.hidden * head.bottleneck
-    return 2 * (mlp + head.bottleneck * head.outputs)
 
 
 def matrix_products(jaxpr: core.Jaxpr) -> float:

@@ -11,26 +11,22 @@ import jax
 import numpy as np
 
 from pera_jax import config as configs
+from pera_jax import objectives
 from pera_jax.bands import RGB, Bands
-from pera_jax.objectives.pera import pera
 from pera_jax.parallel import sharding
+from pera_jax.training import schedules
 from pera_jax.training import step as steps
-
-HYPER = {
-    "learning_rate": 1e-4, "weight_decay": 0.04, "one_minus_momentum": 1e-3, "teacher_temperature": 0.04,
-    "student_temperature": 0.1,
-}  # fmt: skip
 
 
 class Program:
     """The step that training runs, over a mesh.
 
     Attributes:
-      crops: shapes and dtype of a batch, [B, V, H, W, bands] of each kind.
+      crops: shapes and dtype of a batch, [B, V, H, W, bands] of each crop type.
       hyper: a value for each scalar that a step takes.
     """
 
-    def __init__(self, config, devices: list | None = None, bands: Bands | None = None, make: Callable = pera.from_config):
+    def __init__(self, config, devices: list | None = None, bands: Bands | None = None, make: Callable = objectives.from_config):
         """
         Args:
           config: checked here as training would.
@@ -39,26 +35,31 @@ class Program:
           make: the objective from (config, bands, device).
 
         Raises:
-          UserError: as `config.check` and `pera.from_config`.
+          UserError: as `config.check` and `objectives.from_config`.
         """
         self.config = config
         self.mesh = sharding.make_mesh(**config.mesh, devices=devices)
         configs.check(config, sharding.batch_shards(self.mesh), sharding.weight_shards(self.mesh), 1)
         bands = bands or Bands.plain(config.data.bands or RGB)
         self.objective = make(config, bands, self.mesh.devices.flat[0])
-        self.optimiser = steps.make_optimiser(config.optimiser)
-        self.hyper = {name: np.asarray(value, config.parameter_precision) for name, value in HYPER.items()}
+        self.optimizer = steps.make_optimizer(config.optimizer)
+        # Any values will do; those of the middle of a run that is longer than every warm-up.
+        run = schedules.scalars(config, self.objective.schedules(), steps_per_epoch=1000, total_steps=10**9)
+        middle = run.at(10**9 // 2)
+        self.hyper = {name: np.asarray(value, config.parameter_precision) for name, value in middle.items()}
         self.crops = {
-            kind: jax.ShapeDtypeStruct((config.batch_size, number, side, side, len(bands)), np.dtype(bands.dtype))
-            for kind, (number, side) in self.objective.crops.items() if number
-        }  # fmt: skip
+            name: jax.ShapeDtypeStruct(
+                (config.batch_size, spec.number, spec.size, spec.size, len(bands)), np.dtype(bands.dtype)
+            )
+            for name, spec in self.objective.crops.items()
+        }
 
     def trace(self) -> Any:
         """The traced step: `.lower().compile()` it, or look at its `.jaxpr`."""
-        state = steps.abstract_state(self.objective, self.optimiser, self.mesh)
+        state = steps.abstract_state(self.objective, self.optimizer, self.mesh)
         config = self.config
         function = steps.make_step(
-            self.objective, self.optimiser, config.seed, config.optimiser.decay, config.accumulate
+            self.objective, self.optimizer, config.seed, config.optimizer, config.accumulate
         )
         step = steps.jit_step(function, jax.tree.map(lambda leaf: leaf.sharding, state), self.mesh)
         with jax.set_mesh(self.mesh):
@@ -69,7 +70,7 @@ class Program:
 class Memory:
     """Bytes of a compiled step on one device."""
 
-    arguments: int  # parameters, optimiser, teacher, centre, the batch; the new state takes the old one's place
+    arguments: int  # parameters, optimizer, teacher, centre, the batch; the new state takes the old one's place
     temporaries: int
 
     @property

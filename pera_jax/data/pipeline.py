@@ -37,34 +37,22 @@ _BATCHES_PER_WORKER = 4  # that lie in shared memory at once: two wait in Grain'
 
 @dataclasses.dataclass(frozen=True)
 class Crops:
-    """How many crops of which size and geometry; the fields of `config.crops`."""
+    """Which crops an image gives.
 
-    global_size: int
-    global_number: int
-    global_area: tuple[float, float]
-    local_size: int
-    local_number: int
-    local_area: tuple[float, float]
+    Attributes:
+      specs: for each crop type, the number of crops per image, their size in px and the range of their share of the image's
+        area: `objectives.base.CropSpec`.
+      aspect: range of width / height. flip: probability of each of the two flips.
+    """
+
+    specs: dict[str, tuple[int, int, tuple[float, float]]]
     aspect: tuple[float, float]
     flip: float
-
-    @classmethod
-    def of(cls, config) -> "Crops":
-        """Takes the fields from any object that has them."""
-        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
-
-    def kinds(self) -> list[tuple[str, int, int, tuple[float, float]]]:
-        """(name, crops per image, size in pixels, area range) of each kind that there is."""
-        kinds = [
-            ("global", self.global_number, self.global_size, self.global_area),
-            ("local", self.local_number, self.local_size, self.local_area),
-        ]
-        return [kind for kind in kinds if kind[1]]
 
 
 def make_pipeline(
     data: Mixture,
-    crops,
+    crops: Crops,
     *,
     batch_size: int,
     seed: int,
@@ -76,7 +64,6 @@ def make_pipeline(
 
     Args:
       data: the data sets.
-      crops: `config.crops`.
       batch_size: images in a global batch, of all hosts.
       seed: 0 <= seed < 2**32.
       start_batch: batches that were delivered before, the position to go on from.
@@ -86,8 +73,7 @@ def make_pipeline(
 
     Returns:
       An iterator over dicts of arrays, b = len(rows):
-        "global" [b, global_number, global_size, global_size, C], of the stored dtype: the bands of the run,
-        "local" [b, local_number, local_size, local_size, C], absent where local_number is 0,
+        for each crop type [b, number, size, size, C], of the stored dtype: the bands of the run,
         "label" int32 [b], -1 without classes; "set" int64 [b], the data set, and "index" int64 [b], the record of it, whose
         turn it was;
         "replaced" bool [b], whether that record could not be read or decoded, so that image and label are those of the
@@ -111,7 +97,6 @@ def make_pipeline(
         raise ValueError(f"rows {rows} are none of a batch of {batch_size}")
     if not 0 <= seed < 2**32:
         raise UserError(f"seed={seed} is out of range; choose one from 0 to {2**32 - 1}")
-    crops = Crops.of(crops)
     if workers:
         freed = shared_memory.remove_orphans()
         if freed:
@@ -204,7 +189,7 @@ class ReadBatch(grain.transforms.Map):
         size, bands = len(draws["index"]), self._data.bands
         batch = {
             name: np.empty((size, number, pixels, pixels, len(bands)), bands.dtype)
-            for name, number, pixels, _ in self._crops.kinds()
+            for name, (number, pixels, _) in self._crops.specs.items()
         }
         label, replaced = np.empty(size, np.int32), np.empty(size, bool)
         for i, (place, index, seed) in enumerate(zip(draws["set"], draws["index"], draws["seed"], strict=True)):
@@ -273,5 +258,5 @@ def _end_with_parent() -> None:
 
 
 def _check_shared_memory(crops: Crops, pixel_bytes: int, local_batch: int, workers: int) -> None:
-    images = sum(number * size**2 * pixel_bytes for _, number, size, _ in crops.kinds())
+    images = sum(number * size**2 * pixel_bytes for number, size, _ in crops.specs.values())
     shared_memory.check_room((_BATCHES_PER_WORKER * workers + 1) * local_batch * images, workers, local_batch)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pera_jax.encoder.load import Weights
 from pera_jax.common import digests, json_files
 from pera_jax.common.errors import UserError
 from pera_jax.formats import arrays, tables
@@ -63,7 +64,7 @@ def check_file(entry: dict[str, Any], place: pathlib.Path, file: pathlib.Path) -
         raise UserError(f"cannot read {file}: {error.strerror}") from error
 
 
-def load(folder: pathlib.Path, step: int | None, which: str, verify: bool = True) -> checkpoint.Weights:
+def load(folder: pathlib.Path, step: int | None, which: str | None, verify: bool = True) -> Weights:
     """The weights of an exported folder; their `meta` is the entry of config.json.
 
     Args:
@@ -85,7 +86,7 @@ def load(folder: pathlib.Path, step: int | None, which: str, verify: bool = True
         ) from error
     check(meta, folder / CONFIG)
     shape, (height, width), held = meta["model"], meta["image_size"], (meta["network"], meta["step"])
-    if (which, held[1] if step is None else step) != held:
+    if (which or held[0], held[1] if step is None else step) != held:
         raise UserError(f"{folder} holds the {held[0]} of step {held[1]}; ask for that, or name the run")
     if height != width:
         raise UserError(f"{folder} was exported for {height} x {width} px; export it for a square, or name the run")
@@ -98,4 +99,4 @@ def load(folder: pathlib.Path, step: int | None, which: str, verify: bool = True
     misshapen = tables.misshapen(named, {"backbone": abstract["params"]}, entries, shape)
     tables.check([*tables.misfits(named, entries), *misshapen], str(file))
     tree = tables.from_named(named, entries, shape["heads"], shape["patch"])
-    return checkpoint.Weights(jax.tree.map(jnp.asarray, tree), meta, held[1])
+    return Weights(jax.tree.map(jnp.asarray, tree), meta, held[1], held[0])

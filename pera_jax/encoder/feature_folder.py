@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pera_jax.encoder.load import Weights
 from pera_jax.common import digests, files, json_files, lease, paths
 from pera_jax.common.errors import UserError
 from pera_jax.common.text import several
@@ -44,7 +45,7 @@ _FORMAT_VERSION = 1
 
 
 def write(
-    weights: checkpoint.Weights,
+    weights: Weights,
     samples: Samples,
     output: pathlib.Path,
     *,

@@ -27,6 +27,8 @@ from pera_jax.common import paths
 from pera_jax.common.errors import UserError
 from pera_jax.common.text import several
 from pera_jax.encoder import exported
+from pera_jax.encoder.load import Weights
+from pera_jax.encoder.load import load_weights as load_of_run
 from pera_jax.models import vit
 from pera_jax.training.checkpoints import checkpoint
 
@@ -50,7 +52,7 @@ class Model:
     Attributes:
       params: its parameters, nested dicts of arrays.
       network: their module; has `width`, `depth`, `patch` (px) and `image_size` (px, of the crops it was trained on).
-      bands: which values it takes, in which order, and how they are normalised.
+      bands: which values it takes, in which order, and how they are normalized.
     """
 
     params: dict[str, Any] = dataclasses.field(repr=False)
@@ -81,18 +83,14 @@ class Model:
           UserError: images of another shape, dtype or size; no such block.
         """
         self._check(images, size)
-        values = self.normalised(images)
+        values = self.bands.normalized(images)
         if size == "pad":
             padding = [(0, -side % self.network.patch) for side in images.shape[-3:-1]]
             values = jnp.pad(values, [(0, 0)] * (values.ndim - 3) + padding + [(0, 0)], "symmetric")
         return self.encode(params, values, blocks=blocks)
 
-    def normalised(self, images):
-        """Stored values [..., C] -> float32 as the network takes them."""
-        return (self.bands.mapped(images) - np.float32(self.bands.mean)) / np.float32(self.bands.std)
-
     def encode(self, params: dict[str, Any], values, *, blocks: int | Sequence[int] = ()) -> Tokens:
-        """`apply` on `normalised` values [B, H, W, C] or [H, W, C], for augmentations of one's own.
+        """`apply` on `bands.normalized` values [B, H, W, C] or [H, W, C], for augmentations of one's own.
 
         Raises:
           UserError: sides that are no multiples of the patch; no such block.
@@ -131,7 +129,7 @@ class Model:
         if images.dtype != self.bands.dtype:
             raise UserError(
                 f"the images are {images.dtype}, and these weights take stored values of {self.bands.dtype}; hand over "
-                "the values as they are stored, not normalised"
+                "the values as they are stored, not normalized"
             )
 
 
@@ -153,27 +151,32 @@ def _chosen(blocks: int | Sequence[int], depth: int) -> tuple[int, ...]:
 
 
 def load(
-    path: str | pathlib.Path, step: int | None = None, which: str = "teacher", verify: bool = True
+    path: str | pathlib.Path, step: int | None = None, which: str | None = None, verify: bool = True
 ) -> Model:
     """The model of a run's folder, or of a folder that `python -m pera_jax.export timm` has written.
 
     Args:
       step: the checkpoint of a run; None: the latest.
-      which: "teacher" or "student".
+      which: "teacher" or "student"; None: the one that is judged, the teacher where there is one.
       verify: compare the weights with the digests that were written with them.
 
     Raises:
       UserError: no such folder, step or network; damaged files.
     """
-    weights = load_weights(path, step, which, verify)
+    weights = load_weights(path, step, which, verify, parts=("backbone",))
     return Model.of(weights.backbone, weights.meta)
 
 
 def load_weights(
-    path: str | pathlib.Path, step: int | None = None, which: str = "teacher", verify: bool = True
-) -> checkpoint.Weights:
-    """The weights that `load` takes; the `meta` of an exported folder has only what is needed to use them."""
-    if which not in NETWORKS:
+    path: str | pathlib.Path, step: int | None = None, which: str | None = None, verify: bool = True,
+    parts: Sequence[str] | None = None,
+) -> Weights:  # fmt: skip
+    """The weights that `load` takes; the `meta` of an exported folder has only what is needed to use them.
+
+    Args:
+      parts: of a run, see `encoder.load.load_weights`.
+    """
+    if which not in (None, *NETWORKS):
         raise UserError(f"there is no network {which!r}; choose from {', '.join(NETWORKS)}")
     path = pathlib.Path(paths.local(path))
     if not path.is_dir():
@@ -181,5 +184,5 @@ def load_weights(
     if (path / exported.FILE).is_file():
         return exported.load(path, step, which, verify)
     if (path / checkpoint.FOLDER).is_dir():
-        return checkpoint.load_weights(path, step, which, verify=verify)
+        return load_of_run(path, step, which, verify, parts)
     raise UserError(f"{path} holds neither {checkpoint.FOLDER}/ of a run nor {exported.FILE} of an export")

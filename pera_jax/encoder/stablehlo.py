@@ -22,6 +22,7 @@ import re
 import jax
 from jax import export as jax_export
 
+from pera_jax.encoder.load import Weights
 from pera_jax.common import files, owned
 from pera_jax.common.errors import UserError
 from pera_jax.common.text import printable
@@ -34,7 +35,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 _LARGEST = 2**31 - 2**24  # bytes of parameters: what flatbuffers can hold, less room for the program
 
 
-def export(weights: checkpoint.Weights, size: tuple[int, int] | None, output: pathlib.Path) -> str:
+def export(weights: Weights, size: tuple[int, int] | None, output: pathlib.Path) -> str:
     """Writes the file, whole or not at all, and its SHA-256 beside it.
 
     Args:

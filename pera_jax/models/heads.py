@@ -1,4 +1,4 @@
-"""The projection heads: an MLP to a unit vector, then a weight-normalised linear map.
+"""The projection heads: an MLP to a unit vector, then a weight-normalized linear map.
 
 The map itself is not applied here: losses work on the unit vector `u` and the map's matrix `W`, because most of what is
 needed of `z = W u` costs less without `z`.
@@ -7,20 +7,32 @@ needed of `z = W u` costs less without `z`.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from pera_jax.models.precision import Precision
 from pera_jax.models.vit import fan_in_uniform
 from pera_jax.parallel.sharding import constrain_batch
 
+# Of every parameter whose path ends in "head/...", see `vit.SHARDING_RULES`.
+SHARDING_RULES: tuple[tuple[str, P], ...] = (
+    (r"head/(hidden_\d|bottleneck)/kernel$", P("fsdp")),
+    (r"head/(hidden_\d|bottleneck)/bias$", P()),
+    (r"prototype_head/direction$", P(("tensor", "fsdp"))),
+    (r"prototype_head/gain$", P("tensor")),
+    (r"head/direction$", P("fsdp")),
+    (r"head/gain$", P()),
+)
+DECAY_RULES: tuple[tuple[str, bool], ...] = ((r"head/(.*kernel|direction)$", True), (r"head/(.*bias|gain)$", False))
 
-def normalise(x: jax.Array, floor: float) -> jax.Array:
+
+def normalize(x: jax.Array, floor: float) -> jax.Array:
     """`x / max(||x||, floor)` over the last axis, with a finite gradient at zero."""
     square = jnp.sum(x * x, axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.maximum(square, floor**2))
 
 
 class Head(nn.Module):
-    """Linear, GELU, linear, GELU, linear, L2 normalisation; holds the last layer's `direction` v and `gain` g."""
+    """Linear, GELU, linear, GELU, linear, L2 normalization; holds the last layer's `direction` v and `gain` g."""
 
     hidden: int
     bottleneck: int
@@ -49,5 +61,5 @@ class Head(nn.Module):
         shape = (self.outputs, self.bottleneck)
         direction = self.param("direction", fan_in_uniform(self.bottleneck), shape, wide)
         gain = self.param("gain", nn.initializers.ones, (self.outputs,), wide)
-        unit = normalise(x.astype(wide), self.precision.norm_floor)
-        return unit, gain[:, None] * normalise(direction, 0.0)
+        unit = normalize(x.astype(wide), self.precision.norm_floor)
+        return unit, gain[:, None] * normalize(direction, 0.0)

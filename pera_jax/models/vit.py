@@ -6,6 +6,7 @@ depth, whether they are scanned or unrolled. The only collection is `params`.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,15 +14,61 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.sharding import PartitionSpec as P
 
 from pera_jax.common.errors import UserError
-from pera_jax.models import positions, stochastic_depth
+from pera_jax.models import drop_path as drop
+from pera_jax.models import positions
 from pera_jax.models.attention import Attention, choose
+from pera_jax.models.drop_path import DropPath
 from pera_jax.models.precision import Precision
-from pera_jax.models.stochastic_depth import Depth
 from pera_jax.parallel.sharding import constrain_batch, gathered
 
 _NORMAL = nn.initializers.normal(0.02)
+
+# Where each parameter lies on the mesh, and whether it is one of the "matrices" that weight decay may be limited to: by path,
+# the first match. Stacked blocks have a leading axis of depth, which is never cut.
+SHARDING_RULES: tuple[tuple[str, P], ...] = (
+    (r"(lower|upper)/attention/qkv/kernel$", P(None, "fsdp", None, "tensor")),
+    (r"(lower|upper)/attention/qkv/bias$", P(None, None, "tensor")),
+    (r"(lower|upper)/attention/projection/kernel$", P(None, "tensor", None, "fsdp")),
+    (r"(lower|upper)/mlp/in/kernel$", P(None, "fsdp", "tensor")),
+    (r"(lower|upper)/mlp/in/bias$", P(None, "tensor")),
+    (r"(lower|upper)/mlp/out/kernel$", P(None, "tensor", "fsdp")),
+    (r"(lower|upper)/(.*/bias|norm_\d/scale)$", P()),
+    (r"patch_projection/kernel$", P("fsdp")),
+    (r"(class_token|position_embedding|patch_projection/bias|norm/(scale|bias))$", P()),
+)
+DECAY_RULES: tuple[tuple[str, bool], ...] = (
+    (r"(lower|upper|patch_projection)/(.*/)?kernel$", True),
+    (r"position_embedding$", True),
+    (r"(lower|upper)/(.*/bias|norm_\d/scale)$", False),
+    (r"(class_token|patch_projection/bias|norm/(scale|bias))$", False),
+)
+
+# Width, depth, heads by name, as in "B/16": with patches of 16 px (Dosovitskiy et al., arXiv:2010.11929; Zhai et al.,
+# arXiv:2106.04560). "G-1024" is the large model of arXiv:2505.19447.
+VARIANTS = {
+    "Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "H": (1280, 32, 16),
+    "g": (1408, 40, 16), "G": (1664, 48, 16), "G-1024": (1024, 40, 16),
+}  # fmt: skip
+
+
+def sizes(model: Any) -> dict[str, Any]:
+    """Width, depth, heads, patch and MLP ratio of `config.model`: those of its variant where a field is 0.
+
+    Raises:
+      UserError: no such variant.
+    """
+    found = re.fullmatch(r"(\w+)/(\d+)(-\d+)?", model["variant"])
+    name = found and found[1] + (found[3] or "")
+    if name not in VARIANTS or not int(found[2]):
+        raise UserError(
+            f"model.variant={model['variant']!r} is not of the form NAME/PATCH with NAME one of {', '.join(VARIANTS)}; "
+            'write one like "B/16" or "G/16-1024"'
+        )
+    known = dict(zip(("width", "depth", "heads"), VARIANTS[name])) | {"patch": int(found[2])}
+    return {field: model[field] or value for field, value in known.items()} | {"mlp_ratio": model["mlp_ratio"]}
 
 
 def fan_in_uniform(fan_in: int):
@@ -57,10 +104,10 @@ def _layer_norm(precision: Precision, name: str | None = None) -> nn.LayerNorm:
     )
 
 
-def _branches(depth: Depth | None, key) -> tuple[Depth | None, Depth | None]:
-    if depth is None:
+def _branches(drop_path: DropPath | None, key) -> tuple[DropPath | None, DropPath | None]:
+    if drop_path is None:
         return None, None
-    return tuple(dataclasses.replace(depth, key=part) for part in jax.random.split(key))
+    return tuple(dataclasses.replace(drop_path, key=part) for part in jax.random.split(key))
 
 
 class Block(nn.Module):
@@ -71,7 +118,7 @@ class Block(nn.Module):
     keep: tuple[str, ...] = ()
 
     @nn.compact
-    def __call__(self, x, key, depth):
+    def __call__(self, x, key, drop_path):
         """`x` [B, N, D] -> the same, and a dict of what `keep` names, for the scan to stack; `key` is this block's.
 
         `keep` may hold "output" [B, N, D] and "class_attention" [B, H, N], see `Attention`.
@@ -79,33 +126,33 @@ class Block(nn.Module):
         norm_1, norm_2 = (_layer_norm(self.precision, name) for name in ("norm_1", "norm_2"))
         attention = Attention(self.heads, self.precision, self.attention, _NORMAL, name="attention")
         mlp = Mlp(self.mlp_ratio, self.precision, name="mlp")
-        first, second = _branches(depth, key)
+        first, second = _branches(drop_path, key)
         kept = {"class_attention": attention(norm_1(x), class_weights=True)} if "class_attention" in self.keep else {}
-        x = stochastic_depth.residual(lambda y: attention(norm_1(y)), x, first)
-        x = stochastic_depth.residual(lambda y: mlp(norm_2(y)), x, second)
+        x = drop.residual(lambda y: attention(norm_1(y)), x, first)
+        x = drop.residual(lambda y: mlp(norm_2(y)), x, second)
         x = constrain_batch(x)
         return x, kept | ({"output": x} if "output" in self.keep else {})
 
 
 def _keep_input_only(apply: Callable, dtype) -> Callable:
-    """`apply(params, x, key, depth)` that keeps `x` for the backward pass, as `dtype`, and computes all else again.
+    """`apply(params, x, key, drop_path)` that keeps `x` for the backward pass, as `dtype`, and computes all else again.
 
     The residual stream is wide; half of its bits are half of what a deep network keeps. The forward pass does not change;
     the gradient is taken at the rounded input, where the products round it anyway.
     """
 
     @jax.custom_vjp
-    def block(params, x, key, depth):
-        return apply(params, x, key, depth)
+    def block(params, x, key, drop_path):
+        return apply(params, x, key, drop_path)
 
-    def forward(params, x, key, depth):
-        return apply(params, x, key, depth), (params, x.astype(dtype), jnp.zeros((), x.dtype), key, depth)
+    def forward(params, x, key, drop_path):
+        return apply(params, x, key, drop_path), (params, x.astype(dtype), jnp.zeros((), x.dtype), key, drop_path)
 
     def backward(kept, gradient):
-        params, x, like, key, depth = kept
+        params, x, like, key, drop_path = kept
         # Else the compiler may find the forward pass's values again and keep them.
         params, x, gradient = jax.lax.optimization_barrier((params, x, gradient))
-        _, pull = jax.vjp(lambda params, x: apply(params, x, key, depth), params, x.astype(like.dtype))
+        _, pull = jax.vjp(lambda params, x: apply(params, x, key, drop_path), params, x.astype(like.dtype))
         return (*pull(gradient), None, None)
 
     block.defvjp(forward, backward)
@@ -160,18 +207,18 @@ class ViT(nn.Module):
         grid = positions.resample(grid, height, width).reshape(height * width, self.width)  # [L, D]
         return jnp.concatenate([self.position_embedding[:1], grid])  # [1 + L, D]
 
-    def _stack(self, name, length, x, depth, stream, keep=()):
+    def _stack(self, name, length, x, drop_path, stream, keep=()):
         sizes = (self.heads, self.mlp_ratio, self.precision, self.attention, keep)
-        keys = None if depth is None else jax.random.split(jax.random.fold_in(depth.key, stream), length)
+        keys = None if drop_path is None else jax.random.split(jax.random.fold_in(drop_path.key, stream), length)
         if self.is_initializing():
             born = nn.scan(
                 Block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast), length=length
             )
-            return born(*sizes, name=name)(x, keys, depth)
+            return born(*sizes, name=name)(x, keys, drop_path)
 
-        def apply(params, x, key, depth):
-            params = gathered(params, name, self.precision.compute)
-            return Block(*sizes, parent=None).apply({"params": params}, x, key, depth)
+        def apply(params, x, key, drop_path):
+            params = gathered(params, name, self.precision.compute, SHARDING_RULES)
+            return Block(*sizes, parent=None).apply({"params": params}, x, key, drop_path)
 
         if self.remat == "dots":  # the gathered parameters are not kept, neither here nor below
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -180,11 +227,11 @@ class ViT(nn.Module):
             apply = _keep_input_only(apply, self.precision.compute)
         # Pure functions from here on: a lifted scan could keep a block's input only as it is.
         stacked = (self.variables["params"][name], keys)
-        body = lambda x, part: apply(part[0], x, part[1], depth)  # noqa: E731
+        body = lambda x, part: apply(part[0], x, part[1], drop_path)  # noqa: E731
         return jax.lax.scan(body, x, stacked, length, unroll=1 if self.scan else length)
 
     @nn.compact
-    def __call__(self, images, visible=None, learnable=None, mask_token=None, depth=None, blocks=0, class_attention=False):
+    def __call__(self, images, visible=None, learnable=None, mask_token=None, drop_path=None, blocks=0, class_attention=False):
         """Encodes the `visible` patches of `images` and, from mid depth on, the `learnable` ones.
 
         Args:
@@ -192,7 +239,7 @@ class ViT(nn.Module):
           visible: [B, n] int patch indices, or None: all patches in raster order.
           learnable: [B, m] int patch indices, or None.
           mask_token: [D], the vector from which learnable tokens start; with `learnable`.
-          depth: a `stochastic_depth.Depth`, or None: every block runs on every crop.
+          drop_path: a `DropPath`, or None: every block runs on every crop.
           blocks: also return the outputs of this many last blocks.
           class_attention: also return how the class token attends in the last block.
 
@@ -213,13 +260,13 @@ class ViT(nn.Module):
         x = constrain_batch(jnp.concatenate([first, tokens], axis=1))  # [B, 1 + n, D]
 
         keep = ("output",) if blocks else ()
-        x, lower = self._stack("lower", self.split, x, depth, 0, keep)
+        x, lower = self._stack("lower", self.split, x, drop_path, 0, keep)
         joined = x.shape[1]
         if learnable is not None:
             joining = mask_token + jnp.take(position[1:], learnable, axis=0)  # [B, m, D]
             x = constrain_batch(jnp.concatenate([x, joining], axis=1))  # [B, 1 + n + m, D]
         keep += ("class_attention",) if class_attention else ()
-        x, upper = self._stack("upper", self.depth - self.split, x, depth, 1, keep)
+        x, upper = self._stack("upper", self.depth - self.split, x, drop_path, 1, keep)
         x = self.norm(x)
         result: dict[str, Any] = {"class_token": x[:, 0], "patch_tokens": x[:, 1:joined]}
         if learnable is not None:
@@ -258,3 +305,18 @@ def build(
         raise UserError(f"model.depth={shape['depth']} must be at least 2: the learnable tokens join between two halves")
     implementation = choose(attention, precision, shape["width"] // shape["heads"], device)
     return ViT(**shape, scan=scan, remat=remat, attention=implementation, precision=precision)
+
+
+def from_config(config: Any, bands: int, device: jax.Device | None = None) -> ViT:
+    """The vision transformer of a config, for images of so many bands and the size of its global crops.
+
+    Args:
+      device: one of those that it will run on, see `attention.choose`.
+
+    Raises:
+      UserError: as `build`.
+    """
+    model, shape = config.model, sizes(config.model)
+    shape |= {"image_size": config.crops.global_size, "bands": bands, "split": shape["depth"] // 2}
+    precision = Precision.of(config.precision, config.parameter_precision)
+    return build(shape, precision, model.scan, model.remat, model.attention, device)

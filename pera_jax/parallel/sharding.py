@@ -9,6 +9,7 @@ Inside the jitted step the functions of the second half ask the mesh in use (`ja
 import functools
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,28 +22,11 @@ from pera_jax.common.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
-# (path regex, spec): the first match decides; a path that nothing matches is an error, so that a new parameter cannot
-# end up replicated by oversight. Optimiser moments and the teacher end in the same paths as the parameters.
-# Stacked blocks have a leading axis of depth, which is never cut.
-RULES: tuple[tuple[str, P], ...] = (
-    (r"(lower|upper)/attention/qkv/kernel$", P(None, "fsdp", None, "tensor")),
-    (r"(lower|upper)/attention/qkv/bias$", P(None, None, "tensor")),
-    (r"(lower|upper)/attention/projection/kernel$", P(None, "tensor", None, "fsdp")),
-    (r"(lower|upper)/mlp/in/kernel$", P(None, "fsdp", "tensor")),
-    (r"(lower|upper)/mlp/in/bias$", P(None, "tensor")),
-    (r"(lower|upper)/mlp/out/kernel$", P(None, "tensor", "fsdp")),
-    (r"(lower|upper)/(.*/bias|norm_\d/scale)$", P()),
-    (r"head/(hidden_\d|bottleneck)/kernel$", P("fsdp")),
-    (r"head/(hidden_\d|bottleneck)/bias$", P()),
-    (r"prototype_head/direction$", P(("tensor", "fsdp"))),
-    (r"prototype_head/gain$", P("tensor")),
-    (r"pixel_head/direction$", P("fsdp")),
-    (r"pixel_head/gain$", P()),
-    (r"patch_projection/kernel$", P("fsdp")),
-    (r"(class_token|mask_token|position_embedding|patch_projection/bias|norm/(scale|bias))$", P()),
-    (r"center$", P("tensor")),
-    (r"(^|/)(step|count)$", P()),
-)
+# (path regex, spec): the first match decides; a path that nothing matches is an error, so that a new parameter cannot end up
+# replicated by oversight. Networks and objectives bring the rules of their leaves; these are of the training state itself.
+# Optimizer moments and the teacher end in the same paths as the parameters.
+Rules = tuple[tuple[str, P], ...]
+STATE_RULES: Rules = ((r"(^|/)(step|count)$", P()),)
 
 
 def mesh_sizes(data: int, fsdp: int, tensor: int, devices: int) -> tuple[int, int, int]:
@@ -90,27 +74,32 @@ def path_of(key_path) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in key_path)
 
 
-def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+def first_match(path: str, rules: tuple[tuple[str, Any], ...], what: str) -> Any:
+    """The value of the first rule whose regex is found in `path`. Raises ValueError where none is."""
+    for pattern, value in rules:
+        if re.search(pattern, path):
+            return value
+    raise ValueError(f"no {what} rule matches the leaf {path!r}; add one where its network or objective is defined")
+
+
+def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> P:
     """The spec of the first rule that matches `path`; an axis that does not divide its dimension is left uncut.
 
     Raises:
       ValueError: no rule matches.
     """
-    for pattern, spec in RULES:
-        if re.search(pattern, path):
-            kept = []
-            for size, axes in zip(shape, spec):
-                names = (axes,) if isinstance(axes, str) else tuple(axes or ())
-                parts = int(np.prod([mesh.shape[name] for name in names]))
-                kept.append(axes if size % parts == 0 else None)
-            return P(*kept)
-    raise ValueError(f"no sharding rule in pera_jax/parallel/sharding.py matches the leaf {path!r} of shape {shape}")
+    kept = []
+    for size, axes in zip(shape, first_match(path, rules, "sharding")):
+        names = (axes,) if isinstance(axes, str) else tuple(axes or ())
+        shards = int(np.prod([mesh.shape[name] for name in names]))
+        kept.append(axes if size % shards == 0 else None)
+    return P(*kept)
 
 
-def tree_shardings(tree, mesh: Mesh):
-    """A tree of `NamedSharding` for a tree of arrays or `ShapeDtypeStruct`, by `RULES`."""
+def tree_shardings(tree, mesh: Mesh, rules: Rules):
+    """A tree of `NamedSharding` for a tree of arrays or `ShapeDtypeStruct`, by `rules`."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, spec_of(path_of(path), leaf.shape, mesh)), tree
+        lambda path, leaf: NamedSharding(mesh, spec_of(path_of(path), leaf.shape, mesh, rules)), tree
     )
 
 
@@ -140,17 +129,17 @@ def constrain_whole(x: jax.Array) -> jax.Array:
     return x if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(x, P())
 
 
-def constrain_tree(tree):
-    """Pins each leaf of a tree that has the paths of parameters to where `RULES` say that it lives."""
+def constrain_tree(tree, rules: Rules):
+    """Pins each leaf of a tree that has the paths of parameters to where `rules` say that it lives."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return tree
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jax.lax.with_sharding_constraint(leaf, spec_of(path_of(path), leaf.shape, mesh)), tree
+        lambda path, leaf: jax.lax.with_sharding_constraint(leaf, spec_of(path_of(path), leaf.shape, mesh, rules)), tree
     )
 
 
-def gathered(params, prefix: str, dtype):
+def gathered(params, prefix: str, dtype, rules: Rules):
     """The parameters of one block, a slice of the stack at `prefix`, whole over `fsdp` and ready for use.
 
     What is cut over `fsdp` are the kernels of products: they travel in the products' `dtype`, and their gradients, in the
@@ -161,7 +150,7 @@ def gathered(params, prefix: str, dtype):
         return params
 
     def gather(path, leaf):
-        cut = P(*spec_of(f"{prefix}/{path_of(path)}", (1, *leaf.shape), mesh)[1:])
+        cut = P(*spec_of(f"{prefix}/{path_of(path)}", (1, *leaf.shape), mesh, rules)[1:])
         return _gather(leaf, cut, jnp.dtype(dtype)) if "fsdp" in cut else leaf
 
     return jax.tree_util.tree_map_with_path(gather, params)

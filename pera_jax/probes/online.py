@@ -1,7 +1,7 @@
-"""What the teacher's features tell while it is trained: nearest neighbours among a few labelled images.
+"""What the features of a network tell while it is trained: nearest neighbors among a few labelled images.
 
 The number is for watching a run, not for reporting one: of each image of a small set the class is guessed from the other
-images of the set. It reads the teacher and changes nothing of the training.
+images of the set. It reads the teacher, or the student of a method without one, and changes nothing of the training.
 """
 
 import functools
@@ -16,7 +16,7 @@ from pera_jax.common.errors import UserError
 from pera_jax.data import records
 from pera_jax.data.images import codecs
 from pera_jax.encoder import extract as features
-from pera_jax.objectives.pera import pera
+from pera_jax.objectives.base import Objective
 from pera_jax.parallel import sharding
 from pera_jax.probes.classification import knn
 
@@ -77,29 +77,26 @@ class Monitor:
     The parameters stay where they lie; every host calls it at the same steps and finds the same.
     """
 
-    def __init__(self, settings, objective: pera.PerA, teacher: Any, mesh: Mesh):
+    def __init__(self, settings, objective: Objective, params: Any, mesh: Mesh):
         """
         Args:
           settings: `config.monitor`, whose `data` is not empty.
-          teacher: the teacher's parameters, or their shapes, with their shardings.
+          params: of the network that is judged (`base.judged`), or their shapes, with their shardings.
 
         Raises:
           UserError: as `small_set`.
         """
-        self.images, self.labels = small_set(settings, objective.bands, objective.crops["global"][1])
+        self.images, self.labels = small_set(settings, objective.bands, objective.encoder.image_size)
         shards, wide = sharding.batch_shards(mesh), objective.precision.wide
         self._rows = shards * min(MICRO_BATCH, -(-len(self.images) // shards))
         self._where = NamedSharding(mesh, sharding.BATCH)
-        mean, std = np.asarray(objective.bands.mean, wide), np.asarray(objective.bands.std, wide)
-
         def encode(backbone, images):  # [B, S, S, C] -> [B, D]
-            normalised = (objective.bands.mapped(images, wide) - mean) / std
-            return objective.vit.apply({"params": backbone}, normalised)["class_token"]
+            return objective.encoder.apply({"params": backbone}, objective.bands.normalized(images, wide))["class_token"]
 
         everywhere = NamedSharding(mesh, sharding.P())
         self._encode = jax.jit(
             encode,
-            in_shardings=(jax.tree.map(lambda leaf: leaf.sharding, teacher["backbone"]), self._where),
+            in_shardings=(jax.tree.map(lambda leaf: leaf.sharding, params["backbone"]), self._where),
             out_shardings=everywhere,
         )
         # Each device works on all of it, so that all of them find the same.
@@ -109,7 +106,7 @@ class Monitor:
             out_shardings=everywhere,
         )
 
-    def features(self, teacher: Any) -> np.ndarray:
+    def features(self, params: Any) -> np.ndarray:
         """The class tokens [N, D] of the small set. One part after the other: only one lies on the devices."""
         parts = []
         for first in range(0, len(self.images), self._rows):
@@ -117,9 +114,9 @@ class Monitor:
             padded = np.zeros((self._rows, *part.shape[1:]), part.dtype)
             padded[: len(part)] = part
             rows = jax.make_array_from_callback(padded.shape, self._where, lambda index, rows=padded: rows[index])
-            parts.append(np.asarray(self._encode(teacher["backbone"], rows)))
+            parts.append(np.asarray(self._encode(params["backbone"], rows)))
         return np.concatenate(parts)[: len(self.images)]  # only the end is padded
 
-    def __call__(self, teacher: Any) -> dict[str, float]:
+    def __call__(self, params: Any) -> dict[str, float]:
         """The metric: leave-one-out accuracy with k = 20, T = 0.07 on the class tokens."""
-        return {METRIC: float(self._vote(self.features(teacher), self.labels))}
+        return {METRIC: float(self._vote(self.features(params), self.labels))}

@@ -57,7 +57,7 @@ def read(run: str, step: int | None) -> Folder:
         try:
             meta = json_files.loads(config.read_bytes())
             meta_fields.check_meta(meta)
-            checkpoint.objective_of(meta)
+            objectives.from_metadata(meta)
         except (OSError, json_files.Invalid, UserError) as error:
             raise UserError(f"{config} does not describe a run ({error}); restore it, or name another run") from error
     else:

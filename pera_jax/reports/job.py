@@ -8,7 +8,9 @@ import jax
 import numpy as np
 from PIL import Image
 
-from pera_jax.bands import Bands
+from pera_jax.encoder.load import Weights, backbone_alone, load_weights, networks_of
+from pera_jax import objectives
+from pera_jax.bands import Bands, as_bytes, visible
 from pera_jax.common import files, lease, owned, paths
 from pera_jax.common.errors import UserError
 from pera_jax.common.text import printable
@@ -67,13 +69,13 @@ def report(
 def _report(run, output, data, step, split, number, number_of_pairs, image_size, seed, verify) -> pathlib.Path:
     owned.check(pathlib.Path(output) / PAGE)
 
-    def read(chosen: int | None) -> tuple[Folder, dict[str, checkpoint.Weights]]:
+    def read(chosen: int | None) -> tuple[Folder, dict[str, Weights]]:
         """All that a training may remove meanwhile, at once; on the host, for there is only one at a time on the device."""
         found = folder.read(run, chosen)
         if found.step is None or (data is None and _data_of(found.meta) is None):
             return found, {}
-        networks = ["teacher"] if checkpoint.backbone_alone(found.meta) else ["teacher", "student"]
-        loaded = {which: checkpoint.load_weights(run, found.step, which, verify=verify) for which in networks}
+        networks = networks_of(found.meta)
+        loaded = {which: load_weights(run, found.step, which, verify) for which in networks}
         params = {which: jax.tree.map(np.asarray, weights.params) for which, weights in loaded.items()}
         return found, {which: dataclasses.replace(loaded[which], params=params[which]) for which in networks}
 
@@ -92,7 +94,7 @@ def _report(run, output, data, step, split, number, number_of_pairs, image_size,
     else:
         size = tokens.default_size(found.meta["model"]) if image_size is None else image_size
         features.check_image_size(size, found.meta)
-        weights, chosen = networks["teacher"], images.pick(subject.source, number, seed)
+        weights, chosen = next(iter(networks.values())), images.pick(subject.source, number, seed)
         made = [_pairs(subject, number_of_pairs), *_tokens(subject, weights, chosen, size)]
         made.append(_neighbours(subject, weights, chosen))
         middle = [section for section, _ in made]
@@ -119,7 +121,7 @@ class _Subject:
     """
 
     found: Folder
-    networks: dict[str, checkpoint.Weights]
+    networks: dict[str, Weights]
     source: records.RecordSource
     bands: Bands
     names: list[str] | None
@@ -138,36 +140,37 @@ class _Subject:
         return [f"The images of {self.source.path} are not those that the run was trained on: their fingerprint is another."]
 
     @classmethod
-    def of(cls, found: Folder, networks: dict[str, checkpoint.Weights], data: str, split: str | None, seed: int) -> "_Subject":
+    def of(cls, found: Folder, networks: dict[str, Weights], data: str, split: str | None, seed: int) -> "_Subject":
         config, info = found.meta["config"], records.load_info(data)
         split = split or ("test" if "test" in info.splits else config["data"]["split"])
         source, bands = records.open_split(data, split), Bands.of(found.meta)
         if not len(source):
             raise UserError(f"the split {split!r} of {data} holds no image; choose another --split")
         bands.places(info, source.path)  # raises where a band is missing
-        channels = images.visible(bands, tuple(config["views"]["rgb"]))
+        channels = visible(bands, tuple(config["data"]["rgb"]))
         return cls(found, networks, source, bands, info.class_names, channels, seed, f"{config['name']}, step {found.step:,}")
 
 
-def _pairs(subject: _Subject, number: int) -> tuple[Section, Image.Image]:
+def _pairs(subject: _Subject, number: int) -> tuple[Section, Image.Image | None]:
     number = min(number, len(subject.source))
-    if "student" not in subject.networks:
+    if backbone_alone(subject.found.meta):
         raise UserError(f"{subject.found.path} holds the teacher's backbone alone, and no student")
-    columns, explained = pairs.pairs(subject.networks["student"], subject.source, number, subject.seed)
-    share = f"The guess explains {explained:.0%} of the variance of the learnable patches' pixels."
-    drawn = pairs.grid(columns)
-    section = pictured("pairs", _TITLES["pairs"], pairs.READING, drawn, share)
-    return section, grid.picture(drawn, f"{subject.title}: {share}")
+    shown = pairs.preview(subject.networks, subject.source, number, subject.seed)
+    if shown is None:
+        return Section("pairs", _TITLES["pairs"], "", "", "its method draws no picture of what its networks see."), None
+    drawn = pairs.grid(shown)
+    section = pictured("pairs", _TITLES["pairs"], shown.reading, drawn, shown.caption)
+    return section, grid.picture(drawn, f"{subject.title}: {shown.caption}")
 
 
 def _tokens(
-    subject: _Subject, weights: checkpoint.Weights, chosen: np.ndarray, size: int
+    subject: _Subject, weights: Weights, chosen: np.ndarray, size: int
 ) -> tuple[tuple[Section, Image.Image], tuple[Section, Image.Image]]:
     """Patch tokens and attention on the chosen images."""
     found, bands = subject.found, subject.bands
     shown = [images.read(subject.source, bands, index, size) for index in chosen]
-    rgb = np.stack([images.as_bytes(bands.mapped(entry.pixels), subject.channels) for entry in shown])
-    backbones = (weights.backbone, checkpoint.untrained_weights(found.meta).backbone)
+    rgb = np.stack([as_bytes(bands.mapped(entry.pixels), subject.channels) for entry in shown])
+    backbones = (weights.backbone, objectives.untrained(found.meta)["backbone"])
     looked, before = tokens.look(found.meta, backbones, [entry.pixels for entry in shown])
     if not (np.isfinite(looked.patches).all() and np.isfinite(looked.attention).all()):
         raise UserError(f"step {found.step} of {found.path} gives tokens that are not finite; choose an earlier --step")
@@ -193,7 +196,7 @@ def _tokens(
 
 
 def _neighbours(
-    subject: _Subject, weights: checkpoint.Weights, chosen: np.ndarray
+    subject: _Subject, weights: Weights, chosen: np.ndarray
 ) -> tuple[Section, Image.Image | None]:
     """Queries are the images that the other sections show; they are looked for among those trained on."""
     source, bands, names = subject.source, subject.bands, subject.names

@@ -3,7 +3,11 @@
 import dataclasses
 import json
 
+from typing import Any
+
+from pera_jax import objectives
 from pera_jax.bands import Bands
+from pera_jax.common.errors import UserError
 from pera_jax.common import html
 from pera_jax.reports import folder
 from pera_jax.reports.drawing import charts, grid
@@ -66,7 +70,7 @@ def of_the_folder(run: Folder) -> tuple[list[Section], list[Section], dict[str, 
         Section("steps", "Scores against the step", scores.STEPS_READING, scores.over_steps(run.results),
                 "fewer than two checkpoints of this run have been probed."),
     ]  # fmt: skip
-    parts, bands, rgb = [], Bands.of(run.meta), tuple(run.meta["config"]["views"]["rgb"])
+    parts, bands, rgb = [], Bands.of(run.meta), tuple(run.meta["config"]["data"]["rgb"])
     for entry in sorted(trained, key=lambda entry: entry["task"] in confusion.DENSE):
         if content := confusion.section(entry):
             opened = "" if parts else " open"
@@ -87,7 +91,7 @@ def of_the_folder(run: Folder) -> tuple[list[Section], list[Section], dict[str, 
                 "no result of this run tells what its classes are taken for."),
         Section("scenes", "Segmentation and change", overlays.READING, "".join(drawn),
                 "no segmentation or change has been probed on this run."),
-        Section("curves", "Training", curves.READING, curves.section(run.metrics),
+        Section("curves", "Training", curves.READING, curves.section(run.metrics, _own_curves(run.meta)),
                 "the run has no metrics.jsonl, or nothing was logged in it yet."),
         Section("config", "Config", "Everything that the run was started with, as it is stored with the weights.",
                 f"<details><summary>config.json</summary><pre>{config}</pre></details>"),
@@ -108,3 +112,11 @@ def assembled(run: Folder, sections: list[Section]) -> bytes:
     if left := [(section.title, section.missing) for section in sections if not section.body]:
         parts.append(f'<section id="missing"><h2>Left out</h2>{html.facts(left)}</section>')
     return html.document(f"{name}, {step}", parts, STYLE)
+
+
+def _own_curves(meta: dict[str, Any]):
+    """The charts of the run's method; none where it is not there."""
+    try:
+        return objectives.method(meta["config"]["objective"]).curves
+    except UserError:
+        return ()

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from pera_jax.common.errors import UserError
-from pera_jax.objectives.pera import pera
+from pera_jax.objectives.base import judged
 from pera_jax.parallel import chips, distributed, sharding
 from pera_jax.training.alarms import NOT_FINITE, Alarms
 
@@ -20,7 +20,7 @@ class Loop:
     """Everything that is done between one step and the next, the same on each host; only process 0 has a writer."""
 
     def __init__(
-        self, config, mesh, store, meta, writer, watchdog, every, total, position, first_step, image_flops, sets, monitor
+        self, config, objective, mesh, store, meta, writer, watchdog, every, total, position, first_step, sets, monitor
     ):
         """
         Args:
@@ -29,16 +29,15 @@ class Loop:
           position: of a checkpoint, or of the beginning: number of "batches" of the stream and of "images" before, images
             "replaced" among them, examples "drawn" of each data set, state of the "alarms".
           first_step: steps done before.
-          image_flops: of a training step, per image.
           sets: names of the data sets.
           monitor: a `monitor.Monitor`, or None.
         """
         self.config, self.store, self.meta, self.writer, self.watchdog = config, store, meta, writer, watchdog
         self.every, self.total, self.monitor = every, total, monitor
         peak = config.schedules.learning_rate.peak
-        self.alarms = Alarms(config.heads.prototypes, config.batch_size, peak, position.get("alarms"))
+        self.alarms = Alarms(objective.health_checks(config.batch_size), peak, position.get("alarms"))
         self.devices, self.chip = mesh.size, chips.chip_of(mesh.devices.flat[0].device_kind)
-        self.image_flops = image_flops
+        self.objective, self.image_flops = objective, sum(objective.flops_per_image().values())
         self.where = NamedSharding(mesh, sharding.BATCH)
         self.rows = distributed.rows_of(self.where, config.batch_size)
         # Summed on the devices, over all hosts, so that nobody waits for it before it is logged.
@@ -67,7 +66,7 @@ class Loop:
         except UserError as error:
             raise self._kept(state, error) from error
         self.waited += time.perf_counter() - began
-        wanted = {kind: batch[kind] for kind in pera.KINDS if kind in batch}
+        wanted = {name: batch[name] for name in self.objective.crops}
         wanted["counts"] = np.column_stack([batch["replaced"], batch["set"][:, None] == np.arange(len(self.sets))])
         arrays = distributed.global_arrays(wanted, self.where, self.rows, self.config.batch_size)
         self.tally = self.add(self.tally, arrays.pop("counts"))  # [1 + S]
@@ -77,7 +76,7 @@ class Loop:
         self.store.check_owned()
         self._fetch()
         monitored = self.monitor and (step % self.every["monitor"] == 0 or step == self.total)
-        self.pending = (step, out, hyper, self.tally, self.monitor(state.teacher) if monitored else {})
+        self.pending = (step, out, hyper, self.tally, self.monitor(judged(self.objective, state.params, state.teacher)) if monitored else {})
         if step % self.every["save"] == 0 and step != self.total:
             self._save(state)
 
@@ -126,8 +125,8 @@ class Loop:
             now = time.perf_counter()
             if self.writer:
                 rates = self._rates(step - self.since_step, now - self.since)
-                hypers = {f"hyper/{k}": float(v) for k, v in hyper.items() if k != "one_minus_momentum"}
-                hypers["hyper/momentum"] = 1.0 - float(hyper["one_minus_momentum"])
+                scalars = self.objective.logged_scalars({name: float(value) for name, value in hyper.items()})
+                hypers = {f"hyper/{name}": value for name, value in scalars.items()}
                 replaced, *drawn = np.asarray(tally).tolist()
                 extra = {"data/images": self._images(step), "data/replaced": replaced}
                 if len(drawn) > 1:
@@ -153,7 +152,7 @@ class Loop:
         self.store.wait()
         text = (
             f"{wrong[0]} is {values[wrong[0]]} at step {step}; {self.store.last_good()}: "
-            "lower schedules.learning_rate.peak or optimiser.clip_norm and start again"
+            "lower schedules.learning_rate.peak or optimizer.clip_norm and start again"
         )
         if self.writer:
             self.writer.write_alarm(step, NOT_FINITE, text, say=False)  # the error says it
@@ -181,7 +180,7 @@ def told_memory(config):
 def speed(images_per_second: float, devices: int, image_flops: float, chip: chips.Chip | None) -> dict[str, float]:
     """Images per second, of all and of each device, and "mfu": the share of the devices' peak bf16 FLOP/s.
 
-    Counted are the FLOPs of the method (`flops.per_image`), not what is computed again. No share on an unknown chip.
+    Counted are the FLOPs of the method (`Objective.flops_per_image`), not what is computed again. No share on an unknown chip.
     """
     result = {
         "time/images_per_second": images_per_second,

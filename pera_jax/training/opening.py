@@ -8,6 +8,7 @@ import jax
 
 from pera_jax.common.text import printable, several
 from pera_jax.data.mixture import Mixture
+from pera_jax.objectives.base import Objective
 from pera_jax.parallel import sharding
 
 _BACKENDS = "jax._src.xla_bridge"  # the logger of JAX's choice of devices
@@ -28,7 +29,7 @@ def tell_warnings_of_devices() -> None:
 
 
 def lines(
-    config, mesh: jax.sharding.Mesh, data: Mixture, params: Any, *, total: int, steps_per_epoch: int, hosts: int
+    config, objective: Objective, mesh: jax.sharding.Mesh, data: Mixture, params: Any, *, total: int, steps_per_epoch: int, hosts: int
 ) -> list[str]:
     """A line each for devices, data, durations and model.
 
@@ -45,7 +46,7 @@ def lines(
     bands = f"{several(data.bands.names, 13)} of {data.bands.dtype}"
     number = sum(leaf.size for leaf in jax.tree.leaves(params))
     backbone = sum(leaf.size for leaf in jax.tree.leaves(params["backbone"]))
-    model = config.model
+    model = objective.encoder
     return [
         f"devices: {mesh.size} x {device.device_kind} ({device.platform}){on_hosts}; mesh: {shape}",
         f"data: {several(sets, 5)}, split {printable(config.data.split)}; bands {bands}",

@@ -3,8 +3,8 @@
 The policy, for each field of the config:
 
 * `FREE`: changes neither the numbers that the run computes nor their order. May change.
-* `FIXED`, and what `meta` says of model and bands: with another value it is another run. May not change.
-* all others shape what comes: `total`, `batch_size`, `schedules`, `optimiser`, `loss`, crops, views, masks, ... They may
+* `FIXED`, the objective's `fixed_fields`, and what `meta` says of model and bands: with another value it is another run. May not change.
+* all others shape what comes: `total`, `batch_size`, `schedules`, `optimizer`, crops, the objective's own, ... They may
   change with `--allow-config-change`. With `data.allow_changed_data` the fields of `data` may, too; the run then keeps
   the ranges, mean and std with which it has been trained so far.
 
@@ -18,6 +18,7 @@ import pathlib
 from typing import Any
 
 from pera_jax import config as configs
+from pera_jax import objectives
 from pera_jax.bands import Bands
 from pera_jax.common.errors import UserError
 from pera_jax.common.text import several
@@ -26,10 +27,11 @@ from pera_jax.training.checkpoints import run_meta
 
 FREE = (
     "name", "accumulate", "mesh", "model.scan", "model.remat", "model.attention", "log_every", "stall_seconds",
-    "checkpoint", "monitor", "resume_from", "init_from", "init_center_batches", "data.path", "data.workers",
+    "checkpoint", "monitor", "resume_from", "init_from", "data.path", "data.workers",
     "data.skip_damaged", "data.allow_changed_data",
 )  # fmt: skip
-FIXED = ("objective", "heads", "seed", "parameter_precision")
+FIXED = ("objective", "seed", "parameter_precision")
+BY_MODEL = tuple(f"model.{name}" for name in ("variant", "width", "depth", "heads", "patch"))  # `meta["model"]` counts
 _MOST = 8  # changes that a line names
 EARLIER = "earlier_configs"
 
@@ -72,10 +74,12 @@ def check_same_run(
         if found[name] != wanted[name]:
             raise UserError(f"{other} model: its {name} is {found[name]}, this config gives {wanted[name]}; {mend}")
     changes = _changes(found["config"], wanted["config"])
+    method = objectives.method(wanted["config"]["objective"])
+    own = {kind: tuple(f"{method.name}.{field}" for field in getattr(method, kind)) for kind in ("fixed_fields", "free_fields")}
     for change in changes:
-        if _within(change.field, FIXED):
+        if _within(change.field, (*FIXED, *own["fixed_fields"])):
             raise UserError(f"{other} run: its {change.field} is {change.before}, this config gives {change.now}; {mend}")
-    free = (*FREE, "data") if allow_changed_data else FREE
+    free = (*FREE, *own["free_fields"], *(("data",) if allow_changed_data else ()))
     shaping = [change for change in changes if not _within(change.field, free)]
     if shaping and not allow_config_change:
         first, *rest = shaping
@@ -100,9 +104,9 @@ def check_same_run(
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
     """Fields that differ, in the config's order; a field that `before` did not know had its default."""
-    default = _flat(json.loads(configs.default().to_json()))
+    default = _flat(json.loads(configs.default(now["objective"]).to_json()))
     before, now = default | _flat(before), _flat(now)
-    return [Change(name, before.get(name), value) for name, value in now.items() if before.get(name) != value]
+    return [Change(name, before.get(name), value) for name, value in now.items() if name not in BY_MODEL and before.get(name) != value]
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -131,7 +135,7 @@ def with_own_statistics(data: Mixture, found: dict[str, Any] | None, settings) -
     if found is None or "imported" in found or not settings.allow_changed_data:
         return data
     was, own = found["config"]["data"], Bands.of(found)
-    same = all(was[name] == json.loads(json.dumps(settings[name])) for name in ("bands", "ranges", "normalise"))
+    same = all(was[name] == json.loads(json.dumps(settings[name])) for name in ("bands", "ranges", "normalize"))
     if not same or (own.names, own.dtype) != (data.bands.names, data.bands.dtype):
         return data
     return dataclasses.replace(data, bands=own)

@@ -1,16 +1,18 @@
-"""What changes from step to step: learning rate, weight decay, teacher momentum, temperatures (Shen et al., section 4).
+"""What changes from step to step: learning rate, weight decay, and what an objective declares.
 
 Everything is float64 on the host, a pure function of the step, and enters the jitted step as a few scalars.
 """
 
 import dataclasses
 import fractions
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from pera_jax.common.errors import UserError
+from pera_jax.objectives.base import Schedule
 
 FORMS = '"20 epochs", "1500 steps", "96000 examples" or "10 percent"'
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*(epoch|step|example|percent)s?\s*")
@@ -85,7 +87,7 @@ def warmup_cosine(step: int, *, start: float, peak: float, end: float, warmup: i
 
 @dataclasses.dataclass(frozen=True)
 class Schedules:
-    """The hyperparameters of a run by step. `curves` maps each name to its function of the step."""
+    """The scheduled scalars of a run by step. `curves` maps each name to its function of the step."""
 
     curves: Mapping[str, Callable[[int], float]]
 
@@ -96,64 +98,63 @@ class Schedules:
         return {name: curve(step) for name, curve in self.curves.items()}
 
 
-def hyperparameters(
-    settings: Mapping[str, Any], *, steps_per_epoch: int, total_steps: int, batch_size: int
-) -> Schedules:
-    """The run's schedules: `learning_rate`, `weight_decay`, `one_minus_momentum`, `teacher_temperature` and
-    `student_temperature`.
+COMMON = {
+    "learning_rate": Schedule("warmup_cosine", "schedules.learning_rate"),
+    "weight_decay": Schedule("cosine", "schedules.weight_decay"),
+}
 
-    The momentum is given as m and computed as 1 - m, as a cosine between the two differences: near m = 1 subtracting
-    a float32 m from 1 would leave few digits.
+
+def scalars(
+    config: Any, declared: Mapping[str, Schedule], *, steps_per_epoch: int, total_steps: int
+) -> Schedules:
+    """The run's schedules: `COMMON` and what the objective has `declared`.
+
+    A momentum m is handed over as 1 - m, and computed so, as a cosine between the two differences: near m = 1 subtracting a
+    float32 m from 1 would leave few digits.
 
     Args:
-      settings: the config's `schedules`, a mapping of
-        learning_rate {start, peak, end, warmup}, weight_decay {start, end}, momentum {start, end},
-        teacher_temperature {start, end, warmup}, student_temperature; each `warmup` is a duration (`parse_duration`).
+      config: with the fields that the schedules name; each `warmup` is a duration (`parse_duration`).
       steps_per_epoch: floor(images / global batch).
       total_steps: length of the run, steps.
-      batch_size: global batch, images.
 
     Raises:
       UserError: a value out of its range, or a warm-up that is no duration or longer than the run.
     """
+    lengths = dict(total_steps=total_steps, steps_per_epoch=steps_per_epoch, batch_size=config.batch_size)
+    return Schedules({name: _curve(config, each, lengths) for name, each in (COMMON | dict(declared)).items()})
 
-    def number(*path: str, low: float = 0.0, high: float = math.inf, open_low: bool = False) -> float:
-        value = settings[path[0]] if len(path) == 1 else settings[path[0]][path[1]]
-        name = ".".join(("schedules", *path))
+
+def _curve(config: Any, schedule: Schedule, lengths: dict[str, int]) -> Callable[[int], float]:
+    field = functools.reduce(lambda settings, name: settings[name], schedule.field.split("."), config)
+    total = lengths["total_steps"]
+
+    def number(name: str) -> float:
+        value, label = (field, schedule.field) if name == "" else (field[name], f"{schedule.field}.{name}")
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise UserError(f"{name} is {value!r}: it must be a finite number")
-        if not (low < value if open_low else low <= value) or value > high:
-            bounds = f"{'above' if open_low else 'at least'} {low:g}" + (
-                f" and at most {high:g}" if high < math.inf else ""
-            )
-            raise UserError(f"{name} is {value}: it must be {bounds}")
-        return float(value)
+            raise UserError(f"{label}={value!r} must be a finite number")
+        if value < 0 or (schedule.positive and value == 0) or value > schedule.highest:
+            bounds = f"{'>' if schedule.positive else '>='} 0"
+            bounds += f" and <= {schedule.highest:g}" if schedule.highest < math.inf else ""
+            raise UserError(f"{label}={value} must be {bounds}")
+        return 1.0 - float(value) if schedule.complement else float(value)
 
-    def warmup(field: str) -> int:
-        name = f"schedules.{field}.warmup"
-        steps = parse_duration(
-            settings[field]["warmup"],
-            total_steps=total_steps, steps_per_epoch=steps_per_epoch, batch_size=batch_size, name=name,
-        )  # fmt: skip
-        if steps > total_steps:
+    def warmup() -> int:
+        label = f"{schedule.field}.warmup"
+        steps = parse_duration(field["warmup"], **lengths, name=label)
+        if steps > total:
             raise UserError(
-                f"{name} is {settings[field]['warmup']!r}, {steps} steps, longer than the run of {total_steps} steps: "
-                "shorten it, for instance by giving it in percent"
+                f"{label}={field['warmup']!r} is {steps} steps, longer than the run of {total} steps; shorten it, for "
+                "instance by giving it in percent"
             )
         return steps
 
-    rate = {name: number("learning_rate", name) for name in ("start", "peak", "end")}
-    decay = {name: number("weight_decay", name) for name in ("start", "end")}
-    difference = {name: 1.0 - number("momentum", name, high=1.0) for name in ("start", "end")}
-    teacher = {name: number("teacher_temperature", name, open_low=True) for name in ("start", "end")}
-    student = number("student_temperature", open_low=True)
-    rate_warmup, teacher_warmup = warmup("learning_rate"), warmup("teacher_temperature")
-    return Schedules(
-        {
-            "learning_rate": lambda step: warmup_cosine(step, **rate, warmup=rate_warmup, total=total_steps),
-            "weight_decay": lambda step: cosine(step, **decay, steps=total_steps),
-            "one_minus_momentum": lambda step: cosine(step, **difference, steps=total_steps),
-            "teacher_temperature": lambda step: linear_ramp(step, **teacher, steps=teacher_warmup),
-            "student_temperature": lambda step: student,
-        }
-    )
+    if schedule.form == "constant":
+        value = number("")
+        return lambda step: value
+    ends = {name: number(name) for name in ("start", "peak", "end") if schedule.form == "warmup_cosine" or name != "peak"}
+    if schedule.form == "cosine":
+        return lambda step: cosine(step, **ends, steps=total)
+    steps = warmup()
+    if schedule.form == "ramp":
+        return lambda step: linear_ramp(step, **ends, steps=steps)
+    return lambda step: warmup_cosine(step, **ends, warmup=steps, total=total)

@@ -1,5 +1,6 @@
 """What every objective needs: the training state, its birth (already sharded), and the pure train step."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,85 +10,119 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
+from pera_jax.common.errors import UserError
+from pera_jax.models import vit
+from pera_jax.objectives.base import Context, Objective, Streams, stream
 from pera_jax.parallel import sharding
-
-# Streams of randomness: numbers are made by fold_in(fold_in(key(seed), stream), step), nothing random is stored.
-INIT, LOSS, CENTER = 0, 1, 2
 
 
 @flax.struct.dataclass
 class TrainState:
     """Everything that training changes."""
 
-    step: jax.Array  # int32 scalar: optimiser steps done
+    step: jax.Array  # int32 scalar: optimizer steps done
     params: Any
     teacher: Any  # the moving average of `params[k]` for k in the objective's `teacher_keys`
     opt_state: Any
     objective: Any  # what the objective keeps beside parameters
 
 
-def make_optimiser(config) -> optax.GradientTransformation:
-    """Clipping to a global norm, then Adam's direction. Rate and decay come in with each step's `hyper`."""
+def make_optimizer(config) -> optax.GradientTransformation:
+    """Clipping to a global norm, then Adam's direction. Rate and decay come in with each step's scalars."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
     )
 
 
-def new_state(objective, optimiser: optax.GradientTransformation, seed: int) -> TrainState:
+def new_state(objective: Objective, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     """The state before the first step; the teacher starts as a copy of the student."""
-    params = objective.init(jax.random.fold_in(jax.random.key(seed), INIT))
+    params = objective.init(stream(jax.random.key(seed), "init"))
     teacher = jax.tree.map(jnp.copy, {k: params[k] for k in objective.teacher_keys})
-    return TrainState(jnp.zeros((), jnp.int32), params, teacher, optimiser.init(params), objective.init_state())
+    return TrainState(jnp.zeros((), jnp.int32), params, teacher, optimizer.init(params), objective.init_state())
 
 
-def abstract_state(objective, optimiser, mesh: Mesh) -> TrainState:
+def sharding_rules(objective: Objective) -> sharding.Rules:
+    """Where each leaf of the objective's training state lies."""
+    return (*sharding.STATE_RULES, *vit.SHARDING_RULES, *objective.sharding_rules)
+
+
+def decay_rules(objective: Objective) -> tuple[tuple[str, bool], ...]:
+    """Which of the objective's parameters are "matrices"."""
+    return (*vit.DECAY_RULES, *objective.decay_rules)
+
+
+def abstract_state(objective, optimizer, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, without its values."""
-    shapes = jax.eval_shape(lambda: new_state(objective, optimiser, 0))
+    shapes = jax.eval_shape(lambda: new_state(objective, optimizer, 0))
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         shapes,
-        sharding.tree_shardings(shapes, mesh),
+        sharding.tree_shardings(shapes, mesh, sharding_rules(objective)),
     )
 
 
-def born_sharded(objective, optimiser, mesh: Mesh, seed: int) -> TrainState:
+def born_sharded(objective, optimizer, mesh: Mesh, seed: int) -> TrainState:
     """`new_state`, each leaf made where it will live: no device ever holds what it does not keep."""
-    where = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(objective, optimiser, mesh))
+    where = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(objective, optimizer, mesh))
     with jax.set_mesh(mesh):
-        return jax.jit(lambda: new_state(objective, optimiser, seed), out_shardings=where)()
+        return jax.jit(lambda: new_state(objective, optimizer, seed), out_shardings=where)()
 
 
-def _decayed(params: Any, exclude_vectors: bool) -> Any:
-    """1 where weight decay applies, 0 elsewhere; stacked blocks carry a leading axis that is none of the parameter's."""
+def decayed(params: Any, decay: str, rules: tuple[tuple[str, bool], ...]) -> Any:
+    """The weight-decay mask: 1.0 where weight decay applies, 0.0 elsewhere; `decay` as `config.optimizer.decay`."""
 
-    def applies(path, leaf):
-        ndim = leaf.ndim - bool({"lower", "upper"} & set(sharding.path_of(path).split("/")))
-        is_bias = sharding.path_of(path).endswith("bias")
-        return 0.0 if exclude_vectors and (ndim < 2 or is_bias) else 1.0
+    def applies(path, _):
+        matrix = sharding.first_match(sharding.path_of(path), rules, "weight-decay")
+        return 1.0 if decay == "all" or matrix else 0.0
 
     return jax.tree_util.tree_map_with_path(applies, params)
 
 
+def rate_factors(params: Any, rules: tuple[tuple[str, float], ...]) -> Any:
+    """The learning-rate factor of each parameter: that of the first of `config.optimizer.rate_factors` that matches its path,
+    else 1.0; 0.0 freezes it, weight decay included.
+
+    Raises:
+      UserError: a rule that matches no parameter.
+    """
+    used = set()
+
+    def factor(path, _):
+        for index, (pattern, value) in enumerate(rules):
+            if re.search(pattern, sharding.path_of(path)):
+                used.add(index)
+                return float(value)
+        return 1.0
+
+    factors = jax.tree_util.tree_map_with_path(factor, params)
+    unused = [pattern for index, (pattern, _) in enumerate(rules) if index not in used]
+    if unused:
+        raise UserError(f"optimizer.rate_factors: {unused[0]!r} matches no parameter; correct or remove it")
+    return factors
+
+
 def apply_gradients(
-    state: TrainState, grads: Any, objective_state: Any, hyper: dict, optimiser, teacher_keys, decay: str
+    state: TrainState, grads: Any, objective: Objective, objective_state: Any, scalars: dict, optimizer, settings
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """AdamW, then `teacher <- m teacher + (1 - m) student`.
 
     Args:
-      hyper: scalars `learning_rate`, `weight_decay`, `one_minus_momentum` (computed in float64 before it came here).
-      decay: "all" parameters are decayed, or "matrices" only: no biases, norms, tokens, gains.
+      scalars: `learning_rate`, `weight_decay` and, with a teacher, `one_minus_momentum` (computed in float64 on the host).
+      settings: `config.optimizer`: `decay` and `rate_factors`.
     """
-    direction, opt_state = optimiser.update(grads, state.opt_state, state.params)
-    rate, weight_decay = hyper["learning_rate"], hyper["weight_decay"]
+    direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    rate, weight_decay = scalars["learning_rate"], scalars["weight_decay"]
     updates = jax.tree.map(
-        lambda d, p, on: -rate * (d + on * weight_decay * p), direction, state.params,
-        _decayed(state.params, exclude_vectors=decay == "matrices"),
-    )
+        lambda d, p, on, factor: -(rate if factor == 1.0 else factor * rate) * (d + on * weight_decay * p),
+        direction, state.params, decayed(state.params, settings.decay, decay_rules(objective)),
+        rate_factors(state.params, settings.rate_factors),
+    )  # fmt: skip
     params = optax.apply_updates(state.params, updates)
-    teacher = jax.tree.map(
-        lambda t, s: t + hyper["one_minus_momentum"] * (s - t), state.teacher, {k: params[k] for k in teacher_keys}
-    )
+    teacher = state.teacher
+    if objective.teacher_keys:
+        followed = {k: params[k] for k in objective.teacher_keys}
+        teacher = jax.tree.map(lambda t, s: t + scalars["one_minus_momentum"] * (s - t), teacher, followed)
     metrics = {
         "norm/gradient": optax.tree.norm(grads),
         "norm/parameters": optax.tree.norm(params),
@@ -96,38 +131,37 @@ def apply_gradients(
     return TrainState(state.step + 1, params, teacher, opt_state, objective_state), metrics
 
 
-def make_step(objective, optimiser, seed: int, decay: str = "all", accumulate: int = 1) -> Callable:
-    """The pure step `(state, batch, hyper) -> (state, metrics)`; jit it with `jit_step`.
+def make_step(objective: Objective, optimizer, seed: int, settings: Any, accumulate: int = 1) -> Callable:
+    """The pure step `(state, batch, scalars) -> (state, metrics)`; jit it with `jit_step`.
 
     Args:
-      accumulate: parts that a batch is worked on in, one after the other: with the memory of a part, the loss and the
+      settings: `config.optimizer`.
+      accumulate: microbatches that a batch is worked on in, one after the other: with the memory of one, the loss and the
         gradients of the whole.
     """
+    rules = sharding_rules(objective)
 
-    def step(state: TrainState, batch: dict[str, jax.Array], hyper: dict[str, jax.Array]):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), LOSS), state.step)
-        draw_key, depth_key = jax.random.split(key)
-        examples = objective.examples(draw_key, batch)
+    def step(state: TrainState, batch: dict[str, jax.Array], scalars: dict[str, jax.Array]):
+        rngs = Streams.at(seed, "step", state.step)
+        examples, context = objective.prepare(rngs, batch), Context(rngs, scalars)
 
         def gradients(part):
             grad_fn = jax.grad(objective.loss, has_aux=True)
-            grads, means = grad_fn(state.params, state.teacher, state.objective, part, depth_key, hyper)
-            return sharding.constrain_tree(grads), means
+            grads, aux = grad_fn(state.params, state.teacher, state.objective, part, context)
+            return sharding.constrain_tree(grads, rules), aux
 
         if accumulate == 1:
-            grads, means = gradients(examples)
+            grads, aux = gradients(examples)
         else:
             parts = sharding.split_batch(examples, accumulate)
             part = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), parts)
             shapes = jax.eval_shape(gradients, part)
-            grads, means = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-            zeros = (sharding.constrain_tree(grads), means)
+            grads, aux = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            zeros = (sharding.constrain_tree(grads, rules), aux)
             sums, _ = jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, gradients(part)), None), zeros, parts)
-            grads, means = jax.tree.map(lambda total: total / accumulate, sums)
-        objective_state, metrics = objective.finish(state.objective, means)
-        state, norms = apply_gradients(
-            state, grads, objective_state, hyper, optimiser, objective.teacher_keys, decay
-        )
+            grads, aux = jax.tree.map(lambda total: total / accumulate, sums)
+        objective_state, metrics = objective.update(state.objective, aux)
+        state, norms = apply_gradients(state, grads, objective, objective_state, scalars, optimizer, settings)
         return state, metrics | norms
 
     return step

@@ -1,10 +1,12 @@
 """The model card of an exported network: what it is, what it was trained on, which input it expects, how to use it."""
 
+from pera_jax.encoder.load import Weights
+from pera_jax import objectives
 from pera_jax.bands import Bands
 from pera_jax.training.checkpoints import checkpoint
 
 
-def text(weights: checkpoint.Weights, which: str, height: int, width: int) -> str:
+def text(weights: Weights, which: str, height: int, width: int) -> str:
     """README.md, as the Hugging Face hub shows it.
 
     Args:
@@ -74,7 +76,7 @@ def _origin(meta: dict, step: int) -> str:
         return f"Its weights were imported from the file {file} (SHA-256 `{digest}`), not trained by pera_jax."
     data = meta["data"]
     return (
-        f"Pre-trained without labels for {step:,} steps of {meta['config']['batch_size']:,} images by PerA (Shen et al., "
-        f"arXiv:2505.19447) on {data['name']}: {data['records']:,} images, fingerprint `{data['fingerprint']}`; "
+        f"Pre-trained without labels for {step:,} steps of {meta['config']['batch_size']:,} images by "
+        f"{objectives.method(meta['config']['objective']).citation} on {data['name']}: {data['records']:,} images, fingerprint `{data['fingerprint']}`; "
         f"pera_jax, revision `{meta['git']}`."
     )

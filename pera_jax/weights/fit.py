@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
 
+from pera_jax.bands import band_order
 from pera_jax.common.errors import UserError
 from pera_jax.models import positions
 
@@ -31,25 +32,15 @@ def resized(backbone: dict[str, Any], shape: dict[str, Any], rows: int, columns:
     return backbone | {"position_embedding": jnp.concatenate([embedding[:1], grid.reshape(rows * columns, -1)])}
 
 
-def order_of(there: Sequence[str], here: Sequence[str]) -> list[int] | None:
-    """Which of the bands `there` stands for each band `here`; None where their numbers differ.
-
-    Bands of the same names are matched by name, others of the same number by their place.
-    """
-    if len(there) != len(here):
-        return None
-    return [there.index(name) for name in here] if set(there) == set(here) else list(range(len(here)))
-
-
 def rebanded(backbone: dict[str, Any], patch: int, there: Sequence[str], here: Sequence[str]) -> dict[str, Any]:
     """`backbone`, trained on the bands `there`, for images of the bands `here`.
 
-    Each band takes the weights of its counterpart (`order_of`). Where the numbers differ, all take the mean over the old
+    Each band takes the weights of its counterpart (`band_order`). Where the numbers differ, all take the mean over the old
     bands, times old number / new number: an image with the same values in all bands gives what it gave before.
     """
     kernel = np.asarray(backbone["patch_projection"]["kernel"])  # [p q C, D]
     kernel = rearrange(kernel, "(p q c) d -> p q c d", p=patch, q=patch)
-    order = order_of(there, here)
+    order = band_order(there, here)
     if order is None:
         mean = kernel.mean(axis=2) * np.float32(len(there) / len(here))
         kernel = repeat(mean, "p q d -> p q c d", c=len(here))

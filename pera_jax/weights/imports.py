@@ -1,6 +1,6 @@
 """Weights of other programs as a run with one checkpoint, of step 0, that probes, reports and `init_from` read.
 
-A whole dictionary of the released program becomes a whole state, with a new optimiser and the centre at 0; a teacher's
+A whole dictionary of the released program becomes a whole state, with a new optimizer and the centre at 0; a teacher's
 backbone alone becomes a checkpoint without a student and without heads.
 """
 
@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
 from pera_jax import config as configs
+from pera_jax import objectives
 from pera_jax.bands import RGB, Bands
 from pera_jax.common import files
 from pera_jax.common.errors import UserError
@@ -23,7 +24,6 @@ from pera_jax.common.text import printable, several
 from pera_jax.data.mixture import IMAGENET
 from pera_jax.encoder import exported
 from pera_jax.formats import arrays, tables
-from pera_jax.objectives.pera import pera
 from pera_jax.training import step as steps
 from pera_jax.training.checkpoints import checkpoint, intact, run_meta
 from pera_jax.weights import released, timm
@@ -136,9 +136,9 @@ def _import(
         shape = tables.shape_of(named, prefix, options.heads, str(file))
         bands = _bands(file, shape["bands"], options)
         config = _config(file.stem, shape, released.head_sizes(named) if whole else {}, bands.names)
-        objective = pera.from_config(config, bands)
-        optimiser = steps.make_optimiser(config.optimiser)
-        abstract = jax.eval_shape(lambda: steps.new_state(objective, optimiser, 0))
+        objective = objectives.from_config(config, bands)
+        optimizer = steps.make_optimizer(config.optimizer)
+        abstract = jax.eval_shape(lambda: steps.new_state(objective, optimizer, 0))
         tree = {"params": abstract.params, "teacher": abstract.teacher}
         said += tables.misshapen(named, tree, entries, shape)
     except (UserError, KeyError):  # arrays that tell the sizes are missing: then the names are all that can be told
@@ -155,16 +155,16 @@ def _import(
     origin = {"file": file.name, "sha256": digest, "backbone_alone": not whole, "prefix": taken, "told": told}
     meta = run_meta.describe(config, objective, card) | {"imported": origin}
     with files.whole_folder(output) as folder:
-        _save(folder, objective, optimiser, tree.get("params"), tree["teacher"], meta)
+        _save(folder, objective, optimizer, tree.get("params"), tree["teacher"], meta)
         run_meta.write(str(folder), meta)
     return meta
 
 
-def _save(run: pathlib.Path, objective, optimiser, params, teacher, meta: dict[str, Any]) -> None:
+def _save(run: pathlib.Path, objective, optimizer, params, teacher, meta: dict[str, Any]) -> None:
     """Writes the checkpoint of step 0; without the student's `params` that of the teacher alone. Raises OSError."""
     items = {"teacher": teacher, "data": {"batches": 0, "replaced": 0, "drawn": []}, "meta": meta | {"step": 0}}
     if params is not None:
-        step, opt_state = jax.numpy.zeros((), jax.numpy.int32), optimiser.init(params)
+        step, opt_state = jax.numpy.zeros((), jax.numpy.int32), optimizer.init(params)
         items |= checkpoint.split(steps.TrainState(step, params, teacher, opt_state, objective.init_state()))
     try:
         (run / checkpoint.FOLDER).mkdir()
@@ -175,14 +175,14 @@ def _save(run: pathlib.Path, objective, optimiser, params, teacher, meta: dict[s
 
 def _config(name: str, shape: dict[str, Any], heads: dict[str, int], bands: tuple[str, ...]) -> ConfigDict:
     """The published settings with a file's sizes and bands."""
-    config, patch = configs.default(), shape["patch"]
+    config, patch = configs.default("pera"), shape["patch"]
     config.name = name
     config.data.bands = bands
     config.model.update({field: shape[field] for field in ("width", "depth", "heads", "patch", "mlp_ratio")})
     config.crops.update(dict(global_size=shape["image_size"], local_size=max(config.crops.local_size // patch, 2) * patch))
-    config.heads.update(heads)
+    config.pera.heads.update(heads)
     if bands != RGB:
-        config.views.update(dict(saturation=0.0, hue=0.0, student_grey=0.0))  # which are for red, green and blue
+        config.pera.views.update(dict(saturation=0.0, hue=0.0, student_grayscale=0.0))  # which are for red, green and blue
     return config
 
 

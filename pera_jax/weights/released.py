@@ -101,8 +101,8 @@ def export(run: str, step: int | None, output: pathlib.Path, verify: bool = True
         values; PyTorch is not installed.
     """
 
-    def both(chosen: int) -> list[checkpoint.Weights]:
-        return [checkpoint.load_weights(run, chosen, which, verify=verify) for which in ("student", "teacher")]
+    def both(chosen: int) -> list[load.Weights]:
+        return [load.load_weights(run, chosen, which, verify=verify) for which in ("student", "teacher")]
 
     student, teacher = checkpoint.while_kept(run, step, both)
     try:

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from pera_jax.encoder.load import Weights
 from pera_jax.bands import Bands
 from pera_jax.common import files, json_files
 from pera_jax.common.errors import UserError
@@ -205,7 +206,7 @@ def config(meta: dict[str, Any], step: int, which: str, height: int, width: int)
     }  # fmt: skip
 
 
-def export(weights: checkpoint.Weights, which: str, size: tuple[int, int] | None, output: pathlib.Path) -> None:
+def export(weights: Weights, which: str, size: tuple[int, int] | None, output: pathlib.Path) -> None:
     """Writes the folder `output`: model.safetensors, config.json and README.md.
 
     Args:

@@ -15,7 +15,7 @@ from conftest import FAST
 from pera_jax.cost import flops
 from pera_jax.losses import prototypes as losses
 from pera_jax.models import positions
-from pera_jax.models.stochastic_depth import kept_of
+from pera_jax.models.drop_path import kept_of
 from pera_jax.training import step as steps
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

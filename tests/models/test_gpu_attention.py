@@ -13,7 +13,7 @@ from pera_jax.common.errors import UserError
 from pera_jax.cost.program import Program
 from pera_jax.models import attention, vit
 from pera_jax.models.precision import Precision
-from pera_jax.objectives.pera import pera
+from pera_jax.objectives.pera import objective as pera
 from pera_jax.parallel import sharding
 
 BF16 = Precision.of("bfloat16")

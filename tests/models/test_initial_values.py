@@ -10,7 +10,7 @@ import tiny
 from scipy import stats
 
 from pera_jax.bands import Bands
-from pera_jax.objectives.pera import pera
+from pera_jax.objectives.pera import objective as pera
 from pera_jax.parallel import sharding
 
 DEPTH = 4  # of tiny.config

@@ -7,8 +7,8 @@ import pytest
 import tiny
 from jax.sharding import NamedSharding
 
-from pera_jax.models import stochastic_depth
-from pera_jax.objectives.pera import masking, pera
+from pera_jax.models import drop_path
+from pera_jax.objectives.pera import masks as masking, pera
 from pera_jax.parallel import sharding
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from pera_jax.common.errors import UserError
-from pera_jax.objectives.pera import masking
+from pera_jax.objectives.pera import masks as masking
 
 
 @pytest.mark.parametrize(

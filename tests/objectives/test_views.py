@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from pera_jax.augment import views
+from pera_jax.augment import color as views
 from pera_jax.augment.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, Jitter
-from pera_jax.bands import Bands, rgb_places
+from pera_jax.bands import Bands, rgb_indices
 from pera_jax.common.errors import UserError
 
 PHOTOS = pathlib.Path(os.environ.get("PERA_JAX_PHOTOS", pathlib.Path(__file__).parents[3] / "shared/data/aid"))
@@ -88,7 +88,7 @@ OPERATIONS = {
 def make_views(key, crops, settings, bands=NORMALISED, dtype=jnp.float32):
     """The student's and the teacher's view of each crop, as the objective makes them."""
     views.check(settings, bands.names)
-    jitters, rgb = views.draw_jitter(key, len(crops), settings), rgb_places(settings["rgb"], bands.names)
+    jitters, rgb = views.draw_jitter(key, len(crops), settings), rgb_indices(settings["rgb"], bands.names)
     return tuple(views.look(crops, jitter, bands, rgb, dtype) for jitter in jitters)
 
 

@@ -21,7 +21,7 @@ from pera_jax.data import records
 from pera_jax.data.images import codecs
 from pera_jax.data.mixture import Mixture
 from pera_jax.models import vit
-from pera_jax.objectives.pera import pera
+from pera_jax.objectives.pera import objective as pera
 from pera_jax.reports import folder
 from pera_jax.reports.drawing import charts, images
 from pera_jax.reports.drawing import grid as grids

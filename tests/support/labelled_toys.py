@@ -13,7 +13,7 @@ from PIL import Image
 from pera_jax import config as configs
 from pera_jax.bands import Bands
 from pera_jax.data import records
-from pera_jax.objectives.pera import pera
+from pera_jax.objectives.pera import objective as pera
 from pera_jax.training import step as steps
 from pera_jax.training.checkpoints import checkpoint_store, run_meta
 

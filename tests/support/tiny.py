@@ -6,7 +6,7 @@ import numpy as np
 
 from pera_jax import config as configs
 from pera_jax.bands import Bands
-from pera_jax.objectives.pera import pera
+from pera_jax.objectives.pera import objective as pera
 
 HYPER = {
     "learning_rate": 1e-2,

@@ -9,7 +9,7 @@ from pera_jax import config as configs
 from pera_jax.bands import Bands
 from pera_jax.formats import tables
 from pera_jax.models import vit
-from pera_jax.objectives.pera import pera
+from pera_jax.objectives.pera import objective as pera
 from pera_jax.weights import released
 
 

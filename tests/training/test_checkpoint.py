@@ -18,12 +18,12 @@ from orbax.checkpoint import v1 as ocp
 from pera_jax.bands import Bands
 from pera_jax.common import environment
 from pera_jax.common.errors import UserError
-from pera_jax.objectives.pera import pera
+from pera_jax.objectives.pera import objective as pera
 from pera_jax.parallel import sharding
 from pera_jax.training import resume
 from pera_jax.training import step as steps
 from pera_jax.training.checkpoints import checkpoint, checkpoint_store, run_meta
-from pera_jax.weights import init
+from pera_jax.weights import warm_start
 
 DATA = {"name": "toy", "fingerprint": "f", "class_names": None, "records": 10, "split": "train"}
 

@@ -17,7 +17,7 @@ from pera_jax.bands import Bands
 from pera_jax.common import errors
 from pera_jax.common.errors import UserError
 from pera_jax.data import mixture
-from pera_jax.objectives.pera import pera
+from pera_jax.objectives.pera import objective as pera
 from pera_jax.training import step as steps
 from pera_jax.training.checkpoints import checkpoint, checkpoint_store, run_meta
 

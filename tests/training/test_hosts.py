@@ -16,7 +16,7 @@ import toy_hosts
 from pera_jax import train
 from pera_jax.bands import Bands
 from pera_jax.common.errors import UserError
-from pera_jax.objectives.pera import pera
+from pera_jax.objectives.pera import objective as pera
 from pera_jax.parallel import distributed, sharding
 from pera_jax.training import profiling
 from pera_jax.training import step as steps

@@ -8,7 +8,7 @@ import pytest
 import toy_data
 
 from pera_jax import config as configs
-from pera_jax import config_file
+from pera_jax.config import run_file as config_file
 from pera_jax.common.errors import UserError
 from pera_jax.data import mixture
 from pera_jax.training import opening, resume

@@ -14,7 +14,7 @@ from pera_jax.bands import RGB, Bands
 from pera_jax.common.errors import UserError
 from pera_jax.data import mixture, pipeline
 from pera_jax.formats import arrays, tables
-from pera_jax.objectives.pera import pera
+from pera_jax.objectives.pera import objective as pera
 from pera_jax.parallel import sharding
 from pera_jax.probes.runner import specs
 from pera_jax.training import step as steps

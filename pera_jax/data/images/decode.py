@@ -67,7 +67,7 @@ def read_image(
 
 
 def draw_crops(rng: np.random.Generator, height: int, width: int, crops) -> dict[str, list[tuple]]:
-    """Draws the geometry of all crops of one image: by kind, (box, size, flip horizontally, flip vertically)."""
+    """Draws the geometry of all crops of one image: by crop type, (box, size, flip horizontally, flip vertically)."""
     return {
         name: [
             (
@@ -78,7 +78,7 @@ def draw_crops(rng: np.random.Generator, height: int, width: int, crops) -> dict
             )
             for _ in range(number)
         ]
-        for name, number, size, area in crops.kinds()
+        for name, (number, size, area) in crops.specs.items()
     }
 
 

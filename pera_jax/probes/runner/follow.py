@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from pera_jax.encoder.load import Weights
 from pera_jax.common import lease
 from pera_jax.common.environment import EnvironmentFault, passing
 from pera_jax.common.errors import UserError
@@ -130,7 +131,7 @@ def _save(run: str, step: int) -> tuple[int, str]:
     return step, checkpoint.identity(_folder(run, step))
 
 
-def _load(run: str, step: int, passed_over: set[tuple[int, str]]) -> checkpoint.Weights | None:
+def _load(run: str, step: int, passed_over: set[tuple[int, str]]) -> Weights | None:
     """The teacher of a checkpoint on every host, or None: for good where it is gone or damaged, else for now."""
     weights = damaged = None
     save = _save(run, step)
@@ -154,14 +155,14 @@ def _folder(run: str, step: int) -> pathlib.Path:
     return pathlib.Path(run).absolute() / checkpoint.FOLDER / str(step)
 
 
-def load_if_kept(run: str, step: int) -> checkpoint.Weights | None:
+def load_if_kept(run: str, step: int) -> Weights | None:
     """The teacher of a checkpoint, or None where training removes it before all of it is read.
 
     Raises:
       Damaged: it is there and cannot be read.
     """
     try:
-        return checkpoint.while_kept(run, step, lambda chosen: checkpoint.load_weights(run, chosen))
+        return checkpoint.while_kept(run, step, lambda chosen: load.load_weights(run, chosen))
     except checkpoint.Removed:
         return None
     except UserError:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from pera_jax.encoder.load import Weights, load_weights
+from pera_jax import objectives
 from pera_jax.bands import Bands
 from pera_jax.common.errors import UserError
 from pera_jax.common.text import printable
@@ -49,7 +51,7 @@ class Network:
 
     @classmethod
     def of(
-        cls, weights: checkpoint.Weights, run: str, encoder: str, saved: str, before: "Network | None" = None
+        cls, weights: Weights, run: str, encoder: str, saved: str, before: "Network | None" = None
     ) -> "Network":
         """The network of weights that are loaded.
 
@@ -77,12 +79,20 @@ def load_network(run: str, step: int | None, encoder: str, verify: bool = True) 
     if encoder not in ENCODERS:
         raise UserError(f"there is no encoder {encoder!r}; choose from {', '.join(ENCODERS)}")
 
-    def read(chosen: int) -> tuple[checkpoint.Weights, str]:
-        weights = checkpoint.load_weights(run, chosen, untrained=encoder != "teacher", verify=verify)
+    def read(chosen: int) -> tuple[Weights, str]:
+        weights = _weights(run, chosen, encoder, verify)
         return weights, checkpoint.identity(checkpoint.folder_of(run, chosen)[0])
 
     weights, saved = checkpoint.while_kept(run, step, read)
     return Network.of(weights, run, encoder, saved)
+
+
+def _weights(run: str, step: int, encoder: str, verify: bool) -> Weights:
+    if encoder == "teacher":
+        return load_weights(run, step, verify=verify, parts=("backbone",))
+    meta = checkpoint.load_meta(checkpoint.folder_of(run, step)[0])
+    params = objectives.untrained(meta) if encoder == "untrained" else {"backbone": {}}  # pixels need no network
+    return Weights(params, meta, 0, encoder)
 
 
 @dataclasses.dataclass(frozen=True)

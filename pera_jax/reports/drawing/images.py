@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from pera_jax.bands import Bands, rgb_places
+from pera_jax.bands import Bands
 from pera_jax.common.errors import UserError
 from pera_jax.data import records
 from pera_jax.data.images import codecs
@@ -80,17 +80,6 @@ def pick(source: records.RecordSource, number: int, seed: int) -> np.ndarray:
     known = source.info.class_names  # without classes no record is read for nothing
     labels = samples.of_source(Subset(source, places)).labels if known else np.full(len(places), -1)
     return places[choose(labels, number, seed)]
-
-
-def visible(bands: Bands, rgb: tuple[str, ...]) -> tuple[int, int, int]:
-    """The channels that a picture shows as red, green and blue: these where they are known, else the first three, or
-    one band as grey."""
-    return rgb_places(rgb, bands.names) or ((0, 1, 2) if len(bands) > 2 else (0, 0, 0))
-
-
-def as_bytes(values: np.ndarray, channels: tuple[int, int, int]) -> np.ndarray:
-    """Values in [0, 1], [..., C], as uint8 [..., 3] for a picture."""
-    return np.round(255.0 * np.clip(values[..., channels], 0.0, 1.0)).astype(np.uint8)
 
 
 def name_of(label: int, class_names) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from pera_jax.common import html
+from pera_jax.objectives.base import Panel
 from pera_jax.reports.drawing import charts
 from pera_jax.reports.drawing.charts import Chart, Series
 
@@ -14,43 +15,25 @@ READING = (
     "mean, in which a value counts half after a hundredth of the run. "
     "Scales with (log) are logarithmic."
 )
-# Group: charts, each (title, logarithmic where it can be, smoothed, {metric: its name in the chart}).
-_GROUPS: tuple[tuple[str, tuple[tuple[str, bool, bool, dict[str, str]], ...]], ...] = (
-    ("Loss terms", (
-        ("Whole loss", False, True, {"loss": "loss"}),
-        ("Class term, nats", False, True,
-         {"loss/class": "all", "loss/class_global": "global part", "loss/class_local": "local part"}),
-        ("KoLeo (spreading) term", False, True, {"loss/koleo": "koleo"}),
-        ("Pixel term", True, True, {"loss/pixel": "pixel"}),
-    )),
-    ("Teacher", (
-        ("Entropy of the teacher, nats", False, True,
-         {"teacher/entropy": "of each look", "teacher/entropy_of_mean": "of their mean"}),
-        ("KL of student from teacher, nats", False, True, {"kl": "kl"}),
-        ("KL of their mean from uniform, nats", False, True, {"teacher/kl_to_uniform": "kl"}),
-        ("Variance of directions, 0: all alike", False, True,
-         {"teacher/feature_variance": "class tokens", "teacher/unit_variance": "head"}),
-        ("Prototypes in use", True, True, {"teacher/prototypes_in_use": "prototypes"}),
-        ("Length of the centre", False, True, {"teacher/center_norm": "centre"}),
-    )),
+# Common groups of charts; an objective adds charts to them, and groups of its own.
+_GROUPS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
+    ("Loss terms", (Panel("Whole loss", False, True, {"loss": "loss"}),)),
+    ("Teacher", ()),
     ("Norms", (
-        ("Gradient", True, True, {"norm/gradient": "gradient"}),
-        ("Update", True, True, {"norm/update": "update"}),
-        ("Parameters", False, False, {"norm/parameters": "parameters"}),
+        Panel("Gradient", True, True, {"norm/gradient": "gradient"}),
+        Panel("Update", True, True, {"norm/update": "update"}),
+        Panel("Parameters", False, False, {"norm/parameters": "parameters"}),
     )),
     ("Schedules", (
-        ("Learning rate", False, False, {"hyper/learning_rate": "rate"}),
-        ("Weight decay", False, False, {"hyper/weight_decay": "decay"}),
-        ("Momentum of the teacher", False, False, {"hyper/momentum": "momentum"}),
-        ("Temperatures", False, False,
-         {"hyper/teacher_temperature": "teacher", "hyper/student_temperature": "student"}),
+        Panel("Learning rate", False, False, {"hyper/learning_rate": "rate"}),
+        Panel("Weight decay", False, False, {"hyper/weight_decay": "decay"}),
     )),
     ("Speed", (
-        ("Images per second", False, True, {"time/images_per_second": "all devices"}),
-        ("Share of time waiting for data", False, True, {"time/data_wait_share": "share"}),
-        ("Share of the devices' peak FLOP/s", False, True, {"time/mfu": "share"}),
+        Panel("Images per second", False, True, {"time/images_per_second": "all devices"}),
+        Panel("Share of time waiting for data", False, True, {"time/data_wait_share": "share"}),
+        Panel("Share of the devices' peak FLOP/s", False, True, {"time/mfu": "share"}),
     )),
-    ("Monitor", (("kNN accuracy in training, k = 20", False, False, {"monitor/knn20": "knn20"}),)),
+    ("Monitor", (Panel("kNN accuracy in training, k = 20", False, False, {"monitor/knn20": "knn20"}),)),
 )  # fmt: skip
 _NOT_DRAWN = ("step", "data/images", "data/replaced", "time/images_per_second_per_chip")
 
@@ -61,26 +44,40 @@ def column(metrics: Sequence[dict[str, Any]], name: str) -> tuple[np.ndarray, np
     return tuple(np.array(values, np.float64) for values in (zip(*held, strict=True) if held else ((), ())))
 
 
-def drawn(metrics: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+def groups(own: Sequence[tuple[str, Sequence[Panel]]]) -> list[tuple[str, tuple[Panel, ...]]]:
+    """The common groups of charts with those of an objective, `Objective.curves`."""
+    merged = {title: panels for title, panels in _GROUPS}
+    for title, panels in own:
+        merged[title] = (*merged.get(title, ()), *panels)
+    return list(merged.items())
+
+
+def drawn(metrics: Sequence[dict[str, Any]], own: Sequence[tuple[str, Sequence[Panel]]]) -> list[tuple[str, str]]:
     """(title of a group, its charts as HTML) of all metrics that are there; those without a chart of their own last."""
-    known = {metric for _, panels in _GROUPS for *_, names in panels for metric in names}
+    shown = groups(own)
+    known = {metric for _, panels in shown for panel in panels for metric in panel.metrics}
     others = sorted({name for line in metrics for name in line} - known - set(_NOT_DRAWN))
-    last = ("Others", tuple((name, False, True, {name: name}) for name in others))
-    groups = []
-    for title, panels in (*_GROUPS, last):
+    last = ("Others", tuple(Panel(name, False, True, {name: name}) for name in others))
+    result = []
+    for title, panels in (*shown, last):
         found = []
-        for heading, log, smooth, names in panels:
+        for panel in panels:
             series = tuple(
-                Series(label, steps, values, smooth=smooth)
-                for metric, label in names.items()
+                Series(label, steps, values, smooth=panel.smoothed)
+                for metric, label in panel.metrics.items()
                 for steps, values in [column(metrics, metric)]
                 if len(steps)
             )
-            found.append(charts.svg(Chart(heading, series, log=log)) if series else "")
+            found.append(charts.svg(Chart(panel.title, series, log=panel.logarithmic)) if series else "")
         if any(found):
-            groups.append((title, charts.row(found)))
-    return groups
+            result.append((title, charts.row(found)))
+    return result
 
 
-def section(metrics: Sequence[dict[str, Any]]) -> str:
-    return "".join(f"<h3>{html.escaped(title)}</h3>{content}" for title, content in drawn(metrics))
+def section(metrics: Sequence[dict[str, Any]], own: Sequence[tuple[str, Sequence[Panel]]]) -> str:
+    """The charts of a run.
+
+    Args:
+      own: `Objective.curves` of its method.
+    """
+    return "".join(f"<h3>{html.escaped(title)}</h3>{content}" for title, content in drawn(metrics, own))

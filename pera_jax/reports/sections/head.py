@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from pera_jax import objectives
 from pera_jax.common import html
-from pera_jax.cost import flops
 from pera_jax.reports.folder import Folder
 from pera_jax.reports.sections.curves import column
 from pera_jax.training.checkpoints import checkpoint
@@ -41,14 +41,14 @@ def run_facts(folder: Folder) -> list[tuple[str, object]]:
 
 
 def model_facts(meta: dict[str, Any]) -> list[tuple[str, object]]:
-    model, objective = meta["model"], checkpoint.objective_of(meta)
+    model, objective = meta["model"], objectives.from_metadata(meta)
     params = jax.eval_shape(objective.init, jax.random.key(0))
     count = {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in params.items()}
-    heads = count["prototype_head"] + count["pixel_head"]
-    crops = [f"{number} {kind} of {side} px" for kind, (number, side) in objective.crops.items() if number]
+    heads = sum(count.values()) - count["backbone"]
+    crops = [f"{spec.number} {name} of {spec.size} px" for name, spec in objective.crops.items()]
     return [
         ("transformer", "width {width}, depth {depth}, {heads} heads, patch {patch} px".format(**model)),
-        ("parameters", f"{count['backbone'] / 1e6:,.2f} M of the transformer, {heads / 1e6:,.2f} M of the heads"),
+        ("parameters", f"{count['backbone'] / 1e6:,.2f} M of the transformer, {heads / 1e6:,.2f} M of the rest"),
         ("crops of an image", ", ".join(crops)),
         ("batch", f"{meta['config']['batch_size']:,} images"),
     ]
@@ -76,7 +76,7 @@ def band_table(meta: dict[str, Any]) -> str:
 def cost_facts(folder: Folder) -> list[tuple[str, object]]:
     """Images, time and FLOPs as far as they were logged; time is that of steps, without start-up and interruptions."""
     meta, batch = folder.meta, folder.meta["config"]["batch_size"]
-    per_image = sum(flops.per_image(checkpoint.objective_of(meta)).values())
+    per_image = sum(objectives.from_metadata(meta).flops_per_image().values())
     images = folder.last_step * batch
     facts: list[tuple[str, object]] = [
         ("images seen", f"{images:,}, {images / meta['data']['records']:,.1f} epochs"),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pera_jax.bands import Bands
+from pera_jax.bands import Bands, as_bytes
 from pera_jax.probes.classification import knn
 from pera_jax.reports.drawing import images
 from pera_jax.reports.drawing.grid import Grid, Tile
@@ -45,7 +45,7 @@ def grid(
     """A row for each query; `cosines` [M, k] of the images `found`."""
 
     def tile(entry, text, frame=None):
-        return Tile(images.as_bytes(bands.mapped(entry.pixels), channels), text, frame)
+        return Tile(as_bytes(bands.mapped(entry.pixels), channels), text, frame)
 
     rows = []
     for query, neighbours, values in zip(queries, found, cosines, strict=True):

@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from pera_jax.bands import Bands
+from pera_jax.bands import Bands, as_bytes, visible
 from pera_jax.common.errors import UserError
 from pera_jax.data.labelled import scene_files, scenes
 from pera_jax.probes.dense.overlap import IGNORE
 from pera_jax.reports.drawing.grid import Grid, Tile
-from pera_jax.reports.drawing.images import as_bytes, visible
 
 READING = (
     "Scenes that the probe was tested on, not trained on: the image (of change: both dates), the labels, what a probe "

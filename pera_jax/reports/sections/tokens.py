@@ -9,10 +9,10 @@ import numpy as np
 import treescope
 from einops import rearrange
 
-from pera_jax.bands import Bands
+from pera_jax.bands import Bands, as_bytes
 from pera_jax.models import vit
 from pera_jax.reports.drawing.grid import Grid, Tile
-from pera_jax.reports.drawing.images import Shown, as_bytes, name_of
+from pera_jax.reports.drawing.images import Shown, name_of
 
 PCA_READING = (
     "The colour of a patch is its token after the last block: the first three principal components of the tokens of "
@@ -52,11 +52,10 @@ def look(meta: dict[str, Any], backbones: Sequence[dict[str, Any]], images: Sequ
       images: stored values [S, S, C], S a multiple of the patch; one after the other, since attention takes memory.
     """
     model, bands = vit.build(meta["model"]), Bands.of(meta)
-    mean, std = np.float32(bands.mean), np.float32(bands.std)
 
     @jax.jit
     def encode(backbone, image):
-        tokens = model.apply({"params": backbone}, ((bands.mapped(image) - mean) / std)[None], class_attention=True)
+        tokens = model.apply({"params": backbone}, bands.normalized(image)[None], class_attention=True)
         return tokens["patch_tokens"][0], tokens["class_attention"][0]
 
     found, rows = [], len(images[0]) // model.patch

@@ -1,7 +1,7 @@
 """Checkpoints of a run, by Orbax: the state, the data position, and everything that is needed to use the weights.
 
-RUN/checkpoints/STEP holds four checkpointables: `state` (parameters, optimiser, centre, step), `teacher` (its weights,
-apart, so that evaluation reads only them), `data` (the position in the stream of batches) and `meta` (model shape,
+RUN/checkpoints/STEP holds four checkpointables: `state` (parameters, optimizer, step, what the objective keeps
+beside them), `teacher` (its weights, apart, so that evaluation reads only them; absent without a teacher), `data` (the position in the stream of batches) and `meta` (model shape,
 bands, their ranges, mean and std, data fingerprint, git revision, resolved config). A step's folder appears whole or not at all.
 
 With several hosts each writes its part, into one folder that all of them see; what is moved or removed, process 0 does.
@@ -18,14 +18,11 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
-from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
-from pera_jax.bands import Bands
 from pera_jax.common import paths
 from pera_jax.common.errors import UserError
 from pera_jax.common.text import several
-from pera_jax.objectives.pera import pera
 from pera_jax.training import step as steps
 from pera_jax.training.checkpoints import intact
 from pera_jax.training.checkpoints.intact import Damaged, Removed, differences, load_meta  # noqa: F401  of what is read here
@@ -41,10 +38,10 @@ WRITE_ERRORS = (OSError, ValueError, RuntimeError)
 
 
 def split(state: steps.TrainState) -> dict[str, Any]:
-    """The checkpointables `state` and `teacher`."""
+    """The checkpointables `state` and, where there is a teacher, `teacher`."""
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     teacher = fields.pop("teacher")
-    return {"state": fields, "teacher": teacher}
+    return {"state": fields} | ({"teacher": teacher} if teacher else {})
 
 
 def restore(
@@ -87,7 +84,7 @@ def restore(
                 intact.check_arrays(folder, name, found[name], digests)
 
     intact.agreed(check)
-    return steps.TrainState(teacher=found["teacher"], **found["state"]), found["data"]
+    return steps.TrainState(teacher=found.get("teacher", {}), **found["state"]), found["data"]
 
 
 def set_aside(folder: pathlib.Path) -> pathlib.Path:
@@ -132,81 +129,6 @@ def identity(folder: pathlib.Path) -> str:
         return ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Weights:
-    """One network of a checkpoint and what is needed to use it."""
-
-    params: dict[str, Any]  # with `backbone` and the heads the network has
-    meta: dict[str, Any]
-    step: int
-
-    @property
-    def backbone(self) -> dict[str, Any]:
-        return self.params["backbone"]
-
-
-def objective_of(meta: dict[str, Any]) -> pera.PerA:
-    """The objective that a checkpoint was trained with. Raises UserError: a meta that describes none."""
-    try:
-        config = ConfigDict(meta["config"])
-        config.model.attention = "auto"  # the machine that reads it need not have the kernels of the one that trained
-        return pera.from_config(config, Bands.of(meta))
-    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
-        reason = error.args[0] if error.args else type(error).__name__
-        raise UserError(f"the run's config describes no network of this program ({reason}); restore its meta") from error
-
-
-def load_weights(
-    run: str | pathlib.Path, step: int | None = None, which: str = "teacher", untrained: bool = False, verify: bool = True
-) -> Weights:
-    """The weights of a run, on the first device, without its config's file.
-
-    Args:
-      which: "teacher" or "student".
-      untrained: the network as it was before the first step, made again from the stored seed.
-      verify: compare the arrays with the digests of the save.
-
-    Raises:
-      UserError: no such run or step, another format version, an import without a student.
-      Damaged: an unreadable checkpoint, or one with other values than were saved.
-      Removed: training removed `step` meanwhile; where it is the latest, the next one is taken.
-    """
-    return while_kept(run, step, lambda chosen: _load(run, chosen, which, untrained, verify))
-
-
-def _load(run: str | pathlib.Path, step: int, which: str, untrained: bool, verify: bool) -> Weights:
-    folder = pathlib.Path(run).absolute() / FOLDER / str(step)
-    meta, digests = intact.meta_of(folder)
-    if untrained:
-        return untrained_weights(meta, which)
-    if which == "student" and backbone_alone(meta):
-        raise UserError(f"{run} holds the teacher's backbone alone, and no student")
-    objective = objective_of(meta)
-    optimiser = steps.make_optimiser(ConfigDict(meta["config"]).optimiser)
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract = jax.eval_shape(lambda: steps.new_state(objective, optimiser, 0))
-    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)
-    name, alone = "teacher" if which == "teacher" else "state", backbone_alone(meta)
-    wanted = split(abstract)[name]
-    wanted = {"backbone": wanted["backbone"]} if alone else wanted
-    loaded = intact.read(folder, lambda: ocp.load_checkpointables(folder, {name: wanted})[name])
-    params = loaded if which == "teacher" else loaded["params"]
-    if verify:
-        intact.check_arrays(folder, name, params if which == "teacher" else {"params": params}, digests)
-    return Weights(params, meta, step)
-
-
-def untrained_weights(meta: dict[str, Any], which: str = "teacher") -> Weights:
-    """A network as it was before the first step, made again from the seed in a checkpoint's `meta`."""
-    objective, optimiser = objective_of(meta), steps.make_optimiser(ConfigDict(meta["config"]).optimiser)
-
-    def born():  # the rest of the state is never made: it is several times as large
-        state = steps.new_state(objective, optimiser, meta["config"]["seed"])
-        return state.teacher if which == "teacher" else state.params
-
-    return Weights(jax.jit(born)(), meta, 0)
-
-
 def while_kept(run: str | pathlib.Path, step: int | None, read: Callable[[int], T]) -> T:
     """What `read` gives for a checkpoint that stays there while it is read, beside a training that removes old ones.
 
@@ -235,8 +157,3 @@ def while_kept(run: str | pathlib.Path, step: int | None, read: Callable[[int], 
         if step is not None or time.monotonic() > end:
             left = several(saved_steps(run), 5)
             raise Removed(f"training removed the checkpoint of step {chosen} of {run} while it was read; there are {left}")
-
-
-def backbone_alone(meta: dict[str, Any]) -> bool:
-    """Whether a checkpoint is an import that holds a teacher's backbone and nothing else."""
-    return meta.get("imported", {}).get("backbone_alone", False)

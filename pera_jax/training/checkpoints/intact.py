@@ -24,6 +24,7 @@ from pera_jax.common import digests, json_files
 from pera_jax.common.environment import EnvironmentFault, environment_fault, patiently
 from pera_jax.common.errors import Misfit, UserError
 from pera_jax.common.text import every, printable, several
+from pera_jax.config.renamed import migrated
 from pera_jax.parallel import distributed
 from pera_jax.parallel.sharding import path_of
 from pera_jax.training.checkpoints import meta_fields
@@ -31,7 +32,9 @@ from pera_jax.training.checkpoints import meta_fields
 T = TypeVar("T")
 
 ENTRY = "digests"
-FORMAT_VERSION, _WITHOUT_DIGESTS = 3, 2
+FORMAT_VERSION = 4
+_WITHOUT_DIGESTS = 2  # the last version without
+_READ = (2, 3, 4)
 _ARRAYS = ("state", "teacher")
 _LATE_SECONDS = 0.1
 _EMPTY_SECONDS = 1.0  # that a folder which is being removed is there without a file, at most
@@ -188,13 +191,15 @@ def _unsealed(folder: pathlib.Path, stored: Any) -> tuple[dict[str, Any], dict[s
         others = {name: value for name, value in found.items() if name != "meta"}
         if found.get("meta") != digests.of_json(meta | {ENTRY: others}):
             raise Damaged(f"the checkpoint {folder} is damaged: its meta is not what was saved")
-    elif found is not None or version == FORMAT_VERSION:
+    elif found is not None or version > _WITHOUT_DIGESTS:
         raise Damaged(f"the checkpoint {folder} is damaged: its meta has lost its digests")
-    if version not in (FORMAT_VERSION, _WITHOUT_DIGESTS):
+    if version not in _READ:
         raise UserError(
-            f"the checkpoint {folder} has format version {version}, this program reads {_WITHOUT_DIGESTS} and "
-            f"{FORMAT_VERSION}; use the program's version that wrote it"
+            f"the checkpoint {folder} has format version {version}, this program reads {', '.join(map(str, _READ))}; use the "
+            "version of the program that wrote it"
         )
+    if isinstance(meta.get("config"), dict):
+        meta |= {"config": migrated(meta["config"])}
     try:
         meta_fields.check_meta(meta)
     except json_files.Invalid as error:
@@ -220,14 +225,15 @@ def check_shapes(folder: pathlib.Path, stored: Any, wanted: Any) -> None:
         raise Misfit(f"the checkpoint {folder} does not fit this config: {every(differing)}")
 
 
+def shapes_of(tree: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of each leaf of a tree by its path, "a/b/c"."""
+    return {path_of(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
 def differences(found: Any, wanted: Any) -> list[str]:
     """What is another, missing or too much among the paths and shapes of two trees, a line each."""
 
-    def shapes(tree):
-        leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-        return {path_of(path): tuple(leaf.shape) for path, leaf in leaves}
-
-    there, here = shapes(found), shapes(wanted)
+    there, here = shapes_of(found), shapes_of(wanted)
     return [
         f"{path} is {there.get(path, 'absent')} there and {here.get(path, 'absent')} here"
         for path in sorted(there.keys() | here.keys())

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from pera_jax import config as configs
 from pera_jax.common import json_files
+from pera_jax.common.errors import UserError
 from pera_jax.common.json_files import Count, Finite, Name, Positive
 from pera_jax.data.images import codecs
 
@@ -17,8 +18,8 @@ _Depth = Annotated[int, msgspec.Meta(ge=1, le=1 << 12)]
 _Ratio = Annotated[float, msgspec.Meta(gt=0, le=1 << 10)]
 _Deviation = Annotated[float, msgspec.Meta(gt=0, le=1e300)]
 
-# Fields of the config that reports use; what the network is made of is asked for by `checkpoint.objective_of`.
-_NEEDED = ("name", "objective", "total", "seed", "batch_size", "data.path", "data.split", "views.rgb")
+# Fields of the config that reports use; what the network is made of is asked for by `objectives.from_metadata`.
+_NEEDED = ("name", "objective", "total", "seed", "batch_size", "data.path", "data.split", "data.rgb")
 
 
 @dataclasses.dataclass
@@ -99,21 +100,38 @@ def check_meta(meta: Any) -> None:
       json_files.Invalid: a field that is missing, of another type or that does not fit the others; the message names it.
     """
     used = json_files.convert(meta, _Meta)
-    _check_config(used.config, configs.default(), "config")
+    _check_config(used.config, _reference(used.config), "config")
     for field in _NEEDED:
         value = used.config
         for name in field.split("."):
             value = value.get(name)
             if value is None:
                 raise json_files.Invalid(f"config: missing field {field}")
-    for part in ("model", "heads"):
-        for name, value in used.config.get(part, {}).items():
-            if isinstance(value, int) and not isinstance(value, bool) and not 1 <= value < 1 << 31:
-                raise json_files.Invalid(f"config.{part}.{name}: expected a number from 1 on, got {value}")
-    asked = used.config.get("model", {}) | {"image_size": used.config.get("crops", {}).get("global_size")}
+    _check_sizes(used.config.get(used.config["objective"]), f"config.{used.config['objective']}")
+    asked = {name: value for name, value in used.config.get("model", {}).items() if value}  # 0: by the variant
+    asked |= {"image_size": used.config.get("crops", {}).get("global_size")}
     for name, value in dataclasses.asdict(used.model).items():
         if asked.get(name) not in (None, value):
             raise json_files.Invalid(f"model.{name} is {value}, and the config gives {asked[name]}")
+
+
+def _reference(config: dict[str, Any]) -> ConfigDict:
+    """The default config of the method that a config names; of one that is not there the common fields count.
+
+    An encoder can be used without the method that trained it.
+    """
+    try:
+        return configs.default(config.get("objective", ""))
+    except UserError:
+        return configs.default()
+
+
+def _check_sizes(fields: Any, place: str) -> None:
+    """Whole numbers of a method's own fields, at any depth, are sizes or counts."""
+    for name, value in fields.items() if isinstance(fields, dict) else ():
+        _check_sizes(value, f"{place}.{name}")
+        if isinstance(value, int) and not isinstance(value, bool) and not 0 <= value < 1 << 31:
+            raise json_files.Invalid(f"{place}.{name}: expected a number from 0 on, got {value}")
 
 
 def check_exported(entry: Any) -> None:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from pera_jax.common.errors import UserError
 from pera_jax.models import vit
-from pera_jax.objectives.pera import pera
+from pera_jax.objectives.base import Objective
 from pera_jax.training.checkpoints import intact
 
 
@@ -23,7 +23,7 @@ def git_revision() -> str:
         return "unknown"
 
 
-def describe(config: ConfigDict, objective: pera.PerA, data: dict[str, Any]) -> dict[str, Any]:
+def describe(config: ConfigDict, objective: Objective, data: dict[str, Any]) -> dict[str, Any]:
     """The `meta` of a run's checkpoints: JSON, enough to use the weights without the config's file.
 
     Args:
@@ -31,8 +31,9 @@ def describe(config: ConfigDict, objective: pera.PerA, data: dict[str, Any]) -> 
     """
     return {
         "format_version": intact.FORMAT_VERSION,
-        "model": vit.description(objective.vit),
+        "model": vit.description(objective.encoder),
         **objective.bands.described(),
+        "networks": ["teacher", "student"] if objective.teacher_keys else ["student"],
         "data": data,
         "git": git_revision(),
         "config": json.loads(config.to_json()),

@@ -1,41 +1,35 @@
-"""Two looks of each crop: colour jitter, grey, normalisation (Shen et al., section 3; released configuration).
-
-The student's view is changed with probability 0.8 (one changed crop in ten goes grey, the others get colour jitter),
-the teacher's gets colour jitter with probability 0.1. Geometry is shared and was settled on the host; every crop and,
-for each crop, student and teacher draw independently. Runs inside the jitted step, so one crop per pair, in the
-stored dtype, is all that crosses to the device.
+"""Color changes of crops inside the jitted step, then normalization: the engine, whatever a method's policy.
 
 Brightness and contrast are for all bands; contrast blends the three bands that are red, green and blue with their mean
-luma, any other with its own mean. Saturation, grey and hue are for the three, where the config says which they are.
+luma, any other with its own mean. Saturation, grayscale and hue are for the three, where the config says which they are.
 
-Brightness, contrast and saturation are one form, `a v + b luma + c`, and grey is saturation 0. They and the hue shift
+Brightness, contrast and saturation are one form, `a v + b luma + c`, and grayscale is saturation 0. They and the hue shift
 are applied in an order of the crop's own, with values clipped to [0, 1] after each. How that is done without paying
-for all 24 orders depends on the platform: see `look`.
+for all 24 orders depends on the platform: see `apply`.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pera_jax.bands import Bands, rgb_places
-from pera_jax.common.errors import UserError
+from pera_jax.bands import Bands
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 _NOTHING = 4  # in place of an operation that leaves the crop as it is
-_UNCHANGED = np.array([1, 1, 1, 0], np.float32)
-_GREY = np.array([1, 1, 0, 0], np.float32)
+UNCHANGED = np.array([1, 1, 1, 0], np.float32)
+GRAYSCALE = np.array([1, 1, 0, 0], np.float32)
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
-Planes = tuple[jax.Array, ...]  # one array of values in [0, 1] per band: bands in the innermost axis do not vectorise
+Planes = tuple[jax.Array, ...]  # one array of values in [0, 1] per band: bands in the innermost axis do not vectorize
 
 
 class Jitter(NamedTuple):
-    """What happens to the colours of N crops.
+    """What happens to the colors of N crops.
 
-    factors: float32 [N, 4], of brightness, contrast and saturation (1 changes nothing, saturation 0 is grey), and the
+    factors: float32 [N, 4], of brightness, contrast and saturation (1 changes nothing, saturation 0 is grayscale), and the
       hue shift in turns (0 changes nothing; within +-0.5).
     order: int32 [N, 4], each row a permutation of BRIGHTNESS, CONTRAST, SATURATION, HUE: what is done first, then, ...
     """
@@ -47,52 +41,20 @@ class Jitter(NamedTuple):
 Rgb = tuple[int, int, int] | None  # the channels that are red, green and blue, where there are such
 
 
-def check(settings: Any, names: tuple[str, ...]) -> None:
-    """Raises UserError for a field of `settings`, the config's `views`, that is out of its range, or asks for saturation,
-    hue or grey without saying which of the bands `names` are red, green and blue.
+def draw(key: jax.Array, number: int, reach: tuple[float, float, float, float]) -> Jitter:
+    """A jitter for each of `number` crops: factors uniform in 1 +- reach (the hue shift in +- reach), in a random order.
 
-        brightness, contrast, saturation: factors uniform in 1 +- the value; hue: shift uniform in +- the value, turns
-        student_change: share of the student's views that change; student_grey: share of the changed ones
-        teacher_jitter: share of the teacher's views that change
-        rgb: names of the three bands; (): the bands are just red, green and blue, or none is
+    Args:
+      reach: of brightness, contrast, saturation and hue.
     """
-    rgb = rgb_places(settings["rgb"], names)
-    for field in ("brightness", "contrast", "saturation", "hue", "student_change", "student_grey", "teacher_jitter"):
-        limit = 0.5 if field == "hue" else 1.0
-        if not 0 <= settings[field] <= limit:
-            raise UserError(f"views.{field} is {settings[field]}: it must be from 0 to {limit:g}")
-        if rgb is None and field in ("saturation", "hue", "student_grey") and settings[field]:
-            raise UserError(
-                f"views.{field} is {settings[field]}, which is for red, green and blue only, and the bands are "
-                f"{', '.join(names)}: set it to 0, or say in views.rgb which three they are"
-            )
-
-
-def draw_jitter(key: jax.Array, number: int, settings: Any) -> tuple[Jitter, Jitter]:
-    """Independent draws for the student's and the teacher's views of `number` crops; `settings` as in `check`."""
-    student_key, teacher_key, change_key, grey_key, teacher_change_key = jax.random.split(key, 5)
-
-    def happens(key, probability):
-        return jax.random.uniform(key, (number, 1), jnp.float32) < probability  # [N, 1]
-
-    student, teacher = _draw_colours(student_key, number, settings), _draw_colours(teacher_key, number, settings)
-    changed = jnp.where(happens(grey_key, settings["student_grey"]), _GREY, student.factors)
-    student_factors = jnp.where(happens(change_key, settings["student_change"]), changed, _UNCHANGED)
-    teacher_changed = happens(teacher_change_key, settings["teacher_jitter"])
-    teacher_factors = jnp.where(teacher_changed, teacher.factors, _UNCHANGED)
-    return Jitter(student_factors, student.order), Jitter(teacher_factors, teacher.order)
-
-
-def _draw_colours(key: jax.Array, number: int, settings: Any) -> Jitter:
     factor_key, order_key = jax.random.split(key)
-    reach = jnp.array([settings[name] for name in ("brightness", "contrast", "saturation", "hue")], jnp.float32)
     draws = jax.random.uniform(factor_key, (number, 4), jnp.float32, minval=-1.0, maxval=1.0)
     order = jnp.argsort(jax.random.uniform(order_key, (number, 4), jnp.float32), axis=1).astype(jnp.int32)
-    return Jitter(_UNCHANGED + reach * draws, order)
+    return Jitter(UNCHANGED + jnp.array(reach, jnp.float32) * draws, order)
 
 
-def look(crops: jax.Array, jitter: Jitter, bands: Bands, rgb: Rgb, dtype=jnp.float32) -> jax.Array:
-    """One look of each crop: its colours changed as its row of `jitter` says, then normalised.
+def apply(crops: jax.Array, jitter: Jitter, bands: Bands, rgb: Rgb, dtype=jnp.float32) -> jax.Array:
+    """Each crop with its colors changed as its row of `jitter` says, then normalized.
 
     Brightness multiplies; contrast blends with the crop's mean luma and saturation with each pixel's luma:
     f x + (1 - f) y; hue turns in HSV. Values are clipped to [0, 1] after each. A crop whose row changes nothing comes
@@ -115,13 +77,13 @@ def look(crops: jax.Array, jitter: Jitter, bands: Bands, rgb: Rgb, dtype=jnp.flo
     return jax.lax.platform_dependent(
         crops,
         jitter._replace(factors=jitter.factors.astype(wide)),
-        cpu=functools.partial(look_by_crop, **settings),
-        default=functools.partial(look_together, **settings),
+        cpu=functools.partial(apply_by_crop, **settings),
+        default=functools.partial(apply_together, **settings),
     )
 
 
-def look_by_crop(crops: jax.Array, jitter: Jitter, bands: Bands, rgb: Rgb, wide, dtype) -> jax.Array:
-    """`look` as a loop over crops; computes in `wide`."""
+def apply_by_crop(crops: jax.Array, jitter: Jitter, bands: Bands, rgb: Rgb, wide, dtype) -> jax.Array:
+    """`apply` as a loop over crops; computes in `wide`."""
 
     def one_crop(crop):
         image, factors, operations = crop  # [H, W, C], [4], [4]
@@ -131,7 +93,7 @@ def look_by_crop(crops: jax.Array, jitter: Jitter, bands: Bands, rgb: Rgb, wide,
             lambda planes: _affine(planes, rgb, contrast, c=1 - contrast, means=_means(planes, rgb, (0, 1))),
         ]
         if rgb:
-            branches.append(lambda planes: _colours(planes, _affine(planes, rgb, saturation, b=1 - saturation), rgb))
+            branches.append(lambda planes: _colors(planes, _affine(planes, rgb, saturation, b=1 - saturation), rgb))
             branches.append(lambda planes: _hue(planes, rgb, turn))
         planes = jax.lax.fori_loop(
             0,
@@ -139,13 +101,13 @@ def look_by_crop(crops: jax.Array, jitter: Jitter, bands: Bands, rgb: Rgb, wide,
             lambda step, planes: jax.lax.switch(operations[step], branches, planes),
             _planes(image, bands, wide),
         )
-        return _normalise(planes, bands, dtype)
+        return _normalize(planes, bands, dtype)
 
     return jax.lax.map(one_crop, (crops, jitter.factors, _operations(jitter)))
 
 
-def look_together(crops: jax.Array, jitter: Jitter, bands: Bands, rgb: Rgb, wide, dtype) -> jax.Array:
-    """`look` for all crops at once, one place of their orders after the other; computes in `wide`.
+def apply_together(crops: jax.Array, jitter: Jitter, bands: Bands, rgb: Rgb, wide, dtype) -> jax.Array:
+    """`apply` for all crops at once, one place of their orders after the other; computes in `wide`.
 
     At each place every crop gets an affine operation with its own coefficients and a hue shift, and keeps the one that
     is its own. A scan, and not four copies of its body: it keeps the compiler from fusing the places into one kernel,
@@ -158,7 +120,7 @@ def look_together(crops: jax.Array, jitter: Jitter, bands: Bands, rgb: Rgb, wide
         operation, a, b, c, turn = (value[:, None, None] for value in here)  # [N, 1, 1]
         after = _affine(planes, rgb, a, b=b if rgb else None, c=c, means=means)
         if rgb:
-            turned, saturated = _hue(planes, rgb, turn), _colours(planes, after, rgb)
+            turned, saturated = _hue(planes, rgb, turn), _colors(planes, after, rgb)
             after = tuple(
                 jnp.where(operation == HUE, hue, jnp.where(operation == SATURATION, grey, other))
                 for hue, grey, other in zip(turned, saturated, after, strict=True)
@@ -168,12 +130,12 @@ def look_together(crops: jax.Array, jitter: Jitter, bands: Bands, rgb: Rgb, wide
     planes = _planes(crops, bands, wide)
     places = [value.T for value in (operations, *_coefficients(jitter.factors, operations))]  # each [4, N]
     (planes, _), _ = jax.lax.scan(place, (planes, _means(planes, rgb, (1, 2))), places)
-    return _normalise(planes, bands, dtype)
+    return _normalize(planes, bands, dtype)
 
 
 def _operations(jitter: Jitter) -> jax.Array:
     """int32 [N, 4]: `order` without operations that change nothing, and `_NOTHING` in the places left at the end."""
-    changes = jnp.take_along_axis(jitter.factors != _UNCHANGED, jitter.order, axis=1)  # [N, 4]
+    changes = jnp.take_along_axis(jitter.factors != UNCHANGED, jitter.order, axis=1)  # [N, 4]
     kept_first = jnp.argsort(~changes, axis=1, stable=True)
     return jnp.take_along_axis(jnp.where(changes, jitter.order, _NOTHING), kept_first, axis=1)
 
@@ -193,7 +155,7 @@ def _planes(crops: jax.Array, bands: Bands, dtype) -> Planes:
     return tuple(values[..., band] for band in range(len(bands)))
 
 
-def _normalise(planes: Planes, bands: Bands, dtype) -> jax.Array:
+def _normalize(planes: Planes, bands: Bands, dtype) -> jax.Array:
     return jnp.stack(
         [(plane - mean) / std for plane, mean, std in zip(planes, bands.mean, bands.std, strict=True)], axis=-1
     ).astype(dtype)
@@ -204,7 +166,7 @@ def _luma(planes: Planes, rgb: tuple[int, int, int]) -> jax.Array:
 
 
 def _means(planes: Planes, rgb: Rgb, axes: tuple[int, int]) -> Planes:
-    """What contrast blends each band with: the mean luma of the three colours, the mean of any other band."""
+    """What contrast blends each band with: the mean luma of the three colors, the mean of any other band."""
     luma = jnp.mean(_luma(planes, rgb), axis=axes, keepdims=True) if rgb else None
     return tuple(
         luma if rgb and at in rgb else jnp.mean(plane, axis=axes, keepdims=True) for at, plane in enumerate(planes)
@@ -218,13 +180,13 @@ def _affine(planes: Planes, rgb: Rgb, a: jax.Array, *, b=None, c=None, means: Pl
     return tuple(jnp.clip(a * plane + shift, 0, 1) for plane, shift in zip(planes, shifts, strict=True))
 
 
-def _colours(planes: Planes, changed: Planes, rgb: tuple[int, int, int]) -> Planes:
-    """`changed` for the three colours, `planes` for the other bands."""
+def _colors(planes: Planes, changed: Planes, rgb: tuple[int, int, int]) -> Planes:
+    """`changed` for the three colors, `planes` for the other bands."""
     return tuple(changed[at] if at in rgb else plane for at, plane in enumerate(planes))
 
 
 def _hue(planes: Planes, rgb: tuple[int, int, int], turn: jax.Array) -> Planes:
-    """Turns the hue of the three colours by `turn` (within +-0.5) in HSV, keeping the largest and the smallest of the
+    """Turns the hue of the three colors by `turn` (within +-0.5) in HSV, keeping the largest and the smallest of the
     three values.
 
     The hue, in sixths of a turn, is kept times the chroma, which spares the division and its case of no chroma.

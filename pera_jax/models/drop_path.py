@@ -1,4 +1,4 @@
-"""Stochastic depth that saves the work it skips: a residual branch runs on a random subset of the crops.
+"""Drop path (stochastic depth) that saves the work it skips: a residual branch runs on a random subset of the crops.
 
 Each group of `g` crops keeps exactly `max(floor((1 - rate) g), 1)` of them. The group is a number of the config and lies
 whole on one device, so the result depends on no mesh and the gathers move nothing between devices.
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("key", "places"), meta_fields=("rate", "group"))
 @dataclasses.dataclass(frozen=True)
-class Depth:
-    """The stochastic depth of one pass.
+class DropPath:
+    """The drop path of one pass.
 
     Attributes:
       key: a PRNG key.
@@ -61,18 +61,18 @@ _put.defvjp(
 )
 
 
-def residual(branch: Callable[[jax.Array], jax.Array], x: jax.Array, depth: Depth | None) -> jax.Array:
+def residual(branch: Callable[[jax.Array], jax.Array], x: jax.Array, drop_path: DropPath | None) -> jax.Array:
     """`x + branch(x)`, the branch on a random subset of each group of crops and scaled by `group / kept`.
 
     Args:
       branch: maps [n, N, D] to [n, N, D].
       x: [G g, N, D].
-      depth: with G places of groups of g crops; None: the branch runs on every crop.
+      drop_path: with G places of groups of g crops; None: the branch runs on every crop.
     """
-    if depth is None or depth.rate == 0.0:
+    if drop_path is None or drop_path.rate == 0.0:
         return x + branch(x).astype(x.dtype)
-    groups, group, kept = len(depth.places), depth.group, kept_of(depth.group, depth.rate)
-    words = jax.vmap(lambda place: jax.random.bits(jax.random.fold_in(depth.key, place), (group,)))(depth.places)
+    groups, group, kept = len(drop_path.places), drop_path.group, kept_of(drop_path.group, drop_path.rate)
+    words = jax.vmap(lambda place: jax.random.bits(jax.random.fold_in(drop_path.key, place), (group,)))(drop_path.places)
     order = jnp.argsort(words, axis=1).astype(jnp.int32)  # [G, g]
     inverse = jnp.argsort(order, axis=1).astype(jnp.int32)  # [G, g]
     grouped = x.reshape(groups, group, *x.shape[1:])  # [G, g, N, D]

@@ -5,14 +5,16 @@ ml_collections reads Python files that define `get_config`; this is one, whose a
 
 import os
 import pathlib
+import sys
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from pera_jax import config as configs
 from pera_jax.common import json_files
 from pera_jax.common.errors import UserError
 from pera_jax.common.text import printable
+from pera_jax.config.defaults import default
+from pera_jax.config.renamed import migrated, new_name
 
 
 def get_config(path: str) -> ConfigDict:
@@ -28,8 +30,9 @@ def get_config(path: str) -> ConfigDict:
         raise UserError(f"the config {path} cannot be read: {reason}; name the config.json of a run") from error
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
         raise UserError(f"{path} is not the config.json of a run: it has no config; name another file")
-    config = configs.default()
-    _fill(config, content["config"], path, "")
+    values = migrated(content["config"])
+    config = default(values.get("objective", "pera"))
+    _fill(config, values, path, "")
     return config
 
 
@@ -61,6 +64,9 @@ def flags_of(arguments: list[str]) -> list[str]:
     result, waits = [], False
     for argument in arguments:
         name, equals, value = argument.partition("=")
+        if name.startswith("--config.") and (now := new_name(name.removeprefix("--config."))):
+            print(f"note: the config field {name.removeprefix('--config.')} is called {now} now", file=sys.stderr, flush=True)
+            name, argument = f"--config.{now}", f"--config.{now}{equals}{value}"
         if waits:
             argument = _bridged(argument)
         elif equals and name in ("--config", "-config"):

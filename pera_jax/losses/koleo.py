@@ -1,0 +1,93 @@
+"""KoLeo, the term that spreads embeddings (Sablayrolles et al., arXiv:1806.03198), on prototype outputs `z = W u`.
+
+Written for one device (`shard_map`): `W^T W` is made once a step, and where a group is larger than what a device holds, the
+rows of the others are gathered. The docstring is the plain loop; the code makes no array of batch x prototypes.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from pera_jax.models.precision import Precision
+from pera_jax.parallel import sharding
+
+_EPS = 1e-8
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gram(precision: Precision, weights: jax.Array) -> jax.Array:
+    """`W^T W` [D, D] of `weights` [K, D]."""
+    return precision.wide_einsum("kd,ke->de", weights, weights)
+
+
+# One product over the prototypes instead of the two that the product rule gives.
+_gram.defvjp(
+    lambda precision, weights: (_gram(precision, weights), weights),
+    lambda precision, weights, cotangent: (precision.wide_einsum("kd,de->ke", weights, cotangent + cotangent.T),),
+)
+
+
+def koleo(units: jax.Array, weights: jax.Array, group: int, precision: Precision) -> jax.Array:
+    """The spreading term, summed over crops: minus the mean log distance to the nearest other sample of the group.
+
+        for v in range(V):
+            x = [z / norm(z) for z in units[:, v] @ weights.T]
+            for i in group:
+                j = the other sample of the group with the largest inner product x[i] @ x[j]
+                loss -= log(norm(x[i] - x[j] + 1e-8) + 1e-8) / B
+
+    Inner products of `z = W u` are `u^T (W^T W) v`, so no array of batch x prototypes is made.
+
+    Args:
+      units: [B, V, D]; weights: [K, D]; group: samples per group, a divisor of B. Gradients flow through both samples.
+
+    Returns:
+      A scalar; 0 for groups of one sample, which have no neighbour.
+    """
+    if group == 1:
+        return jnp.zeros((), units.dtype)
+    batch, (rows, _) = len(units), sharding.axes_in_use()
+    gram, total = _gram(precision, weights), jnp.sum(weights, axis=0)  # [D, D]; [D], W^T 1
+
+    def local(units, gram, total):
+        scaled = _unit_outputs(units, gram, precision)  # [B, V, D]
+        own = min(group, len(scaled))
+        first, others = jnp.zeros(len(scaled) // own, jnp.int32), scaled  # [G], place of the first row in its group
+        if group > len(scaled):  # the group takes in rows of other devices
+            begin = jax.lax.axis_index(rows) * len(scaled)
+            others = jax.lax.all_gather(scaled, rows, axis=0, tiled=True)  # [B, V, D]
+            others = jax.lax.dynamic_slice_in_dim(others, begin // group * group, group)
+            first += begin % group
+        scaled, others = (x.reshape(-1, size, *x.shape[1:]) for x, size in ((scaled, own), (others, group)))
+        gap = _gap_to_nearest(scaled, others, gram, first, precision)  # [G, g, V, D]
+        distance = _length(gap, gram, total, len(weights), precision)
+        total_log = jnp.sum(jnp.log(distance + _EPS))
+        return -(jax.lax.psum(total_log, rows) if rows else total_log) / batch
+
+    shape = dict(in_specs=(sharding.BATCH, P(), P()), out_specs=P())
+    return (jax.shard_map(local, **shape) if rows else local)(units, gram, total)
+
+
+def _unit_outputs(units: jax.Array, gram: jax.Array, precision: Precision) -> jax.Array:
+    """`u` [B, V, D] such that `W u` has length 1."""
+    square = precision.wide_einsum("bvd,de,bve->bv", units, gram, units)
+    return units * jax.lax.rsqrt(jnp.maximum(square, precision.norm_floor**2))[..., None]
+
+
+def _gap_to_nearest(scaled, others, gram, first, precision: Precision) -> jax.Array:
+    """`scaled` [G, o, V, D] less the nearest of `others` [G, g, V, D]; row i of group G is itself number first[G] + i."""
+    inner = precision.wide_einsum("givd,de,gjve->gvij", *map(jax.lax.stop_gradient, (scaled, gram, others)))  # [G, V, o, g]
+    itself = first[:, None] + jnp.arange(scaled.shape[1])  # [G, o]
+    inner = jnp.where(itself[:, None, :, None] == jnp.arange(others.shape[1]), -jnp.inf, inner)
+    nearest = jnp.argmax(inner, axis=-1).swapaxes(1, 2)  # [G, o, V]
+    # The difference is taken before the map: 2 - 2 cos would lose near neighbours to rounding.
+    return scaled - jnp.take_along_axis(others, nearest[..., None], axis=1)  # [G, o, V, D]
+
+
+def _length(gap, gram, total, prototypes: int, precision: Precision) -> jax.Array:
+    """`|| W gap + eps ||` of [G, o, V, D] -> [G, o, V]."""
+    square = precision.wide_einsum("givd,de,give->giv", gap, gram, gap)
+    square += 2 * _EPS * precision.wide_einsum("givd,d->giv", gap, total) + prototypes * _EPS**2
+    return jnp.sqrt(jnp.maximum(square, prototypes * _EPS**2))

@@ -1,0 +1,364 @@
+"""PerA: its networks, its state beside the parameters, and its loss on a batch.
+
+Shen et al., "A Contrastive Learning Foundation Model Based on Perfectly Aligned Sample Pairs for Remote Sensing
+Images", arXiv:2505.19447. One crop, two views, disjoint patches for student and teacher.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jax.sharding import PartitionSpec as P
+
+from pera_jax.augment import color
+from pera_jax.bands import Bands, band_order, rgb_indices
+from pera_jax.losses import koleo, pixels, prototypes
+from pera_jax.models import heads, vit
+from pera_jax.models.drop_path import DropPath
+from pera_jax.models.heads import Head
+from pera_jax.models.precision import Precision
+from pera_jax.models.vit import ViT, patchify
+from pera_jax.objectives import base
+from pera_jax.objectives.base import Context, CropSpec, Schedule, Streams
+from pera_jax.objectives.pera import cost, curves, health, masks, preview, settings, views
+from pera_jax.parallel import sharding
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Views:
+    """The crops of one type as both networks see them, batch-major: crop v of sample b is row `b * V + v`."""
+
+    student: jax.Array  # [B V, H, W, C], normalised
+    teacher: jax.Array  # [B V, H, W, C], normalised
+    masks: masks.Masks
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """All that is drawn for the crops of one type, for a whole batch at once. Leaves are [B, V, ...]."""
+
+    student: views.Jitter
+    teacher: views.Jitter
+    masks: masks.Masks
+
+
+@dataclasses.dataclass(frozen=True)
+class PerA(base.Base):
+    """The objective. Pure: parameters and state go in and come out.
+
+    Attributes:
+      encoder: the vision transformer of student and teacher.
+      parts: for each crop type, the counts of the masks.
+      drop_path_group: images of one group, or 0 for all of a device.
+      koleo_group: images per group of the spreading term, or 0 for the whole batch.
+      rgb: channels that are red, green and blue, where there are such.
+    """
+
+    encoder: ViT
+    prototype_head: Head
+    pixel_head: Head
+    precision: Precision
+    crops: dict[str, CropSpec]
+    parts: dict[str, masks.Counts]
+    drop_path_rate: float
+    drop_path_group: int
+    koleo_weight: float
+    koleo_group: int
+    pixel_weight: float
+    center_momentum: float
+    views: Any
+    rgb: color.Rgb
+    bands: Bands
+    warm_start_batches: int
+
+    name: ClassVar = "pera"
+    citation: ClassVar = (
+        "PerA (Shen et al., A Contrastive Learning Foundation Model Based on Perfectly Aligned Sample Pairs for Remote "
+        "Sensing Images, arXiv:2505.19447)"
+    )
+    teacher_keys: ClassVar = ("backbone", "prototype_head")
+    fixed_fields: ClassVar = ("heads",)
+    free_fields: ClassVar = ("center_batches",)
+    sharding_rules: ClassVar = (*heads.SHARDING_RULES, (r"mask_token$", P()), (r"center$", P("tensor")))
+    decay_rules: ClassVar = (*heads.DECAY_RULES, (r"mask_token$", False))
+    curves: ClassVar = curves.CURVES
+
+    # ---------------------------------------------------------------- facts
+
+    default_config = staticmethod(settings.default)
+    shrink = staticmethod(settings.shrink)
+    limit_groups = staticmethod(settings.limit_groups)
+    validate = staticmethod(settings.validate)
+
+    @classmethod
+    def schedules(cls) -> dict[str, Schedule]:
+        return {
+            "one_minus_momentum": Schedule("cosine", "pera.teacher_momentum", highest=1.0, complement=True),
+            "teacher_temperature": Schedule("ramp", "pera.teacher_temperature", positive=True),
+            "student_temperature": Schedule("constant", "pera.student_temperature", positive=True),
+        }
+
+    def logged_scalars(self, scalars: dict[str, float]) -> dict[str, float]:
+        shown = {name: value for name, value in scalars.items() if name != "one_minus_momentum"}
+        return shown | {"momentum": 1.0 - scalars["one_minus_momentum"]}
+
+    def health_checks(self, images: int) -> base.HealthChecks:
+        return health.checks(self.prototype_head.outputs, images)
+
+    @classmethod
+    def from_config(cls, config, bands: Bands, device: jax.Device | None = None) -> "PerA":
+        """The objective that a config describes.
+
+        Raises:
+          UserError: crops that the patch does not divide, masks with an empty part, sizes that do not fit together.
+        """
+        own, patch = config.pera, config.model.patch
+        encoder = vit.from_config(config, len(bands), device)
+        crops = base.crop_specs(config.crops)
+        parts = {
+            name: masks.counts(
+                (spec.size // patch) ** 2, own.masks.student, own.masks.teacher, needs_learnable=name == "global"
+            )
+            for name, spec in crops.items()
+        }
+        views.check(own.views, config.data.rgb, bands.names)
+        precision = encoder.precision
+        return cls(
+            encoder=encoder,
+            prototype_head=Head(own.heads.hidden, own.heads.bottleneck, own.heads.prototypes, precision),
+            pixel_head=Head(own.heads.hidden, own.heads.bottleneck, patch**2 * len(bands), precision),
+            precision=precision,
+            crops=crops,
+            parts=parts,
+            drop_path_rate=config.drop_path.rate,
+            drop_path_group=config.drop_path.group,
+            koleo_weight=own.loss.koleo_weight,
+            koleo_group=own.loss.koleo_group,
+            pixel_weight=own.loss.pixel_weight,
+            center_momentum=own.loss.center_momentum,
+            views=own.views,
+            rgb=rgb_indices(config.data.rgb, bands.names),
+            bands=bands,
+            warm_start_batches=own.center_batches,
+        )
+
+    def flops_per_image(self) -> dict[str, float]:
+        return cost.flops_per_image(self)
+
+    # ---------------------------------------------------------------- the step
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """The student's parameters: `backbone`, `prototype_head`, `pixel_head`, `mask_token`."""
+        vit, proto, pixel, mask = jax.random.split(key, 4)
+        side = self.crops["global"].size
+        token = jnp.zeros((1, self.encoder.width), self.precision.wide)
+        image = jnp.zeros((1, side, side, self.encoder.bands), self.precision.wide)
+        return {
+            "backbone": self.encoder.init(vit, image)["params"],
+            "prototype_head": self.prototype_head.init(proto, token)["params"],
+            "pixel_head": self.pixel_head.init(pixel, token)["params"],
+            "mask_token": 0.02 * jax.random.normal(mask, (self.encoder.width,), self.precision.wide),
+        }
+
+    def init_state(self) -> dict[str, jax.Array]:
+        """What the objective keeps beside parameters: the center [K] of the teacher's outputs."""
+        return {"center": jnp.zeros((self.prototype_head.outputs,), self.precision.wide)}
+
+    def prepare(self, rngs: Streams, batch: dict[str, jax.Array]) -> dict[str, Any]:
+        """The batch, crops [B, V, H, W, C] of each type in the stored dtype, with all that is drawn for it.
+
+        Every leaf has the batch as axis 0, so that the whole can be worked on in microbatches: what is drawn for an image
+        depends on its place in the batch and not on the microbatch.
+        """
+        key, number, draws = rngs("examples"), len(batch["global"]), {}
+        for index, name in enumerate(self.parts):
+            view_key, mask_key = jax.random.split(jax.random.fold_in(key, index))
+            crops = number * self.crops[name].number
+            drawn = Draws(
+                *views.draw_jitter(view_key, crops, self.views), masks.sample(mask_key, crops, self.parts[name])
+            )
+            draws[name] = jax.tree.map(lambda x: rearrange(x, "(b v) ... -> b v ...", b=number), drawn)
+        return {"crops": batch, "draws": draws, "place": jnp.arange(number, dtype=jnp.int32)}
+
+    def make_views(self, examples: dict[str, Any]) -> dict[str, Views]:
+        """Two views of each crop, with its masks, from (a microbatch of) `prepare`."""
+
+        def view(crops, jitter):
+            return color.apply(crops, jitter, self.bands, self.rgb, self.precision.wide)  # [B V, H, W, C]
+
+        result = {}
+        for name, draws in examples["draws"].items():
+            crops, draws = jax.tree.map(
+                lambda x: rearrange(x, "b v ... -> (b v) ..."), (examples["crops"][name], draws)
+            )  # [B V, ...]
+            student, teacher = (sharding.per_shard(view, crops, jitter) for jitter in (draws.student, draws.teacher))
+            result[name] = Views(student, teacher, draws.masks)
+        return result
+
+    def loss(self, params, teacher, state, examples, context: Context):
+        """The loss on (a microbatch of) what `prepare` gives; arguments and result as `loss_on_views`."""
+        drop_path = self.drop_paths(context.rngs("drop_path"), examples["place"])
+        return self.loss_on_views(params, teacher, state, self.make_views(examples), drop_path, context.scalars)
+
+    def drop_paths(self, key: jax.Array, place: jax.Array) -> dict[str, DropPath | None]:
+        """The drop path of each crop type's pass over images at `place` [b] of the whole batch."""
+        group = self.drop_path_group or len(place)  # images
+        return {
+            name: DropPath(
+                jax.random.fold_in(key, index), place[::group] // group, self.drop_path_rate,
+                group * self.crops[name].number,
+            )
+            for index, name in enumerate(self.parts)
+        }  # fmt: skip
+
+    def loss_on_views(
+        self,
+        params: dict[str, Any],
+        teacher: dict[str, Any],
+        state: dict[str, jax.Array],
+        views: dict[str, Views],
+        drop_path: dict[str, DropPath] | None,
+        scalars: dict[str, jax.Array],
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The whole loss: class term + koleo_weight * KoLeo + pixel_weight * pixel term.
+
+        Args:
+          params: the student's parameters; teacher: the teacher's (`teacher_keys`).
+          state: `center` as left by the steps before this one.
+          drop_path: of each crop type; None switches it off.
+          scalars: `student_temperature`, `teacher_temperature`.
+
+        Returns:
+          (loss, aux): both are means over the images, so that those of equal parts of a batch average to those of
+          the whole (KoLeo's within the groups that lie in one part).
+        """
+        targets = self.pixel_targets(views["global"])
+        # First, so that the whole views are not kept until the end for the few patches that are guessed.
+        targets, views = jax.lax.optimization_barrier((targets, views))
+        student_out, teacher_out, predicted, tokens = self.outputs(params, teacher, views, drop_path)
+        per_pair, statistics = prototypes.class_term(
+            student_out, teacher_out, state["center"], scalars["student_temperature"], scalars["teacher_temperature"],
+            self.precision,
+        )  # [V]
+        batch, globals_ = student_out.units.shape[0], self.crops["global"].number
+        spread = koleo.koleo(
+            student_out.units[:, :globals_], student_out.weights, self.koleo_group or batch, self.precision
+        )
+        pixel = pixels.pixel_term(predicted, targets)
+        loss = jnp.mean(per_pair) + self.koleo_weight * spread + self.pixel_weight * pixel
+        aux = {
+            "loss": loss, "per_pair": per_pair, "koleo": spread, "pixel": pixel, "statistics": statistics,
+            "output": prototypes.mean_output(teacher_out, self.precision),
+            "token": prototypes.mean_direction(tokens), "unit": jnp.mean(teacher_out.units, axis=(0, 1)),
+        }  # fmt: skip
+        return loss, jax.lax.stop_gradient(aux)
+
+    def update(self, state: dict[str, jax.Array], aux: dict[str, Any]) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+        """The new center, and the metrics, from what `loss` says of the whole batch."""
+        center = self.center_momentum * state["center"] + (1 - self.center_momentum) * aux["output"]
+        per_pair, globals_ = aux["per_pair"], self.crops["global"].number
+        teacher = prototypes.teacher_statistics(per_pair, aux["statistics"])
+        metrics = {
+            "loss": aux["loss"],
+            "loss/class": jnp.mean(per_pair),
+            "loss/class_global": jnp.sum(per_pair[:globals_]) / len(per_pair),
+            "loss/class_local": jnp.sum(per_pair[globals_:]) / len(per_pair),
+            "loss/koleo": aux["koleo"],
+            "loss/pixel": aux["pixel"],
+            "teacher/entropy": teacher["teacher_entropy"],
+            "teacher/entropy_of_mean": teacher["teacher_entropy_of_mean"],
+            "teacher/prototypes_in_use": teacher["prototypes_in_use"],
+            "teacher/kl_to_uniform": jnp.log(len(center)) - teacher["teacher_entropy_of_mean"],
+            "teacher/feature_variance": 1 - jnp.sum(jnp.square(aux["token"])),
+            "teacher/unit_variance": 1 - jnp.sum(jnp.square(aux["unit"])),
+            "teacher/center_norm": jnp.linalg.norm(center),
+            "kl": teacher["kl"],
+        }
+        return {"center": center}, metrics
+
+    def outputs(self, params, teacher, views, drop_path):
+        """Both networks' class outputs over all pairs, and the student's prediction of the learnable patches.
+
+        Returns:
+          (student, teacher, predicted): two `prototypes.Prototypes` with units [B, V, D], V = global then local crops, and
+          [B NG, n_l, p p C].
+        """
+        aligned = self._teacher_tokens(teacher, views)
+        # The teacher first and done, and only then what the student keeps for its backward pass.
+        student_views = {name: view.student for name, view in views.items()}
+        aligned, student_views = jax.lax.optimization_barrier((aligned, student_views))
+        student_tokens, teacher_tokens = [], []
+        for name, view in views.items():
+            crops = self.crops[name].number
+            seen = self.encoder.apply(
+                {"params": params["backbone"]},
+                student_views[name],
+                view.masks.student,
+                learnable=view.masks.learnable if name == "global" else None,
+                mask_token=params["mask_token"],
+                drop_path=None if drop_path is None else drop_path[name],
+            )
+            split = lambda x: rearrange(x, "(b v) d -> b v d", v=crops)  # noqa: E731
+            student_tokens.append(split(seen["class_token"]))  # [B, V_kind, width]
+            teacher_tokens.append(split(aligned[name]))
+            if name == "global":
+                learnable = seen["learnable_tokens"]  # [B NG, n_l, width]
+        student_out, teacher_out = (
+            prototypes.Prototypes(*self.prototype_head.apply({"params": tree["prototype_head"]}, jnp.concatenate(x, axis=1)))
+            for tree, x in ((params, student_tokens), (teacher, teacher_tokens))
+        )
+        units, weights = self.pixel_head.apply({"params": params["pixel_head"]}, learnable)
+        predicted = sharding.constrain_batch(self.precision.logits(units, sharding.constrain_whole(weights)))
+        teacher_out, teacher_tokens = jax.lax.stop_gradient((teacher_out, jnp.concatenate(teacher_tokens, axis=1)))
+        return student_out, teacher_out, predicted, teacher_tokens
+
+    def _teacher_tokens(self, teacher, views: dict[str, Views]) -> dict[str, jax.Array]:
+        """The teacher's class tokens of each crop type, [B V, width]."""
+        return {
+            name: self.encoder.apply({"params": teacher["backbone"]}, view.teacher, view.masks.teacher)["class_token"]
+            for name, view in views.items()
+        }
+
+    # ---------------------------------------------------------------- a start from weights, and the report
+
+    def estimate(self, teacher: dict[str, Any], examples: dict[str, Any]) -> jax.Array:
+        """The teacher's mean output [K]: what one step moves the center towards.
+
+        The released program does not store the center, and one that begins at 0 takes tens of steps to come to where the
+        teacher's outputs lie.
+        """
+        tokens = [
+            rearrange(aligned, "(b v) d -> b v d", v=self.crops[name].number)
+            for name, aligned in self._teacher_tokens(teacher, self.make_views(examples)).items()
+        ]
+        head = {"params": teacher["prototype_head"]}
+        out = prototypes.Prototypes(*self.prototype_head.apply(head, jnp.concatenate(tokens, axis=1)))
+        return prototypes.mean_output(out, self.precision)
+
+    def with_estimate(self, state, estimate: jax.Array) -> tuple[dict[str, jax.Array], str]:
+        norm = float(jnp.linalg.norm(estimate))
+        return state | {"center": estimate}, f"the center starts as the teacher's mean output, of norm {norm:.3g}"
+
+    def adapt(self, params, new, patch: int, there: tuple[str, ...], here: tuple[str, ...]):
+        """The pixel head for other bands: rows of its last layer are ordered row, column, band."""
+        if "pixel_head" not in params or there == here:
+            return params
+        order, head = band_order(there, here), params["pixel_head"]
+        if order is None:
+            return params | {"pixel_head": head | {name: new["pixel_head"][name] for name in ("direction", "gain")}}
+        rows = np.arange(patch * patch * len(there)).reshape(-1, len(there))[:, order].reshape(-1)
+        return params | {"pixel_head": head | {name: np.asarray(head[name])[rows] for name in ("direction", "gain")}}
+
+    def preview(self, networks, batch, rngs, channels):
+        return preview.preview(self, networks, batch, rngs, channels)
+
+    def pixel_targets(self, view: Views) -> jax.Array:
+        """The student view's values at its learnable patches, [N, n_l, p p C]."""
+        patches = patchify(view.student, self.encoder.patch)  # [N, L, p p C]
+        return jnp.take_along_axis(patches, view.masks.learnable[:, :, None], axis=1)
+

@@ -1,0 +1,119 @@
+"""A run that begins from weights (`init_from`): of another run, or imported; whole, or a teacher's backbone alone.
+
+What fits is taken as it is. The position embedding is interpolated to the new crops' grid, as the network itself does;
+the first layer is fitted to other bands (`fit.rebanded`). Optimizer and step are new; what the objective keeps beside
+parameters may be estimated.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from pera_jax.bands import band_order
+from pera_jax.common.errors import Misfit
+from pera_jax.common.text import every
+from pera_jax.data import pipeline
+from pera_jax.objectives.base import Objective, Streams
+from pera_jax.parallel import distributed, sharding
+from pera_jax.training import step as steps
+from pera_jax.training.checkpoints import checkpoint
+from pera_jax.encoder.load import Weights, backbone_alone, load_weights, networks_of
+from pera_jax.training.checkpoints import intact
+from pera_jax.weights import fit
+
+
+def with_weights(state: steps.TrainState, run: str, objective: Objective, objective_name: str) -> steps.TrainState:
+    """`state` with the networks of the latest checkpoint of `run`; says on stderr what was taken and fitted.
+
+    Of a backbone alone, or of another method, the backbones are made and everything else stays as in `state`.
+
+    Raises:
+      UserError: no such run, or parameters of other names or shapes; all of them are named.
+    """
+
+    def read(step: int) -> dict[str, Weights]:
+        first = load_weights(run, step)
+        same = not backbone_alone(first.meta) and first.meta["config"]["objective"] == objective_name
+        if not same:
+            return {"judged": first}
+        return {"judged": first} | {name: load_weights(run, step, name) for name in networks_of(first.meta)}
+
+    found = checkpoint.while_kept(run, None, read)
+    source, whole = found["judged"], "student" in found
+    student = found["student"].params if whole else {"backbone": source.backbone}
+    followed = found["teacher"].params if "teacher" in found else {"backbone": source.backbone}
+    there, here = source.meta["model"], objective.encoder
+    grid, bands = here.image_size // here.patch, (tuple(source.meta["bands"]), objective.bands.names)
+    said = ["all networks and heads" if whole else "the backbone, with new heads"]
+    if grid != there["image_size"] // there["patch"]:
+        old = there["image_size"] // there["patch"]
+        said.append(f"positions interpolated from {old} x {old} to {grid} x {grid} patches")
+
+    def fitted(network: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+        backbone = fit.resized(network["backbone"], there, grid, grid)
+        result = new | network | {"backbone": fit.rebanded(backbone, there["patch"], *bands)}
+        return objective.adapt(result, new, there["patch"], *bands) if whole else result
+
+    if band_order(*bands) is None:
+        said.append(f"the first layer's mean over {len(bands[0])} bands for each of {len(bands[1])}")
+    elif set(bands[0]) != set(bands[1]):
+        said.append(f"the bands {', '.join(bands[0])} taken for {', '.join(bands[1])}")
+    params = fitted(student, state.params)
+    follower = fitted(followed, state.teacher) if objective.teacher_keys else state.teacher
+    differing = sorted({*intact.differences(params, state.params), *intact.differences(follower, state.teacher)})
+    if differing:
+        raise Misfit(f"init_from={run} does not fit this config: {every(differing)}")
+    distributed.say(f"begins from {run}, step {source.step}: {'; '.join(said)}")
+    params, follower = jax.tree.map(_laid_out_as, (params, follower), (state.params, state.teacher))
+    return state.replace(params=params, teacher=follower)
+
+
+def _laid_out_as(value, like: jax.Array) -> jax.Array:
+    """`value`, which each host holds whole, cut and spread over the devices of all hosts as `like` is."""
+    if isinstance(value, jax.Array) and value.sharding == like.sharding:
+        return value
+    whole = np.asarray(value, like.dtype)
+    return jax.make_array_from_callback(whole.shape, like.sharding, lambda index: whole[index])
+
+
+def with_estimate(state: steps.TrainState, config, objective: Objective, data, mesh) -> steps.TrainState:
+    """`state` with what the objective estimates over its first `warm_start_batches` batches, such as a center.
+
+    Training sees the same batches afterwards, with draws of its own.
+    """
+    number = objective.warm_start_batches
+    if not number:
+        return state
+    where, whole = NamedSharding(mesh, sharding.BATCH), NamedSharding(mesh, sharding.P())
+    rows = distributed.rows_of(where, config.batch_size)
+
+    def estimate(teacher, batch, index):
+        examples = objective.prepare(Streams.at(config.seed, "warm_start", index), batch)
+        parts = sharding.split_batch(examples, config.accumulate)
+        found = jax.lax.map(lambda part: objective.estimate(teacher, part), parts)
+        return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), found)
+
+    layout, total = jax.tree.map(lambda leaf: leaf.sharding, state.teacher), None
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(estimate, in_shardings=(layout, where, whole))
+        stream = pipeline.make_pipeline(
+            data, pipeline.Crops(objective.crops, config.crops.aspect, config.crops.flip), batch_size=config.batch_size,
+            seed=config.seed, rows=rows, workers=pipeline.workers_of(config.data.workers),
+        )  # fmt: skip
+        try:
+            for index in range(number):
+                batch = next(stream)
+                crops = {name: batch[name] for name in objective.crops}
+                arrays = distributed.global_arrays(crops, where, rows, config.batch_size)
+                found = jax.tree.map(lambda leaf: leaf / number, compiled(state.teacher, arrays, np.int32(index)))
+                total = found if total is None else jax.tree.map(jnp.add, total, found)
+        finally:
+            batch = crops = arrays = None  # they may lie in the workers' memory
+            stream.close()
+        started, said = objective.with_estimate(state.objective, total)
+        started = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), started, state.objective)
+    distributed.say(f"{said}; estimated over {number} batches")
+    return state.replace(objective=started)
