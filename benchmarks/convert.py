@@ -35,6 +35,7 @@ from pera_jax import config as configs  # noqa: E402
 from pera_jax.common import errors, files  # noqa: E402
 from pera_jax.data import pipeline, records  # noqa: E402
 from pera_jax.data.mixture import Mixture  # noqa: E402
+from pera_jax.objectives import base
 from pera_jax.training.metrics import Progress  # noqa: E402
 
 _KINDS = 500  # different pictures; each image of them differs in a comment, so that no two files are the same
@@ -106,7 +107,8 @@ def convert(source: pathlib.Path, folder: pathlib.Path, workers: int, drop: str 
 
 def start(folder: pathlib.Path) -> dict[str, float]:
     """Seconds to open a split, and from there to the first batch of shuffled crops."""
-    crops = configs.smoke(configs.default()).crops
+    settings = configs.smoke(configs.default()).crops
+    crops = pipeline.Crops(base.crop_specs(settings), settings.aspect, settings.flip)
     began = time.perf_counter()
     source = records.open_split(folder, "train")
     opened = time.perf_counter()

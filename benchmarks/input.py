@@ -33,6 +33,7 @@ from pera_jax.data import crops as geometry  # noqa: E402
 from pera_jax.data import pipeline, records
 from pera_jax.data.images import codecs, decode  # noqa: E402
 from pera_jax.data.mixture import Mixture  # noqa: E402
+from pera_jax.objectives import base  # noqa: E402
 
 _MADE_SIZES = {512: 64, 2000: 8}  # pixels along a side: images
 _PARTS = {
@@ -101,7 +102,7 @@ def time_parts(source: records.RecordSource, crops: pipeline.Crops, images: int)
     pipeline.keep_memory()
     rng = np.random.default_rng(0)
     info, places = source.info, tuple(range(len(source.info.bands)))
-    out = {name: np.empty((number, size, size, len(places)), info.dtype) for name, number, size, _ in crops.kinds()}
+    out = {name: np.empty((number, size, size, len(places)), info.dtype) for name, (number, size, _) in crops.specs.items()}
     spent = defaultdict(float)
     images = min(images, 8 * len(source))
     warm_up = images // 4

@@ -18,9 +18,8 @@ from pera_jax.common import errors, paths
 from pera_jax.common.text import printable, several
 from pera_jax.data.labelled import folders
 from pera_jax.data.labelled.samples import open_images
-from pera_jax.encoder import feature_folder, stablehlo
+from pera_jax.encoder import feature_folder, load, stablehlo
 from pera_jax.encoder import model as features
-from pera_jax.training.checkpoints import checkpoint
 from pera_jax.weights import imports, released, timm
 
 

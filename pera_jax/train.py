@@ -24,11 +24,11 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from pera_jax import config as configs
-from pera_jax.config import run_file as config_file
+from pera_jax import objectives
 from pera_jax.common import environment, errors, interrupts, lease, paths
 from pera_jax.common.errors import UserError
 from pera_jax.common.text import several
-from pera_jax.cost import flops
+from pera_jax.config import run_file as config_file
 from pera_jax.data import mixture, pipeline
 from pera_jax.objectives.base import judged
 from pera_jax.parallel import distributed, sharding
@@ -252,7 +252,7 @@ def _first_state(config, workdir, meta, objective, optimizer, abstract, mesh, da
         raise UserError(f"no checkpoint of {run} can be read; the newest: {damaged[0][1]}")
     state = steps.born_sharded(objective, optimizer, mesh, config.seed)
     if config.init_from:
-        state = warm_start.with_weights(state, config.init_from, objective, config.objective)
+        state = warm_start.with_weights(state, config.init_from, objective)
         state = warm_start.with_estimate(state, config, objective, data, mesh)
     return state, {"batches": 0, "images": 0, "replaced": 0, "drawn": []}, None
 

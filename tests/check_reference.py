@@ -3,7 +3,7 @@
     python tests/check_reference.py FILE.npz [FILE.npz ...]
 
 Each file holds initial parameters, and for some steps the inputs, masks, outputs, losses and gradients, then the final
-parameters and features of whole images. The program's own model, losses, optimiser and moving average run from the
+parameters and features of whole images. The program's own model, losses, optimizer and moving average run from the
 file's initial values through all its steps in float32. Exit status 1 when a relative error passes its bound.
 """
 
@@ -21,10 +21,8 @@ from einops import rearrange  # noqa: E402
 from pera_jax import config as configs  # noqa: E402
 from pera_jax.bands import RGB, Bands  # noqa: E402
 from pera_jax.formats import tables
-from pera_jax.objectives.pera import (
-    masking,  # noqa: E402
-    pera,  # noqa: E402
-)
+from pera_jax.objectives.pera import masks as masking  # noqa: E402
+from pera_jax.objectives.pera import objective as pera  # noqa: E402
 from pera_jax.training import step as steps  # noqa: E402
 from pera_jax.weights import released  # noqa: E402
 
@@ -59,7 +57,7 @@ class Table:
 
 
 class Reference:
-    """One file, and our objective and optimiser of the same sizes."""
+    """One file, and our objective and optimizer of the same sizes."""
 
     def __init__(self, path: str):
         self.arrays = dict(np.load(path))
@@ -74,26 +72,26 @@ class Reference:
         config.model.update(dict(width=cfg["dim"], depth=cfg["depth"], heads=cfg["heads"], patch=cfg["patch"]))
         hidden = self.arrays["init/student.backbone.blocks.0.mlp.fc1.weight"].shape[0]
         config.model.mlp_ratio = hidden / cfg["dim"]
-        config.heads.update(dict(hidden=cfg["hid"], bottleneck=cfg["bot"], prototypes=cfg["k"]))
+        config.pera.heads.update(dict(hidden=cfg["hid"], bottleneck=cfg["bot"], prototypes=cfg["k"]))
         config.crops.update(dict(global_size=cfg["global_size"], local_size=cfg["local_size"]))
         config.crops.update(dict(global_number=cfg["ng"], local_number=cfg["nl"]))
-        config.masks.update(dict(student=cfg["s"], teacher=cfg["t"]))
-        config.loss.koleo_group = 0
-        config.optimiser.clip_norm = self.meta["clip"]
-        config.optimiser.beta1, config.optimiser.beta2 = self.meta["betas"]
-        config.optimiser.eps = self.meta["eps"]
+        config.pera.masks.update(dict(student=cfg["s"], teacher=cfg["t"]))
+        config.pera.loss.koleo_group = 0
+        config.optimizer.clip_norm = self.meta["clip"]
+        config.optimizer.beta1, config.optimizer.beta2 = self.meta["betas"]
+        config.optimizer.eps = self.meta["eps"]
         self.config = config
-        self.objective = pera.from_config(config, Bands.plain(RGB[:bands], mean=0.0, std=1.0))
-        self.optimiser = steps.make_optimiser(config.optimiser)
-        self.entries = released.table(cfg["depth"], self.objective.vit.split)
+        self.objective = pera.PerA.from_config(config, Bands.plain(RGB[:bands], mean=0.0, std=1.0))
+        self.optimizer = steps.make_optimizer(config.optimizer)
+        self.entries = released.table(cfg["depth"], self.objective.encoder.split)
 
     def tree(self, prefix: str):
         arrays = {k[len(prefix) :]: v for k, v in self.arrays.items() if k.startswith(prefix)}
-        tree = tables.from_named(arrays, self.entries, self.objective.vit.heads, self.objective.vit.patch)
+        tree = tables.from_named(arrays, self.entries, self.objective.encoder.heads, self.objective.encoder.patch)
         return jax.tree.map(jnp.asarray, tree)
 
     def released(self, **tree):
-        return tables.to_named(tree, self.entries, self.objective.vit.heads, self.objective.vit.patch)
+        return tables.to_named(tree, self.entries, self.objective.encoder.heads, self.objective.encoder.patch)
 
     def batch_major(self, array: np.ndarray, kind: str) -> np.ndarray:
         """The file orders rows crop by crop; the program sample by sample."""
@@ -121,7 +119,7 @@ def check(path: str) -> Table:
     objective, meta = file.objective, file.meta
     init = file.tree("init/")
     state = steps.TrainState(
-        jnp.zeros((), jnp.int32), init["params"], init["teacher"], file.optimiser.init(init["params"]),
+        jnp.zeros((), jnp.int32), init["params"], init["teacher"], file.optimizer.init(init["params"]),
         objective.init_state() | {"center": jnp.asarray(file.arrays["step0/center_before"][0])},
     )
 
@@ -133,7 +131,7 @@ def check(path: str) -> Table:
     @jax.jit
     def update(state, grads, objective_state, hyper):
         return steps.apply_gradients(
-            state, grads, objective_state, hyper, file.optimiser, objective.teacher_keys, file.config.optimiser.decay
+            state, grads, objective, objective_state, hyper, file.optimizer, file.config.optimizer
         )
 
     for n in range(file.steps):
@@ -147,7 +145,7 @@ def check(path: str) -> Table:
         outputs = jax.jit(objective.outputs)(state.params, state.teacher, views, None)
         compare_outputs(file, table, n, objective, outputs, views["global"])
         (_, means), grads = gradients(state, views, hyper)
-        objective_state, metrics = objective.finish(state.objective, means)
+        objective_state, metrics = objective.update(state.objective, means)
         theirs = {k.split("/")[-1]: v for k, v in file.arrays.items() if k.startswith(f"step{n}/loss/")}
         globals_ = file.numbers["global"]
         ours = {
@@ -188,7 +186,7 @@ def compare_outputs(file, table, n, objective, outputs, global_views):
 
 def compare_features(file, table):
     final = file.tree("final/")
-    features = jax.jit(lambda params, images: file.objective.vit.apply({"params": params}, images))
+    features = jax.jit(lambda params, images: file.objective.encoder.apply({"params": params}, images))
     for size in ("same", "other"):
         images = jnp.asarray(file.arrays[f"eval/{size}/image"].transpose(0, 2, 3, 1))
         for network, root in (("teacher", "teacher"), ("student", "params")):

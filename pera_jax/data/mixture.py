@@ -93,7 +93,7 @@ def choose_bands(settings, sources: Sequence[records.RecordSource], shares: Sequ
     """The bands of a run.
 
     Args:
-      settings: `config.data`: `bands`, `ranges` and `normalise`.
+      settings: `config.data`: `bands`, `ranges` and `normalize`.
       sources: of each data set; shares: of the examples that are drawn from each, adding up to 1.
 
     Raises:
@@ -106,11 +106,11 @@ def choose_bands(settings, sources: Sequence[records.RecordSource], shares: Sequ
     bands = Bands(names, first.info.dtype, ((0.0, 1.0),) * len(names), (0.0,) * len(names), (1.0,) * len(names))
     places = [bands.places(source.info, source.path) for source in sources]
     ranges = _ranges(settings.ranges, names, sources, places)
-    if settings.normalise == "imagenet":
+    if settings.normalize == "imagenet":
         if names != RGB:
             raise UserError(
-                f"data.normalise=imagenet is for the bands red, green, blue, and these are {', '.join(names)}; use "
-                "data.normalise=dataset"
+                f"data.normalize=imagenet is for the bands red, green, blue, and these are {', '.join(names)}; use "
+                "data.normalize=dataset"
             )
         mean, std = IMAGENET
     else:

@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pera_jax.encoder.load import Weights
 from pera_jax.common import digests, json_files
 from pera_jax.common.errors import UserError
+from pera_jax.encoder.load import Weights
 from pera_jax.formats import arrays, tables
 from pera_jax.models import vit
-from pera_jax.training.checkpoints import checkpoint, meta_fields
+from pera_jax.training.checkpoints import meta_fields
 
 FILE, CONFIG = "model.safetensors", "config.json"
 ENTRY = "pera_jax"  # of config.json

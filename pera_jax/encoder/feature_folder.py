@@ -29,16 +29,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pera_jax.encoder.load import Weights
 from pera_jax.common import digests, files, json_files, lease, paths
 from pera_jax.common.errors import UserError
 from pera_jax.common.text import several
 from pera_jax.data.labelled.samples import Samples
 from pera_jax.encoder import extract as features
 from pera_jax.encoder.cache import digest
+from pera_jax.encoder.load import Weights
 from pera_jax.encoder.model import Model
 from pera_jax.parallel import distributed
-from pera_jax.training.checkpoints import checkpoint
 
 PLAN, INDEX, SUMS = "features.json", "index.csv", "SHA256SUMS"
 _FORMAT_VERSION = 1

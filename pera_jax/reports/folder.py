@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+from pera_jax import objectives
 from pera_jax.common import json_files
 from pera_jax.common.errors import UserError
 from pera_jax.common.text import printable, several

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 from PIL import Image
 
-from pera_jax.encoder.load import Weights, backbone_alone, load_weights, networks_of
 from pera_jax import objectives
 from pera_jax.bands import Bands, as_bytes, visible
 from pera_jax.common import files, lease, owned, paths
@@ -17,6 +16,7 @@ from pera_jax.common.text import printable
 from pera_jax.data import records
 from pera_jax.data.labelled import samples
 from pera_jax.encoder import extract as features
+from pera_jax.encoder.load import Weights, backbone_alone, load_weights, networks_of
 from pera_jax.reports import folder, page
 from pera_jax.reports.drawing import grid, images
 from pera_jax.reports.folder import Folder

@@ -2,13 +2,12 @@
 
 import dataclasses
 import json
-
 from typing import Any
 
 from pera_jax import objectives
 from pera_jax.bands import Bands
-from pera_jax.common.errors import UserError
 from pera_jax.common import html
+from pera_jax.common.errors import UserError
 from pera_jax.reports import folder
 from pera_jax.reports.drawing import charts, grid
 from pera_jax.reports.drawing.grid import Grid

@@ -1,9 +1,8 @@
 """The model card of an exported network: what it is, what it was trained on, which input it expects, how to use it."""
 
-from pera_jax.encoder.load import Weights
 from pera_jax import objectives
 from pera_jax.bands import Bands
-from pera_jax.training.checkpoints import checkpoint
+from pera_jax.encoder.load import Weights
 
 
 def text(weights: Weights, which: str, height: int, width: int) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 from pera_jax.common import digests, files, json_files, owned
 from pera_jax.common.errors import UserError
 from pera_jax.common.json_files import Finite, Name, Positive
+from pera_jax.encoder import load
 from pera_jax.formats import tables
 from pera_jax.formats.tables import Entry, backbone, linear
 from pera_jax.training.checkpoints import checkpoint

@@ -16,14 +16,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from pera_jax.encoder.load import Weights
 from pera_jax.bands import Bands
 from pera_jax.common import files, json_files
 from pera_jax.common.errors import UserError
 from pera_jax.common.text import every, several
 from pera_jax.encoder import exported
+from pera_jax.encoder.load import Weights
 from pera_jax.formats import arrays, tables
-from pera_jax.training.checkpoints import checkpoint, meta_fields
+from pera_jax.training.checkpoints import meta_fields
 from pera_jax.weights import card, fit
 
 _LEFT_OUT = re.compile(r"(head\.|decoder_).*|mask_token")

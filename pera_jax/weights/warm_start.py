@@ -16,16 +16,15 @@ from pera_jax.bands import band_order
 from pera_jax.common.errors import Misfit
 from pera_jax.common.text import every
 from pera_jax.data import pipeline
+from pera_jax.encoder.load import Weights, backbone_alone, load_weights, networks_of
 from pera_jax.objectives.base import Objective, Streams
 from pera_jax.parallel import distributed, sharding
 from pera_jax.training import step as steps
-from pera_jax.training.checkpoints import checkpoint
-from pera_jax.encoder.load import Weights, backbone_alone, load_weights, networks_of
-from pera_jax.training.checkpoints import intact
+from pera_jax.training.checkpoints import checkpoint, intact
 from pera_jax.weights import fit
 
 
-def with_weights(state: steps.TrainState, run: str, objective: Objective, objective_name: str) -> steps.TrainState:
+def with_weights(state: steps.TrainState, run: str, objective: Objective) -> steps.TrainState:
     """`state` with the networks of the latest checkpoint of `run`; says on stderr what was taken and fitted.
 
     Of a backbone alone, or of another method, the backbones are made and everything else stays as in `state`.
@@ -36,7 +35,7 @@ def with_weights(state: steps.TrainState, run: str, objective: Objective, object
 
     def read(step: int) -> dict[str, Weights]:
         first = load_weights(run, step)
-        same = not backbone_alone(first.meta) and first.meta["config"]["objective"] == objective_name
+        same = not backbone_alone(first.meta) and objective.name in first.meta["config"]
         if not same:
             return {"judged": first}
         return {"judged": first} | {name: load_weights(run, step, name) for name in networks_of(first.meta)}

@@ -88,7 +88,7 @@ def test_a_meta_that_no_run_has_is_refused():
         ("ranges", [[0, 255], [5, 5], [0, 255]], "a range has a lower end"),
         ("dtype", "int8", "dtype: unknown value 'int8'"),
         ("config.model.depth", "4", "config.model.depth: expected int, got str"),
-        ("config.heads.hidden", 0, "config.heads.hidden: expected a number from 1 on, got 0"),
+        ("config.pera.heads.hidden", 0, "config.pera.heads.hidden: expected a number from 1 on, got 0"),
         ("config.masks", 3, "config.masks: expected fields of its own, got int"),
         ("config.data.path", None, "config.data.path: expected str, got NoneType"),
         ("data", None, "data: expected object, got null"),

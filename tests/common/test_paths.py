@@ -10,6 +10,7 @@ from pera_jax import config, export, plan, probe, report, train
 from pera_jax.common import errors, paths
 from pera_jax.data import records
 from pera_jax.data.labelled import samples
+from pera_jax.encoder import load
 from pera_jax.encoder import model as features
 from pera_jax.probes.runner import specs
 from pera_jax.training.checkpoints import checkpoint, checkpoint_store
@@ -63,7 +64,7 @@ def test_every_field_of_a_config_that_is_a_path(field):
 def test_every_function_of_the_library_that_takes_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for take in (
-        features.load, checkpoint.saved_steps, checkpoint.load_weights, records.load_info, samples.open_images,
+        features.load, checkpoint.saved_steps, load.load_weights, records.load_info, samples.open_images,
         lambda path: checkpoint_store.Store(path, 1, 1), lambda path: train.train(config.default(), path),
         lambda path: specs.from_names(["segmentation"], {"data": path}, []),
     ):  # fmt: skip

@@ -26,14 +26,14 @@ def traced(function, *arguments) -> float:
 
 
 def of_step(config) -> float:
-    objective, optimiser = tiny.objective(config), steps.make_optimiser(config.optimiser)
-    state = jax.eval_shape(lambda: steps.new_state(objective, optimiser, 0))
-    return traced(steps.make_step(objective, optimiser, 0), state, tiny.batch(config), tiny.HYPER)
+    objective, optimizer = tiny.objective(config), steps.make_optimizer(config.optimizer)
+    state = jax.eval_shape(lambda: steps.new_state(objective, optimizer, 0))
+    return traced(steps.make_step(objective, optimizer, 0, config.optimizer), state, tiny.batch(config), tiny.HYPER)
 
 
 def scores(objective, kind: str) -> float:
     """Of the student's attention, query times key, over all blocks on the crops that one image has of a kind."""
-    vit, parts, group = objective.vit, objective.parts[kind], objective.depth_group
+    vit, parts, group = objective.encoder, objective.parts[kind], objective.depth_group
     crops = objective.crops[kind][0]
     kept = kept_of(group * crops, objective.depth_rate) / (group * crops) if objective.depth_rate else 1.0
     lower = 1 + parts.student
@@ -51,7 +51,7 @@ def beside_the_method(config) -> float:
     heads, side = config.heads, config.crops.global_size // config.model.patch
     units = jnp.ones((config.batch_size, config.crops.global_number, heads.bottleneck))
     weights = jnp.ones((heads.prototypes, heads.bottleneck))
-    group = config.loss.koleo_group or config.batch_size
+    group = config.pera.loss.koleo_group or config.batch_size
 
     def koleo(units, weights):
         return losses.koleo(units, weights, group, objective.precision)
@@ -75,21 +75,21 @@ def beside_the_method(config) -> float:
     [
         dict(batch_size=4),
         dict(batch_size=8, model__depth=5, model__scan=False, model__mlp_ratio=3.0),
-        dict(batch_size=6, stochastic_depth__rate=0.0, loss__koleo_group=0, crops__local_number=0, masks__student=0.3),
-        dict(batch_size=4, crops__local_number=5, crops__global_number=1, stochastic_depth__group=4),
+        dict(batch_size=6, drop_path__rate=0.0, pera__loss__koleo_group=0, crops__local_number=0, pera__masks__student=0.3),
+        dict(batch_size=4, crops__local_number=5, crops__global_number=1, drop_path__group=4),
     ],
     ids=str,
 )
 def test_the_count_is_what_is_traced_to_the_last_product(changes):
     config = tiny.config(**changes)
-    counted = config.batch_size * sum(flops.per_image(tiny.objective(config)).values())
+    counted = config.batch_size * sum(tiny.objective(config).flops_per_image().values())
     assert of_step(config) == counted + beside_the_method(config)
 
 
 def test_recomputation_is_seen_and_is_no_part_of_the_count():
     plain, remat = tiny.config(batch_size=4), tiny.config(batch_size=4, model__remat="block")
-    assert flops.per_image(tiny.objective(plain)) == flops.per_image(tiny.objective(remat))
-    blocks = {name: value for name, value in flops.per_image(tiny.objective(plain)).items() if "student" in name}
+    assert tiny.objective(plain).flops_per_image() == tiny.objective(remat).flops_per_image()
+    blocks = {name: value for name, value in tiny.objective(plain).flops_per_image().items() if "student" in name}
     more = of_step(remat) - of_step(plain)
     assert 0.15 < more / (4 * sum(blocks.values())) < 1 / 3  # at most one more forward pass of three
 

@@ -16,7 +16,7 @@ from pera_jax.data import mixture, pipeline, records, statistics
 from pera_jax.data.images import codecs
 from pera_jax.data.labelled import samples
 from pera_jax.encoder import extract as features
-from pera_jax.training.checkpoints import checkpoint
+from pera_jax.encoder import load
 
 GEOTIFFS = pathlib.Path(
     os.environ.get("PERA_JAX_GEOTIFFS", pathlib.Path(__file__).parents[3] / "shared/data/geotiff")
@@ -45,7 +45,7 @@ def settings(folders, *names, **changes):
 
 
 def test_chosen_bands_come_in_their_order_with_statistics_of_their_ranges(folders):
-    config = settings(folders, "deep", data__normalise="dataset", data__bands=("B08", "B02"), data__ranges=((0, 2000),))
+    config = settings(folders, "deep", data__normalize="dataset", data__bands=("B08", "B02"), data__ranges=((0, 2000),))
     data = mixture.open_mixture(config.data)
     source = data.sources[0]
     stack = np.stack([codecs.decode_image(records.decode_record(source.read(i)).image) for i in range(48)])
@@ -55,18 +55,18 @@ def test_chosen_bands_come_in_their_order_with_statistics_of_their_ranges(folder
     np.testing.assert_allclose(data.bands.std, mapped.std(axis=(0, 1, 2)), atol=1e-6)
     np.testing.assert_allclose(data.bands.mapped(wanted), mapped, atol=1e-6)
     config.crops.update(dict(global_size=32, global_area=(1.0, 1.0), local_number=0, flip=0.0))
-    batch = next(pipeline.make_pipeline(data, config.crops, batch_size=8, seed=1))
+    batch = next(pipeline.make_pipeline(data, toy_data.crops(config.crops), batch_size=8, seed=1))
     assert batch["global"].dtype == np.uint16 and batch["global"].shape == (8, 2, 32, 32, 2)
     level = wanted.mean(axis=(1, 2))[batch["index"]]
     np.testing.assert_allclose(batch["global"].mean(axis=(1, 2, 3)), level, rtol=0.05)  # these bands, of these records
-    plain = mixture.choose_bands(settings(folders, "deep", data__normalise="dataset").data, data.sources, (1.0,))
+    plain = mixture.choose_bands(settings(folders, "deep", data__normalize="dataset").data, data.sources, (1.0,))
     assert plain.names == NAMES and plain.ranges == tuple(map(tuple, source.split_info.ranges))
 
 
 REFUSED = {
     "has no band 'B99'; it has B01": (["deep"], {"data__bands": ("B99",)}),
     "names a band twice": (["deep"], {"data__bands": ("B01", "B01")}),
-    "data.normalise=imagenet is for the bands red, green, blue": (["four"], {}),
+    "data.normalize=imagenet is for the bands red, green, blue": (["four"], {}),
     "must be one \\(low, high\\) for all bands": (["deep"], {"data__ranges": ((0, 1),) * 2}),
     "with low < high": (["deep"], {"data__ranges": ((5, 5),)}),
     "say with data.ranges what maps": (["deep", "other"], {"data__normalise": "dataset"}),
@@ -92,7 +92,7 @@ def test_a_mixture_draws_by_weight_and_resumes_anywhere_with_any_workers(folders
 
     def take(number, start=0, workers=0, rows=None):
         stream = pipeline.make_pipeline(
-            data, config.crops, batch_size=12, seed=3, start_batch=start, workers=workers, rows=rows
+            data, toy_data.crops(config.crops), batch_size=12, seed=3, start_batch=start, workers=workers, rows=rows
         )
         batches = [{name: value.copy() for name, value in next(stream).items()} for _ in range(number)]
         stream.close()
@@ -131,17 +131,17 @@ def sentinel(tmp_path) -> str:
 def test_thirteen_bands_of_uint16_train_and_resume_and_their_features_are_extracted(folders, tmp_path):
     colourless = {"views__saturation": 0.0, "views__hue": 0.0}
     folders = folders | {"deep": sentinel(tmp_path)}
-    config = settings(folders, "deep", "other", data__normalise="dataset", data__ranges=((0, 10000),), **colourless)
+    config = settings(folders, "deep", "other", data__normalize="dataset", data__ranges=((0, 10000),), **colourless)
     config.update_from_flattened_dict({"total": "20 steps", "checkpoint.every": "10 steps", "data.weights": (1.0, 3.0)})
     workdir = str(tmp_path / "run")
-    with pytest.raises(UserError, match="views.student_grey is 0.1, which is for red, green and blue only"):
+    with pytest.raises(UserError, match="pera.views.student_grayscale is 0.1, which is for red, green and blue only"):
         train.train(config, workdir)
     assert not (tmp_path / "run").exists()
-    config.views.student_grey = 0.0
+    config.pera.views.student_grayscale = 0.0
     train.train(config, workdir)
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [rows[-1][f"data/drawn/{name}"] for name in ("sentinel", "other")] == [80, 240]
-    weights = checkpoint.load_weights(workdir)
+    weights = load.load_weights(workdir)
     assert weights.meta["bands"] == list(NAMES) and weights.meta["ranges"] == [[0.0, 10000.0]] * 13
     extractor = features.Extractor(weights.backbone, weights.meta)
     extract = lambda name: features.extract(extractor, samples.open_samples(folders[name], "train"), 48, 10)  # noqa: E731

@@ -191,10 +191,7 @@ def test_a_reduced_image_gives_the_crop_of_the_whole_one(reduction):
 
 
 INFO = types.SimpleNamespace(bands=["red", "green", "blue"], dtype="uint8")
-CROPS = pipeline.Crops(
-    global_size=96, global_number=2, global_area=GLOBAL, local_size=24, local_number=3, local_area=LOCAL,
-    aspect=ASPECT, flip=0.5,
-)  # fmt: skip
+CROPS = pipeline.Crops({"global": (2, 96, GLOBAL), "local": (3, 24, LOCAL)}, ASPECT, flip=0.5)
 
 
 def jpeg(pixels: np.ndarray, **options) -> bytes:
@@ -204,7 +201,7 @@ def jpeg(pixels: np.ndarray, **options) -> bytes:
 
 
 def filled(encoded: bytes, info=INFO, places=(0, 1, 2), seed=0) -> dict[str, np.ndarray]:
-    out = {name: np.empty((n, size, size, len(places)), info.dtype) for name, n, size, _ in CROPS.kinds()}
+    out = {name: np.empty((n, size, size, len(places)), info.dtype) for name, (n, size, _) in CROPS.specs.items()}
     decode.fill_crops(encoded, info, places, np.random.default_rng(seed), CROPS, out)
     return out
 

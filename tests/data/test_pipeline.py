@@ -10,10 +10,10 @@ import signal
 import subprocess
 import sys
 import time
-import types
 
 import numpy as np
 import pytest
+import toy_data
 from array_record.python import array_record_module
 from PIL import Image
 
@@ -23,7 +23,7 @@ from pera_jax.data.images import codecs
 from pera_jax.data.mixture import Mixture
 
 RECORDS, BATCH = 50, 12  # Epochs of four batches; two records are left out of each.
-CROPS = types.SimpleNamespace(
+SETTINGS = dict(
     global_size=32,
     global_number=2,
     global_area=(0.4, 1.0),
@@ -33,6 +33,7 @@ CROPS = types.SimpleNamespace(
     aspect=(0.75, 1.33),
     flip=0.5,
 )
+CROPS = toy_data.crops(SETTINGS)
 
 
 def encoded_image(index: int) -> bytes:
@@ -108,7 +109,7 @@ def test_batches_have_the_shapes_and_types_that_are_promised(source, stream):
         "index": ((BATCH,), np.int64),
         "replaced": ((BATCH,), np.bool_),
     }
-    no_locals = types.SimpleNamespace(**{**vars(CROPS), "local_number": 0})
+    no_locals = toy_data.crops(SETTINGS | {"local_number": 0})
     batches = pipeline.make_pipeline(Mixture.of(source), no_locals, batch_size=BATCH, seed=5)
     assert "local" not in next(batches)
     batches.close()

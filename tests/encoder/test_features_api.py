@@ -15,10 +15,10 @@ from pera_jax import export
 from pera_jax.bands import Bands
 from pera_jax.common import digests
 from pera_jax.common.errors import UserError
+from pera_jax.encoder import load
 from pera_jax.encoder import model as features
 from pera_jax.formats import arrays
 from pera_jax.models import vit
-from pera_jax.training.checkpoints import checkpoint
 from pera_jax.weights import imports
 
 REFERENCE = pathlib.Path(__file__).parents[1] / "files" / "reference_tiny.npz"
@@ -47,7 +47,7 @@ def stored(*shape: int, seed: int = 0) -> np.ndarray:
 
 def tokens_of(run, images: np.ndarray) -> list[np.ndarray]:
     """The output of every block [B, 1 + h w, D] after the final norm, by the checkpoint's own module."""
-    weights = checkpoint.load_weights(run)
+    weights = load.load_weights(run)
     network = vit.build(weights.meta["model"])
     normalised = (images / 255.0 - 0.4) / 0.1
     return network.apply({"params": weights.backbone}, np.float32(normalised), blocks=network.depth)["blocks"]

@@ -31,6 +31,7 @@ from absl import logging
 from pera_jax import train
 from pera_jax.common import digests
 from pera_jax.common.errors import UserError
+from pera_jax.encoder import load
 from pera_jax.parallel import sharding
 from pera_jax.training import step as steps
 from pera_jax.training.checkpoints import checkpoint, checkpoint_store, run_meta
@@ -46,7 +47,7 @@ class Run:
     folder: pathlib.Path
     config: object
     objective: object
-    optimiser: object
+    optimizer: object
     mesh: jax.sharding.Mesh
     abstract: steps.TrainState
     meta: dict
@@ -54,11 +55,11 @@ class Run:
     @classmethod
     def made(cls, folder: pathlib.Path) -> "Run":
         config = tiny.config()
-        objective, optimiser = tiny.objective(config), steps.make_optimiser(config.optimiser)
+        objective, optimizer = tiny.objective(config), steps.make_optimizer(config.optimizer)
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
         meta = run_meta.describe(config, objective, CARD)
-        run = cls(folder, config, objective, optimiser, mesh, steps.abstract_state(objective, optimiser, mesh), meta)
-        born = steps.born_sharded(objective, optimiser, mesh, 0)
+        run = cls(folder, config, objective, optimizer, mesh, steps.abstract_state(objective, optimizer, mesh), meta)
+        born = steps.born_sharded(objective, optimizer, mesh, 0)
         store = checkpoint_store.Store(str(folder), keep_last=2, keep_every=10)
         for step in (1, 2):
             # No two leaves and no two checkpoints alike.
@@ -78,7 +79,7 @@ class Run:
         said = io.StringIO()
         with contextlib.redirect_stderr(said):
             state, position, _ = train._first_state(
-                self.config, str(workdir), self.meta, self.objective, self.optimiser, self.abstract, self.mesh, None, False
+                self.config, str(workdir), self.meta, self.objective, self.optimizer, self.abstract, self.mesh, None, False
             )
         return state, {name: position[name] for name in self.position(0)}, said.getvalue()
 
@@ -119,7 +120,7 @@ def fuzz(number: int, seed: int, folder: pathlib.Path) -> tuple[collections.Coun
         try:
             weights = None
             try:
-                weights = checkpoint.load_weights(copy, 2)
+                weights = load.load_weights(copy, 2)
             except checkpoint.Damaged:
                 pass
             if weights and (digests.of_leaves(weights.params), weights.meta) != saved[2][1:]:
@@ -143,7 +144,7 @@ def fuzz(number: int, seed: int, folder: pathlib.Path) -> tuple[collections.Coun
 def run_digests(run: Run, step: int):
     folder = run.folder / "checkpoints" / str(step)
     state, _ = checkpoint.restore(folder, run.abstract)
-    weights = checkpoint.load_weights(run.folder, step)
+    weights = load.load_weights(run.folder, step)
     return digests.of_leaves(checkpoint.split(state)), digests.of_leaves(weights.params), weights.meta
 
 

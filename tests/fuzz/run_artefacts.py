@@ -10,7 +10,7 @@ import numpy as np
 import tiny
 import toy_weights
 
-from pera_jax import export, probe
+from pera_jax import export, objectives, probe
 from pera_jax.bands import Bands
 from pera_jax.common import digests, files
 from pera_jax.common.errors import UserError
@@ -21,7 +21,7 @@ from pera_jax.probes.runner import entries, results
 from pera_jax.reports import folder as run_folder
 from pera_jax.reports import page
 from pera_jax.training import metrics
-from pera_jax.training.checkpoints import checkpoint, intact, run_meta
+from pera_jax.training.checkpoints import intact, run_meta
 from pera_jax.weights import timm
 
 # ---------------------------------------------------------------- runs and what is written beside them
@@ -84,7 +84,7 @@ def read_meta(place: pathlib.Path) -> None:
     found, _ = intact._unsealed(place, meta)
     Bands.of(found)
     vit.build(found["model"])
-    checkpoint.objective_of(found)
+    objectives.from_metadata(found)
 
 
 def make_cache(place: pathlib.Path) -> None:

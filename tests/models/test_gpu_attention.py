@@ -24,7 +24,7 @@ LENGTHS = (1, 8, 15, 158, 315)
 
 def on_h100(config, bands, device):
     del device
-    return pera.from_config(config, bands, gpu_rules.H100)
+    return pera.PerA.from_config(config, bands, gpu_rules.H100)
 
 
 def primitives(jaxpr) -> set[str]:
@@ -48,7 +48,7 @@ def test_every_published_config_traces_with_the_rules_of_cudnn(name, changes, mo
     config = configs.load(f"configs/{name}.py")
     config.update_from_flattened_dict({"precision": "bfloat16", "batch_size": 256} | changes)
     program = Program(config, make=on_h100)
-    assert program.objective.vit.attention == "cudnn"
+    assert program.objective.encoder.attention == "cudnn"
     monkeypatch.setattr(attention, "_FUSED_FROM", 1)  # the lengths that are too short for it on an H100 as well
     found = primitives(program.trace().jaxpr.jaxpr)
     assert {"dot_product_attention_fwd_wrapper", "dot_product_attention_bwd_wrapper"} <= found

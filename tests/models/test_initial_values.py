@@ -41,7 +41,7 @@ def named(tree):
 @pytest.fixture(scope="module")
 def born():
     """Initial values of a network wide enough for statistics, by name."""
-    config = tiny.config(model__width=96, heads__hidden=80, heads__bottleneck=48, heads__prototypes=512)
+    config = tiny.config(model__width=96, pera__heads__hidden=80, pera__heads__bottleneck=48, pera__heads__prototypes=512)
     params = jax.jit(tiny.objective(config).init)(jax.random.key(5))
     return {name: np.float64(leaf) for name, leaf in named(params).items()}
 
@@ -96,7 +96,7 @@ def test_no_two_matrices_share_their_draws(born):
 )
 def test_the_published_networks_have_their_sizes(name, width, depth, millions):
     config = importlib.import_module(f"configs.{name}").get_config()
-    objective = pera.from_config(config, Bands.plain())
+    objective = pera.PerA.from_config(config, Bands.plain())
     params = jax.eval_shape(objective.init, jax.random.key(0))
     found = sum(leaf.size for leaf in jax.tree.leaves(params["backbone"]))
     block = 12 * width**2 + 13 * width  # 4 D^2 + 4 D of attention, 8 D^2 + 5 D of the MLP, 4 D of norms

@@ -11,6 +11,7 @@ import tiny
 from pera_jax.losses import prototypes as losses
 from pera_jax.models import positions
 from pera_jax.models.precision import Precision
+from pera_jax.objectives.base import Context, Streams
 from pera_jax.training import step as steps
 
 BF16, F32 = jnp.dtype("bfloat16"), jnp.dtype("float32")
@@ -53,12 +54,12 @@ def wide_products(jaxpr):
 def traced(request):
     settings = tiny.config(precision="bfloat16", model__scan=request.param, model__remat="block")
     objective = tiny.objective(settings)
-    optimiser = steps.make_optimiser(settings.optimiser)
-    state = jax.eval_shape(lambda: steps.new_state(objective, optimiser, 0))
+    optimizer = steps.make_optimizer(settings.optimizer)
+    state = jax.eval_shape(lambda: steps.new_state(objective, optimizer, 0))
     batch = tiny.batch(settings)
-    key = jax.random.key(0)
-    arguments = state.params, state.teacher, state.objective, objective.examples(key, batch), key, HYPER
-    step = steps.make_step(objective, optimiser, 0)
+    rngs = Streams.at(0, "step", 0)
+    arguments = state.params, state.teacher, state.objective, objective.prepare(rngs, batch), Context(rngs, HYPER)
+    step = steps.make_step(objective, optimizer, 0, settings.optimizer)
     return {
         "objective": objective,
         "forward": jax.make_jaxpr(objective.loss)(*arguments).jaxpr,
@@ -80,7 +81,7 @@ def test_matrix_products_take_bfloat16_save_a_named_few(traced, part):
     head = objective.prototype_head
     units = jax.ShapeDtypeStruct((16, 2, head.bottleneck), F32)
     weights = jax.ShapeDtypeStruct((head.outputs, head.bottleneck), F32)
-    grid = jax.ShapeDtypeStruct((4, 4, objective.vit.width), F32)
+    grid = jax.ShapeDtypeStruct((4, 4, objective.encoder.width), F32)
     teacher = losses.Prototypes(jax.ShapeDtypeStruct((16, 4, head.bottleneck), F32), weights)
     policy = objective.precision
 
@@ -111,7 +112,7 @@ def test_nothing_else_computes_in_bfloat16(traced):
 
 
 def test_the_residual_stream_is_float32(traced):
-    width = traced["objective"].vit.width
+    width = traced["objective"].encoder.width
     norms = [e for e in equations(traced["forward"]) if e.primitive.name in ("rsqrt", "reduce_max", "exp", "log", "argmax")]
     assert norms and all(dtypes(e.invars) <= {F32} for e in norms)
     carried = [
@@ -124,7 +125,7 @@ def test_the_residual_stream_is_float32(traced):
     assert carried and {a.dtype for a in carried} == {F32}
 
 
-def test_parameters_teacher_and_optimiser_are_float32(traced):
+def test_parameters_teacher_and_optimizer_are_float32(traced):
     for state in (traced["state"], traced["new_state"]):
         found = {leaf.dtype for leaf in jax.tree.leaves(state)}
         assert found == {F32, jnp.dtype("int32")}
@@ -147,17 +148,17 @@ def test_prototype_logits_accumulate_in_float32():
 def test_bfloat16_stays_close_to_float32():
     results = {}
     for precision in ("bfloat16", "float32"):
-        settings = tiny.config(precision=precision, loss__koleo_group=0)
+        settings = tiny.config(precision=precision, pera__loss__koleo_group=0)
         objective = tiny.objective(settings)
 
         @jax.jit
         def run(key, batch):
-            state = steps.new_state(objective, steps.make_optimiser(settings.optimiser), 0)
-            views = objective.make_views(objective.examples(key, batch))
+            state = steps.new_state(objective, steps.make_optimizer(settings.optimizer), 0)
+            views = objective.make_views(objective.prepare(Streams(key), batch))
             units = objective.outputs(state.params, state.teacher, views, None)[0].units
             arguments = state.params, state.teacher, state.objective, views, None, HYPER
             grads, means = jax.grad(objective.loss_on_views, has_aux=True)(*arguments)
-            _, metrics = objective.finish(state.objective, means)
+            _, metrics = objective.update(state.objective, means)
             return units, metrics, jnp.concatenate([g.ravel() for g in jax.tree.leaves(grads)])
 
         results[precision] = run(jax.random.key(1), tiny.batch(settings))

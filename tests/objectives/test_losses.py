@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pera_jax.losses import koleo, pixels
 from pera_jax.losses import prototypes as losses
 from pera_jax.losses.prototypes import Prototypes
 from pera_jax.models.precision import Precision
@@ -24,7 +25,7 @@ def class_term(*arguments, precision=F64):
 
 
 CLASS = jax.jit(class_term)
-KOLEO = jax.jit(lambda u, w, group: losses.koleo(u[:, None], w, group, F64), static_argnums=2)
+KOLEO = jax.jit(lambda u, w, group: koleo.koleo(u[:, None], w, group, F64), static_argnums=2)
 seeds = st.integers(0, 2**32 - 1)
 few = settings(max_examples=25, deadline=None)
 
@@ -153,7 +154,7 @@ def test_koleo_is_its_loop_in_each_group(seed, group, scale):
 def test_koleo_sums_over_crops():
     student, *_ = draw(2)
     with jax.enable_x64(True):
-        together = losses.koleo(jnp.asarray(student.units), jnp.asarray(student.weights), GROUPS[-1], F64)
+        together = koleo.koleo(jnp.asarray(student.units), jnp.asarray(student.weights), GROUPS[-1], F64)
     apart = sum(koleo_loop(student.units[:, v], student.weights, GROUPS[-1]) for v in range(V))
     np.testing.assert_allclose(together, apart, rtol=1e-8)
 
@@ -181,7 +182,7 @@ def test_koleo_near_duplicates_in_float32(distance):
     units = student.units[:, 0].copy()
     units[1] = units[0] + distance * np.array([1.0, -1.0, 0.5, 0.25])
     units, weights = np.float32(units), np.float32(student.weights)
-    value = losses.koleo(units[:, None], weights, 2, Precision())
+    value = koleo.koleo(units[:, None], weights, 2, Precision())
     np.testing.assert_allclose(value, koleo_loop(np.float64(units), np.float64(weights), 2), rtol=1e-2)
 
 
@@ -205,8 +206,8 @@ def test_pixel_term_is_its_loop(seed, factor):
     predicted, target = np.random.default_rng(seed).normal(size=(2, 4, 5, 12))
     expected = sum(np.sum((predicted[n, t] - target[n, t]) ** 2) for n in range(4) for t in range(5)) / 20
     with jax.enable_x64(True):
-        np.testing.assert_allclose(losses.pixel_term(predicted, target), expected, rtol=1e-10)
-        moved = losses.pixel_term(target + factor * (predicted - target), target)
+        np.testing.assert_allclose(pixels.pixel_term(predicted, target), expected, rtol=1e-10)
+        moved = pixels.pixel_term(target + factor * (predicted - target), target)
     np.testing.assert_allclose(moved, factor**2 * expected, rtol=1e-8, atol=1e-12)
 
 

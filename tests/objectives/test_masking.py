@@ -26,7 +26,7 @@ def test_counts(patches, shares, expected):
 
 @pytest.mark.parametrize("shares", [(0.02, 0.6), (0.4, 0.6), (0.2, 0.0), (0.5, 0.7)], ids=str)
 def test_an_empty_part_is_an_error_that_names_the_fields(shares):
-    with pytest.raises(UserError, match="masks.student.*at least one"):
+    with pytest.raises(UserError, match="pera.masks.student.*at least one"):
         masking.counts(16, *shares)
 
 

@@ -13,22 +13,23 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from pera_jax.augment import color as views
-from pera_jax.augment.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, Jitter
+from pera_jax.augment import color
+from pera_jax.augment.color import BRIGHTNESS, CONTRAST, HUE, SATURATION, Jitter
 from pera_jax.bands import Bands, rgb_indices
 from pera_jax.common.errors import UserError
+from pera_jax.objectives.pera import views
 
 PHOTOS = pathlib.Path(os.environ.get("PERA_JAX_PHOTOS", pathlib.Path(__file__).parents[3] / "shared/data/aid"))
 SETTINGS = {
     "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1,
-    "student_change": 0.8, "student_grey": 0.1, "teacher_jitter": 0.1, "rgb": (),
+    "student_change": 0.8, "student_grayscale": 0.1, "teacher_jitter": 0.1, "rgb": (),
 }  # fmt: skip
 NONE = dict.fromkeys(SETTINGS, 0.0) | {"rgb": ()}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 UNCHANGED = (1.0, 1.0, 1.0, 0.0)
 PATHS = {
     name: jax.jit(functools.partial(path, wide=jnp.float32, dtype=jnp.float32), static_argnames=("bands", "rgb"))
-    for name, path in {"by crop": views.look_by_crop, "together": views.look_together}.items()
+    for name, path in {"by crop": color.apply_by_crop, "together": color.apply_together}.items()
 }
 COLOURS = (0, 1, 2)
 PLAIN, NORMALISED = Bands.plain(mean=0.0, std=1.0), dataclasses.replace(Bands.plain(), mean=MEAN, std=STD)
@@ -87,9 +88,9 @@ OPERATIONS = {
 
 def make_views(key, crops, settings, bands=NORMALISED, dtype=jnp.float32):
     """The student's and the teacher's view of each crop, as the objective makes them."""
-    views.check(settings, bands.names)
+    views.check(settings, settings["rgb"], bands.names)
     jitters, rgb = views.draw_jitter(key, len(crops), settings), rgb_indices(settings["rgb"], bands.names)
-    return tuple(views.look(crops, jitter, bands, rgb, dtype) for jitter in jitters)
+    return tuple(color.apply(crops, jitter, bands, rgb, dtype) for jitter in jitters)
 
 
 @pytest.mark.parametrize("images", [photographs, drawings])
@@ -202,7 +203,7 @@ def test_sharded_crops_get_the_same_views():
 
     def every_look(key, crops):
         drawn = views.draw_jitter(key, crops.shape[0], SETTINGS)
-        together = views.look_together(crops, drawn[0], PLAIN, COLOURS, jnp.float32, jnp.float32)
+        together = color.apply_together(crops, drawn[0], PLAIN, COLOURS, jnp.float32, jnp.float32)
         return drawn, make_views(key, crops, SETTINGS), together
 
     one = jax.jit(every_look)(key, crops)
@@ -217,7 +218,7 @@ def test_sharded_crops_get_the_same_views():
 def test_only_cpu_takes_the_crops_one_by_one():
     crops = jnp.zeros((4, 8, 8, 3), jnp.uint8)
     jitter = Jitter(jnp.ones((4, 4)), jnp.tile(jnp.arange(4), (4, 1)))
-    traced = jax.jit(lambda c, j: views.look(c, j, NORMALISED, COLOURS)).trace(crops, jitter)
+    traced = jax.jit(lambda c, j: color.apply(c, j, NORMALISED, COLOURS)).trace(crops, jitter)
     loops = {
         platform: traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.while")
         for platform in ("cpu", "cuda", "tpu")
@@ -262,14 +263,14 @@ def test_stored_values_are_mapped_by_the_ranges_of_their_bands(dtype):
         np.testing.assert_allclose(look, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("field", ["saturation", "hue", "student_grey"])
+@pytest.mark.parametrize("field", ["saturation", "hue", "student_grayscale"])
 def test_fields_for_red_green_blue_only(field):
     names = ("B02", "B03", "B04", "B08", "red")
     crops, bands = jnp.zeros((2, 4, 4, 5), jnp.uint8), Bands.plain(names)
     for rgb, message in {
-        (): rf"views\.{field} is 0\.1, which is for red, green and blue only, and the bands are B02, .*views\.rgb",
-        ("B04", "B03", "B2"): "views.rgb names 'B2', which is not among the bands B02",
-        ("B04", "B03"): "views.rgb=B04,B03 must name the bands that are red, green and blue",
+        (): rf"pera\.views\.{field}=0\.1 needs to know which bands are red, green and blue, .* B02, .*data\.rgb",
+        ("B04", "B03", "B2"): "data.rgb names 'B2', which is not among the bands B02",
+        ("B04", "B03"): "data.rgb=B04,B03 must name the bands that are red, green and blue",
     }.items():
         with pytest.raises(UserError, match=message):
             make_views(jax.random.key(0), crops, NONE | {"brightness": 0.4, field: 0.1, "rgb": rgb}, bands)

@@ -16,6 +16,7 @@ import pytest
 
 from pera_jax.common import environment, errors, lease
 from pera_jax.common.errors import UserError
+from pera_jax.encoder import load
 from pera_jax.probes.classification import knn
 from pera_jax.probes.runner import follow, job, results, specs
 from pera_jax.training.checkpoints import checkpoint
@@ -97,7 +98,7 @@ def test_a_job_that_was_killed_goes_on_in_the_middle(finished, data, tmp_path, m
 
 def test_a_checkpoint_that_is_being_removed_is_no_result(finished, data, tmp_path, monkeypatch):
     run = pathlib.Path(shutil.copytree(finished, tmp_path / "run"))
-    load, folder = checkpoint.load_weights, run / "checkpoints" / "4"
+    load, folder = load.load_weights, run / "checkpoints" / "4"
 
     def removed_while_read(*args, **kwargs):
         weights = load(*args, **kwargs)
@@ -115,7 +116,7 @@ def test_a_checkpoint_that_is_being_removed_is_no_result(finished, data, tmp_pat
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_a_full_disk_is_no_result(finished, data, tmp_path, monkeypatch):
-    load, write, chosen = checkpoint.load_weights, results.write, two_tasks(data)[:1]
+    load, write, chosen = load.load_weights, results.write, two_tasks(data)[:1]
 
     def damaged_at_4(*args, **kwargs):
         if args[1] == 4:

@@ -17,9 +17,9 @@ from pera_jax import probe
 from pera_jax.common import errors
 from pera_jax.data.labelled import samples
 from pera_jax.encoder import extract as features
+from pera_jax.encoder import load
 from pera_jax.models import vit
 from pera_jax.probes.runner import results
-from pera_jax.training.checkpoints import checkpoint
 
 QUICK = ("knn", "--set", "knn.k=(5,20)")
 
@@ -36,7 +36,7 @@ def run(tmp_path_factory) -> pathlib.Path:
 
 
 def test_features_are_the_networks_tokens(run, data):
-    weights, found = checkpoint.load_weights(run), samples.open_samples(str(data), "test")
+    weights, found = load.load_weights(run), samples.open_samples(str(data), "test")
     extractor = features.Extractor(weights.backbone, weights.meta)
     got = features.extract(extractor, found, 40, batch_size=5)
     images = np.stack([features.resized(found.decode(found.raw(index)), 40) for index in range(len(found))])
@@ -55,7 +55,7 @@ def test_features_are_the_networks_tokens(run, data):
 
 
 def test_the_baseline_knows_colours_only(run):
-    meta = checkpoint.load_weights(run).meta
+    meta = load.load_weights(run).meta
     images = np.random.default_rng(0).integers(0, 256, (3, 16, 24, 3), np.uint8)
     pixels, patch = features.Pixels(meta), (images[:, 8:16, 16:24] / 255).reshape(3, 64, 3)
     assert pixels.maps(images).shape == (3, 1, 2, 3, 6)
@@ -69,7 +69,7 @@ def test_the_baseline_knows_colours_only(run):
 
 def test_padding_never_counts(run, data):
     """Same features, hence scores, for every batch size and number of devices; 45 and 21 images fill no batch."""
-    weights, found = checkpoint.load_weights(run), samples.open_samples(str(data), "train")
+    weights, found = load.load_weights(run), samples.open_samples(str(data), "train")
     extracted = {}
     for devices in (1, 8):
         extractor = features.Extractor(weights.backbone, weights.meta, jax.devices()[:devices])

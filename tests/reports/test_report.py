@@ -20,6 +20,7 @@ from pera_jax.common import errors, html
 from pera_jax.data import records
 from pera_jax.data.images import codecs
 from pera_jax.data.mixture import Mixture
+from pera_jax.encoder import load
 from pera_jax.models import vit
 from pera_jax.objectives.pera import objective as pera
 from pera_jax.reports import folder
@@ -66,13 +67,13 @@ def run(tmp_path_factory, data) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("run")
     config = configs.smoke(configs.default())
     config.data.update(dict(path=str(data), bands=("red", "green", "nir")))
-    config.views.update(dict(rgb=("nir", "red", "green")))
+    config.pera.views.update(dict(rgb=("nir", "red", "green")))
     bands = Bands(("red", "green", "nir"), "uint16", ((0.0, 5000.0),) * 3, (0.4,) * 3, (0.1,) * 3)
-    objective = pera.from_config(config, bands)
+    objective = pera.PerA.from_config(config, bands)
     meta = run_meta.describe(config, objective, Mixture.of(records.open_split(data, "train"), bands).card())
     store = checkpoint_store.Store(str(workdir), keep_last=5, keep_every=100)
-    optimiser = steps.make_optimiser(config.optimiser)
-    state = jax.jit(lambda seed: steps.new_state(objective, optimiser, seed))(77)
+    optimizer = steps.make_optimizer(config.optimizer)
+    state = jax.jit(lambda seed: steps.new_state(objective, optimizer, seed))(77)
     store.save(state.replace(step=jax.numpy.int32(4)), meta, {"batches": 4, "replaced": 0})
     store.close()
     run_meta.write(str(workdir), meta)
@@ -283,7 +284,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, run, data, capsy
 
 
 def test_pairs_show_disjoint_patches_and_the_guess(run, data):
-    weights = checkpoint.load_weights(run, which="student")
+    weights = load.load_weights(run, which="student")
     columns, explained = pairs.pairs(weights, records.open_split(data, "train"), 3, seed=0)
     assert list(columns) == list(pairs.COLUMNS)
     assert all(tiles.shape == (3, 48, 48, 3) and tiles.dtype == np.uint8 for tiles in columns.values())
@@ -336,7 +337,7 @@ def plain_attention(params, heads: int, image: np.ndarray, patch: int) -> tuple[
 
 
 def test_attention_is_that_of_a_plain_forward_pass(run, data):
-    weights, source = checkpoint.load_weights(run), records.open_split(data, "test")
+    weights, source = load.load_weights(run), records.open_split(data, "test")
     # Tokens of a network at birth are nearly equal, so is their attention: larger weights make it differ.
     backbone = jax.tree.map(lambda leaf: np.float32(4.0 * leaf), weights.backbone)
     bands, size = Bands.of(weights.meta), weights.meta["model"]["image_size"]

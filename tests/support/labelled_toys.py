@@ -75,13 +75,13 @@ def write_run(workdir: pathlib.Path, saved=((4, 0), (12, 77)), bands=Bands.plain
     """A run with a checkpoint for each (step, seed), of a network as it is at birth; seed 0 is the run's own."""
     config = configs.smoke(configs.default())
     if bands.names != records.RGB:
-        config.views.update(dict(saturation=0.0, hue=0.0, student_grey=0.0))
-    objective = pera.from_config(config, bands)
+        config.pera.views.update(dict(saturation=0.0, hue=0.0, student_grayscale=0.0))
+    objective = pera.PerA.from_config(config, bands)
     card = {"name": "small", "split": "train", "records": 45, "fingerprint": "train", "class_names": CLASSES}
     meta = run_meta.describe(config, objective, card)
     store = checkpoint_store.Store(str(workdir), keep_last=20, keep_every=100)
-    optimiser = steps.make_optimiser(config.optimiser)
-    birth = jax.jit(lambda seed: steps.new_state(objective, optimiser, seed))
+    optimizer = steps.make_optimizer(config.optimizer)
+    birth = jax.jit(lambda seed: steps.new_state(objective, optimizer, seed))
     for step, seed in saved:
         state = birth(seed + config.seed)
         store.save(state.replace(step=jax.numpy.int32(step)), meta, {"batches": step, "replaced": 0, "drawn": []})

@@ -6,6 +6,7 @@ import numpy as np
 
 from pera_jax import config as configs
 from pera_jax.bands import Bands
+from pera_jax.objectives import base
 from pera_jax.objectives.pera import objective as pera
 
 HYPER = {
@@ -23,24 +24,22 @@ def config(**changes):
     result.precision = "float32"
     result.crops.update(dict(global_size=32, local_size=24))
     result.model.update(dict(width=16, depth=4, heads=2, patch=8, remat="none"))
-    result.heads.update(dict(hidden=24, bottleneck=16, prototypes=64))
-    result.stochastic_depth.update(dict(rate=0.3, group=2))
-    result.loss.koleo_group = 4
+    result.pera.heads.update(dict(hidden=24, bottleneck=16, prototypes=64))
+    result.drop_path.update(dict(rate=0.3, group=2))
+    result.pera.loss.koleo_group = 4
     result.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
     return result
 
 
 def objective(settings):
     bands = dataclasses.replace(Bands.plain(), mean=(0.4, 0.45, 0.5), std=(0.2, 0.22, 0.25))
-    return pera.from_config(settings, bands)
+    return pera.PerA.from_config(settings, bands)
 
 
 def batch(settings, seed=0):
-    """uint8 crops {kind: [B, V, H, W, 3]}."""
-    rng, crops = np.random.default_rng(seed), settings.crops
-    sizes = {"global": (crops.global_number, crops.global_size), "local": (crops.local_number, crops.local_size)}
+    """uint8 crops {crop type: [B, V, H, W, 3]}."""
+    rng = np.random.default_rng(seed)
     return {
-        kind: rng.integers(0, 256, (settings.batch_size, number, size, size, 3), np.uint8)
-        for kind, (number, size) in sizes.items()
-        if number
+        name: rng.integers(0, 256, (settings.batch_size, spec.number, spec.size, spec.size, 3), np.uint8)
+        for name, spec in base.crop_specs(settings.crops).items()
     }

@@ -9,8 +9,15 @@ import numpy as np
 from array_record.python import array_record_module
 from PIL import Image
 
-from pera_jax.data import records, statistics
+from pera_jax.data import pipeline, records, statistics
 from pera_jax.data.images import codecs
+from pera_jax.objectives import base
+
+
+def crops(settings) -> pipeline.Crops:
+    """What `config.crops` asks for."""
+    return pipeline.Crops(base.crop_specs(settings), settings["aspect"], settings["flip"])
+
 
 SHARD = "toy-train.array_record-00000-of-00001"
 

@@ -41,12 +41,12 @@ def dictionary(rng) -> dict[str, np.ndarray]:
     config = configs.smoke(configs.default())
     config.model.update(dict(width=16, depth=3, heads=2, patch=4))
     config.crops.update(dict(global_size=16, local_size=8))
-    config.heads.update(dict(hidden=12, bottleneck=8, prototypes=32))
-    objective = pera.from_config(config, Bands.plain())
+    config.pera.heads.update(dict(hidden=12, bottleneck=8, prototypes=32))
+    objective = pera.PerA.from_config(config, Bands.plain())
     params = filled(jax.eval_shape(objective.init, jax.random.key(0)), rng)
     teacher = filled({name: params[name] for name in objective.teacher_keys}, rng)
     tree = {"params": params, "teacher": teacher}
-    return tables.to_named(tree, released.table(3, objective.vit.split), heads=2, patch=4)
+    return tables.to_named(tree, released.table(3, objective.encoder.split), heads=2, patch=4)
 
 
 def assert_same(one, other) -> None:

@@ -13,6 +13,7 @@ from configs import demo
 from data_prep import demo_scenes, images
 from pera_jax import train
 from pera_jax.common.errors import UserError
+from pera_jax.objectives.pera import health
 from pera_jax.training import alarms, metrics
 
 HEALTHY = {
@@ -30,7 +31,7 @@ ILL = {
 
 
 def watch(state=None):
-    return alarms.Alarms(prototypes=1024, images=32, peak=1e-3, state=state)
+    return alarms.Alarms(health.checks(prototypes=1024, images=32), peak=1e-3, state=state)
 
 
 def feed(watch, steps, changes=None, rate=1e-3, noise=None):
@@ -102,7 +103,7 @@ def test_bounds_hold_for_any_size(prototypes, images):
         "teacher/entropy": 0.2 * math.log(prototypes), "teacher/prototypes_in_use": images,
         "teacher/entropy_of_mean": max(math.log(min(prototypes, images)), 0.2 * math.log(prototypes)),
     }  # fmt: skip
-    run = alarms.Alarms(prototypes, images, 1e-3)
+    run = alarms.Alarms(health.checks(prototypes, images), 1e-3)
     assert not feed(run, 300, healthy)
     collapsed = {"loss": 2.0, "teacher/entropy": 0.0, "teacher/entropy_of_mean": 1e-3, "teacher/prototypes_in_use": 1.0}
     names = {alarm.name for _, alarm in feed(run, 300, healthy | collapsed)}
@@ -128,7 +129,7 @@ def small(scenes, total, **changes):
     config.data.update(dict(path=scenes, workers=0))
     config.crops.update(dict(global_size=32, local_size=16))
     config.model.update(dict(width=48, depth=2))
-    config.heads.update(dict(hidden=64, bottleneck=32, prototypes=128))
+    config.pera.heads.update(dict(hidden=64, bottleneck=32, prototypes=128))
     config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
     return config
 
@@ -137,13 +138,13 @@ def alarms_of(workdir):
     return [json.loads(line) for line in (workdir / "alarms.jsonl").read_text().splitlines()]
 
 
-NO_CENTRE = dict(loss__center_momentum=1.0)  # it stays at 0
+NO_CENTRE = dict(pera__loss__center_momentum=1.0)  # it stays at 0
 PLANTED = {
     "no centre, sharp targets": (
-        NO_CENTRE | dict(schedules__teacher_temperature__start=0.02, schedules__teacher_temperature__end=0.02),
+        NO_CENTRE | dict(pera__teacher_temperature__start=0.02, pera__teacher_temperature__end=0.02),
         "collapse to few prototypes", 100,
     ),
-    "no centre, no KoLeo": (NO_CENTRE | dict(loss__koleo_weight=0.0), "collapse to few prototypes", 100),
+    "no centre, no KoLeo": (NO_CENTRE | dict(pera__loss__koleo_weight=0.0), "collapse to few prototypes", 100),
     "a rate 300 times too high": (dict(schedules__learning_rate__peak=0.3), "updates too large", 150),
 }
 
@@ -170,9 +171,9 @@ def test_a_healthy_run_raises_none_from_start_to_end(scenes, one_device, tmp_pat
 
 def test_alarms_survive_a_resume(scenes, one_device, tmp_path):
     """From a checkpoint at which one was about to begin; what came after it is said again, at the same step."""
-    temperature = dict(schedules__teacher_temperature__start=0.02, schedules__teacher_temperature__end=0.02)
+    temperature = dict(pera__teacher_temperature__start=0.02, pera__teacher_temperature__end=0.02)
     config = small(
-        scenes, "80 steps", checkpoint__every="20 steps", log_every="1 steps", loss__center_momentum=1.0, **temperature
+        scenes, "80 steps", checkpoint__every="20 steps", log_every="1 steps", pera__loss__center_momentum=1.0, **temperature
     )
     train.train(config, str(tmp_path / "whole"))
     first = alarms_of(tmp_path / "whole")[0]

@@ -15,9 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from orbax.checkpoint import v1 as ocp
 
+from pera_jax import objectives
 from pera_jax.bands import Bands
 from pera_jax.common import environment
 from pera_jax.common.errors import UserError
+from pera_jax.encoder import load
 from pera_jax.objectives.pera import objective as pera
 from pera_jax.parallel import sharding
 from pera_jax.training import resume
@@ -29,11 +31,11 @@ DATA = {"name": "toy", "fingerprint": "f", "class_names": None, "records": 10, "
 
 
 def parts(**model):
-    """(config, objective, optimiser) of a tiny run."""
+    """(config, objective, optimizer) of a tiny run."""
     config = importlib.import_module("configs.demo").get_config("smoke")
     config.model.update(model)
-    objective = pera.from_config(config, Bands.plain())
-    return config, objective, steps.make_optimiser(config.optimiser)
+    objective = pera.PerA.from_config(config, Bands.plain())
+    return config, objective, steps.make_optimizer(config.optimizer)
 
 
 def meta_of(config, objective):
@@ -43,8 +45,8 @@ def meta_of(config, objective):
 @pytest.fixture(scope="module")
 def state():
     """A state cut over eight devices, no two leaves of it alike."""
-    _, objective, optimiser = parts()
-    born = steps.born_sharded(objective, optimiser, sharding.make_mesh(fsdp=8), seed=1)
+    _, objective, optimizer = parts()
+    born = steps.born_sharded(objective, optimizer, sharding.make_mesh(fsdp=8), seed=1)
     leaves, tree = jax.tree.flatten(born)
     changed = [leaf + np.asarray(i, leaf.dtype) for i, leaf in enumerate(leaves)]
     changed = [jax.device_put(new, old.sharding) for new, old in zip(changed, leaves, strict=True)]
@@ -83,8 +85,8 @@ def test_the_last_checkpoints_and_every_nth_are_kept(run):
 
 @pytest.mark.parametrize("mesh", [{"devices": jax.devices()[:1]}, {"data": 4, "fsdp": 2}, {"fsdp": 8}])
 def test_a_state_comes_back_exactly_on_any_mesh(run, state, mesh):
-    _, objective, optimiser = parts()
-    abstract = steps.abstract_state(objective, optimiser, sharding.make_mesh(**mesh))
+    _, objective, optimizer = parts()
+    abstract = steps.abstract_state(objective, optimizer, sharding.make_mesh(**mesh))
     restored, data = checkpoint.restore(checkpoint.folder_of(run, 6)[0], abstract)
     assert data == {"batches": 6, "replaced": 60}
     wanted = state.replace(step=np.int32(6))
@@ -96,18 +98,18 @@ def test_a_state_comes_back_exactly_on_any_mesh(run, state, mesh):
 def test_weights_come_with_what_is_needed_to_use_them(run, state):
     config, objective, _ = parts()
     for which, wanted in (("teacher", state.teacher), ("student", state.params)):
-        weights = checkpoint.load_weights(run, step=6, which=which)
+        weights = load.load_weights(run, step=6, which=which)
         jax.tree.map(np.testing.assert_array_equal, weights.params, wanted)
         assert weights.backbone is weights.params["backbone"]
         assert weights.meta == meta_of(config, objective) | {"step": 6}
-    assert checkpoint.objective_of(weights.meta).vit == objective.vit
+    assert objectives.from_metadata(weights.meta).encoder == objective.encoder
 
 
 def test_init_from_another_shape_names_leaves_that_differ(run, state):
-    _, objective, optimiser = parts(width=64)
-    other = jax.eval_shape(lambda: steps.new_state(objective, optimiser, 0))
+    _, objective, optimizer = parts(width=64)
+    other = jax.eval_shape(lambda: steps.new_state(objective, optimizer, 0))
     with pytest.raises(UserError) as error:
-        init.with_weights(other, str(run), objective)
+        warm_start.with_weights(other, str(run), objective)
     message = str(error.value)
     assert "backbone/class_token is (32,) there and (64,) here" in message
     differing = [
@@ -121,30 +123,30 @@ def test_init_from_another_shape_names_leaves_that_differ(run, state):
 
 
 def test_restoring_into_another_shape_or_a_damaged_checkpoint_is_refused(run, tmp_path):
-    _, objective, optimiser = parts(width=64)
+    _, objective, optimizer = parts(width=64)
     folder = checkpoint.folder_of(run, 7)[0]
     with pytest.raises(UserError, match=f"{folder} does not fit this config: .*mu/backbone/class_token is"):
-        checkpoint.restore(folder, steps.abstract_state(objective, optimiser, sharding.make_mesh()))
+        checkpoint.restore(folder, steps.abstract_state(objective, optimizer, sharding.make_mesh()))
     damaged = tmp_path / "checkpoints" / "7"
     (damaged / "meta").mkdir(parents=True)
     with pytest.raises(UserError, match="cannot be read"):
-        checkpoint.load_weights(tmp_path)
+        load.load_weights(tmp_path)
 
 
 def test_what_is_not_there_is_named(run, tmp_path, state):
     with pytest.raises(UserError, match=re.escape(f"{run} has no checkpoint of step 4; there are 3, 6, 7")):
-        checkpoint.load_weights(run, step=4)
+        load.load_weights(run, step=4)
     with pytest.raises(UserError, match="is not the folder of a run"):
-        checkpoint.load_weights(tmp_path / "nowhere")
+        load.load_weights(tmp_path / "nowhere")
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match="holds no finished checkpoint yet"):
-        checkpoint.load_weights(tmp_path)
+        load.load_weights(tmp_path)
     config, objective, _ = parts()
     store = checkpoint_store.Store(str(tmp_path), keep_last=1, keep_every=1)
     store.save(state, meta_of(config, objective) | {"format_version": 99}, {"batches": 0, "replaced": 0})
     store.close()
     with pytest.raises(UserError, match="has format version 99, this program reads 2 and 3"):
-        checkpoint.load_weights(tmp_path)
+        load.load_weights(tmp_path)
 
 
 def test_a_run_goes_on_only_with_its_own_model_settings_and_data():
@@ -208,8 +210,8 @@ def _read_all(folder, steps_read):
 
 
 def test_a_checkpoint_without_digests_is_read_and_its_values_are_finite(run, state, tmp_path):
-    config, objective, optimiser = parts()
-    abstract = steps.abstract_state(objective, optimiser, sharding.make_mesh(fsdp=8))
+    config, objective, optimizer = parts()
+    abstract = steps.abstract_state(objective, optimizer, sharding.make_mesh(fsdp=8))
     spoiled = jax.tree.map(lambda leaf: leaf * np.float32(np.nan), state.teacher["backbone"]["norm"])
     teachers = {"1": state.teacher, "2": state.teacher | {"backbone": state.teacher["backbone"] | {"norm": spoiled}}}
     for name, teacher in teachers.items():
@@ -219,10 +221,10 @@ def test_a_checkpoint_without_digests_is_read_and_its_values_are_finite(run, sta
     restored, data = checkpoint.restore(tmp_path / "checkpoints" / "1", abstract)
     jax.tree.map(np.testing.assert_array_equal, restored, state)
     assert data == {"batches": 3}
-    for read in (lambda: checkpoint.restore(tmp_path / "checkpoints" / "2", abstract), lambda: checkpoint.load_weights(tmp_path, 2)):
+    for read in (lambda: checkpoint.restore(tmp_path / "checkpoints" / "2", abstract), lambda: load.load_weights(tmp_path, 2)):
         with pytest.raises(checkpoint.Damaged, match="backbone/norm/bias, backbone/norm/scale of its teacher .* not finite"):
             read()
-    assert len(jax.tree.leaves(checkpoint.load_weights(tmp_path, 2, verify=False).params)) > 20
+    assert len(jax.tree.leaves(load.load_weights(tmp_path, 2, verify=False).params)) > 20
 
 
 @pytest.mark.parametrize(
@@ -256,7 +258,7 @@ def test_a_folder_that_was_renamed_or_is_empty_is_damaged_and_one_that_is_no_ste
     (folder / "6").rename(folder / "7")
     for step, held in ((9, 7), (7, 6)):
         with pytest.raises(checkpoint.Damaged, match=f"is not of step {step}: it was saved at step {held}"):
-            checkpoint.load_weights(work, step)
+            load.load_weights(work, step)
     for name in ("0012", "²", "1e3"):
         (folder / name).mkdir()
     (folder / "10").write_text("a file")
@@ -264,5 +266,5 @@ def test_a_folder_that_was_renamed_or_is_empty_is_damaged_and_one_that_is_no_ste
     (folder / "11").mkdir()
     began = time.monotonic()
     with pytest.raises(checkpoint.Damaged, match="checkpoints/11 cannot be read: the folder is empty"):
-        checkpoint.load_weights(work)
+        load.load_weights(work)
     assert time.monotonic() - began < 10

@@ -17,6 +17,7 @@ from pera_jax.bands import Bands
 from pera_jax.common import errors
 from pera_jax.common.errors import UserError
 from pera_jax.data import mixture
+from pera_jax.encoder import load
 from pera_jax.objectives.pera import objective as pera
 from pera_jax.training import step as steps
 from pera_jax.training.checkpoints import checkpoint, checkpoint_store, run_meta
@@ -89,12 +90,12 @@ WRONG_SETTINGS = {
     "holds 48 images in split 'train', fewer than batch_size=64": {"batch_size": 64},
     "crops.global_size=50 is not a multiple of model.patch=8": {"crops.global_size": 50},
     "crops.local_size=20 is not a multiple of model.patch=8": {"crops.local_size": 20},
-    "cut 36 patches into 0 for the student": {"masks.student": 0.01},
-    "14 learnable and 0 for the teacher": {"masks.teacher": 0.0, "masks.student": 0.6},
-    "cut 36 patches into 7 for the student, 0 learnable": {"masks.teacher": 0.8},
+    "cut 36 patches into 0 for the student": {"pera.masks.student": 0.01},
+    "14 learnable and 0 for the teacher": {"pera.masks.teacher": 0.0, "pera.masks.student": 0.6},
+    "cut 36 patches into 7 for the student, 0 learnable": {"pera.masks.teacher": 0.8},
     "model.width=32 is not a multiple of model.heads=3": {"model.heads": 3},
-    "heads.prototypes=60 do not divide by the 8 parts": {"heads.prototypes": 60, "mesh.data": 1, "mesh.fsdp": 8},
-    "loss.koleo_group=5 does not divide batch_size": {"loss.koleo_group": 5},
+    "pera.heads.prototypes=60 do not divide by the 8 parts": {"pera.heads.prototypes": 60, "mesh.data": 1, "mesh.fsdp": 8},
+    "pera.loss.koleo_group=5 does not divide batch_size": {"pera.loss.koleo_group": 5},
     "precision='float8' is not one of": {"precision": "float8"},
     "mesh data=3, fsdp=1, tensor=1 does not fit 8 device": {"mesh.data": 3},
     "total": {"total": "4"},
@@ -147,8 +148,8 @@ def test_a_damaged_or_foreign_data_set_is_refused(message, config, data, tmp_pat
 def begin(config, workdir: pathlib.Path) -> None:
     """Makes `workdir` a run that has done 1 step: the state at birth, saved under that step."""
     data = mixture.open_mixture(config.data)
-    objective = pera.from_config(config, data.bands)
-    state = steps.new_state(objective, steps.make_optimiser(config.optimiser), config.seed)
+    objective = pera.PerA.from_config(config, data.bands)
+    state = steps.new_state(objective, steps.make_optimizer(config.optimizer), config.seed)
     store = checkpoint_store.Store(str(workdir), keep_last=3, keep_every=100)
     meta = run_meta.describe(config, objective, data.card())
     store.save(state.replace(step=state.step + 1), meta, {"batches": 1, "replaced": 0, "drawn": [16]})
@@ -233,7 +234,7 @@ def test_a_full_disk_names_the_last_good_checkpoint_and_leaves_it_whole(config, 
     assert "checkpoint of step 2 could not be written" in message and "no space left on device; make room" in message
     assert message.endswith("the last good checkpoint is step 1")
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["1"]
-    assert checkpoint.load_weights(workdir).step == 1
+    assert load.load_weights(workdir).step == 1
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # from threads of Orbax and TensorStore
@@ -242,8 +243,8 @@ def test_a_save_that_fails_half_way_leaves_the_last_checkpoint(config, data, tmp
     begin(config, tmp_path / "run")
     store = checkpoint_store.Store(str(tmp_path / "run"), keep_last=3, keep_every=100)
     folder, _ = checkpoint.folder_of(tmp_path / "run", 1)
-    objective = pera.from_config(config, Bands.plain())
-    state = steps.new_state(objective, steps.make_optimiser(config.optimiser), config.seed)
+    objective = pera.PerA.from_config(config, Bands.plain())
+    state = steps.new_state(objective, steps.make_optimizer(config.optimizer), config.seed)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
@@ -254,4 +255,4 @@ def test_a_save_that_fails_half_way_leaves_the_last_checkpoint(config, data, tmp
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     store.close()
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["1"]
-    assert checkpoint.load_weights(tmp_path / "run").step == 1
+    assert load.load_weights(tmp_path / "run").step == 1

@@ -128,10 +128,10 @@ def test_two_hosts_compute_what_one_computes_and_end_where_the_other_is_lost_or_
 def test_a_state_of_eight_devices_is_restored_on_fewer_bit_for_bit(shape, tmp_path_factory, data):
     folder = _saved_on_eight(tmp_path_factory, data)
     config = test_train.smoke("demo", data)
-    objective = pera.from_config(config, Bands.plain())
+    objective = pera.PerA.from_config(config, Bands.plain())
     number = int(np.prod(list(shape.values())))
     mesh = sharding.make_mesh(**{"fsdp": 1, "tensor": 1} | shape, devices=jax.devices()[:number])
-    abstract = steps.abstract_state(objective, steps.make_optimiser(config.optimiser), mesh)
+    abstract = steps.abstract_state(objective, steps.make_optimizer(config.optimizer), mesh)
     state, position = checkpoint.restore(folder / "checkpoints" / "4", abstract)
     assert position["batches"] == 4
     held = test_train.everything(folder, 4)

@@ -86,13 +86,13 @@ def test_features_are_the_teachers_and_padding_does_not_count(data, mesh):
     """27 images on 8 or 4 parts of the batch; the teacher stays cut as it is."""
     config, objective = tiny.config(), tiny.objective(tiny.config())
     mesh = sharding.make_mesh(**mesh)
-    teacher = steps.born_sharded(objective, steps.make_optimiser(config.optimiser), mesh, 3).teacher
+    teacher = steps.born_sharded(objective, steps.make_optimizer(config.optimizer), mesh, 3).teacher
     with jax.set_mesh(mesh):
         watch = monitor.Monitor(settings(data, images=27), objective, teacher, mesh)
         found, said = watch.features(teacher), watch(teacher)
     images = objective.bands.mapped(watch.images)
     images = (images - np.float32(objective.bands.mean)) / np.float32(objective.bands.std)
-    plain = objective.vit.apply({"params": jax.device_get(teacher["backbone"])}, images)["class_token"]
+    plain = objective.encoder.apply({"params": jax.device_get(teacher["backbone"])}, images)["class_token"]
     assert found.shape == (27, 16)
     np.testing.assert_allclose(found, plain, atol=2e-5)
     assert np.abs(plain - plain.mean(axis=0)).max() > 1e-2  # images differ by more than the bound

@@ -8,8 +8,8 @@ import pytest
 import toy_data
 
 from pera_jax import config as configs
-from pera_jax.config import run_file as config_file
 from pera_jax.common.errors import UserError
+from pera_jax.config import run_file as config_file
 from pera_jax.data import mixture
 from pera_jax.training import opening, resume
 from pera_jax.training.checkpoints import run_meta
@@ -43,9 +43,9 @@ def test_what_changes_no_number_may_change_and_is_listed():
 
 
 @pytest.mark.parametrize("field, value", [
-    ("total", "9 steps"), ("batch_size", 8), ("schedules.learning_rate.peak", 2e-3), ("optimiser.clip_norm", 1.0),
-    ("loss.koleo_weight", 0.2), ("crops.local_number", 1), ("masks.student", 0.3), ("views.hue", 0.0),
-    ("stochastic_depth.rate", 0.1), ("precision", "bfloat16"), ("data.weights", (1.0,)), ("data.split", "other"),
+    ("total", "9 steps"), ("batch_size", 8), ("schedules.learning_rate.peak", 2e-3), ("optimizer.clip_norm", 1.0),
+    ("pera.loss.koleo_weight", 0.2), ("crops.local_number", 1), ("pera.masks.student", 0.3), ("pera.views.hue", 0.0),
+    ("drop_path.rate", 0.1), ("precision", "bfloat16"), ("data.weights", (1.0,)), ("data.split", "other"),
 ])  # fmt: skip
 def test_what_shapes_the_run_changes_only_when_told_to_and_is_listed_first(field, value):
     before, now = meta_of(changed()), meta_of(changed(**{field: value, "data.workers": 3}))
@@ -56,7 +56,7 @@ def test_what_shapes_the_run_changes_only_when_told_to_and_is_listed_first(field
 
 
 def test_what_makes_another_run_never_changes():
-    for field, value in {"seed": 4, "heads.prototypes": 32, "parameter_precision": "float64"}.items():
+    for field, value in {"seed": 4, "pera.heads.prototypes": 32, "parameter_precision": "float64"}.items():
         with pytest.raises(UserError, match=f"is of another run: its {field} is"):
             check(meta_of(changed()), meta_of(changed(**{field: value})), allow_config_change=True, allow_changed_data=True)
 
@@ -66,7 +66,7 @@ def test_a_config_of_an_earlier_version_had_the_default_of_fields_that_it_did_no
     del before["config"]["stall_seconds"], before["config"]["loss"]["pixel_weight"]
     assert check(before, meta_of(changed())) == []
     with pytest.raises(UserError, match="its loss.pixel_weight is 0.01, this config gives 0.5"):
-        check(before, meta_of(changed(loss__pixel_weight=0.5)))
+        check(before, meta_of(changed(pera__loss__pixel_weight=0.5)))
 
 
 def test_another_batch_size_goes_on_after_the_images_that_were_seen():
@@ -79,13 +79,13 @@ def test_another_batch_size_goes_on_after_the_images_that_were_seen():
 
 
 def test_changed_data_keep_the_statistics_that_the_run_was_trained_with(tmp_path):
-    settings = changed(data__normalise="dataset").data
+    settings = changed(data__normalize="dataset").data
     paths = [toy_data.write(tmp_path / name, fingerprint=name) for name in ("first", "second")]
     info = json.loads((tmp_path / "second" / "info.json").read_text())
     info["splits"]["train"] |= {"mean": [0.1] * 3, "std": [0.4] * 3}
     (tmp_path / "second" / "info.json").write_text(json.dumps(info))
     first, second = (mixture.open_mixture(dataclasses_of(settings, path=path)) for path in paths)
-    found = meta_of(changed(data__normalise="dataset"), "first", **first.bands.described())
+    found = meta_of(changed(data__normalize="dataset"), "first", **first.bands.described())
     assert second.bands != first.bands
     assert resume.with_own_statistics(second, found, settings) is second  # not asked for
     settings.allow_changed_data = True

@@ -4,23 +4,24 @@ import ml_collections
 import pytest
 
 from pera_jax.common.errors import UserError
+from pera_jax.objectives.pera import PerA
 from pera_jax.training import schedules
 
 SETTINGS = {
     "learning_rate": {"start": 0.0, "peak": 1e-3, "end": 1e-6, "warmup": "20 epochs"},
     "weight_decay": {"start": 0.04, "end": 0.2},
-    "momentum": {"start": 0.992, "end": 1.0},
+}
+OWN = {
+    "teacher_momentum": {"start": 0.992, "end": 1.0},
     "teacher_temperature": {"start": 0.03, "end": 0.05, "warmup": "30 epochs"},
     "student_temperature": 0.1,
 }
 
 
 def build(steps_per_epoch=10, total_steps=2000, **changes):
-    settings = ml_collections.ConfigDict(SETTINGS)
-    settings.update_from_flattened_dict(changes)
-    return schedules.hyperparameters(
-        settings, steps_per_epoch=steps_per_epoch, total_steps=total_steps, batch_size=64
-    )
+    config = ml_collections.ConfigDict({"batch_size": 64, "schedules": SETTINGS, "pera": OWN})
+    config.update_from_flattened_dict(changes)
+    return schedules.scalars(config, PerA.schedules(), steps_per_epoch=steps_per_epoch, total_steps=total_steps)
 
 
 def close(value):
@@ -112,10 +113,10 @@ def test_durations_without_a_meaning(value, total, per_epoch, message):
     ("field", "value", "message"),
     [
         ("learning_rate.warmup", "201 epochs", "schedules.learning_rate.warmup .* 2010 steps, longer than the run"),
-        ("teacher_temperature.warmup", "101 percent", "schedules.teacher_temperature.warmup .* longer than the run"),
-        ("momentum.start", 1.5, "schedules.momentum.start is 1.5: it must be at least 0 and at most 1"),
-        ("teacher_temperature.start", 0.0, "schedules.teacher_temperature.start is 0.0: it must be above 0"),
-        ("student_temperature", -0.1, "schedules.student_temperature"),
+        ("teacher_temperature.warmup", "101 percent", "pera.teacher_temperature.warmup .* longer than the run"),
+        ("momentum.start", 1.5, "pera.teacher_momentum.start is 1.5: it must be at least 0 and at most 1"),
+        ("teacher_temperature.start", 0.0, "pera.teacher_temperature.start is 0.0: it must be above 0"),
+        ("student_temperature", -0.1, "pera.student_temperature"),
         ("learning_rate.peak", float("nan"), "schedules.learning_rate.peak is nan"),
     ],
 )

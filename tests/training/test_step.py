@@ -1,6 +1,7 @@
 """The step: the same on any mesh and however it is compiled; AdamW, the moving average, decay by name; born sharded."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ import pytest
 import tiny
 
 from pera_jax.cost import hlo
+from pera_jax.objectives.base import Context, Streams
+from pera_jax.objectives.pera import PerA
 from pera_jax.parallel import sharding
 from pera_jax.training import schedules
 from pera_jax.training import step as steps
@@ -30,8 +33,8 @@ FAST = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": Fals
 def birth(**changes):
     """The state before the first step, on the host: the same for all meshes and ways to compile."""
     config = tiny.config(**changes)
-    objective, optimiser = tiny.objective(config), steps.make_optimiser(config.optimiser)
-    return jax.device_get(jax.jit(lambda: steps.new_state(objective, optimiser, config.seed), compiler_options=FAST)())
+    objective, optimizer = tiny.objective(config), steps.make_optimizer(config.optimizer)
+    return jax.device_get(jax.jit(lambda: steps.new_state(objective, optimizer, config.seed), compiler_options=FAST)())
 
 
 @functools.cache
@@ -39,10 +42,10 @@ def compiled(mesh, **changes):
     """The jitted step over a mesh, ready to run, and where state and batch lie."""
     config = tiny.config(**changes)
     mesh = sharding.make_mesh(**MESHES[mesh]) if mesh else sharding.make_mesh(devices=jax.devices()[:1])
-    objective, optimiser = tiny.objective(config), steps.make_optimiser(config.optimiser)
-    abstract = steps.abstract_state(objective, optimiser, mesh)
+    objective, optimizer = tiny.objective(config), steps.make_optimizer(config.optimizer)
+    abstract = steps.abstract_state(objective, optimizer, mesh)
     where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    step = steps.jit_step(steps.make_step(objective, optimiser, config.seed, config.optimiser.decay, config.accumulate), where, mesh)
+    step = steps.jit_step(steps.make_step(objective, optimizer, config.seed, config.optimizer, config.accumulate), where, mesh)
     # A small rate: Adam divides by the gradient's size, and steps that are large beside it amplify rounding.
     hyper = tiny.HYPER | {"learning_rate": 1e-3}
     hyper = {name: np.asarray(value, config.parameter_precision) for name, value in hyper.items()}
@@ -111,7 +114,7 @@ def test_scan_and_remat_change_nothing(changes, double):
 
 
 # Nearest neighbours are looked for in groups that lie whole in one part, and on one device.
-PARTS = dict(batch_size=64, stochastic_depth__group=2, loss__koleo_group=2)
+PARTS = dict(batch_size=64, drop_path__group=2, pera__loss__koleo_group=2)
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +134,8 @@ def test_on_pure_fsdp_only_parameters_gradients_and_class_tokens_move():
     the class tokens that look for neighbours; none is of patch tokens."""
     config = tiny.config()
     objective = tiny.objective(config)
-    allowed = {1, config.heads.prototypes, len(objective.parts) * 2, config.heads.bottleneck**2}
-    allowed.add(config.batch_size * config.crops.global_number * config.heads.bottleneck)
+    allowed = {1, config.pera.heads.prototypes, len(objective.parts) * 2, config.pera.heads.bottleneck**2}
+    allowed.add(config.batch_size * config.crops.global_number * config.pera.heads.bottleneck)
     allowed.add((config.crops.local_size // config.model.patch) ** 2 * config.model.width)  # positions, resampled
     for path, leaf in jax.tree_util.tree_flatten_with_path(jax.eval_shape(objective.init, jax.random.key(0)))[0]:
         names = sharding.path_of(path).split("/")
@@ -147,7 +150,7 @@ def test_on_pure_fsdp_only_parameters_gradients_and_class_tokens_move():
 
 def gradients(first_step):
     """What the loss's gradients were: Adam's first moment starts as their share 1 - beta1, clipped."""
-    config, (_, after, metrics) = tiny.config().optimiser, first_step
+    config, (_, after, metrics) = tiny.config().optimizer, first_step
     clipped = min(1.0, config.clip_norm / metrics[0]["norm/gradient"])
     return jax.tree.map(lambda moment: moment / (1 - config.beta1) / clipped, after.opt_state[1].mu)
 
@@ -171,11 +174,10 @@ def test_gradients_are_those_of_the_loss(double, first_gradients):
     config = tiny.config(**DOUBLE)
     with jax.enable_x64(True):
         objective, born, batch = tiny.objective(config), double[0], tiny.batch(config)
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), steps.LOSS), 0)
+        rngs = Streams.at(config.seed, "step", 0)
         grad = jax.jit(jax.grad(objective.loss, has_aux=True), compiler_options=FAST)
-        draw_key, depth_key = jax.random.split(key)
-        examples = objective.examples(draw_key, batch)
-        plain, _ = grad(born.params, born.teacher, born.objective, examples, depth_key, tiny.HYPER)
+        examples, context = objective.prepare(rngs, batch), Context(rngs, tiny.HYPER)
+        plain, _ = grad(born.params, born.teacher, born.objective, examples, context)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-9 * np.abs(a).max()), plain, first_gradients
     )
@@ -199,14 +201,15 @@ def test_the_comparison_sees_one_image_and_the_order_of_images(double):
                 assert_same(double, run(batches=other, **DOUBLE), 1e-3)
 
 
-# ---------------------------------------------------------------- optimiser and moving average
+# ---------------------------------------------------------------- optimizer and moving average
 
 
 def update(grads, state, hyper, decay="all", clip=1e9):
-    config = tiny.config(optimiser__clip_norm=clip)
-    optimiser = steps.make_optimiser(config.optimiser)
-    state = state.replace(opt_state=optimiser.init(state.params)) if state.opt_state is None else state
-    return steps.apply_gradients(state, grads, state.objective, hyper, optimiser, ("backbone",), decay)
+    config = tiny.config(optimizer__clip_norm=clip, optimizer__decay=decay)
+    optimizer = steps.make_optimizer(config.optimizer)
+    state = state.replace(opt_state=optimizer.init(state.params)) if state.opt_state is None else state
+    objective = types.SimpleNamespace(teacher_keys=("backbone",), decay_rules=((r"kernel$", True), (r"bias$", False)))
+    return steps.apply_gradients(state, grads, objective, state.objective, hyper, optimizer, config.optimizer)
 
 
 @pytest.fixture
@@ -219,7 +222,7 @@ def state():
 
 def test_the_update_is_adamw(state):
     rng, hyper = np.random.default_rng(1), {k: np.float32(v) for k, v in tiny.HYPER.items()}
-    eps = tiny.config().optimiser.eps
+    eps = tiny.config().optimizer.eps
     theirs = optax.adamw(hyper["learning_rate"], 0.9, 0.999, eps, weight_decay=hyper["weight_decay"])
     params, opt_state = state.params, theirs.init(state.params)
     for _ in range(3):
@@ -245,9 +248,9 @@ def test_gradients_are_clipped_to_their_global_norm(state):
 
 def test_the_teacher_moves_by_one_minus_momentum_with_all_its_digits(state):
     """Near momentum 1 the difference must come from float64: 1 - float32(0.99999) is off by 0.14 %."""
-    settings = tiny.config().schedules
-    settings.momentum.update(dict(start=0.99999, end=0.99999))
-    at = schedules.hyperparameters(settings, steps_per_epoch=10, total_steps=300, batch_size=1).at(0)
+    settings = tiny.config()
+    settings.pera.teacher_momentum.update(dict(start=0.99999, end=0.99999))
+    at = schedules.scalars(settings, PerA.schedules(), steps_per_epoch=100, total_steps=3000).at(0)
     hyper = {name: np.float32(value) for name, value in (tiny.HYPER | at).items()} | {"learning_rate": np.float32(0)}
     after, _ = update(jax.tree.map(jnp.zeros_like, state.params), state.replace(
         params=jax.tree.map(lambda leaf: leaf + 100, state.teacher)), hyper)  # fmt: skip
@@ -258,8 +261,9 @@ def test_the_teacher_moves_by_one_minus_momentum_with_all_its_digits(state):
 
 def test_decay_spares_what_it_is_told_to():
     config = tiny.config()
-    params = jax.eval_shape(lambda: tiny.objective(config).init(jax.random.key(0)))
-    shares = jax.tree_util.tree_flatten_with_path(steps._decayed(params, exclude_vectors=True))[0]
+    objective = tiny.objective(config)
+    params, rules = jax.eval_shape(lambda: objective.init(jax.random.key(0))), steps.decay_rules(objective)
+    shares = jax.tree_util.tree_flatten_with_path(steps.decayed(params, "matrices", rules))[0]
     decayed = {sharding.path_of(path) for path, on in shares if on}
     stacks = [
         f"backbone/{stack}/{name}/kernel"
@@ -272,15 +276,15 @@ def test_decay_spares_what_it_is_told_to():
         for name in ("hidden_1/kernel", "hidden_2/kernel", "bottleneck/kernel", "direction")
     ]
     assert decayed == {*stacks, *heads, "backbone/patch_projection/kernel", "backbone/position_embedding"}
-    assert all(on for on in jax.tree.leaves(steps._decayed(params, exclude_vectors=False)))
+    assert all(on for on in jax.tree.leaves(steps.decayed(params, "all", rules)))
 
 
 def test_a_state_is_born_where_it_will_live():
-    config = tiny.config(heads__prototypes=128)
-    objective, optimiser = tiny.objective(config), steps.make_optimiser(config.optimiser)
+    config = tiny.config(pera__heads__prototypes=128)
+    objective, optimizer = tiny.objective(config), steps.make_optimizer(config.optimizer)
     mesh = sharding.make_mesh(**MESHES["fsdp"])
-    born = steps.born_sharded(objective, optimiser, mesh, 7)
-    plain = jax.jit(lambda: steps.new_state(objective, optimiser, 7))()
+    born = steps.born_sharded(objective, optimizer, mesh, 7)
+    plain = jax.jit(lambda: steps.new_state(objective, optimizer, 7))()
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), *map(jax.device_get, (born, plain)))
     for path, leaf in jax.tree_util.tree_flatten_with_path(born)[0]:
         part = leaf.addressable_shards[0].data.size

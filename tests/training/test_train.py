@@ -19,6 +19,7 @@ from orbax.checkpoint import v1 as ocp
 
 from pera_jax import train
 from pera_jax.common.errors import UserError
+from pera_jax.encoder import load
 from pera_jax.parallel import sharding
 from pera_jax.training.checkpoints import checkpoint
 
@@ -182,7 +183,7 @@ def frozen(config):
     """The config with a step that changes neither student nor teacher."""
     config.total = "2 steps"
     config.schedules.learning_rate.update(dict(start=0.0, peak=0.0, end=0.0))
-    config.schedules.momentum.update(dict(start=1.0, end=1.0))
+    config.pera.teacher_momentum.update(dict(start=1.0, end=1.0))
     return config
 
 
@@ -198,7 +199,7 @@ def test_every_config_trains_small_and_leaves_weights_that_can_be_used(name, dat
 
     state = everything(workdir, 4)
     for which, path in (("teacher", "teacher"), ("student", "state/params")):
-        weights = checkpoint.load_weights(workdir, which=which)
+        weights = load.load_weights(workdir, which=which)
         assert weights.step == 4 and weights.meta["step"] == 4
         flat = jax.tree_util.tree_flatten_with_path(weights.params)[0]
         assert flat
@@ -210,8 +211,8 @@ def test_untrained_weights_are_those_that_the_run_was_born_with(data, tmp_path):
     workdir = tmp_path / "run"
     train.train(frozen(smoke("pera_vitg16_1024", data)), str(workdir))  # born cut over eight devices
     for which in ("teacher", "student"):
-        born = checkpoint.load_weights(workdir, which=which, untrained=True)
-        kept = checkpoint.load_weights(workdir, which=which)
+        born = load.load_weights(workdir, which=which, untrained=True)
+        kept = load.load_weights(workdir, which=which)
         assert (born.step, kept.step) == (0, 2)
         jax.tree.map(np.testing.assert_array_equal, born.params, kept.params)
 
@@ -221,7 +222,7 @@ def test_init_from_takes_the_weights_only(finished, data, tmp_path):
     config.init_from = str(finished)
     train.train(config, str(tmp_path / "run"))
     for which in ("teacher", "student"):
-        given, taken = (checkpoint.load_weights(run, which=which) for run in (finished, tmp_path / "run"))
+        given, taken = (load.load_weights(run, which=which) for run in (finished, tmp_path / "run"))
         assert (given.step, taken.step) == (4, 2)
         jax.tree.map(np.testing.assert_array_equal, given.params, taken.params)
     state = everything(tmp_path / "run", 2)

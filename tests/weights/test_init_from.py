@@ -1,5 +1,7 @@
 """What `init_from` makes of weights from elsewhere: parts that are missing, other grids and bands, the centre."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import labelled_toys
@@ -13,27 +15,28 @@ from pera_jax import probe, train
 from pera_jax.bands import RGB, Bands
 from pera_jax.common.errors import UserError
 from pera_jax.data import mixture, pipeline
+from pera_jax.encoder import load
 from pera_jax.formats import arrays, tables
+from pera_jax.objectives.base import Streams
 from pera_jax.objectives.pera import objective as pera
 from pera_jax.parallel import sharding
 from pera_jax.probes.runner import specs
 from pera_jax.training import step as steps
-from pera_jax.training.checkpoints import checkpoint
-from pera_jax.weights import imports, init, released
+from pera_jax.weights import imports, released, warm_start
 
 
 def config_like_the_dictionary(**changes):
     sizes = dict(
         model__width=16, model__depth=3, model__heads=2, model__patch=4, crops__global_size=16, crops__local_size=8,
-        heads__hidden=12, heads__bottleneck=8, heads__prototypes=32,
+        pera__heads__hidden=12, pera__heads__bottleneck=8, pera__heads__prototypes=32,
     )  # fmt: skip
     return tiny.config(**sizes | changes)
 
 
 def new_state(config, bands: Bands, mesh=None):
-    objective, optimiser = pera.from_config(config, bands), steps.make_optimiser(config.optimiser)
+    objective, optimizer = pera.PerA.from_config(config, bands), steps.make_optimizer(config.optimizer)
     mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
-    return objective, steps.born_sharded(objective, optimiser, mesh, seed=5)
+    return objective, steps.born_sharded(objective, optimizer, mesh, seed=5)
 
 
 @pytest.fixture(scope="module")
@@ -48,35 +51,35 @@ def imported(tmp_path_factory):
 
 def test_a_teacher_alone_becomes_both_backbones_with_new_heads(imported, capsys):
     objective, born = new_state(config_like_the_dictionary(), Bands.plain(), sharding.make_mesh(fsdp=8))
-    state = init.with_weights(born, imported[True], objective)
-    backbone = checkpoint.load_weights(imported[True]).backbone
+    state = warm_start.with_weights(born, imported[True], objective)
+    backbone = load.load_weights(imported[True]).backbone
     for found, new in ((state.params, born.params), (state.teacher, born.teacher)):
         toy_weights.assert_same(found, new | {"backbone": backbone})
         assert jax.tree.all(jax.tree.map(lambda leaf, like: leaf.sharding == like.sharding, found, new))
     toy_weights.assert_same(state.opt_state, born.opt_state)
     assert "the teacher's backbone for both networks, with new heads" in capsys.readouterr().err
     with pytest.raises(UserError, match="holds the teacher's backbone alone, and no student"):
-        checkpoint.load_weights(imported[True], which="student")
+        load.load_weights(imported[True], which="student")
 
 
 def test_other_grids_and_bands_are_fitted(imported, capsys):
-    old = pera.from_config(config_like_the_dictionary(), Bands.plain())
+    old = pera.PerA.from_config(config_like_the_dictionary(), Bands.plain())
     bands = Bands.plain(("a", "b", "c", "d", "e"))
     config = config_like_the_dictionary(
-        crops__global_size=24, views__saturation=0.0, views__hue=0.0, views__student_grey=0.0
+        crops__global_size=24, pera__views__saturation=0.0, pera__views__hue=0.0, pera__views__student_grayscale=0.0
     )
     objective, born = new_state(config, bands)
-    state = init.with_weights(born, imported[False], objective)
+    state = warm_start.with_weights(born, imported[False], objective)
     for which, found in (("student", state.params), ("teacher", state.teacher)):
-        given = checkpoint.load_weights(imported[False], which=which).params
+        given = load.load_weights(imported[False], which=which).params
         grey = np.random.default_rng(0).normal(size=(2, 24, 24, 1)).astype(np.float32)
         outputs = [
-            network.vit.apply({"params": jax.device_get(tree["backbone"])}, np.tile(grey, (1, 1, 1, len(network.bands))))
+            network.encoder.apply({"params": jax.device_get(tree["backbone"])}, np.tile(grey, (1, 1, 1, len(network.bands))))
             for network, tree in ((old, given), (objective, found))
         ]  # the same image in all bands, at the new size, gives what it gave before
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *outputs)
         toy_weights.assert_same(found["prototype_head"], given["prototype_head"])
-    given = checkpoint.load_weights(imported[False], which="student").params["pixel_head"]
+    given = load.load_weights(imported[False], which="student").params["pixel_head"]
     born = born.params["pixel_head"]
     toy_weights.assert_same(state.params["pixel_head"], given | {name: born[name] for name in ("direction", "gain")})
     said = capsys.readouterr().err
@@ -85,13 +88,13 @@ def test_other_grids_and_bands_are_fitted(imported, capsys):
 
 def test_bands_in_another_order_are_matched_by_name(imported):
     names = ("blue", "red", "green")
-    old = pera.from_config(config_like_the_dictionary(), Bands.plain())
-    objective, born = new_state(config_like_the_dictionary(views__rgb=RGB), Bands.plain(names))
-    state = init.with_weights(born, imported[False], objective)
-    given = checkpoint.load_weights(imported[False], which="student").params
+    old = pera.PerA.from_config(config_like_the_dictionary(), Bands.plain())
+    objective, born = new_state(config_like_the_dictionary(pera__views__rgb=RGB), Bands.plain(names))
+    state = warm_start.with_weights(born, imported[False], objective)
+    given = load.load_weights(imported[False], which="student").params
     image = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
-    wanted = old.vit.apply({"params": given["backbone"]}, image)["class_token"]
-    found = objective.vit.apply({"params": jax.device_get(state.params["backbone"])}, image[..., [2, 0, 1]])["class_token"]
+    wanted = old.encoder.apply({"params": given["backbone"]}, image)["class_token"]
+    found = objective.encoder.apply({"params": jax.device_get(state.params["backbone"])}, image[..., [2, 0, 1]])["class_token"]
     np.testing.assert_allclose(found, wanted, atol=2e-5)
     rows = np.asarray(given["pixel_head"]["direction"]).reshape(16, 3, -1)[:, [2, 0, 1]].reshape(48, -1)
     np.testing.assert_array_equal(state.params["pixel_head"]["direction"], rows)
@@ -99,39 +102,38 @@ def test_bands_in_another_order_are_matched_by_name(imported):
 
 def test_what_does_not_fit_is_named(imported):
     config = config_like_the_dictionary(
-        heads__prototypes=64, model__width=32, model__patch=8, crops__global_size=32, crops__local_size=24
+        pera__heads__prototypes=64, model__width=32, model__patch=8, crops__global_size=32, crops__local_size=24
     )
-    objective, optimiser = pera.from_config(config, Bands.plain()), steps.make_optimiser(config.optimiser)
-    born = jax.eval_shape(lambda: steps.new_state(objective, optimiser, 0))
+    objective, optimizer = pera.PerA.from_config(config, Bands.plain()), steps.make_optimizer(config.optimizer)
+    born = jax.eval_shape(lambda: steps.new_state(objective, optimizer, 0))
     with pytest.raises(UserError, match="does not fit this config: backbone/class_token is .16,. there and .32,. here") as error:
-        init.with_weights(born, imported[False], objective)
+        warm_start.with_weights(born, imported[False], objective)
     assert str(error.value).count(" there and ") > 20 and "prototype_head/gain is (32,) there and (64,) here" in str(error.value)
 
 
 def test_the_centre_begins_as_the_mean_of_the_teachers_outputs(imported, tmp_path, capsys):
-    config = config_like_the_dictionary(init_center_batches=2, accumulate=2)
+    config = config_like_the_dictionary(pera__center_batches=2, accumulate=2)
     config.data.path = toy_data.write(tmp_path / "toy")
     data, mesh = mixture.open_mixture(config.data), sharding.make_mesh(data=4, fsdp=2)
     objective, born = new_state(config, data.bands, mesh)
-    state = init.with_weights(born, imported[False], objective)
-    found = init.with_center(state, config, objective, data, mesh)
+    state = warm_start.with_weights(born, imported[False], objective)
+    found = warm_start.with_estimate(state, config, objective, data, mesh)
 
     outputs = []
-    stream = pipeline.make_pipeline(data, config.crops, batch_size=config.batch_size, seed=config.seed)
+    stream = pipeline.make_pipeline(data, toy_data.crops(config.crops), batch_size=config.batch_size, seed=config.seed)
     teacher, params = jax.device_get((state.teacher, state.params))
     for number in range(2):
-        batch = {kind: value for kind, value in next(stream).items() if kind in pera.KINDS}
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), steps.CENTER), number)
-        views = objective.make_views(objective.examples(key, batch))
+        batch = {kind: value for kind, value in next(stream).items() if kind in objective.crops}
+        views = objective.make_views(objective.prepare(Streams.at(config.seed, "warm_start", number), batch))
         _, out, *_ = jax.jit(lambda views: objective.outputs(params, teacher, views, None))(views)
         outputs.append(np.einsum("bvd,kd->bvk", out.units, out.weights))
     stream.close()
     np.testing.assert_allclose(found.objective["center"], np.concatenate(outputs).mean((0, 1)), atol=1e-5)
     assert float(jnp.linalg.norm(found.objective["center"])) > 1e-2
     assert found.objective["center"].sharding == born.objective["center"].sharding
-    assert "teacher's mean output over 2 batches" in capsys.readouterr().err
-    config.init_center_batches = 0
-    assert init.with_center(state, config, objective, data, mesh) is state
+    assert "estimated over 2 batches" in capsys.readouterr().err
+    never = dataclasses.replace(objective, warm_start_batches=0)
+    assert warm_start.with_estimate(state, config, never, data, mesh) is state
 
 
 def test_going_on_forgets_nothing(one_device, tmp_path):
@@ -140,7 +142,7 @@ def test_going_on_forgets_nothing(one_device, tmp_path):
     data = str(labelled_toys.write_shards(tmp_path / "data", labels))
 
     def settings(steps, rate, start=""):
-        config = config_like_the_dictionary(batch_size=16, data__path=data, init_from=start, init_center_batches=4)
+        config = config_like_the_dictionary(batch_size=16, data__path=data, init_from=start, pera__center_batches=4)
         config.update_from_flattened_dict({"total": f"{steps} steps", "log_every": "50 steps", "checkpoint.every": "100 percent"})
         config.schedules.learning_rate.update(dict(start=rate, peak=rate, end=rate))
         return config
@@ -150,9 +152,9 @@ def test_going_on_forgets_nothing(one_device, tmp_path):
         return probe.probe(str(run), specs.from_names(["knn"], fields, ["knn.k=(20,)"]), output=str(tmp_path / "out"))[0]
 
     train.train(settings(60, 2e-3), str(tmp_path / "first"))
-    shape = checkpoint.load_weights(tmp_path / "first").meta["model"]
+    shape = load.load_weights(tmp_path / "first").meta["model"]
     tree = {
-        root: jax.tree.map(np.asarray, checkpoint.load_weights(tmp_path / "first", which=which).params)
+        root: jax.tree.map(np.asarray, load.load_weights(tmp_path / "first", which=which).params)
         for root, which in (("params", "student"), ("teacher", "teacher"))
     }
     table = released.table(shape["depth"], shape["split"])

@@ -9,10 +9,10 @@ import toy_weights
 
 from pera_jax import export
 from pera_jax.common.errors import UserError
+from pera_jax.encoder import load
 from pera_jax.formats import arrays, tables
 from pera_jax.models import vit
 from pera_jax.training import resume
-from pera_jax.training.checkpoints import checkpoint
 from pera_jax.weights import imports, released, timm
 
 NAMES = ("red", "green", "blue", "nir", "swir")
@@ -32,7 +32,7 @@ def test_any_backbone_comes_back_bit_for_bit_from_either_format(seed, tmp_path):
     arrays.write(file, timm.of_backbone(born, description, side, side))
 
     imports.import_timm(file, tmp_path / "run", options(description))
-    weights = checkpoint.load_weights(tmp_path / "run")
+    weights = load.load_weights(tmp_path / "run")
     toy_weights.assert_same(jax.tree.map(np.asarray, weights.backbone), born)
     assert weights.meta["model"] == description | {"mlp_ratio": weights.meta["model"]["mlp_ratio"]}
     assert weights.meta["bands"] == list(NAMES[: description["bands"]])
@@ -51,7 +51,7 @@ def test_a_released_dictionary_comes_back_bit_for_bit_with_what_a_run_has(tmp_pa
     file = tmp_path / "pera.safetensors"
     arrays.write(file, {f"module.{name}": array for name, array in named.items()})
     imports.import_released(file, tmp_path / "run", imports.Options(heads=2), teacher_only=False)
-    student, teacher = (checkpoint.load_weights(tmp_path / "run", which=which) for which in ("student", "teacher"))
+    student, teacher = (load.load_weights(tmp_path / "run", which=which) for which in ("student", "teacher"))
     tree = jax.tree.map(np.asarray, {"params": student.params, "teacher": teacher.params})
     again = tables.to_named(tree, released.table(3, 1), heads=2, patch=4)
     assert again.keys() == named.keys()
@@ -103,7 +103,7 @@ def test_layer_scale_is_multiplied_in_and_heads_are_left_out(tmp_path):
     wanted = imports.Options(description["heads"])
     meta, left_out = imports.import_timm(tmp_path / "a.safetensors", tmp_path / "run", wanted)
     assert left_out == extras and "LayerScale of" in "".join(meta["imported"]["told"])
-    found = timm.of_backbone(checkpoint.load_weights(tmp_path / "run").backbone, description, side, side)
+    found = timm.of_backbone(load.load_weights(tmp_path / "run").backbone, description, side, side)
     x = rng.normal(size=width).astype(np.float64)
     for i in blocks:
         for j, layer in ((1, "attn.proj"), (2, "mlp.fc2")):

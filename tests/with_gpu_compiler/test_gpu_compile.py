@@ -41,7 +41,7 @@ def test_every_published_config_compiles_for_the_h100(name, number, remat, accum
     config.model.remat, config.accumulate = remat, accumulate
     trial = plan.compile_step(config, devices(number), 16)
     half = config.precision == "bfloat16"
-    assert trial.program.objective.vit.attention == ("cudnn" if half else "xla")
+    assert trial.program.objective.encoder.attention == ("cudnn" if half else "xla")
     if trial.memory is None or not trial.text:
         pytest.fail(f"{name} does not fit on {number} x H100 with 16 images each")
     assert ("__cudnn$fmhaSoftmax" in trial.text) == half and ("__cudnn$fmhaSoftmaxBackward" in trial.text) == half

@@ -21,9 +21,9 @@ import toy_weights  # noqa: E402
 from pera_jax import config as configs  # noqa: E402
 from pera_jax import export, train
 from pera_jax.common.errors import UserError  # noqa: E402
+from pera_jax.encoder import load
 from pera_jax.formats import arrays, pickles  # noqa: E402
 from pera_jax.models import vit  # noqa: E402
-from pera_jax.training.checkpoints import checkpoint  # noqa: E402
 
 REFERENCE = dict(np.load(pathlib.Path(__file__).parents[1] / "files" / "reference_tiny.npz"))
 NAMED = {name[6:]: array for name, array in REFERENCE.items() if name.startswith("final/") and name != "final/center"}
@@ -31,7 +31,7 @@ CLOSE = 1e-4
 
 
 def save(path: pathlib.Path, named=NAMED, prefix: str = "", dtype=torch.float32, legacy: bool = False) -> pathlib.Path:
-    """As training programs save: parameters beside an optimiser whose settings are NumPy scalars."""
+    """As training programs save: parameters beside an optimizer whose settings are NumPy scalars."""
     model = {prefix + name: torch.from_numpy(array).to(dtype) for name, array in named.items()}
     group = {"lr": np.float64(1e-3), "weight_decay": np.float32(0.04), "step": np.int64(3), "on": np.bool_(True)}
     moments = {0: {"exp_avg": torch.zeros(3), "step": torch.tensor(3.0)}}
@@ -45,7 +45,7 @@ def run_of(file: pathlib.Path, folder: pathlib.Path, *extra: str) -> str:
     return str(folder)
 
 
-def ours(weights: checkpoint.Weights, images: np.ndarray) -> dict[str, np.ndarray]:
+def ours(weights: load.Weights, images: np.ndarray) -> dict[str, np.ndarray]:
     return vit.build(weights.meta["model"]).apply({"params": weights.backbone}, images.transpose(0, 2, 3, 1))
 
 
@@ -58,7 +58,7 @@ def ours(weights: checkpoint.Weights, images: np.ndarray) -> dict[str, np.ndarra
 def test_features_agree_with_the_released_program(prefix, dtype, legacy, tmp_path):
     run = run_of(save(tmp_path / "a.params", prefix=prefix, dtype=dtype, legacy=legacy), tmp_path / "run")
     for which in ("teacher", "student"):
-        weights = checkpoint.load_weights(run, which=which)
+        weights = load.load_weights(run, which=which)
         for size in ("same", "other") if dtype == torch.float32 else ():
             tokens = ours(weights, REFERENCE[f"eval/{size}/image"])
             for name, token in (("cls", "class_token"), ("patch", "patch_tokens")):
@@ -135,7 +135,7 @@ def test_vits_of_timm_give_the_same_features_after_import(name, changes, suffix,
     bands = model.patch_embed.proj.in_channels
     flags = ["--bands", "a,b,c,d,e", "--mean", "0,0,0,0,0", "--std", "1,1,1,1,1"] if bands == 5 else []
     export.main(["import-timm", str(file), "--output", str(tmp_path / "run"), *flags])
-    weights = checkpoint.load_weights(tmp_path / "run")
+    weights = load.load_weights(tmp_path / "run")
     images = torch.randn(2, bands, 56, 56)
     with torch.no_grad():
         theirs = model.forward_features(images).numpy()
@@ -183,7 +183,7 @@ def test_timm_gives_the_same_features(run, size, key, tmp_path):
         assert loaded.num_classes == 0
         random = np.random.default_rng(0).normal(size=(2, 3, 96, 48)).astype(np.float32)
         images = REFERENCE[f"eval/{key}/image"] if key else random
-        expected = ours(checkpoint.load_weights(run, which=which), images)
+        expected = ours(load.load_weights(run, which=which), images)
         for model in (loaded, by_path):
             with torch.no_grad():
                 tokens = model.forward_features(torch.from_numpy(images)).numpy()
@@ -207,7 +207,7 @@ def test_the_input_of_the_card_is_that_of_the_probes(run, tmp_path):
     names = {"images": torch.from_numpy(stored)}
     with torch.no_grad():
         exec(code, names)
-    weights = checkpoint.load_weights(run)
+    weights = load.load_weights(run)
     found = features.Extractor(weights.backbone, weights.meta)(stored.transpose(0, 2, 3, 1))
     np.testing.assert_allclose(names["features"].numpy(), found.class_tokens[:, -1], atol=CLOSE)
     np.testing.assert_allclose(names["tokens"][:, 1:].mean(1).numpy(), found.patch_means[:, -1], atol=CLOSE)
@@ -221,7 +221,7 @@ def test_the_released_dictionary_out_and_in_again_is_the_same_bits(run, tmp_path
         np.testing.assert_array_equal(tensor.numpy(), NAMED[name], err_msg=name, strict=True)
     again = run_of(tmp_path / "again.params", tmp_path / "again")
     for which in ("teacher", "student"):
-        one, other = (checkpoint.load_weights(folder, which=which).params for folder in (run, again))
+        one, other = (load.load_weights(folder, which=which).params for folder in (run, again))
         toy_weights.assert_same(one, other)
 
 
@@ -233,13 +233,13 @@ def test_a_training_begins_from_an_import(alone, tmp_path, capsys):
     file = save(tmp_path / "pera.params")
     given = run_of(file, tmp_path / "import", *["--teacher-only"] * alone)
     config = configs.smoke(configs.default())
-    config.total, config.init_from, config.init_center_batches = "2 steps", given, 2
+    config.total, config.init_from, config.pera.center_batches = "2 steps", given, 2
     config.data.path = toy_data.write(tmp_path / "toy")
     config.model.update(dict(width=48, depth=4, heads=3, patch=16))
     config.crops.update(dict(global_size=96, local_size=32))  # another grid than the release's
-    config.heads.update(dict(hidden=64, bottleneck=32, prototypes=96))
+    config.pera.heads.update(dict(hidden=64, bottleneck=32, prototypes=96))
     config.schedules.learning_rate.update(dict(start=0.0, peak=0.0, end=0.0))
-    config.schedules.momentum.update(dict(start=1.0, end=1.0))
+    config.pera.teacher_momentum.update(dict(start=1.0, end=1.0))
     train.train(config, str(tmp_path / "run"))
     said = capsys.readouterr().err
     assert "positions interpolated from 4 x 4 to 6 x 6" in said and "the centre begins as the teacher's mean output" in said
@@ -247,7 +247,7 @@ def test_a_training_begins_from_an_import(alone, tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2] and all(np.isfinite(line["loss"]) for line in lines)
     # Neither network moved: at the release's other size the teacher is still the release's.
-    tokens = ours(checkpoint.load_weights(tmp_path / "run"), REFERENCE["eval/other/image"])
+    tokens = ours(load.load_weights(tmp_path / "run"), REFERENCE["eval/other/image"])
     np.testing.assert_allclose(tokens["class_token"], REFERENCE["eval/other/teacher_cls"], atol=CLOSE)
     with pytest.raises(UserError, match="holds weights imported from pera.params and no run to go on with"):
         config.init_from, config.resume_from = "", given
@@ -262,7 +262,7 @@ def test_mean_std_and_bands_come_back_with_a_released_dictionary(tmp_path, capsy
     export.main(["released", "--run", str(tmp_path / "one"), "--output", str(tmp_path / "again.params")])
     export.main(["import-released", str(tmp_path / "again.params"), "--output", str(tmp_path / "two")])
     assert "heads, bands, mean, std, dtype, ranges from again.params.json" in capsys.readouterr().out
-    one, two = (checkpoint.load_weights(tmp_path / name).meta for name in ("one", "two"))
+    one, two = (load.load_weights(tmp_path / name).meta for name in ("one", "two"))
     assert all(one[name] == two[name] for name in ("model", "bands", "dtype", "ranges", "mean", "std"))
     beside = tmp_path / "again.params.json"
     beside.write_text(beside.read_text().replace("0.2", "0.3", 1))
@@ -301,5 +301,5 @@ def test_the_teacher_of_checkpoints_of_dino_is_taken(tmp_path, capsys):
         images = torch.randn(1, 3, 32, 32)
         with torch.no_grad():
             theirs = models[0].forward_features(images).numpy()
-        found = ours(checkpoint.load_weights(tmp_path / name), images.numpy())
+        found = ours(load.load_weights(tmp_path / name), images.numpy())
         np.testing.assert_allclose(found["class_token"], theirs[:, 0], atol=CLOSE)

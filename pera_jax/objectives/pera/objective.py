@@ -42,8 +42,8 @@ class Views:
 class Draws:
     """All that is drawn for the crops of one type, for a whole batch at once. Leaves are [B, V, ...]."""
 
-    student: views.Jitter
-    teacher: views.Jitter
+    student: color.Jitter
+    teacher: color.Jitter
     masks: masks.Masks
 
 

@@ -11,12 +11,13 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from pera_jax.encoder.load import Weights
 from pera_jax.common import lease
 from pera_jax.common.environment import EnvironmentFault, passing
 from pera_jax.common.errors import UserError
 from pera_jax.common.text import printable, several
 from pera_jax.data.labelled import folders
+from pera_jax.encoder import load
+from pera_jax.encoder.load import Weights
 from pera_jax.parallel import distributed
 from pera_jax.probes.runner import keys, results
 from pera_jax.probes.runner.job import Job, Network, Result

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from pera_jax.encoder.load import Weights, load_weights
 from pera_jax import objectives
 from pera_jax.bands import Bands
 from pera_jax.common.errors import UserError
@@ -18,6 +17,7 @@ from pera_jax.data.labelled import folders, scenes
 from pera_jax.data.labelled.samples import Samples, check_labels, open_samples
 from pera_jax.encoder import extract as features
 from pera_jax.encoder.cache import Cache, digest
+from pera_jax.encoder.load import Weights, load_weights
 from pera_jax.parallel import distributed
 from pera_jax.probes.classification.labelled import Labelled
 from pera_jax.probes.dense import dense

@@ -9,7 +9,6 @@ from pera_jax import objectives
 from pera_jax.common import html
 from pera_jax.reports.folder import Folder
 from pera_jax.reports.sections.curves import column
-from pera_jax.training.checkpoints import checkpoint
 
 _ALARMS = 20  # that are listed
 

@@ -7,9 +7,9 @@ from pera_jax import objectives
 from pera_jax.bands import visible
 from pera_jax.data import pipeline, records
 from pera_jax.data.mixture import Mixture
+from pera_jax.encoder.load import Weights
 from pera_jax.objectives.base import Preview, Streams
 from pera_jax.reports.drawing.grid import Grid, Tile
-from pera_jax.encoder.load import Weights
 
 _SIDE = 188  # px of a tile
 

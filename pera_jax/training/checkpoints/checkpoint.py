@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import jax
 from orbax.checkpoint import v1 as ocp
 
 from pera_jax.common import paths

@@ -8,14 +8,15 @@ import tiny
 from jax.sharding import NamedSharding
 
 from pera_jax.models import drop_path
-from pera_jax.objectives.pera import masks as masking, pera
+from pera_jax.objectives.pera import masks as masking
+from pera_jax.objectives.pera import objective as pera
 from pera_jax.parallel import sharding
 
 
 def residual(branch, x, key, rate, group):
-    """`stochastic_depth.residual` on a whole batch `x`."""
-    depth = stochastic_depth.Depth(key, jnp.arange(len(x) // group), rate, group)
-    return stochastic_depth.residual(branch, x, depth)
+    """`drop_path.residual` on a whole batch `x`."""
+    depth = drop_path.DropPath(key, jnp.arange(len(x) // group), rate, group)
+    return drop_path.residual(branch, x, depth)
 
 
 def ones_kept(key, groups, group, rate=0.3):
@@ -27,9 +28,9 @@ def ones_kept(key, groups, group, rate=0.3):
 
 def test_kept_is_exact_for_every_group_size():
     for group in range(1, 400):
-        assert stochastic_depth.kept_of(group, 0.3) == max(7 * group // 10, 1)  # whole numbers: no rounding to trust
-    assert stochastic_depth.kept_of(10, 0.9) == 1
-    assert stochastic_depth.kept_of(7, 0.0) == 7
+        assert drop_path.kept_of(group, 0.3) == max(7 * group // 10, 1)  # whole numbers: no rounding to trust
+    assert drop_path.kept_of(10, 0.9) == 1
+    assert drop_path.kept_of(7, 0.0) == 7
 
 
 @pytest.mark.parametrize("group, kept", [(1, 1), (2, 1), (3, 2), (10, 7), (16, 11)])
@@ -89,7 +90,7 @@ def test_value_and_gradients_equal_the_masked_formula():
 
 def test_off_without_depth_or_rate():
     x = jnp.arange(6.0).reshape(6, 1, 1)
-    for out in (stochastic_depth.residual(jnp.cos, x, None), residual(jnp.cos, x, jax.random.key(0), 0.0, 3)):
+    for out in (drop_path.residual(jnp.cos, x, None), residual(jnp.cos, x, jax.random.key(0), 0.0, 3)):
         np.testing.assert_array_equal(out, x + jnp.cos(x))
 
 
@@ -98,7 +99,7 @@ def test_parts_of_a_batch_draw_what_the_whole_does():
     whole = residual(jnp.sin, x, key, 0.3, 3)
     places = jnp.array([2, 0])
     part = x.reshape(4, 3, 3, 4)[places].reshape(6, 3, 4)
-    out = stochastic_depth.residual(jnp.sin, part, stochastic_depth.Depth(key, places, 0.3, 3))
+    out = drop_path.residual(jnp.sin, part, drop_path.DropPath(key, places, 0.3, 3))
     np.testing.assert_array_equal(out, whole.reshape(4, 3, 3, 4)[places].reshape(6, 3, 4))
 
 
@@ -130,18 +131,18 @@ def test_every_block_branch_and_kind_has_a_key_of_its_own(monkeypatch, scan):
         )
         return x + branch(x)
 
-    monkeypatch.setattr(stochastic_depth, "residual", spy)
-    settings = tiny.config(crops__local_number=3, stochastic_depth__group=2, model__scan=scan)
+    monkeypatch.setattr(drop_path, "residual", spy)
+    settings = tiny.config(crops__local_number=3, drop_path__group=2, model__scan=scan)
     objective = tiny.objective(settings)
     params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(objective.init, jax.random.key(0)))
 
     @jax.jit
     def run(params, key):
         views = {}
-        for kind, (crops, size) in objective.crops.items():
+        for kind, (crops, size, _) in objective.crops.items():
             masks = masking.sample(key, 4 * crops, objective.parts[kind])
             views[kind] = pera.Views(*[jnp.zeros((4 * crops, size, size, 3))] * 2, masks)
-        depths = objective.depths(key, jnp.arange(4))
+        depths = objective.drop_paths(key, jnp.arange(4))
         return objective.outputs(params, {k: params[k] for k in objective.teacher_keys}, views, depths)[0].units
 
     jax.block_until_ready(run(params, jax.random.key(0)))
