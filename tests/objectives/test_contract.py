@@ -1,0 +1,255 @@
+"""What every method must do, over all that are registered and a toy that is one file beside the tests."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import labelled_toys
+import numpy as np
+import pytest
+
+from pera_jax import config as configs
+from pera_jax import export, features, objectives, plan, probe, report, train
+from pera_jax.bands import Bands
+from pera_jax.common.errors import UserError
+from pera_jax.cost import flops
+from pera_jax.objectives import base
+from pera_jax.parallel import sharding
+from pera_jax.probes.runner import specs
+from pera_jax.training import alarms, schedules
+from pera_jax.training import step as steps
+from pera_jax.weights import card
+
+FAST = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+NAMES = (*objectives.METHODS, "toy_mae")
+
+
+def small(name: str, **changes):
+    """A config whose step compiles in seconds; `changes` are written a__b=value."""
+    config = configs.smoke(configs.default(name))
+    config.precision, config.batch_size = "float32", 16
+    config.crops.update(dict(global_size=32, local_size=24))
+    config.model.update(dict(width=16, depth=2, heads=2, patch=8, remat="none"))
+    config.update_from_flattened_dict({field.replace("__", "."): value for field, value in changes.items()})
+    return config
+
+
+def objective_of(config) -> base.Objective:
+    bands = dataclasses.replace(Bands.plain(), mean=(0.4, 0.45, 0.5), std=(0.2, 0.22, 0.25))
+    return objectives.from_config(config, bands)
+
+
+def batch_of(objective, images: int):
+    rng, side = np.random.default_rng(0), len(objective.bands)
+    return {
+        name: rng.integers(0, 256, (images, spec.number, spec.size, spec.size, side), np.uint8)
+        for name, spec in objective.crops.items()
+    }
+
+
+def scalars_of(config, dtype=np.float32):
+    run = schedules.scalars(config, objectives.method(config.objective).schedules(), steps_per_epoch=1000, total_steps=10**9)
+    return {name: np.asarray(value, dtype) for name, value in (run.at(10**8) | {"learning_rate": 1e-2}).items()}
+
+
+def two_steps(config, mesh, dtype):
+    """State and metrics after two steps in float64, on the host."""
+    config.update(dict(precision=dtype, parameter_precision=dtype))
+    objective, optimizer = objective_of(config), steps.make_optimizer(config.optimizer)
+    where = jax.tree.map(lambda leaf: leaf.sharding, steps.abstract_state(objective, optimizer, mesh))
+    step = steps.jit_step(steps.make_step(objective, optimizer, 0, config.optimizer, config.accumulate), where, mesh)
+    state = steps.born_sharded(objective, optimizer, mesh, 0)
+    with jax.set_mesh(mesh):
+        batch, scalars = batch_of(objective, config.batch_size), scalars_of(config, dtype)
+        compiled = step.lower(state, batch, scalars).compile(FAST)
+        batch = jax.device_put(batch, jax.sharding.NamedSharding(mesh, sharding.BATCH))
+        for _ in range(2):
+            state, metrics = compiled(state, batch, scalars)
+    return jax.device_get((state, metrics))
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def one_device(name):
+    with jax.enable_x64(True):
+        return two_steps(small(name), sharding.make_mesh(devices=jax.devices()[:1]), "float64")
+
+
+def assert_close(one, other, bound=1e-9):
+    def same(a, b):
+        scale = np.abs(np.float64(a)).max() if np.size(a) else 0.0
+        np.testing.assert_allclose(b, a, rtol=0, atol=bound * max(scale, 1e-12))
+
+    jax.tree.map(same, one, other)
+
+
+def test_every_leaf_has_its_rules(name):
+    config = small(name)
+    objective, optimizer = objective_of(config), steps.make_optimizer(config.optimizer)
+    state = steps.abstract_state(objective, optimizer, sharding.make_mesh(fsdp=8))  # raises for a leaf without a rule
+    mask = jax.tree.leaves(steps.decayed(state.params, "matrices", steps.decay_rules(objective)))
+    assert 0 < sum(mask) < len(mask)
+    assert set(objective.teacher_keys) <= set(state.params) and "backbone" in state.params
+    assert set(state.teacher) == set(objective.teacher_keys)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
+    for group, panels in objective.curves:
+        assert group and all(panel.metrics for panel in panels)
+
+
+def test_two_steps_on_eight_devices_are_those_on_one(name, one_device):
+    with jax.enable_x64(True):
+        assert_close(one_device, two_steps(small(name), sharding.make_mesh(data=2, fsdp=2, tensor=2), "float64"))
+    state, metrics = one_device
+    assert np.isfinite(metrics["loss"]) and state.step == 2
+
+
+def test_microbatches_add_up_or_are_refused_in_a_sentence(name, one_device):
+    config, mesh = small(name, accumulate=2), sharding.make_mesh(devices=jax.devices()[:1])
+    try:
+        configs.check(config, 1, 1, 1)
+    except UserError as refusal:
+        assert "accumulate" in str(refusal)
+        return
+    with jax.enable_x64(True):
+        # Only what is a mean over images adds up; norms of statistics need not.
+        state, metrics = two_steps(config, mesh, "float64")
+    assert_close(one_device[0].params, state.params)
+    assert_close(one_device[0].objective, state.objective)
+    assert_close(one_device[1]["loss"], metrics["loss"])
+
+
+def test_drawing_depends_on_seed_name_and_step_only():
+    keys = {
+        (seed, name, step): tuple(jax.random.key_data(base.Streams.at(seed, "step", step)(name)).tolist())
+        for seed in (0, 1) for name in ("examples", "drop_path", "masks", "noise") for step in (0, 1)
+    }  # fmt: skip
+    assert len(set(keys.values())) == len(keys)
+    again = base.Streams.at(1, "step", 1)("masks")
+    assert tuple(jax.random.key_data(again).tolist()) == keys[1, "masks", 1]
+
+
+def test_the_count_of_flops_is_near_what_is_traced(name):
+    """Exactly, but for what a method names: see its own tests."""
+    config = small(name, drop_path__rate=0.0)
+    objective, optimizer = objective_of(config), steps.make_optimizer(config.optimizer)
+    state = jax.eval_shape(lambda: steps.new_state(objective, optimizer, 0))
+    step = steps.make_step(objective, optimizer, 0, config.optimizer)
+    jaxpr = jax.make_jaxpr(step)(state, batch_of(objective, config.batch_size), scalars_of(config)).jaxpr
+    counted = config.batch_size * sum(objective.flops_per_image().values())
+    assert 1.0 <= flops.matrix_products(jaxpr) / counted < 1.6
+
+
+# ---------------------------------------------------------------- a run and what is done with it
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    labels = {"train": list(range(3)) * 12, "test": list(range(3)) * 8}
+    return str(labelled_toys.write_shards(tmp_path_factory.mktemp("data") / "data", labels))
+
+
+def settings(name, data, total=4):
+    config = small(name)
+    config.update_from_flattened_dict(
+        {"data.path": data, "data.workers": 0, "total": f"{total} steps", "log_every": "1 steps", "checkpoint.every": "2 steps",
+         "monitor.data": data, "monitor.images": 24, "monitor.every": "2 steps"}
+    )  # fmt: skip
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(name, data, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp(name) / "run"
+    train.train(settings(name, data), str(workdir))
+    return workdir
+
+
+def lines_of(run) -> list[dict]:
+    lines = [json.loads(line) for line in (pathlib.Path(run) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
+
+
+def test_a_run_resumes_bitwise_and_on_other_devices(name, data, run, tmp_path, monkeypatch):
+    first = settings(name, data)
+    first.resume_from = str(run)
+    (run / "checkpoints" / "4").rename(tmp_path / "4")  # what is left is step 2
+    try:
+        train.train(first, str(tmp_path / "resumed"))
+        make = sharding.make_mesh
+        monkeypatch.setattr(sharding, "make_mesh", lambda **_: make(data=2, fsdp=4))
+        elastic = settings(name, data)
+        elastic.resume_from = str(run)
+        train.train(elastic, str(tmp_path / "elastic"))
+    finally:
+        (tmp_path / "4").rename(run / "checkpoints" / "4")
+    assert lines_of(tmp_path / "resumed") == lines_of(run)[2:]
+    for one, other in zip(lines_of(tmp_path / "elastic"), lines_of(run)[2:], strict=True):
+        np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-4)
+
+
+def test_its_encoder_is_loaded_probed_and_exported(name, data, run, tmp_path, capsys):
+    objective = objective_of(small(name))
+    model = features.load(run)
+    image = np.zeros((32, 32, 3), np.uint8)
+    assert model(image).class_token.shape == (objective.encoder.width,)
+    judged = features.load_weights(run)
+    assert judged.network == ("teacher" if objective.teacher_keys else "student")
+    if not objective.teacher_keys:
+        with pytest.raises(UserError, match="no teacher"):
+            features.load(run, which="teacher")
+    found = probe.probe(str(run), specs.from_names(["knn"], {"data": data}, ["knn.k=(3,)"]), output=str(tmp_path / "probe"))
+    assert 0.0 <= found[0]["value"] <= 1.0
+    export.main(["timm", "--run", str(run), "--output", str(tmp_path / "timm")])
+    np.testing.assert_allclose(features.load(tmp_path / "timm")(image).class_token, model(image).class_token, atol=1e-5)
+    words = card.text(judged, judged.network, 32, 32)
+    assert objectives.method(name).citation in words and "4 steps" in words
+
+
+def test_it_is_reported_and_monitored(name, data, run, tmp_path):
+    page = report.report(str(run), str(tmp_path / "report"), data=data, number=2, number_of_pairs=2).read_text()
+    assert f">{name}<" in page
+    for _, panels in objectives.method(name).curves:
+        assert panels[0].title in page
+    assert all("monitor/knn20" in line for line in lines_of(run) if line["step"] % 2 == 0)
+
+
+def test_it_is_planned(name, data):
+    found = plan.plan(settings(name, data), "local", 2, False, 1000, 0.4, say=lambda line: None)
+    assert found["flops_per_image"] == objective_of(small(name)).flops_per_image()
+
+
+def test_alarms_watch_its_metrics(name, run):
+    objective = objective_of(small(name))
+    watch = alarms.Alarms(objective.health_checks(16), 1e-3)
+    healthy = lines_of(run)[-1]
+    for _ in range(100):
+        assert not watch.update(healthy, 1e-3)
+    diverged = healthy | {"norm/update": healthy["norm/parameters"]}
+    begun = [alarm for _ in range(100) for alarm in watch.update(diverged, 1e-3)]
+    assert [alarm.name for alarm in begun] == ["updates too large"] and "learning_rate.peak" in begun[0].text
+    assert json.loads(json.dumps(watch.state())) == watch.state()
+
+
+def test_a_run_of_another_method_gives_its_backbone(data, run, name, tmp_path, capsys):
+    other = next(each for each in NAMES if each != name)
+    config = settings(other, data, total=1)
+    config.init_from = str(run)
+    train.train(config, str(tmp_path / "run"))
+    assert "the backbone, with new heads" in capsys.readouterr().err
+
+
+def test_unknown_methods_are_refused_by_name(data, tmp_path):
+    config = settings("pera", data)
+    config.objective = "peraa"
+    with pytest.raises(UserError, match="objective='peraa' is not one of pera"):
+        train.train(config, str(tmp_path / "run"))
+    config.objective = "toy_mae"
+    with pytest.raises(UserError, match="no field pera"):
+        train.train(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
