@@ -22,7 +22,7 @@ import tifffile
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from pera_jax.common import errors  # noqa: E402
-from pera_jax.data.images import codecs  # noqa: E402
+from pera_jax.data import codecs  # noqa: E402
 
 _MOST_TILES = 16  # of one file
 

@@ -29,9 +29,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from pera_jax import config as configs  # noqa: E402
 from pera_jax.common import errors, files  # noqa: E402
 from pera_jax.common.errors import UserError  # noqa: E402
+from pera_jax.data import codecs, decode, pipeline, records  # noqa: E402
 from pera_jax.data import crops as geometry  # noqa: E402
-from pera_jax.data import pipeline, records
-from pera_jax.data.images import codecs, decode  # noqa: E402
 from pera_jax.data.mixture import Mixture  # noqa: E402
 from pera_jax.objectives import base  # noqa: E402
 

@@ -46,8 +46,7 @@ from data_prep.geo.scene_reader import Tile
 from pera_jax.common import paths
 from pera_jax.common.errors import UserError, run
 from pera_jax.common.text import printable, several
-from pera_jax.data import records, statistics
-from pera_jax.data.images import codecs
+from pera_jax.data import codecs, records, statistics
 
 _PLACED_BY = {"gcps": "ground control points", "rpcs": "RPCs, at the height that they are centred on"}
 

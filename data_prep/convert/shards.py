@@ -25,8 +25,7 @@ from pera_jax.common import json_files
 from pera_jax.common.environment import EnvironmentFault
 from pera_jax.common.errors import UserError
 from pera_jax.common.text import printable
-from pera_jax.data import records, shard_files, statistics
-from pera_jax.data.images import codecs
+from pera_jax.data import codecs, records, shard_files, statistics
 
 WRITER_OPTIONS = "group_size:1,uncompressed"  # one record per chunk: random access reads no other; JPEG does not shrink
 _PACKED = ("digests", "contents", "histogram")  # bytes, which JSON does not know

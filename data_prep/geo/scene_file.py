@@ -11,7 +11,7 @@ from typing import Any
 from pera_jax.common.environment import EnvironmentFault, environment_fault, passing
 from pera_jax.common.errors import UserError
 from pera_jax.common.text import printable
-from pera_jax.data.images import codecs
+from pera_jax.data import codecs
 
 ENDINGS = (".tif", ".tiff")
 OPEN_SCENES = 16  # that a process keeps open

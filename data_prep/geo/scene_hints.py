@@ -12,8 +12,7 @@ from data_prep.geo.scene_plan import Choice
 from data_prep.geo.scene_reader import Scene, Tile
 from pera_jax.common.errors import UserError
 from pera_jax.common.text import printable
-from pera_jax.data import statistics
-from pera_jax.data.images import codecs
+from pera_jax.data import codecs, statistics
 
 _LOOKED_AT, _SIDE = 24, 512  # tiles that are looked at beforehand, and px of each that are, at most
 _USUAL = (0, 9999, 99999, 65535, 65534, -1, -99, -999, -9999, -99999, -32768, -32767, 1e20, -1e20, 1e30, -1e30)

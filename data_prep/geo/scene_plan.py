@@ -16,8 +16,7 @@ from data_prep.geo.scene_file import ENDINGS
 from data_prep.geo.scene_reader import Scene
 from pera_jax.common.errors import UserError
 from pera_jax.common.text import printable, several
-from pera_jax.data import file_tree
-from pera_jax.data.images import codecs
+from pera_jax.data import codecs, file_tree
 from pera_jax.training.metrics import Progress
 
 Files = dict[str, tuple[str, int]]  # (path, size in bytes) by the name of a scene

@@ -23,7 +23,8 @@ from data_prep.geo import scene_resample
 from data_prep.geo.scene_file import opened, reasons
 from data_prep.geo.scene_place import georeference, metres
 from pera_jax.common.text import printable, several
-from pera_jax.data.images import codecs, tiff_files
+from pera_jax.data import codecs
+from pera_jax.data.images import tiff_files
 
 _SCALED_DTYPES = (*codecs.DTYPES, "int8", "int16", "uint32", "int32", "float64")  # of files whose scale is applied
 _NO_NAMES = ("undefined", "gray", "palette")  # "gray" is what GDAL says of the first band where the file says nothing

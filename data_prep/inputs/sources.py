@@ -19,9 +19,9 @@ from pera_jax.common import classes, environment
 from pera_jax.common.errors import UserError
 from pera_jax.common.text import printable, several
 from pera_jax.data import file_tree
+from pera_jax.data.codecs import ImageDecodeError
 from pera_jax.data.file_tree import Found
 from pera_jax.data.images import foreign
-from pera_jax.data.images.codecs import ImageDecodeError
 
 _NUMBERS = 4  # that a member of an archive is found by, at the most
 

@@ -10,8 +10,7 @@ from tensorflow_datasets.core import read_only_builder
 
 from data_prep.convert import pixels
 from data_prep.convert.shards import Item
-from pera_jax.data import statistics, tfds_sets
-from pera_jax.data.images import codecs
+from pera_jax.data import codecs, statistics, tfds_sets
 
 
 class Examples(Sequence[Item]):

@@ -19,8 +19,7 @@ import numpy as np
 from pera_jax.common import environment, interrupts, json_files
 from pera_jax.common.environment import EnvironmentFault
 from pera_jax.common.text import printable
-from pera_jax.data import records, shard_files, statistics
-from pera_jax.data.images import codecs
+from pera_jax.data import codecs, records, shard_files, statistics
 
 _REPORT_EVERY = 32  # records between two messages of a worker
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pera_jax.common.text import printable
-from pera_jax.data.images import codecs
+from pera_jax.data import codecs
 
 if TYPE_CHECKING:  # `records` calls this module
     from pera_jax.data.records import DatasetInfo, SplitInfo

@@ -25,8 +25,7 @@ from absl import flags
 
 from pera_jax.common import environment, interrupts
 from pera_jax.common.errors import UserError
-from pera_jax.data import records, shared_memory
-from pera_jax.data.images import decode
+from pera_jax.data import decode, records, shared_memory
 from pera_jax.data.mixture import Mixture
 
 _REPLACEMENTS, _NEIGHBOURS, _LEAP = 100, 4, 0x9E3779B1

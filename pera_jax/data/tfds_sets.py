@@ -12,8 +12,7 @@ from tensorflow_datasets.core import constants, features, read_only_builder
 from pera_jax.common import environment
 from pera_jax.common.errors import UserError
 from pera_jax.common.text import several
-from pera_jax.data import records, shard_files
-from pera_jax.data.images import codecs
+from pera_jax.data import codecs, records, shard_files
 
 FORMAT = "array_record"  # of TFDS's file formats the one that is read without TensorFlow, at any place
 

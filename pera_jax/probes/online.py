@@ -13,8 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from pera_jax.bands import Bands
 from pera_jax.common.errors import UserError
-from pera_jax.data import records
-from pera_jax.data.images import codecs
+from pera_jax.data import codecs, records
 from pera_jax.encoder import extract as features
 from pera_jax.objectives.base import Objective
 from pera_jax.parallel import sharding

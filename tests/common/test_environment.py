@@ -18,8 +18,7 @@ from data_prep.inspect import check_shard
 from pera_jax.common import environment
 from pera_jax.common.environment import EnvironmentFault, environment_fault, passing, patiently
 from pera_jax.common.errors import UserError
-from pera_jax.data import shard_files
-from pera_jax.data.images import codecs
+from pera_jax.data import codecs, shard_files
 
 TENSORSTORE = (
     'RESOURCE_EXHAUSTED: Error opening "zarr" driver: Error reading local file "/tmp/a/.zarray": Failed to open: '

@@ -12,8 +12,7 @@ from data_prep import scenes
 from pera_jax import config as configs
 from pera_jax import train
 from pera_jax.common.errors import UserError
-from pera_jax.data import mixture, pipeline, records, statistics
-from pera_jax.data.images import codecs
+from pera_jax.data import codecs, mixture, pipeline, records, statistics
 from pera_jax.data.labelled import samples
 from pera_jax.encoder import extract as features
 from pera_jax.encoder import load

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pera_jax.data import crops, pipeline
-from pera_jax.data.images import codecs, decode
+from pera_jax.data import codecs, crops, decode, pipeline
 
 GLOBAL, LOCAL, ASPECT = (0.4, 1.0), (0.05, 0.4), (0.75, 1.33)
 

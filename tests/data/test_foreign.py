@@ -21,8 +21,8 @@ from data_prep.geo import scene_reader
 from pera_jax.bands import Bands
 from pera_jax.common import environment
 from pera_jax.common.errors import UserError
-from pera_jax.data import records
-from pera_jax.data.images import codecs, foreign, image_errors, tiff_files
+from pera_jax.data import codecs, records
+from pera_jax.data.images import foreign, image_errors, tiff_files
 from pera_jax.data.labelled import folders, samples, scene_files
 from pera_jax.encoder import extract as features
 

@@ -18,8 +18,7 @@ from array_record.python import array_record_module
 from PIL import Image
 
 from pera_jax.common.errors import UserError
-from pera_jax.data import pipeline, records
-from pera_jax.data.images import codecs
+from pera_jax.data import codecs, pipeline, records
 from pera_jax.data.mixture import Mixture
 
 RECORDS, BATCH = 50, 12  # Epochs of four batches; two records are left out of each.

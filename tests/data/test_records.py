@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pera_jax.common.errors import UserError
-from pera_jax.data import float_histogram, records, shard_files, statistics
-from pera_jax.data.images import codecs
+from pera_jax.data import codecs, float_histogram, records, shard_files, statistics
 
 
 def png(value: int) -> bytes:

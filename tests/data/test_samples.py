@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from pera_jax.common.errors import UserError
-from pera_jax.data.images import codecs
+from pera_jax.data import codecs
 from pera_jax.data.labelled import folders as class_folders
 from pera_jax.data.labelled import label_tables, samples
 

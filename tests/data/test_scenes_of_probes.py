@@ -11,7 +11,7 @@ from PIL import Image
 
 from pera_jax.bands import Bands
 from pera_jax.common.errors import UserError
-from pera_jax.data.images import codecs
+from pera_jax.data import codecs
 from pera_jax.data.labelled import scenes
 from pera_jax.probes.dense.overlap import IGNORE
 

@@ -13,8 +13,7 @@ from PIL import Image
 
 from data_prep import tfds
 from pera_jax.common.errors import UserError
-from pera_jax.data import records
-from pera_jax.data.images import codecs
+from pera_jax.data import codecs, records
 from pera_jax.data.labelled import samples
 
 NAMES = ["forest", "river", "town"]

@@ -9,8 +9,7 @@ from toy_files import encode, pack
 from data_prep import images
 from data_prep.inputs import archives, sources
 from pera_jax.common.errors import UserError
-from pera_jax.data import records
-from pera_jax.data.images import codecs
+from pera_jax.data import codecs, records
 
 
 def test_classes_of_several_archives_are_the_folders_in_them(tmp_path):

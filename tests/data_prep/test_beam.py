@@ -17,8 +17,7 @@ from PIL import Image
 from data_prep import beam, images, scenes
 from data_prep.convert import beam_jobs, folder, pixels, shards, split_plan
 from pera_jax.common.errors import UserError
-from pera_jax.data import records, statistics
-from pera_jax.data.images import codecs
+from pera_jax.data import codecs, records, statistics
 
 HAS_BEAM = importlib.util.find_spec("apache_beam") is not None
 ROOT = pathlib.Path(__file__).resolve().parents[2]

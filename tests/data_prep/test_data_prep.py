@@ -18,8 +18,7 @@ from data_prep import demo_scenes, images
 from data_prep.convert import pixels
 from pera_jax.common import lease
 from pera_jax.common.errors import UserError
-from pera_jax.data import file_tree, records
-from pera_jax.data.images import codecs
+from pera_jax.data import codecs, file_tree, records
 
 COLOURS = np.random.default_rng(5).integers(0, 256, (24, 32, 3), np.uint8)
 

@@ -19,8 +19,7 @@ from data_prep.geo import scene_file, scene_hints, scene_plan, scene_reader, sce
 from data_prep.geo.scene_grid import length
 from data_prep.inspect.check_shard import with_data
 from pera_jax.common.errors import UserError
-from pera_jax.data import records, statistics
-from pera_jax.data.images import codecs
+from pera_jax.data import codecs, records, statistics
 
 rasterio = pytest.importorskip("rasterio", reason="the extra `scenes` is not installed")
 from rasterio.control import GroundControlPoint  # noqa: E402

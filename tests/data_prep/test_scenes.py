@@ -18,8 +18,7 @@ from data_prep import scenes
 from data_prep.geo import scene_file, scene_reader
 from data_prep.geo.scene_grid import Grid, length
 from pera_jax.common.errors import UserError
-from pera_jax.data import records, statistics
-from pera_jax.data.images import codecs
+from pera_jax.data import codecs, records, statistics
 
 rasterio = pytest.importorskip("rasterio", reason="the extra `scenes` is not installed")
 from rasterio.enums import ColorInterp  # noqa: E402

@@ -15,8 +15,7 @@ from data_prep import images
 from data_prep.convert import command, folder, pixels, shards, split_plan
 from data_prep.convert import duplicates as duplicate_files
 from data_prep.inputs import sources
-from pera_jax.data import records
-from pera_jax.data.images import codecs
+from pera_jax.data import codecs, records
 
 SECRET = np.full((40, 40, 3), 123, np.uint8)  # lies outside; must never come in
 

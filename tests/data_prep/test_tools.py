@@ -24,8 +24,7 @@ from data_prep.convert import tfds_metadata
 from data_prep.inspect import check_shard, histogram_picture, survey
 from pera_jax.common import html
 from pera_jax.common.errors import UserError
-from pera_jax.data import records, statistics
-from pera_jax.data.images import codecs
+from pera_jax.data import codecs, records, statistics
 
 EVIL = '<script>alert("1")</script>&amp;'
 PLACE = {"source": "scene<b>", "crs": "EPSG:32633", "date": "2020-08-31", "bounds": [0, 0, 320, 320]}

@@ -19,7 +19,8 @@ import pytest
 from pera_jax import export
 from pera_jax.common import errors, files, lease
 from pera_jax.common.errors import UserError
-from pera_jax.data.images import codecs, foreign
+from pera_jax.data import codecs
+from pera_jax.data.images import foreign
 from pera_jax.data.labelled.samples import open_images
 from pera_jax.encoder import feature_folder, stablehlo
 from pera_jax.encoder import model as features

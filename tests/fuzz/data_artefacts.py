@@ -17,8 +17,8 @@ from data_prep.inputs import archives, sources
 from data_prep.inspect import check_shard, folder_info
 from pera_jax.common.errors import UserError
 from pera_jax.common.text import printable
-from pera_jax.data import records, statistics
-from pera_jax.data.images import codecs, foreign
+from pera_jax.data import codecs, records, statistics
+from pera_jax.data.images import foreign
 from pera_jax.data.images.image_errors import ImageDecodeError
 from pera_jax.data.labelled import label_tables, samples, scenes
 

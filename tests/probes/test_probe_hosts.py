@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import toy_hosts
 
-from pera_jax.data.images import codecs
+from pera_jax.data import codecs
 from pera_jax.probes.classification import knn
 from pera_jax.probes.runner import results
 

@@ -17,8 +17,7 @@ from pera_jax import config as configs
 from pera_jax import report
 from pera_jax.bands import Bands
 from pera_jax.common import errors, html
-from pera_jax.data import records
-from pera_jax.data.images import codecs
+from pera_jax.data import codecs, records
 from pera_jax.data.mixture import Mixture
 from pera_jax.encoder import load
 from pera_jax.models import vit

@@ -9,8 +9,7 @@ import numpy as np
 from array_record.python import array_record_module
 from PIL import Image
 
-from pera_jax.data import pipeline, records, statistics
-from pera_jax.data.images import codecs
+from pera_jax.data import codecs, pipeline, records, statistics
 from pera_jax.objectives import base
 
 

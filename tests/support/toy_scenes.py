@@ -11,7 +11,7 @@ from data_prep import scenes
 from data_prep.convert.pixels import Rejected
 from data_prep.geo import scene_plan, scene_tiles
 from data_prep.geo.scene_grid import length
-from pera_jax.data.images import codecs
+from pera_jax.data import codecs
 
 NORTH_UP = rasterio.Affine(10, 0, 500_000, 0, -10, 4_000_000)
 

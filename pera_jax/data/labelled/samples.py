@@ -23,8 +23,8 @@ from pera_jax.bands import Bands
 from pera_jax.common import classes, paths
 from pera_jax.common.errors import UserError
 from pera_jax.common.text import several
-from pera_jax.data import records
-from pera_jax.data.images import codecs, foreign
+from pera_jax.data import codecs, records
+from pera_jax.data.images import foreign
 from pera_jax.data.labelled import folders, label_tables
 from pera_jax.parallel import distributed
 

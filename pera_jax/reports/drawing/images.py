@@ -6,8 +6,7 @@ import numpy as np
 
 from pera_jax.bands import Bands
 from pera_jax.common.errors import UserError
-from pera_jax.data import records
-from pera_jax.data.images import codecs
+from pera_jax.data import codecs, records
 from pera_jax.data.labelled import samples
 from pera_jax.encoder import extract as features
 

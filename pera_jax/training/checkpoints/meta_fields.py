@@ -11,7 +11,7 @@ from pera_jax import config as configs
 from pera_jax.common import json_files
 from pera_jax.common.errors import UserError
 from pera_jax.common.json_files import Count, Finite, Name, Positive
-from pera_jax.data.images import codecs
+from pera_jax.data import codecs
 
 _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 17)]
 _Depth = Annotated[int, msgspec.Meta(ge=1, le=1 << 12)]

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pera_jax.data import codecs
 from pera_jax.data import crops as geometry
-from pera_jax.data.images import codecs, picture_files
+from pera_jax.data.images import picture_files
 
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _REDUCTIONS = (8, 4, 2)
