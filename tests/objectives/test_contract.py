@@ -204,7 +204,7 @@ def test_its_encoder_is_loaded_probed_and_exported(name, data, run, tmp_path, ca
         with pytest.raises(UserError, match="no teacher"):
             features.load(run, which="teacher")
     found = probe.probe(str(run), specs.from_names(["knn"], {"data": data}, ["knn.k=(3,)"]), output=str(tmp_path / "probe"))
-    assert 0.0 <= found[0]["score"] <= 1.0
+    assert all(0.0 <= score["value"] <= 1.0 for score in found[0]["scores"].values())
     export.main(["timm", "--run", str(run), "--output", str(tmp_path / "timm")])
     np.testing.assert_allclose(features.load(tmp_path / "timm")(image).class_token, model(image).class_token, atol=1e-5)
     words = card.text(judged, judged.network, 32, 32)
