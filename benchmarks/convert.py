@@ -33,10 +33,10 @@ sys.path.insert(0, str(_ROOT))
 
 from pera_jax import config as configs  # noqa: E402
 from pera_jax.common import errors, files  # noqa: E402
+from pera_jax.common.progress import Progress  # noqa: E402
 from pera_jax.data import pipeline, records  # noqa: E402
 from pera_jax.data.mixture import Mixture  # noqa: E402
 from pera_jax.objectives import base
-from pera_jax.training.metrics import Progress  # noqa: E402
 
 _KINDS = 500  # different pictures; each image of them differs in a comment, so that no two files are the same
 

@@ -20,8 +20,8 @@ from data_prep.demo.scene_parts import Tones
 from data_prep.demo_scenes import expose, write_once
 from pera_jax.common import paths
 from pera_jax.common.errors import UserError, run
+from pera_jax.common.progress import Progress
 from pera_jax.common.text import printable
-from pera_jax.training.metrics import Progress
 
 VERSION = 1  # of the pictures: goes up when the same seed gives others
 CLASSES = ("forest", "crop_rows", "orchard", "dense_roofs", "solar_farm")

@@ -24,8 +24,8 @@ from data_prep.demo.scene_layouts import LAYOUTS
 from data_prep.demo.scene_parts import Tones
 from pera_jax.common import json_files, paths
 from pera_jax.common.errors import UserError, run
+from pera_jax.common.progress import Progress
 from pera_jax.common.text import printable
-from pera_jax.training.metrics import Progress
 
 VERSION = 1  # of the pictures: goes up when the same seed gives others
 _TEST_EVERY = 5  # one image of each class in five is for testing

@@ -28,9 +28,9 @@ from data_prep.inspect import folder_info, tables
 from data_prep.inspect.check_shard import Findings, Task, check_all, span
 from pera_jax.common import json_files, owned, paths
 from pera_jax.common.errors import UserError, run
+from pera_jax.common.progress import Progress
 from pera_jax.common.text import printable
 from pera_jax.data import records, statistics
-from pera_jax.training.metrics import Progress
 
 _MOST_GREY_LEVELS = 2.0  # between the means of a band by two decoders of the same JPEG files
 

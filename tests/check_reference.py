@@ -23,6 +23,7 @@ from pera_jax.bands import RGB, Bands  # noqa: E402
 from pera_jax.formats import tables
 from pera_jax.objectives.pera import masks as masking  # noqa: E402
 from pera_jax.objectives.pera import objective as pera  # noqa: E402
+from pera_jax.objectives.pera.views import Views  # noqa: E402
 from pera_jax.training import step as steps  # noqa: E402
 from pera_jax.weights import released  # noqa: E402
 
@@ -97,7 +98,7 @@ class Reference:
         """The file orders rows crop by crop; the program sample by sample."""
         return rearrange(array, "(v b) ... -> (b v) ...", v=self.numbers[kind])
 
-    def views(self, step: int) -> dict[str, pera.Views]:
+    def views(self, step: int) -> dict[str, Views]:
         result = {}
         for kind, number in self.numbers.items():
             if not number:
@@ -109,7 +110,7 @@ class Reference:
             order = self.batch_major(self.arrays[f"step{step}/mask/{kind}_order"], kind)
             masks = masking.cut(jnp.asarray(np.argsort(order, axis=1), jnp.int32), self.objective.parts[kind])
             # The file lists tokens in raster order.
-            result[kind] = pera.Views(student, teacher, jax.tree.map(lambda i: jnp.sort(i, axis=1), masks))
+            result[kind] = Views(student, teacher, jax.tree.map(lambda i: jnp.sort(i, axis=1), masks))
         return result
 
 

@@ -8,8 +8,8 @@ import numpy as np
 from data_prep.convert import pixels, processes
 from data_prep.convert.shards import Item
 from pera_jax.common.errors import UserError
+from pera_jax.common.progress import Progress
 from pera_jax.data import codecs
-from pera_jax.training.metrics import Progress
 
 _AT_ONCE = 256  # items that a worker hashes before it asks for more
 _BYTES = 16  # of a hash

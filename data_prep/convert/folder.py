@@ -21,8 +21,8 @@ from data_prep.convert.shards import Item, Part, run_jobs, sync, write_file
 from data_prep.convert.split_plan import Split
 from pera_jax.common import lease
 from pera_jax.common.errors import UserError
+from pera_jax.common.progress import Progress
 from pera_jax.data import records, statistics
-from pera_jax.training.metrics import Progress
 
 # What a folder may hold beside info.json, or without one after a crash.
 _OWN_FILES = ("*.array_record-*-of-*", "*.report.json", "*.inputs.csv", "*.histogram.npz", "dataset_info.json", "features.json", "label.labels.txt")

@@ -15,9 +15,9 @@ from data_prep.geo import scene_reader
 from data_prep.geo.scene_file import ENDINGS
 from data_prep.geo.scene_reader import Scene
 from pera_jax.common.errors import UserError
+from pera_jax.common.progress import Progress
 from pera_jax.common.text import printable, several
 from pera_jax.data import codecs, file_tree
-from pera_jax.training.metrics import Progress
 
 Files = dict[str, tuple[str, int]]  # (path, size in bytes) by the name of a scene
 Reasons = dict[str, str]  # by the name of a scene

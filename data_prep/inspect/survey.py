@@ -12,10 +12,10 @@ from pera_jax.bands import RGB
 from pera_jax.common import json_files
 from pera_jax.common.errors import UserError
 from pera_jax.common.json_files import Finite
+from pera_jax.common.progress import Progress
 from pera_jax.common.text import several
 from pera_jax.data import codecs, records
 from pera_jax.data.images import picture_files
-from pera_jax.training.metrics import Progress
 
 MOST_RECORDS = 100_000  # that a survey looks at; of more, a sample of so many
 THUMBNAIL = 160  # px, the longer side at most

@@ -10,7 +10,7 @@ from pera_jax.common import paths
 from pera_jax.common.errors import UserError
 from pera_jax.config.defaults import default
 from pera_jax.config.renamed import new_name
-from pera_jax.models import vit
+from pera_jax.models import variants
 from pera_jax.objectives.base import Layout
 
 PATHS = ("resume_from", "init_from", "data.path", "monitor.data")
@@ -34,7 +34,7 @@ def check(config: ConfigDict, batch_shards: int, weight_shards: int, hosts: int)
     _check_batch(config, batch_shards, hosts)
     if not 0 <= config.drop_path.rate < 1:
         raise UserError(f"drop_path.rate={config.drop_path.rate} must lie in [0, 1)")
-    crops, patch = config.crops, vit.sizes(config.model)["patch"]
+    crops, patch = config.crops, variants.sizes(config.model)["patch"]
     for kind, number in (("global", crops.global_number), ("local", crops.local_number)):
         size = crops[f"{kind}_size"]
         if number and size % patch:

@@ -61,7 +61,7 @@ def default(objective: str = "pera") -> ConfigDict:
         flip=0.5,  # probability of each of the two flips
     )
     config.model = dict(
-        variant="B/16",  # name/patch in px, see models.vit.VARIANTS; a field below that is not 0 counts instead
+        variant="B/16",  # name/patch in px, see models/variants.py; a field below that is not 0 counts instead
         width=0,
         depth=0,
         heads=0,

@@ -20,12 +20,12 @@ from jax.experimental import multihost_utils
 
 from pera_jax.bands import Bands
 from pera_jax.common.errors import UserError
+from pera_jax.common.progress import Progress
 from pera_jax.data import codecs
 from pera_jax.data import crops as geometry
 from pera_jax.data.labelled.samples import Samples
 from pera_jax.encoder.model import Model
 from pera_jax.parallel import distributed, sharding
-from pera_jax.training.metrics import Progress
 
 MICRO_BATCH = 32  # images per device
 BLOCKS = 4  # last blocks whose tokens are kept

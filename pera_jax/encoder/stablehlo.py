@@ -25,9 +25,9 @@ from jax import export as jax_export
 from pera_jax.common import files, owned
 from pera_jax.common.errors import UserError
 from pera_jax.common.text import printable
+from pera_jax.encoder import fit
 from pera_jax.encoder.load import Weights
 from pera_jax.encoder.model import Model
-from pera_jax.weights import fit
 
 _SUMS = re.compile(r"[0-9a-f]{64}  [^/]*\n", re.DOTALL)
 PLATFORMS = ("cpu", "cuda", "tpu")

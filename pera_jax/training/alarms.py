@@ -7,7 +7,7 @@ bound, however far, and ends when most are within a second, milder one: a single
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from pera_jax.objectives.base import HealthChecks
+from pera_jax.objectives.watched import HealthChecks
 
 DECAY = 0.95  # of averages, for each step: they tell of the last 20
 MOST = 0.85  # of the last steps are beyond a bound when an alarm begins: of steps in a row, the 37th

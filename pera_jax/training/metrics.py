@@ -1,19 +1,16 @@
-"""Where a run's numbers go: `metrics.jsonl`, TensorBoard and one line of progress; alarms; progress of counted loops.
+"""Where a run's numbers go: `metrics.jsonl`, `alarms.jsonl`, TensorBoard and one line of progress.
 
 Keys that start with `time/` hold what a clock measured. All other values are reproducible, also across a resume.
 """
 
-import collections
 import contextlib
 import dataclasses
 import json
 import math
 import os
 import pathlib
-import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
 from tensorboardX.event_file_writer import EventsWriter
@@ -21,11 +18,7 @@ from tensorboardX.proto import event_pb2, summary_pb2
 
 from pera_jax.common import json_files
 from pera_jax.common.errors import UserError
-from pera_jax.common.text import printable
-
-_PIPED_INTERVAL = 10.0  # seconds between the lines of a progress that nobody watches live
-_LIVE_INTERVAL = 0.1
-_RATE_WINDOW = 30.0  # seconds that a rate looks back
+from pera_jax.common.progress import Line, duration_text, rate_text
 
 
 class MetricsWriter:
@@ -59,7 +52,7 @@ class MetricsWriter:
         """
         self._path, alarms = (pathlib.Path(workdir) / name for name in ("metrics.jsonl", "alarms.jsonl"))
         self._total, self._batch_size = total, batch_size
-        self._line = _Line(stream)
+        self._line = Line(stream)
         self._failed = False
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,73 +119,8 @@ class MetricsWriter:
         rate = values.get("time/images_per_second", 0.0)
         if rate > 0:
             left = (self._total - step) * self._batch_size / rate
-            parts += [f"{_rate_text(rate)} images/s", f"ETA {_duration_text(left)}"]
+            parts += [f"{rate_text(rate)} images/s", f"ETA {duration_text(left)}"]
         return "  ".join(parts)
-
-
-class Progress:
-    """Progress of a loop over a known number of things: count, rate, time left.
-
-        with Progress(len(paths), "images", "convert") as progress:
-            for path in paths:
-                ...
-                progress.update()
-
-    shows `convert: 1,200/5,000 images  24%  310/s  ETA 0:12` on stderr: one live line on a terminal, else a plain line
-    every ten seconds; and at the end a line with the count, the time taken and the mean rate.
-    The rate is that of the last half minute, so that the time left is right again soon after a change of speed.
-    """
-
-    def __init__(
-        self,
-        total: int,
-        unit: str,
-        label: str,
-        *,
-        stream: TextIO | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ):
-        """`clock` gives seconds; `stream` is where the lines go, stderr by default."""
-        self._total, self._unit, self._label, self._clock = total, unit, label, clock
-        self._line = _Line(stream)
-        self._done, self._closed = 0, False
-        self._began = self._shown = clock()
-        self._marks = collections.deque([(self._began, 0)])  # (seconds, things done), oldest first
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
-    def update(self, n: int = 1) -> None:
-        """`n` more are done."""
-        self._done += n
-        now = self._clock()
-        if now - self._shown < (_LIVE_INTERVAL if self._line.live else _PIPED_INTERVAL):
-            return
-        self._shown = now
-        while len(self._marks) > 1 and now - self._marks[1][0] >= _RATE_WINDOW:
-            self._marks.popleft()
-        began, before = self._marks[0]
-        self._marks.append((now, self._done))
-        rate = (self._done - before) / (now - began)
-        left = f"  ETA {_duration_text((self._total - self._done) / rate)}" if rate > 0 else ""
-        share = 100 * self._done // self._total if self._total else 100
-        self._line.show(f"{self._counted()}  {share}%  {_rate_text(rate)}/s{left}")
-
-    def close(self) -> None:
-        """Shows the last line; a second call does nothing."""
-        if self._closed:
-            return
-        self._closed = True
-        seconds = self._clock() - self._began
-        rate = f", {_rate_text(self._done / seconds)}/s" if seconds > 0 else ""
-        self._line.show(f"{self._counted()} in {_duration_text(seconds)}{rate}")
-        self._line.end()
-
-    def _counted(self) -> str:
-        return f"{self._label}: {self._done:,}/{self._total:,} {self._unit}"
 
 
 @dataclasses.dataclass
@@ -200,36 +128,6 @@ class _Logged:
     """A line of metrics.jsonl or alarms.jsonl."""
 
     step: json_files.Count
-
-
-class _Line:
-    """One line that is redrawn on a terminal; elsewhere each text is a line of its own."""
-
-    def __init__(self, stream: TextIO | None):
-        self._stream = sys.stderr if stream is None else stream
-        self.live = self._stream.isatty() and os.environ.get("TERM") != "dumb"
-        self._drawn = False
-
-    def show(self, text: str) -> None:
-        if self.live:
-            width = shutil.get_terminal_size().columns - 1  # a full line would wrap and could not be redrawn
-            self._stream.write(f"\r{text[:width]}\x1b[K")  # back to the start of the line; erase what is left of it
-            self._drawn = True
-        else:
-            self._stream.write(text + "\n")
-        self._stream.flush()
-
-    def say(self, text: str) -> None:
-        """A line that stays."""
-        self.end()
-        self._stream.write(printable(text, limit=2000) + "\n")
-        self._stream.flush()
-
-    def end(self) -> None:
-        if self._drawn:
-            self._stream.write("\n")
-            self._stream.flush()
-            self._drawn = False
 
 
 def _cut_back(path: pathlib.Path, last_step: int) -> None:
@@ -274,14 +172,3 @@ def _strict(value: int | float) -> int | float | str:
 
 def _unwritable(folder: pathlib.Path, error: OSError) -> UserError:
     return UserError(f"cannot write to {folder}: {error.strerror}; make room or choose another workdir")
-
-
-def _rate_text(rate: float) -> str:
-    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
-
-
-def _duration_text(seconds: float) -> str:
-    """12 -> "0:12", 3723 -> "1:02:03"."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -20,11 +20,11 @@ from pera_jax.bands import Bands
 from pera_jax.common import files, json_files
 from pera_jax.common.errors import UserError
 from pera_jax.common.text import every, several
-from pera_jax.encoder import exported
+from pera_jax.encoder import exported, fit
 from pera_jax.encoder.load import Weights
 from pera_jax.formats import arrays, tables
 from pera_jax.training.checkpoints import meta_fields
-from pera_jax.weights import card, fit
+from pera_jax.weights import card
 
 _LEFT_OUT = re.compile(r"(head\.|decoder_).*|mask_token")
 _PREFIXES = ("", "teacher.backbone.", "teacher.", "backbone.", "student.backbone.", "student.")  # the first one is taken

@@ -16,12 +16,12 @@ from pera_jax.bands import band_order
 from pera_jax.common.errors import Misfit
 from pera_jax.common.text import every
 from pera_jax.data import pipeline
+from pera_jax.encoder import fit
 from pera_jax.encoder.load import Weights, backbone_alone, load_weights, networks_of
 from pera_jax.objectives.base import Objective, Streams
 from pera_jax.parallel import distributed, sharding
 from pera_jax.training import step as steps
 from pera_jax.training.checkpoints import checkpoint, intact
-from pera_jax.weights import fit
 
 
 def with_weights(state: steps.TrainState, run: str, objective: Objective) -> steps.TrainState:

@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 
 from pera_jax.models import drop_path
 from pera_jax.objectives.pera import masks as masking
-from pera_jax.objectives.pera import objective as pera
+from pera_jax.objectives.pera.views import Views
 from pera_jax.parallel import sharding
 
 
@@ -141,7 +141,7 @@ def test_every_block_branch_and_kind_has_a_key_of_its_own(monkeypatch, scan):
         views = {}
         for kind, (crops, size, _) in objective.crops.items():
             masks = masking.sample(key, 4 * crops, objective.parts[kind])
-            views[kind] = pera.Views(*[jnp.zeros((4 * crops, size, size, 3))] * 2, masks)
+            views[kind] = Views(*[jnp.zeros((4 * crops, size, size, 3))] * 2, masks)
         depths = objective.drop_paths(key, jnp.arange(4))
         return objective.outputs(params, {k: params[k] for k in objective.teacher_keys}, views, depths)[0].units
 

@@ -14,15 +14,17 @@ from einops import rearrange
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from pera_jax.bands import Bands
 from pera_jax.models import flops, vit
-from pera_jax.objectives import base
+from pera_jax.models.precision import Precision
+from pera_jax.objectives import base, watched
 
 
 @dataclasses.dataclass(frozen=True)
 class ToyMae(base.Base):
     encoder: vit.ViT
-    bands: base.Bands
-    precision: base.Precision
+    bands: Bands
+    precision: Precision
     crops: dict[str, base.CropSpec]
     kept: int  # patches that the encoder sees
 
@@ -30,7 +32,7 @@ class ToyMae(base.Base):
     citation: ClassVar = "a toy masked autoencoder"
     sharding_rules: ClassVar = ((r"decoder/kernel$", P("fsdp")), (r"decoder/bias$", P()))
     decay_rules: ClassVar = ((r"decoder/kernel$", True), (r"decoder/bias$", False))
-    curves: ClassVar = (("Loss terms", (base.Panel("Error", False, True, {"loss/error": "error"}),)),)
+    curves: ClassVar = (("Loss terms", (watched.Panel("Error", False, True, {"loss/error": "error"}),)),)
 
     @classmethod
     def default_config(cls):

@@ -11,7 +11,7 @@ from pera_jax.common import environment
 from pera_jax.common.errors import UserError
 from pera_jax.common.text import several
 from pera_jax.data.images import foreign
-from pera_jax.probes.dense.overlap import IGNORE
+from pera_jax.data.images.foreign import NO_LABEL as IGNORE
 
 MASK_ENDINGS = (".png", ".tif", ".tiff")
 

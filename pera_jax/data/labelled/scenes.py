@@ -21,10 +21,10 @@ from pera_jax.common import classes
 from pera_jax.common.errors import UserError
 from pera_jax.common.text import several
 from pera_jax.data.images import foreign
+from pera_jax.data.images.foreign import NO_LABEL as IGNORE
 from pera_jax.data.labelled import scene_files
 from pera_jax.data.labelled.scene_files import Scene
 from pera_jax.parallel import distributed
-from pera_jax.probes.dense.overlap import IGNORE
 
 CHANGE_CLASSES = ("unchanged", "changed")
 CLASSES_FILE = "classes.txt"

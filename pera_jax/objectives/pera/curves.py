@@ -1,6 +1,6 @@
 """Which metrics of a PerA run are drawn together."""
 
-from pera_jax.objectives.base import Panel
+from pera_jax.objectives.watched import Panel
 
 CURVES = (
     ("Loss terms", (

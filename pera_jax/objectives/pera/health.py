@@ -9,8 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from pera_jax.objectives import base
-from pera_jax.objectives.base import Condition, HealthChecks
+from pera_jax.objectives import watched
+from pera_jax.objectives.watched import Condition, HealthChecks
 
 CONDITIONS = (
     Condition(
@@ -34,13 +34,13 @@ CONDITIONS = (
         "the teacher's class tokens are nearly the same for all crops (variance of their directions {variance:.4f} of 1); "
         "lower schedules.learning_rate.peak, or raise pera.loss.koleo_weight",
     ),
-    *base.COMMON_CONDITIONS,
+    *watched.COMMON_CONDITIONS,
 )  # fmt: skip
 
 
 def averaged(values: Mapping[str, float]) -> dict[str, float]:
     """What is averaged, from the metrics of a step. Of the loss what is above its lower bound, the teacher's entropy."""
-    return base.common_averages(values) | {
+    return watched.common_averages(values) | {
         "entropy_nats": values["teacher/entropy"],
         "entropy_of_mean": values["teacher/entropy_of_mean"],
         "prototypes_used": values["teacher/prototypes_in_use"],

@@ -24,27 +24,9 @@ from pera_jax.models.vit import ViT, patchify
 from pera_jax.objectives import base
 from pera_jax.objectives.base import Context, CropSpec, Schedule, Streams
 from pera_jax.objectives.pera import cost, curves, health, masks, preview, settings, views
+from pera_jax.objectives.pera.views import Views
+from pera_jax.objectives.watched import HealthChecks
 from pera_jax.parallel import sharding
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Views:
-    """The crops of one type as both networks see them, batch-major: crop v of sample b is row `b * V + v`."""
-
-    student: jax.Array  # [B V, H, W, C], normalised
-    teacher: jax.Array  # [B V, H, W, C], normalised
-    masks: masks.Masks
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Draws:
-    """All that is drawn for the crops of one type, for a whole batch at once. Leaves are [B, V, ...]."""
-
-    student: color.Jitter
-    teacher: color.Jitter
-    masks: masks.Masks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +89,7 @@ class PerA(base.Base):
         shown = {name: value for name, value in scalars.items() if name != "one_minus_momentum"}
         return shown | {"momentum": 1.0 - scalars["one_minus_momentum"]}
 
-    def health_checks(self, images: int) -> base.HealthChecks:
+    def health_checks(self, images: int) -> HealthChecks:
         return health.checks(self.prototype_head.outputs, images)
 
     @classmethod
@@ -175,30 +157,13 @@ class PerA(base.Base):
         Every leaf has the batch as axis 0, so that the whole can be worked on in microbatches: what is drawn for an image
         depends on its place in the batch and not on the microbatch.
         """
-        key, number, draws = rngs("examples"), len(batch["global"]), {}
-        for index, name in enumerate(self.parts):
-            view_key, mask_key = jax.random.split(jax.random.fold_in(key, index))
-            crops = number * self.crops[name].number
-            drawn = Draws(
-                *views.draw_jitter(view_key, crops, self.views), masks.sample(mask_key, crops, self.parts[name])
-            )
-            draws[name] = jax.tree.map(lambda x: rearrange(x, "(b v) ... -> b v ...", b=number), drawn)
+        number = len(batch["global"])
+        draws = views.draw(rngs("examples"), number, self.crops, self.parts, self.views)
         return {"crops": batch, "draws": draws, "place": jnp.arange(number, dtype=jnp.int32)}
 
     def make_views(self, examples: dict[str, Any]) -> dict[str, Views]:
         """Two views of each crop, with its masks, from (a microbatch of) `prepare`."""
-
-        def view(crops, jitter):
-            return color.apply(crops, jitter, self.bands, self.rgb, self.precision.wide)  # [B V, H, W, C]
-
-        result = {}
-        for name, draws in examples["draws"].items():
-            crops, draws = jax.tree.map(
-                lambda x: rearrange(x, "b v ... -> (b v) ..."), (examples["crops"][name], draws)
-            )  # [B V, ...]
-            student, teacher = (sharding.per_shard(view, crops, jitter) for jitter in (draws.student, draws.teacher))
-            result[name] = Views(student, teacher, draws.masks)
-        return result
+        return views.make(examples["crops"], examples["draws"], self.bands, self.rgb, self.precision.wide)
 
     def loss(self, params, teacher, state, examples, context: Context):
         """The loss on (a microbatch of) what `prepare` gives; arguments and result as `loss_on_views`."""

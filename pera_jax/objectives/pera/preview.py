@@ -7,7 +7,8 @@ import numpy as np
 from einops import rearrange
 
 from pera_jax.bands import as_bytes
-from pera_jax.objectives.base import Preview, Streams
+from pera_jax.objectives.base import Streams
+from pera_jax.objectives.watched import Preview
 
 COLUMNS = ("crop", "masks", "student sees", "teacher sees", "to be guessed", "the guess")
 TINTS = {"student": (230, 120, 0), "learnable": (30, 180, 90), "teacher": (40, 110, 235)}

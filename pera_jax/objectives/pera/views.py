@@ -5,14 +5,40 @@ teacher's gets color jitter with probability 0.1. Geometry is shared and was set
 crop, student and teacher draw independently.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from pera_jax.augment import color
-from pera_jax.bands import rgb_indices
+from pera_jax.bands import Bands, rgb_indices
 from pera_jax.common.errors import UserError
+from pera_jax.objectives.base import CropSpec
+from pera_jax.objectives.pera import masks
+from pera_jax.objectives.pera.masks import Masks
+from pera_jax.parallel import sharding
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Views:
+    """The crops of one type as both networks see them, batch-major: crop v of sample b is row `b * V + v`."""
+
+    student: jax.Array  # [B V, H, W, C], normalised
+    teacher: jax.Array  # [B V, H, W, C], normalised
+    masks: Masks
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """All that is drawn for the crops of one type, for a whole batch at once. Leaves are [B, V, ...]."""
+
+    student: color.Jitter
+    teacher: color.Jitter
+    masks: Masks
 
 
 def check(settings: Any, rgb: tuple[str, ...], names: tuple[str, ...]) -> None:
@@ -55,3 +81,32 @@ def draw_jitter(key: jax.Array, number: int, settings: Any) -> tuple[color.Jitte
     teacher_changed = happens(teacher_change_key, settings["teacher_jitter"])
     teacher_factors = jnp.where(teacher_changed, teacher.factors, color.UNCHANGED)
     return color.Jitter(student_factors, student.order), color.Jitter(teacher_factors, teacher.order)
+
+
+def draw(
+    key: jax.Array, number: int, crops: dict[str, CropSpec], parts: dict[str, masks.Counts], settings: Any
+) -> dict[str, Draws]:
+    """Everything that is drawn for the crops of `number` images, for each crop type; leaves are [B, V, ...]."""
+    draws = {}
+    for index, (name, counts) in enumerate(parts.items()):
+        view_key, mask_key = jax.random.split(jax.random.fold_in(key, index))
+        total = number * crops[name].number
+        drawn = Draws(*draw_jitter(view_key, total, settings), masks.sample(mask_key, total, counts))
+        draws[name] = jax.tree.map(lambda x: rearrange(x, "(b v) ... -> b v ...", b=number), drawn)
+    return draws
+
+
+def make(
+    crops: dict[str, jax.Array], draws: dict[str, Draws], bands: Bands, rgb: color.Rgb, dtype: Any
+) -> dict[str, Views]:
+    """Two views of each crop, with its masks, from crops [B, V, H, W, C] in the stored dtype."""
+
+    def view(crops, jitter):
+        return color.apply(crops, jitter, bands, rgb, dtype)  # [B V, H, W, C]
+
+    result = {}
+    for name, drawn in draws.items():
+        flat, drawn = jax.tree.map(lambda x: rearrange(x, "b v ... -> (b v) ..."), (crops[name], drawn))  # [B V, ...]
+        student, teacher = (sharding.per_shard(view, flat, jitter) for jitter in (drawn.student, drawn.teacher))
+        result[name] = Views(student, teacher, drawn.masks)
+    return result

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from pera_jax.common import html
-from pera_jax.objectives.base import Panel
+from pera_jax.objectives.watched import Panel
 from pera_jax.reports.drawing import charts
 from pera_jax.reports.drawing.charts import Chart, Series
 

@@ -8,7 +8,8 @@ from pera_jax.bands import visible
 from pera_jax.data import pipeline, records
 from pera_jax.data.mixture import Mixture
 from pera_jax.encoder.load import Weights
-from pera_jax.objectives.base import Preview, Streams
+from pera_jax.objectives.base import Streams
+from pera_jax.objectives.watched import Preview
 from pera_jax.reports.drawing.grid import Grid, Tile
 
 _SIDE = 188  # px of a tile
