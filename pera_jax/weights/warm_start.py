@@ -57,7 +57,7 @@ def with_weights(state: steps.TrainState, run: str, objective: Objective) -> ste
         return objective.adapt(result, new, there["patch"], *bands) if whole else result
 
     if band_order(*bands) is None:
-        said.append(f"the first layer's mean over {len(bands[0])} bands for each of {len(bands[1])}")
+        said.append(f"the first layer's mean over {len(bands[0])} bands for each of {len(bands[1])}, with new layers where they count bands")
     elif set(bands[0]) != set(bands[1]):
         said.append(f"the bands {', '.join(bands[0])} taken for {', '.join(bands[1])}")
     params = fitted(student, state.params)

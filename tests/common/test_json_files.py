@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.convert import folder as shard_folders
+from data_prep.convert import split_plan
 from data_prep.convert.shards import Part
 from pera_jax.common import json_files
 from pera_jax.common.errors import UserError
@@ -88,8 +89,8 @@ def test_a_meta_that_no_run_has_is_refused():
         ("ranges", [[0, 255], [5, 5], [0, 255]], "a range has a lower end"),
         ("dtype", "int8", "dtype: unknown value 'int8'"),
         ("config.model.depth", "4", "config.model.depth: expected int, got str"),
-        ("config.pera.heads.hidden", 0, "config.pera.heads.hidden: expected a number from 1 on, got 0"),
-        ("config.masks", 3, "config.masks: expected fields of its own, got int"),
+        ("config.pera.heads.hidden", -1, "config.pera.heads.hidden: expected a number from 0 on, got -1"),
+        ("config.pera.masks", 3, "config.pera.masks: expected fields of its own, got int"),
         ("config.data.path", None, "config.data.path: expected str, got NoneType"),
         ("data", None, "data: expected object, got null"),
     ]:
@@ -115,7 +116,7 @@ def test_results_plans_and_parts_name_the_file_and_the_field(tmp_path, capsys):
     split.partial.mkdir()
     (split.partial / "plan.json").write_text('{"source": 3}')
     with pytest.raises(UserError, match=r"plan.json is damaged: source: expected str, got int; remove .*partial, and begin again"):
-        shard_folders.check_unfinished(split)
+        split_plan.check_unfinished(split)
 
     part = Part("s", 5, 1, bytes(32), bytes(16), statistics.to_bytes(np.ones((3, 256), np.int64)), [("k", "x")], [], [], {"c": 1})
     part.save(split.partial)

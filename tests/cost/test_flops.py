@@ -13,7 +13,7 @@ import tiny
 from conftest import FAST
 
 from pera_jax.cost import flops
-from pera_jax.losses import prototypes as losses
+from pera_jax.losses import koleo as koleo_term
 from pera_jax.models import positions
 from pera_jax.models.drop_path import kept_of
 from pera_jax.training import step as steps
@@ -33,9 +33,9 @@ def of_step(config) -> float:
 
 def scores(objective, kind: str) -> float:
     """Of the student's attention, query times key, over all blocks on the crops that one image has of a kind."""
-    vit, parts, group = objective.encoder, objective.parts[kind], objective.depth_group
+    vit, parts, group = objective.encoder, objective.parts[kind], objective.drop_path_group
     crops = objective.crops[kind][0]
-    kept = kept_of(group * crops, objective.depth_rate) / (group * crops) if objective.depth_rate else 1.0
+    kept = kept_of(group * crops, objective.drop_path_rate) / (group * crops) if objective.depth_rate else 1.0
     lower = 1 + parts.student
     upper = lower + (parts.learnable if kind == "global" else 0)
     return crops * kept * 2 * vit.width * (vit.split * lower**2 + (vit.depth - vit.split) * upper**2)
@@ -48,13 +48,13 @@ def beside_the_method(config) -> float:
     The class term keeps no logits, of either network, and the student's blocks no scores: the backward pass computes them.
     """
     objective = tiny.objective(config)
-    heads, side = config.heads, config.crops.global_size // config.model.patch
+    heads, side = config.pera.heads, config.crops.global_size // config.model.patch
     units = jnp.ones((config.batch_size, config.crops.global_number, heads.bottleneck))
     weights = jnp.ones((heads.prototypes, heads.bottleneck))
     group = config.pera.loss.koleo_group or config.batch_size
 
     def koleo(units, weights):
-        return losses.koleo(units, weights, group, objective.precision)
+        return koleo_term.koleo(units, weights, group, objective.precision)
 
     total = traced(jax.grad(koleo, (0, 1)), units, weights)
     logits = 2 * heads.prototypes * heads.bottleneck

@@ -68,12 +68,12 @@ REFUSED = {
     "data.normalize=imagenet is for the bands red, green, blue": (["four"], {}),
     "must be one \\(low, high\\) for all bands": (["deep"], {"data__ranges": ((0, 1),) * 2}),
     "with low < high": (["deep"], {"data__ranges": ((5, 5),)}),
-    "say with data.ranges what maps": (["deep", "other"], {"data__normalise": "dataset"}),
+    "say with data.ranges what maps": (["deep", "other"], {"data__normalize": "dataset"}),
     "holds float32, and uint16 is needed": (["deep", "float"], {"data__ranges": ((0, 9000),)}),
     "has no band 'infrared'": (["four", "rgb"], {}),
     "names a data set twice": (["rgb", "rgb"], {}),
     "a positive number for each of the 2": (["rgb", "more"], {"data__weights": (1.0,)}),
-    "or its range holds none": (["deep"], {"data__normalise": "dataset", "data__ranges": ((6000, 7000),)}),
+    "or its range holds none": (["deep"], {"data__normalize": "dataset", "data__ranges": ((6000, 7000),)}),
 }
 
 
@@ -128,12 +128,12 @@ def sentinel(tmp_path) -> str:
 
 
 def test_thirteen_bands_of_uint16_train_and_resume_and_their_features_are_extracted(folders, tmp_path):
-    colourless = {"views__saturation": 0.0, "views__hue": 0.0}
+    colourless = {"pera__views__saturation": 0.0, "pera__views__hue": 0.0}
     folders = folders | {"deep": sentinel(tmp_path)}
     config = settings(folders, "deep", "other", data__normalize="dataset", data__ranges=((0, 10000),), **colourless)
     config.update_from_flattened_dict({"total": "20 steps", "checkpoint.every": "10 steps", "data.weights": (1.0, 3.0)})
     workdir = str(tmp_path / "run")
-    with pytest.raises(UserError, match="pera.views.student_grayscale is 0.1, which is for red, green and blue only"):
+    with pytest.raises(UserError, match="pera.views.student_grayscale=0.1 needs to know which bands are red, green and blue"):
         train.train(config, workdir)
     assert not (tmp_path / "run").exists()
     config.pera.views.student_grayscale = 0.0

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
+from pera_jax.losses import koleo
 from pera_jax.losses import prototypes as losses
 from pera_jax.models import positions
 from pera_jax.models.precision import Precision
@@ -89,7 +90,7 @@ def test_matrix_products_take_bfloat16_save_a_named_few(traced, part):
         return lambda *x: jax.value_and_grad(lambda *y: jnp.sum(f(*y)), tuple(range(len(x))))(*x)
 
     allowed = [
-        jax.make_jaxpr(gradient(lambda u, w: losses.koleo(u, w, 4, policy)))(units, weights),
+        jax.make_jaxpr(gradient(lambda u, w: koleo.koleo(u, w, 4, policy)))(units, weights),
         jax.make_jaxpr(lambda t: losses.mean_output(t, policy))(teacher),
         jax.make_jaxpr(gradient(lambda g: positions.resample(g, 3, 3)))(grid),
     ]

@@ -280,5 +280,5 @@ def test_fields_for_red_green_blue_only(field):
 
 @pytest.mark.parametrize(("field", "value"), [("hue", 0.6), ("brightness", -0.1), ("student_change", 1.2)])
 def test_fields_out_of_range_are_named(field, value):
-    with pytest.raises(UserError, match=rf"views\.{field} is {value}"):
+    with pytest.raises(UserError, match=rf"pera\.views\.{field}={value} must lie"):
         make_views(jax.random.key(0), jnp.zeros((2, 4, 4, 3), jnp.uint8), SETTINGS | {field: value})

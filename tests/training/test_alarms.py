@@ -46,7 +46,7 @@ def feed(watch, steps, changes=None, rate=1e-3, noise=None):
 
 
 def test_every_condition_is_tried():
-    assert set(ILL) == {condition.name for condition in alarms.CONDITIONS}
+    assert set(ILL) == {condition.name for condition in health.CONDITIONS}
     assert set(watch().metrics()) == {alarms.metric(name) for name in ILL}
 
 
@@ -68,7 +68,7 @@ def test_a_moment_is_no_alarm(name):
     """Nor a value that comes and goes, nor what is normal until the learning rate has come to its peak."""
     run = watch()
     assert not feed(run, 100) and not feed(run, 30, ILL[name]) and not feed(run, 300)
-    condition = next(condition for condition in alarms.CONDITIONS if condition.name == name)
+    condition = next(condition for condition in health.CONDITIONS if condition.name == name)
     before_peak = feed(watch(), 300, ILL[name], rate=0.9e-3)
     assert bool(before_peak) == (not condition.after_peak and name != "loss diverges")  # which was as large at the start
 

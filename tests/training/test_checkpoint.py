@@ -145,7 +145,7 @@ def test_what_is_not_there_is_named(run, tmp_path, state):
     store = checkpoint_store.Store(str(tmp_path), keep_last=1, keep_every=1)
     store.save(state, meta_of(config, objective) | {"format_version": 99}, {"batches": 0, "replaced": 0})
     store.close()
-    with pytest.raises(UserError, match="has format version 99, this program reads 2 and 3"):
+    with pytest.raises(UserError, match="has format version 99, this program reads 2, 3, 4"):
         load.load_weights(tmp_path)
 
 

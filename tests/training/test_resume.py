@@ -63,9 +63,9 @@ def test_what_makes_another_run_never_changes():
 
 def test_a_config_of_an_earlier_version_had_the_default_of_fields_that_it_did_not_know():
     before = meta_of(changed())
-    del before["config"]["stall_seconds"], before["config"]["loss"]["pixel_weight"]
+    del before["config"]["stall_seconds"], before["config"]["pera"]["loss"]["pixel_weight"]
     assert check(before, meta_of(changed())) == []
-    with pytest.raises(UserError, match="its loss.pixel_weight is 0.01, this config gives 0.5"):
+    with pytest.raises(UserError, match="its pera.loss.pixel_weight is 0.01, this config gives 0.5"):
         check(before, meta_of(changed(pera__loss__pixel_weight=0.5)))
 
 
@@ -91,7 +91,7 @@ def test_changed_data_keep_the_statistics_that_the_run_was_trained_with(tmp_path
     settings.allow_changed_data = True
     assert resume.with_own_statistics(second, found, settings).bands == first.bands
     assert resume.with_own_statistics(second, None, settings) is second
-    settings.normalise = "imagenet"  # asked for other ones, which is another run
+    settings.normalize = "imagenet"  # asked for other ones, which is another run
     assert resume.with_own_statistics(second, found, settings) is second
     before, now = found, found | {"data": second.card()}
     (said,) = check(before, now, allow_changed_data=True)

@@ -67,13 +67,13 @@ def test_one_minus_momentum_keeps_its_digits_near_one():
 
 
 def test_short_ramps():
-    one = build(**{"learning_rate.warmup": "1 steps", "learning_rate.start": 1e-4, "learning_rate.peak": 2e-3})
+    one = build(**{"schedules.learning_rate.warmup": "1 steps", "schedules.learning_rate.start": 1e-4, "schedules.learning_rate.peak": 2e-3})
     assert one.at(0)["learning_rate"] == 1e-4
     assert one.at(1)["learning_rate"] == 2e-3
-    none = build(**{"learning_rate.warmup": "0 steps", "teacher_temperature.warmup": "0 epochs"})
+    none = build(**{"schedules.learning_rate.warmup": "0 steps", "pera.teacher_temperature.warmup": "0 epochs"})
     assert none.at(0)["learning_rate"] == 1e-3
     assert none.at(0)["teacher_temperature"] == 0.05
-    whole = build(total_steps=200, **{"teacher_temperature.warmup": "100 percent"})
+    whole = build(total_steps=200, **{"pera.teacher_temperature.warmup": "100 percent"})
     assert whole.at(199)["learning_rate"] == 1e-3
     assert whole.at(200)["learning_rate"] == 1e-6
 
@@ -112,12 +112,12 @@ def test_durations_without_a_meaning(value, total, per_epoch, message):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("learning_rate.warmup", "201 epochs", "schedules.learning_rate.warmup .* 2010 steps, longer than the run"),
-        ("teacher_temperature.warmup", "101 percent", "pera.teacher_temperature.warmup .* longer than the run"),
-        ("momentum.start", 1.5, "pera.teacher_momentum.start is 1.5: it must be at least 0 and at most 1"),
-        ("teacher_temperature.start", 0.0, "pera.teacher_temperature.start is 0.0: it must be above 0"),
-        ("student_temperature", -0.1, "pera.student_temperature"),
-        ("learning_rate.peak", float("nan"), "schedules.learning_rate.peak is nan"),
+        ("schedules.learning_rate.warmup", "201 epochs", "schedules.learning_rate.warmup=.* 2010 steps, longer than the run"),
+        ("pera.teacher_temperature.warmup", "101 percent", "pera.teacher_temperature.warmup=.* longer than the run"),
+        ("pera.teacher_momentum.start", 1.5, "pera.teacher_momentum.start=1.5 must be >= 0 and <= 1"),
+        ("pera.teacher_temperature.start", 0.0, "pera.teacher_temperature.start=0.0 must be > 0"),
+        ("pera.student_temperature", -0.1, "pera.student_temperature"),
+        ("schedules.learning_rate.peak", float("nan"), "schedules.learning_rate.peak=nan must be a finite number"),
     ],
 )
 def test_values_out_of_range_are_named(field, value, message):

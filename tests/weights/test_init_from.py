@@ -57,7 +57,7 @@ def test_a_teacher_alone_becomes_both_backbones_with_new_heads(imported, capsys)
         toy_weights.assert_same(found, new | {"backbone": backbone})
         assert jax.tree.all(jax.tree.map(lambda leaf, like: leaf.sharding == like.sharding, found, new))
     toy_weights.assert_same(state.opt_state, born.opt_state)
-    assert "the teacher's backbone for both networks, with new heads" in capsys.readouterr().err
+    assert "the backbone, with new heads" in capsys.readouterr().err
     with pytest.raises(UserError, match="holds the teacher's backbone alone, and no student"):
         load.load_weights(imported[True], which="student")
 
@@ -83,13 +83,13 @@ def test_other_grids_and_bands_are_fitted(imported, capsys):
     born = born.params["pixel_head"]
     toy_weights.assert_same(state.params["pixel_head"], given | {name: born[name] for name in ("direction", "gain")})
     said = capsys.readouterr().err
-    assert "from 4 x 4 to 6 x 6 patches" in said and "mean over 3 bands for each of 5, with a new last layer" in said
+    assert "from 4 x 4 to 6 x 6 patches" in said and "mean over 3 bands for each of 5, with new layers" in said
 
 
 def test_bands_in_another_order_are_matched_by_name(imported):
     names = ("blue", "red", "green")
     old = pera.PerA.from_config(config_like_the_dictionary(), Bands.plain())
-    objective, born = new_state(config_like_the_dictionary(pera__views__rgb=RGB), Bands.plain(names))
+    objective, born = new_state(config_like_the_dictionary(data__rgb=RGB), Bands.plain(names))
     state = warm_start.with_weights(born, imported[False], objective)
     given = load.load_weights(imported[False], which="student").params
     image = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)

@@ -56,7 +56,7 @@ def test_a_released_dictionary_comes_back_bit_for_bit_with_what_a_run_has(tmp_pa
     again = tables.to_named(tree, released.table(3, 1), heads=2, patch=4)
     assert again.keys() == named.keys()
     toy_weights.assert_same(again, named)
-    assert student.meta["config"]["heads"] == {"hidden": 12, "bottleneck": 8, "prototypes": 32}
+    assert student.meta["config"]["pera"]["heads"] == {"hidden": 12, "bottleneck": 8, "prototypes": 32}
     with pytest.raises(UserError, match="holds weights imported from pera.safetensors and no run to go on with"):
         resume.check_same_run(student.meta, student.meta, "runs/a", allow_changed_data=True)
 

@@ -48,7 +48,7 @@ def counts(patches: int, student_share: float, teacher_share: float, needs_learn
     result = Counts(n_student, n_learnable, patches - n_student - n_learnable)
     if min(n_student, result.teacher) < 1 or n_learnable < int(needs_learnable):
         raise UserError(
-            f"masks.student={student_share} and masks.teacher={teacher_share} cut {patches} patches into {n_student} for "
+            f"pera.masks.student={student_share} and pera.masks.teacher={teacher_share} cut {patches} patches into {n_student} for "
             f"the student, {n_learnable} learnable and {result.teacher} for the teacher; each part needs at least one "
             "patch: use larger crops, smaller patches or other shares"
         )

@@ -1,7 +1,7 @@
 """PerA: its networks, its state beside the parameters, and its loss on a batch.
 
 Shen et al., "A Contrastive Learning Foundation Model Based on Perfectly Aligned Sample Pairs for Remote Sensing
-Images", arXiv:2505.19447. One crop, two views, disjoint patches for student and teacher.
+Images", arXiv:2505.19447. One crop, two views, disjoint patches.
 """
 
 import dataclasses
@@ -9,12 +9,11 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from jax.sharding import PartitionSpec as P
 
 from pera_jax.augment import color
-from pera_jax.bands import Bands, band_order, rgb_indices
+from pera_jax.bands import Bands, rgb_indices
 from pera_jax.losses import koleo, pixels, prototypes
 from pera_jax.models import heads, vit
 from pera_jax.models.drop_path import DropPath
@@ -23,7 +22,7 @@ from pera_jax.models.precision import Precision
 from pera_jax.models.vit import ViT, patchify
 from pera_jax.objectives import base
 from pera_jax.objectives.base import Context, CropSpec, Schedule, Streams
-from pera_jax.objectives.pera import cost, curves, health, masks, preview, settings, views
+from pera_jax.objectives.pera import cost, curves, health, masks, preview, settings, transfer, views
 from pera_jax.objectives.pera.views import Views
 from pera_jax.objectives.watched import HealthChecks
 from pera_jax.parallel import sharding
@@ -99,8 +98,8 @@ class PerA(base.Base):
         Raises:
           UserError: crops that the patch does not divide, masks with an empty part, sizes that do not fit together.
         """
-        own, patch = config.pera, config.model.patch
-        encoder = vit.from_config(config, len(bands), device)
+        own, encoder = config.pera, vit.from_config(config, len(bands), device)
+        patch = encoder.patch
         crops = base.crop_specs(config.crops)
         parts = {
             name: masks.counts(
@@ -241,9 +240,8 @@ class PerA(base.Base):
             "teacher/kl_to_uniform": jnp.log(len(center)) - teacher["teacher_entropy_of_mean"],
             "teacher/feature_variance": 1 - jnp.sum(jnp.square(aux["token"])),
             "teacher/unit_variance": 1 - jnp.sum(jnp.square(aux["unit"])),
-            "teacher/center_norm": jnp.linalg.norm(center),
-            "kl": teacher["kl"],
-        }
+            "teacher/center_norm": jnp.linalg.norm(center), "kl": teacher["kl"],
+        }  # fmt: skip
         return {"center": center}, metrics
 
     def outputs(self, params, teacher, views, drop_path):
@@ -310,14 +308,7 @@ class PerA(base.Base):
         return state | {"center": estimate}, f"the center starts as the teacher's mean output, of norm {norm:.3g}"
 
     def adapt(self, params, new, patch: int, there: tuple[str, ...], here: tuple[str, ...]):
-        """The pixel head for other bands: rows of its last layer are ordered row, column, band."""
-        if "pixel_head" not in params or there == here:
-            return params
-        order, head = band_order(there, here), params["pixel_head"]
-        if order is None:
-            return params | {"pixel_head": head | {name: new["pixel_head"][name] for name in ("direction", "gain")}}
-        rows = np.arange(patch * patch * len(there)).reshape(-1, len(there))[:, order].reshape(-1)
-        return params | {"pixel_head": head | {name: np.asarray(head[name])[rows] for name in ("direction", "gain")}}
+        return transfer.adapt(params, new, patch, there, here)
 
     def preview(self, networks, batch, rngs, channels):
         return preview.preview(self, networks, batch, rngs, channels)
