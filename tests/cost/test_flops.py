@@ -35,7 +35,7 @@ def scores(objective, kind: str) -> float:
     """Of the student's attention, query times key, over all blocks on the crops that one image has of a kind."""
     vit, parts, group = objective.encoder, objective.parts[kind], objective.drop_path_group
     crops = objective.crops[kind][0]
-    kept = kept_of(group * crops, objective.drop_path_rate) / (group * crops) if objective.depth_rate else 1.0
+    kept = kept_of(group * crops, objective.drop_path_rate) / (group * crops) if objective.drop_path_rate else 1.0
     lower = 1 + parts.student
     upper = lower + (parts.learnable if kind == "global" else 0)
     return crops * kept * 2 * vit.width * (vit.split * lower**2 + (vit.depth - vit.split) * upper**2)

@@ -22,6 +22,7 @@ from pera_jax.data.mixture import Mixture
 from pera_jax.encoder import load
 from pera_jax.models import vit
 from pera_jax.objectives.pera import objective as pera
+from pera_jax.objectives.pera import preview
 from pera_jax.reports import folder
 from pera_jax.reports.drawing import charts, images
 from pera_jax.reports.drawing import grid as grids
@@ -66,7 +67,7 @@ def run(tmp_path_factory, data) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("run")
     config = configs.smoke(configs.default())
     config.data.update(dict(path=str(data), bands=("red", "green", "nir")))
-    config.pera.views.update(dict(rgb=("nir", "red", "green")))
+    config.data.rgb = ("nir", "red", "green")
     bands = Bands(("red", "green", "nir"), "uint16", ((0.0, 5000.0),) * 3, (0.4,) * 3, (0.1,) * 3)
     objective = pera.PerA.from_config(config, bands)
     meta = run_meta.describe(config, objective, Mixture.of(records.open_split(data, "train"), bands).card())
@@ -283,15 +284,16 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, run, data, capsy
 
 
 def test_pairs_show_disjoint_patches_and_the_guess(run, data):
-    weights = load.load_weights(run, which="student")
-    columns, explained = pairs.pairs(weights, records.open_split(data, "train"), 3, seed=0)
-    assert list(columns) == list(pairs.COLUMNS)
+    networks = {"student": load.load_weights(run, which="student")}
+    found = pairs.preview(networks, records.open_split(data, "train"), 3, seed=0)
+    columns, explained = found.columns, int(re.search(r"explains (-?\d+)%", found.caption)[1]) / 100
+    assert list(columns) == list(preview.COLUMNS)
     assert all(tiles.shape == (3, 48, 48, 3) and tiles.dtype == np.uint8 for tiles in columns.values())
     assert explained < 0.2  # a network at birth guesses no better than the mean colour
 
     def shown(name):  # [pairs, rows, columns of patches]: whether a patch holds anything but the colour of hidden ones
         patches = columns[name].reshape(3, 6, 8, 6, 8, 3).transpose(0, 1, 3, 2, 4, 5)
-        return np.any(patches != pairs.HIDDEN, axis=(3, 4, 5))
+        return np.any(patches != preview.HIDDEN, axis=(3, 4, 5))
 
     student, teacher, wanted = shown("student sees"), shown("teacher sees"), shown("to be guessed")
     assert (student.sum(axis=(1, 2)) == 7).all() and (wanted.sum(axis=(1, 2)) == 14).all()
