@@ -276,6 +276,7 @@ def main(argv, stop: interrupts.StopSignal):
 def _parse(argv):
     try:
         argv = config_file.flags_of([config_file.with_underscores(each, flags.FLAGS) for each in argv])
+        sys.argv[1:] = argv[1:]  # where ml_collections looks for the fields that are overridden
         rest = flags.FLAGS(argv)
         if _CONFIG.value:
             _CONFIG.value.is_locked  # that a file could not be loaded is told at the first use of what it holds

@@ -3,6 +3,7 @@
 Up to format version 3 of the checkpoints the fields of PerA stood beside the common ones.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 RENAMED = {
@@ -36,7 +37,7 @@ def migrated(config: dict[str, Any]) -> dict[str, Any]:
     if not any(old.split(".")[0] in config for old in ("optimiser", "stochastic_depth", "views", "heads")):
         return config
     result: dict[str, Any] = {}
-    for field, value in _leaves(config, ""):
+    for field, value in leaves(config):
         *groups, name = (new_name(field) or field).split(".")
         place = result
         for group in groups:
@@ -45,9 +46,10 @@ def migrated(config: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _leaves(tree: dict[str, Any], prefix: str):
+def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The fields of nested dicts that are no dicts themselves, by their dotted names."""
     for name, value in tree.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
+            yield from leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
