@@ -189,13 +189,17 @@ def _train(config, workdir, profile, allow_config_change, stop, stack: contextli
         config, objective, mesh, store, meta, writer, watchdog, every, total, position, start, data.names(), monitor
     )
     for step in range(start, total):
-        hyper = {k: np.asarray(v, config.parameter_precision) for k, v in schedule.at(step).items()}
+        scalars = {name: np.asarray(value, config.parameter_precision) for name, value in schedule.at(step).items()}
         tracer.before(step + 1, state)
-        state, out = train_step(state, loop.next_batch(stream, state), hyper)
+        batch, placed = loop.next_batch(stream, state), distributed.replicated(scalars, mesh)
+        # What the step needs lies on the devices by now: a transfer inside of it would be an oversight that costs every step.
+        with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
+            state, out = train_step(state, batch, placed)
+        batch = None  # it may lie in the workers' memory
         tracer.after(step + 1, state)
         if not shared:
             stop.saving()
-        loop.after(step + 1, state, out, hyper)
+        loop.after(step + 1, state, out, scalars)
         if (shared or stop).reached(step + 1):
             break
     loop.finish(state)

@@ -53,6 +53,7 @@ def draw(key: jax.Array, number: int, reach: tuple[float, float, float, float]) 
     return Jitter(UNCHANGED + jnp.array(reach, jnp.float32) * draws, order)
 
 
+@jax.named_scope("color")
 def apply(crops: jax.Array, jitter: Jitter, bands: Bands, rgb: Rgb, dtype=jnp.float32) -> jax.Array:
     """Each crop with its colors changed as its row of `jitter` says, then normalized.
 

@@ -29,6 +29,7 @@ _gram.defvjp(
 )
 
 
+@jax.named_scope("koleo")
 def koleo(units: jax.Array, weights: jax.Array, group: int, precision: Precision) -> jax.Array:
     """The spreading term, summed over crops: minus the mean log distance to the nearest other sample of the group.
 

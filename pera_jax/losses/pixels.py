@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
+@jax.named_scope("pixel_term")
 def pixel_term(predicted: jax.Array, target: jax.Array) -> jax.Array:
     """Squared error, summed over the values of a patch, mean over patches and samples.
 

@@ -28,6 +28,7 @@ class Prototypes:
     weights: jax.Array  # [K, D]
 
 
+@jax.named_scope("class_term")
 def class_term(
     student: Prototypes,
     teacher: Prototypes,

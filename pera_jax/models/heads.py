@@ -40,6 +40,7 @@ class Head(nn.Module):
     precision: Precision = Precision()
 
     @nn.compact
+    @jax.named_scope("head")
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """`x` [..., D] -> unit vectors `u` [..., bottleneck] and the last layer's matrix `W` [outputs, bottleneck].
 

@@ -53,6 +53,7 @@ def fan_in_uniform(fan_in: int):
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+@jax.named_scope("patchify")
 def patchify(images: jax.Array, patch: int) -> jax.Array:
     """[B, H, W, C] -> [B, L, patch * patch * C]; patches in raster order, their values by row, column, channel."""
     return rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=patch, q=patch)

@@ -214,6 +214,12 @@ def global_arrays(tree: Any, where: jax.sharding.Sharding, rows: np.ndarray, bat
     return jax.tree.map(assemble, tree)
 
 
+def replicated(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """NumPy leaves, the same on every host, as arrays that lie whole on every device of the mesh."""
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.tree.map(lambda leaf: jax.make_array_from_callback(leaf.shape, where, lambda _: leaf), tree)
+
+
 # ---------------------------------------------------------------- the end
 
 

@@ -143,7 +143,8 @@ def make_step(objective: Objective, optimizer, seed: int, settings: Any, accumul
 
     def step(state: TrainState, batch: dict[str, jax.Array], scalars: dict[str, jax.Array]):
         rngs = Streams.at(seed, "step", state.step)
-        examples, context = objective.prepare(rngs, batch), Context(rngs, scalars)
+        with jax.named_scope("prepare"):
+            examples, context = objective.prepare(rngs, batch), Context(rngs, scalars)
 
         def gradients(part):
             grad_fn = jax.grad(objective.loss, has_aux=True)
@@ -161,7 +162,8 @@ def make_step(objective: Objective, optimizer, seed: int, settings: Any, accumul
             sums, _ = jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, gradients(part)), None), zeros, parts)
             grads, aux = jax.tree.map(lambda total: total / accumulate, sums)
         objective_state, metrics = objective.update(state.objective, aux)
-        state, norms = apply_gradients(state, grads, objective, objective_state, scalars, optimizer, settings)
+        with jax.named_scope("optimizer"):
+            state, norms = apply_gradients(state, grads, objective, objective_state, scalars, optimizer, settings)
         return state, metrics | norms
 
     return step
