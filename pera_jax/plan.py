@@ -1,8 +1,8 @@
 """Does it fit, and what will it cost: the real training step, compiled for chips that need not be there.
 
-    python -m pera_jax.plan --config configs/pera_vitg16_1024.py --topology v5e:16x16
-    python -m pera_jax.plan --config configs/pera_vitb16.py --topology v6e:4x4 --per_device_batch 32 --no-search
-    python -m pera_jax.plan --config configs/demo.py --topology local
+    python -m pera_jax.plan --config pera_vitg16_1024 --topology v5e:16x16
+    python -m pera_jax.plan --config pera_vitb16 --topology v6e:4x4 --per_device_batch 32 --no-search
+    python -m pera_jax.plan --config demo --topology local
 
 TPU topologies need the extra `tpu` (libtpu, whose compiler runs on any machine); `local` is the devices of this one.
 Nothing is run: bytes, collectives and whether it fits are the compiler's own numbers for one chip.
@@ -244,7 +244,7 @@ def show(result: dict) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m pera_jax.plan", description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True, help="a file of configs/, with :smoke if wished")
+    parser.add_argument("--config", required=True, help="a name, as pera_vitb16 or demo:smoke, or a file")
     parser.add_argument("--topology", required=True, help="v5e:16x16, v6e:16x16, v5p:4x4x8, ... or local")
     parser.add_argument("--per_device_batch", type=int, help="images on each device (default: the config's batch)")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="changes a config field")

@@ -1,7 +1,7 @@
 """The probe job: how good are the frozen features of a run's checkpoint?
 
     python -m pera_jax.probe --run runs/aid --data shards/aid --tasks knn,linear
-    python -m pera_jax.probe --run runs/aid --config configs/probes.py --follow
+    python -m pera_jax.probe --run runs/aid --config probes --follow
 
 The second one judges each checkpoint of a run that trains elsewhere, as it appears, and ends when the run has ended.
 Settings are chosen on a part of the training split; the test split is used once for each score. Results go beside the
@@ -49,7 +49,7 @@ def base_of(run: str, output: str | None) -> pathlib.Path:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m pera_jax.probe", description="Scores a checkpoint's features.")
     parser.add_argument("--run", required=True, type=paths.local, help="folder of the run (the --workdir of the training)")
-    parser.add_argument("--config", type=paths.local, help="a config of probes: several tasks on several data sets (configs/probes.py)")
+    parser.add_argument("--config", type=paths.local, help="a config of probes: several tasks on several data sets: a name, as probes, or a file")
     parser.add_argument("--tasks", default="knn,linear", help=f"some of {','.join(specs.TASKS)} (default knn,linear)")
     parser.add_argument("--data", type=paths.local, help="labelled images: folder of shards, of class folders, of scenes, or tfds:NAME")
     parser.add_argument("--train-split", help="default train")

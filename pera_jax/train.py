@@ -1,6 +1,6 @@
 """The training job.
 
-    python -m pera_jax.train --config configs/aid_small.py --config.data.path=shards/aid --workdir runs/aid
+    python -m pera_jax.train --config aid_small --config.data.path=shards/aid --workdir runs/aid
 
 One jitted step of the objective that the config names, over a mesh. Re-run the same command and it resumes, bit for bit, from the newest checkpoint of the workdir; `resume` says which fields of
 the config may change meanwhile. One process trains in a workdir: a second one is refused. SIGTERM and SIGINT save and end
@@ -21,14 +21,14 @@ import sys
 import jax
 import numpy as np
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections.config_flags import DEFINE_config_file
 
 from pera_jax import config as configs
 from pera_jax import objectives
 from pera_jax.common import environment, errors, interrupts, lease, paths
 from pera_jax.common.errors import UserError
 from pera_jax.common.text import several
-from pera_jax.config import run_file as config_file
+from pera_jax.config import flags as config_flags
 from pera_jax.data import mixture, pipeline
 from pera_jax.objectives.base import judged
 from pera_jax.parallel import distributed, sharding
@@ -42,7 +42,7 @@ from pera_jax.weights import warm_start
 
 _COMPILER_BYTES = 256 << 20  # that the compiler must find at least: it aborts the process where it finds none
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "configs/demo.py, configs/demo.py:smoke, or RUN/config.json")
+_CONFIG = DEFINE_config_file("config", None, "a name, as demo or demo:smoke, a file of your own, or RUN/config.json")
 _WORKDIR = flags.DEFINE_string("workdir", None, "for checkpoints, metrics, config.json; resumed when not empty")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several hosts are told")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "processes in all, where several hosts are told")
@@ -268,7 +268,7 @@ def main(argv, stop: interrupts.StopSignal):
     # Orbax logs each step of a save, and tracebacks of what it raises as well; progress and one sentence are enough.
     logging.set_verbosity(logging.FATAL)
     if not _CONFIG.value:
-        raise UserError("name a config: --config configs/demo.py")
+        raise UserError("name a config: --config demo")
     if not _WORKDIR.value:
         raise UserError("name the folder for checkpoints and metrics: --workdir runs/NAME")
     cluster = distributed.cluster_of(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, os.environ)
@@ -277,27 +277,12 @@ def main(argv, stop: interrupts.StopSignal):
         train(_CONFIG.value, _WORKDIR.value, _PROFILE.value, allow_config_change=_ALLOW.value, stop=stop)
 
 
-def _parse(argv):
-    try:
-        argv = config_file.flags_of([config_file.with_underscores(each, flags.FLAGS) for each in argv])
-        sys.argv[1:] = argv[1:]  # where ml_collections looks for the fields that are overridden
-        rest = flags.FLAGS(argv)
-        if _CONFIG.value:
-            _CONFIG.value.is_locked  # that a file could not be loaded is told at the first use of what it holds
-        return rest
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
-        while error.args and isinstance(error.args[0], Exception):  # an AttributeError around a KeyError
-            error = error.args[0]
-        reason = error.args[0] if isinstance(error, KeyError) else error
-        raise UserError(f"a flag or the config is wrong: {' '.join(str(reason).split())}") from error
-
-
 def run():
     # A process that ends at once leaves semaphores and memory to multiprocessing's tracker, which removes them: no warning.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     with interrupts.StopSignal(command=True) as stop:
         try:
-            errors.run(lambda: app.run(functools.partial(main, stop=stop), flags_parser=_parse))
+            errors.run(lambda: app.run(functools.partial(main, stop=stop), flags_parser=config_flags.parse))
         except SystemExit as end:
             if end.code:  # all is closed; the interpreter's own end would wait for threads of libraries that have failed
                 sys.stdout.flush()

@@ -64,10 +64,11 @@ def signals_wanted() -> None:
 def guard_imports() -> None:
     """Until `imported` Ctrl-C ends this process at once: there is nothing to tidy up, and a traceback would help nobody.
 
-    Does nothing but for a command, `python -m ...`: programs that import the package have handlers of their own.
+    Does nothing but for a command, `pera-jax ...` or `python -m ...`: programs that import the package have handlers of their own.
     """
     alone = threading.current_thread() is threading.main_thread()
-    if sys.argv[:1] == ["-m"] and alone and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    command = sys.argv[:1] == ["-m"] or os.path.basename("".join(sys.argv[:1])) == "pera-jax"
+    if command and alone and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
 
 

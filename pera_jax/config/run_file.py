@@ -3,9 +3,7 @@
 ml_collections reads Python files that define `get_config`; this is one, whose argument is the JSON file.
 """
 
-import os
 import pathlib
-import sys
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -14,7 +12,7 @@ from pera_jax.common import json_files
 from pera_jax.common.errors import UserError
 from pera_jax.common.text import printable
 from pera_jax.config.defaults import default
-from pera_jax.config.renamed import migrated, new_name
+from pera_jax.config.renamed import migrated
 
 
 def get_config(path: str) -> ConfigDict:
@@ -57,31 +55,3 @@ def _fill(config: ConfigDict, values: dict[str, Any], path: str, prefix: str) ->
 def _tuples(value: Any) -> Any:
     """JSON has lists where configs have tuples."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def flags_of(arguments: list[str]) -> list[str]:
-    """The arguments of a command with `--config FILE.json` as ml_collections takes it."""
-    result, waits = [], False
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if name.startswith("--config.") and (now := new_name(name.removeprefix("--config."))):
-            print(f"note: the config field {name.removeprefix('--config.')} is called {now} now", file=sys.stderr, flush=True)
-            name, argument = f"--config.{now}", f"--config.{now}{equals}{value}"
-        if waits:
-            argument = _bridged(argument)
-        elif equals and name in ("--config", "-config"):
-            argument = f"--config={_bridged(value)}"
-        waits = argument in ("--config", "-config")
-        result.append(argument)
-    return result
-
-
-def with_underscores(argument: str, known) -> str:
-    """`--num-processes=2` as `--num_processes=2`, where that is a known flag."""
-    name, equals, value = argument.partition("=")
-    flag = name[2:].replace("-", "_")
-    return f"--{flag}{equals}{value}" if name.startswith("--") and flag in known else argument
-
-
-def _bridged(path: str) -> str:
-    return f"{os.path.abspath(__file__)}:{path}" if path.endswith(".json") else path

@@ -9,7 +9,8 @@ import toy_data
 
 from pera_jax import config as configs
 from pera_jax.common.errors import UserError
-from pera_jax.config import run_file as config_file
+from pera_jax.config import flags as config_flags
+from pera_jax.config import run_file
 from pera_jax.data import mixture
 from pera_jax.training import opening, resume
 from pera_jax.training.checkpoints import run_meta
@@ -125,11 +126,12 @@ def test_config_json_is_a_config(tmp_path):
     assert read.batch_size == 8 and read.data.ranges == ((0, 10),)
     read.batch_size = config.batch_size
     assert read.to_json() == config.to_json()
-    bridged = f"{config_file.__file__}:{file}"
-    assert config_file.flags_of(["x", "--config", str(file), "--config.total=1 steps"]) == [
+    bridged = f"{run_file.__file__}:{file}"
+    assert config_flags.flags_of(["x", "--config", str(file), "--config.total=1 steps"]) == [
         "x", "--config", bridged, "--config.total=1 steps"
     ]  # fmt: skip
-    assert config_file.flags_of([f"--config={file}", "--config=a.py"]) == [f"--config={bridged}", "--config=a.py"]
+    named = f"--config={configs.find('demo')[0]}"
+    assert config_flags.flags_of([f"--config={file}", "--config=demo:smoke"]) == [f"--config={bridged}", f"{named}:smoke"]
 
 
 @pytest.mark.parametrize("content, sentence", [
@@ -142,7 +144,7 @@ def test_config_json_is_a_config(tmp_path):
 def test_a_config_json_that_is_none_is_one_sentence(content, sentence, tmp_path):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match=sentence):
-        config_file.get_config(str(tmp_path / "config.json"))
+        run_file.get_config(str(tmp_path / "config.json"))
 
 
 def test_jax_says_that_an_accelerator_is_not_used(capsys):

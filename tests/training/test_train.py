@@ -235,7 +235,7 @@ def test_resume_from_goes_on_as_the_workdir_itself_would(finished, data, tmp_pat
         with pytest.raises(UserError, match="is of another run: its total is 4 steps, this config gives 6 steps; .* --allow-config-change"):
             train.train(config, str(workdir))
         train.train(config, str(workdir), allow_config_change=True)
-        assert f"resuming from step 4 of 6; changed: total 4 steps -> 6 steps" in capsys.readouterr().err
+        assert "resuming from step 4 of 6; changed: total 4 steps -> 6 steps" in capsys.readouterr().err
     earlier = json.loads((tmp_path / "own" / "earlier_configs" / "until_step_000004.json").read_text())["config"]
     assert earlier["total"] == "4 steps" and not (tmp_path / "other" / "earlier_configs").exists()
     assert_same_bits(everything(tmp_path / "other", 6), everything(tmp_path / "own", 6))
