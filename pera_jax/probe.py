@@ -11,7 +11,10 @@ run, to RUN/probe/: see `probes.results`.
 import argparse
 import os
 import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from pera_jax import calls
 from pera_jax.common import errors, paths
 from pera_jax.common.errors import UserError
 from pera_jax.common.text import printable
@@ -22,15 +25,36 @@ from pera_jax.probes.runner.follow import follow
 from pera_jax.probes.runner.job import ENCODERS, Job, load_network
 
 
+@calls.logging_unchanged()
 def probe(
-    run: str, chosen: list[specs.Spec], *, encoder: str = "teacher", step: int | None = None, output: str | None = None,
-    batch_size: int = 256, reading: folders.Reading = folders.Reading(), verify: bool = True,
-) -> list[dict]:  # fmt: skip
-    """Judges a checkpoint, writes what it found and returns the entries; arguments as the command's options.
+    run: str | os.PathLike, tasks: Sequence[str] = ("knn", "linear"), *, data: str | os.PathLike | None = None,
+    config: str | os.PathLike | None = None, changes: Mapping[str, Any] | Sequence[str] = (), train_split: str | None = None,
+    test_split: str | None = None, labels: str | os.PathLike | None = None, image_size: int | None = None,
+    encoder: str = "teacher", step: int | None = None, output: str | os.PathLike | None = None, batch_size: int = 256,
+    reading: folders.Reading = folders.Reading(), verify: bool = True,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Scores a checkpoint of `run`, also as `pera_jax.probe(...)`; arguments as the command's options.
+
+    Args:
+      tasks: some of "knn", "linear", "logistic", "segmentation", "change", all on `data`; or
+      config: a config of probes by name or file, as "probes": several tasks on several data sets.
+      changes: settings of tasks, as {"knn.k": (20,)}.
+      image_size: px.
+      batch_size: images decoded at a time; changes no score.
+      reading: how folders of images and of scenes are read.
+
+    Returns:
+      One entry for each task, as written to RUN/probe (or `output`): `entry["scores"]` holds value and spread by name.
 
     Raises:
       UserError: everything that is wrong with the arguments, the run or the data, before a score is computed.
     """
+    fields = dict(data=data, train_split=train_split, test_split=test_split, labels=labels, image_size=image_size)
+    fields = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in fields.items()}
+    return _probe(os.fspath(run), specs.chosen(tasks, fields, config, changes), encoder, step, output, batch_size, reading, verify)
+
+
+def _probe(run: str, chosen: list[specs.Spec], encoder, step, output, batch_size, reading, verify) -> list[dict[str, Any]]:
     network, job = load_network(run, step, encoder, verify), Job(chosen, base_of(run, output), batch_size, reading)
     job.prepare(network.meta)
     entries = []
@@ -41,7 +65,7 @@ def probe(
     return entries
 
 
-def base_of(run: str, output: str | None) -> pathlib.Path:
+def base_of(run: str, output: str | os.PathLike | None) -> pathlib.Path:
     """The folder of the results."""
     return pathlib.Path(paths.local(output)) if output else pathlib.Path(paths.local(run)) / "probe"
 
@@ -80,7 +104,9 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("batch_size", "poll", "patience"):
         if not getattr(options, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be more than 0")
-    chosen = _chosen(options)
+    tasks = [task.strip() for task in options.tasks.split(",") if task.strip()]
+    fields = {name: getattr(options, name) for name in ("data", "train_split", "test_split", "labels", "image_size")}
+    chosen = specs.chosen(tasks, fields, options.config, options.changes)
     if options.follow:
         if options.encoder != "teacher" or options.step is not None or options.no_verify:
             raise UserError("--follow judges the teacher of each checkpoint; leave --encoder, --step and --no-verify out")
@@ -94,23 +120,13 @@ def main(argv: list[str] | None = None) -> None:
             follow(options.run, chosen, base, options.batch_size, options.poll, 3600 * options.patience, reading)
             entries = results.read(base)
         else:
-            entries = probe(options.run, chosen, encoder=options.encoder, step=options.step, output=options.output,
-                            batch_size=options.batch_size, reading=reading, verify=not options.no_verify)  # fmt: skip
+            entries = _probe(options.run, chosen, options.encoder, options.step, options.output, options.batch_size,
+                             reading, not options.no_verify)  # fmt: skip
     if distributed.main_host():
         print(f"{results.markdown(entries)}\n\nwritten to {printable(base)}")
 
 
-def _chosen(options) -> list[specs.Spec]:
-    """The specs that the options ask for."""
-    given = {name: getattr(options, name) for name in ("data", "train_split", "test_split", "labels", "image_size")}
-    given = {name: value for name, value in given.items() if value is not None}
-    if not options.config:
-        tasks = [task.strip() for task in options.tasks.split(",") if task.strip()]
-        return specs.from_names(tasks, given, options.changes)
-    if given:
-        raise UserError(f"--{next(iter(given)).replace('_', '-')} is for --tasks; change a config with --set NAME.FIELD=VALUE")
-    return specs.from_config(options.config, options.changes)
-
-
 if __name__ == "__main__":
     errors.run(main)
+else:
+    calls.make_callable(__name__, probe)

@@ -17,14 +17,17 @@ import os
 import pathlib
 import signal
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
 from absl import app, flags, logging
+from ml_collections import ConfigDict
 from ml_collections.config_flags import DEFINE_config_file
 
+from pera_jax import calls, objectives
 from pera_jax import config as configs
-from pera_jax import objectives
 from pera_jax.common import environment, errors, interrupts, lease, paths
 from pera_jax.common.errors import UserError
 from pera_jax.common.text import several
@@ -42,40 +45,39 @@ from pera_jax.weights import warm_start
 
 _COMPILER_BYTES = 256 << 20  # that the compiler must find at least: it aborts the process where it finds none
 
-_CONFIG = DEFINE_config_file("config", None, "a name, as demo or demo:smoke, a file of your own, or RUN/config.json")
-_WORKDIR = flags.DEFINE_string("workdir", None, "for checkpoints, metrics, config.json; resumed when not empty")
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several hosts are told")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "processes in all, where several hosts are told")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "this process's number, from 0, where several hosts are told")
-_JOIN_SECONDS = flags.DEFINE_integer("join_seconds", distributed.JOIN_SECONDS, "to wait for all hosts at the start")
-_ALLOW = flags.DEFINE_bool(
-    "allow_config_change", False, "go on with a run under another total, batch_size, schedules, ...; see pera_jax/training/resume.py"
-)
-_PROFILE = flags.DEFINE_string("profile", None, "FIRST:LAST, steps of which a trace is written to WORKDIR/profile")
 
-
+@calls.logging_unchanged()
 def train(
-    config, workdir: str, profile: str | None = None, *, allow_config_change: bool = False,
-    stop: interrupts.StopSignal | None = None,
+    config: str | os.PathLike | ConfigDict, workdir: str | os.PathLike, profile: str | None = None, *,
+    data: str | os.PathLike | None = None, changes: Mapping[str, Any] | None = None, allow_config_change: bool = False,
 ) -> None:  # fmt: skip
-    """Trains to the end of `config.total` or to SIGTERM/SIGINT.
+    """Trains to the end of `config.total`, or until Ctrl-C or SIGTERM asks for an end; also as `pera_jax.train(...)`.
+
+    The same call resumes from the newest checkpoint of `workdir`. Ctrl-C saves after the step under way; a second one, and
+    one before the first step, is a KeyboardInterrupt. On one host nothing here ends the process: `stall_seconds` is for
+    the command.
 
     Args:
-      workdir: where several hosts train, one folder that all of them see.
-      profile: "FIRST:LAST", the steps to trace.
-      allow_config_change: go on although fields that shape the run are not as they were, see `resume`.
-      stop: of a command, already entered; in other programs Ctrl-C before the first step is a KeyboardInterrupt.
+      config: a name, as "pera_vitb16" or "demo:smoke", a file of one's own, the config.json of a run, or a ConfigDict,
+        which is not changed.
+      workdir: folder for checkpoints and metrics; where several hosts train, one that all of them see.
+      profile: "FIRST:LAST", the steps of which a trace is written to WORKDIR/profile.
+      data: dataset folder, instead of `config.data.path`; several with commas between.
+      changes: other fields, as {"total": "100 steps", "model.width": 384}.
+      allow_config_change: resume although fields that shape the run differ, see `pera_jax.training.resume`.
 
     Raises:
       UserError: for every wrong input, before anything is written to `workdir`; a loss that is not finite; a full disk.
     """
+    path = {} if data is None else {"data.path": os.fspath(data)}
+    config = configs.load(config, path | dict(changes or {}))
     with contextlib.ExitStack() as stack:
-        stop = stop or stack.enter_context(interrupts.StopSignal(command=False))
-        _train(config, workdir, profile, allow_config_change, stop, stack)
+        stop = stack.enter_context(interrupts.StopInCall())
+        _train(config, os.fspath(workdir), profile, allow_config_change, stop, stack)
 
 
 def _train(config, workdir, profile, allow_config_change, stop, stack: contextlib.ExitStack) -> None:
-    watchdog = stack.enter_context(Watchdog(config.stall_seconds))  # first: opening devices and data may hang, too
+    watchdog = stack.enter_context(Watchdog(config.stall_seconds if stop.ends_process else 0))  # first: opening devices and data may hang
     stack.enter_context(told_memory(config))
 
     # ---- mesh and checks that need neither data nor model
@@ -261,26 +263,41 @@ def _first_state(config, workdir, meta, objective, optimizer, abstract, mesh, da
     return state, {"batches": 0, "images": 0, "replaced": 0, "drawn": []}, None
 
 
+def define_flags() -> None:
+    """The command's flags; not at import, which would give them to every program that imports this module."""
+    DEFINE_config_file("config", None, "a name, as demo or demo:smoke, a file of your own, or RUN/config.json")
+    flags.DEFINE_string("workdir", None, "for checkpoints, metrics, config.json; resumed when not empty")
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several hosts are told")
+    flags.DEFINE_integer("num_processes", None, "processes in all, where several hosts are told")
+    flags.DEFINE_integer("process_id", None, "this process's number, from 0, where several hosts are told")
+    flags.DEFINE_integer("join_seconds", distributed.JOIN_SECONDS, "to wait for all hosts at the start")
+    allow = "go on with a run under another total, batch_size, schedules, ...; see pera_jax/training/resume.py"
+    flags.DEFINE_bool("allow_config_change", False, allow)
+    flags.DEFINE_string("profile", None, "FIRST:LAST, steps of which a trace is written to WORKDIR/profile")
+
+
 def main(argv, stop: interrupts.StopSignal):
+    given = flags.FLAGS
     if argv[1:]:
         raise UserError(f"{several(argv[1:])} is no option; every option begins with --, as in --workdir runs/NAME")
     opening.tell_warnings_of_devices()
     # Orbax logs each step of a save, and tracebacks of what it raises as well; progress and one sentence are enough.
     logging.set_verbosity(logging.FATAL)
-    if not _CONFIG.value:
+    if not given.config:
         raise UserError("name a config: --config demo")
-    if not _WORKDIR.value:
+    if not given.workdir:
         raise UserError("name the folder for checkpoints and metrics: --workdir runs/NAME")
-    cluster = distributed.cluster_of(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, os.environ)
-    distributed.initialize(cluster, _JOIN_SECONDS.value)
-    with distributed.ends_alone():
-        train(_CONFIG.value, _WORKDIR.value, _PROFILE.value, allow_config_change=_ALLOW.value, stop=stop)
+    cluster = distributed.cluster_of(given.coordinator, given.num_processes, given.process_id, os.environ)
+    distributed.initialize(cluster, given.join_seconds)
+    with distributed.ends_alone(), contextlib.ExitStack() as stack:
+        _train(given.config, given.workdir, given.profile, given.allow_config_change, stop, stack)
 
 
 def run():
     # A process that ends at once leaves semaphores and memory to multiprocessing's tracker, which removes them: no warning.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
-    with interrupts.StopSignal(command=True) as stop:
+    define_flags()
+    with interrupts.StopSignal() as stop:
         try:
             errors.run(lambda: app.run(functools.partial(main, stop=stop), flags_parser=config_flags.parse))
         except SystemExit as end:
@@ -294,3 +311,5 @@ def run():
 
 if __name__ == "__main__":
     run()
+else:
+    calls.make_callable(__name__, train)

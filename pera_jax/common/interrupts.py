@@ -83,18 +83,19 @@ def _end(number, frame) -> None:
 
 
 class StopSignal:
-    """While entered, SIGTERM and Ctrl-C ask for an end that loses nothing.
+    """While entered, SIGTERM and Ctrl-C ask a command for an end that loses nothing.
 
-    Before there is anything to save (`saving` says when there is) a command ends at once with status 128 + the signal's
-    number; in a program of others a KeyboardInterrupt is raised. Later the first signal asks for an end after the step
-    under way, and says so; Ctrl-C after that ends the process at once. SIGTERM does not: supervisors send it twice.
-    A thread does all this, so that it does not wait for the main one.
+    Before there is anything to save (`saving` says when there is) it ends at once with status 128 + the signal's number.
+    Later the first signal asks for an end after the step under way, and says so; Ctrl-C after that ends the process at
+    once. SIGTERM does not: supervisors send it twice. A thread does all this, so that it does not wait for the main one.
     """
 
-    def __init__(self, command: bool):
+    ends_process = True
+
+    def __init__(self):
         self.asked: str | None = None
         self.several_hosts = False  # they stop together, which is no matter of this class; here Ctrl-C just ends one
-        self._command, self._saves = command, False
+        self._saves = False
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -138,9 +139,8 @@ class StopSignal:
     def _received(self, number: int) -> None:
         name = signal.Signals(number).name
         if not self._saves:
-            if self._command:
-                lost = "nothing is lost" if not self.several_hosts else "the same command goes on from the newest checkpoint"
-                end_at_once(number, f"error: interrupted by {name}; {lost}")
+            lost = "nothing is lost" if not self.several_hosts else "the same command goes on from the newest checkpoint"
+            end_at_once(number, f"error: interrupted by {name}; {lost}")
         elif self.asked is None:
             self.asked = name
             again = "; again to stop at once" if number == signal.SIGINT else ""
@@ -151,5 +151,45 @@ class StopSignal:
             )
 
     def _handle(self, number, frame) -> None:
-        if not self._saves and not self._command:
+        """Nothing: the thread has the number from the pipe."""
+
+
+class StopInCall:
+    """What `StopSignal` is to a command, for a call in a program or a notebook, whose process it never ends.
+
+    Before there is anything to save SIGTERM and Ctrl-C raise KeyboardInterrupt. Later the first one asks for an end after
+    the step under way, and says so; Ctrl-C after that raises KeyboardInterrupt. The program's own handlers are back at the
+    end. Only the main thread gets signals: in another one nothing is changed.
+    """
+
+    ends_process = False
+
+    def __init__(self):
+        self.asked: str | None = None
+        self.several_hosts = False
+        self._saves = False
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "StopInCall":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def saving(self) -> None:
+        """From here on there is something to save."""
+        self._saves = True
+
+    def reached(self, step: int) -> bool:
+        """Whether to end after `step`."""
+        return self.asked is not None
+
+    def _handle(self, number, frame) -> None:
+        if not self._saves or (self.asked and number == signal.SIGINT):
             raise KeyboardInterrupt
+        if self.asked is None:
+            self.asked = signal.Signals(number).name
+            print(f"{self.asked}: saving after this step; Ctrl-C to stop at once", file=sys.stderr, flush=True)

@@ -67,7 +67,7 @@ def load(config: str | os.PathLike | ConfigDict, changes: Sequence[str] | Mappin
     else:
         file, argument = find(os.fspath(config))
         config = runpy.run_path(file)["get_config"](argument or None)
-    for field, value in changes.items() if isinstance(changes, Mapping) else map(_parsed, changes):
+    for field, value in changes.items() if isinstance(changes, Mapping) else map(assignment, changes):
         try:
             config.update_from_flattened_dict({new_name(field) or field: value})
         except (KeyError, AttributeError) as error:
@@ -77,12 +77,12 @@ def load(config: str | os.PathLike | ConfigDict, changes: Sequence[str] | Mappin
     return config
 
 
-def _parsed(change: str) -> tuple[str, Any]:
-    """Field and value of "field=value"."""
-    field, equals, text = change.partition("=")
+def assignment(change: str) -> tuple[str, Any]:
+    """Name and value of "NAME=VALUE", the value as Python writes it; words need no quotes. Raises UserError."""
+    name, equals, text = change.partition("=")
     if not equals:
-        raise UserError(f"the change {change!r} is not of the form field.of.config=value")
+        raise UserError(f"the change {change!r} is not of the form NAME=VALUE")
     try:
-        return field, ast.literal_eval(text)
+        return name, ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        return field, text
+        return name, text

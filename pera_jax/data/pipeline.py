@@ -8,6 +8,7 @@ epoch, place in the epoch). So batch k is the same for any number of workers and
 number is all the position that a checkpoint needs to hold.
 """
 
+import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -16,21 +17,26 @@ import signal
 import sys
 import threading
 import time
+import types
 from collections.abc import Iterator, Sequence
 from multiprocessing import connection
 
-import grain
 import numpy as np
 from absl import flags
 
+from pera_jax import calls
 from pera_jax.common import environment, interrupts
 from pera_jax.common.errors import UserError
 from pera_jax.data import decode, records, shared_memory
 from pera_jax.data.mixture import Mixture
 
+with calls.logging_unchanged():  # its import brings Orbax's
+    import grain
+
 _REPLACEMENTS, _NEIGHBOURS, _LEAP = 100, 4, 0x9E3779B1
 _ENDLESS = 1 << 62  # Grain computes with lengths as floats, which round the largest whole number up
 _SEED_STEP = 0x9E3779B9  # between the seeds of the data sets of a run
+_STARTED = 5.0  # seconds after which workers that are not started yet are not waited for
 _BATCHES_PER_WORKER = 4  # that lie in shared memory at once: two wait in Grain's buffers, two to be let in
 
 
@@ -113,24 +119,26 @@ def make_pipeline(
     batches = TakeRows(draws, batch_size, rows).batch(len(rows))[start_batch:].map(ReadBatch(data, crops))
     if not workers:
         keep_memory()
-        return Batches(iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))))
+        return Batches(iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))), 0)
 
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain hands its flags on to the workers; a program without absl has none.
     stream = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)).mp_prefetch(
         grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1), worker_init_fn=_start_worker
     )
-    return Batches(iter(stream))
+    return Batches(iter(stream), workers)
 
 
 class Batches(Iterator[dict[str, np.ndarray]]):
     """An endless iterator over batches that ends its worker processes when it is closed."""
 
-    def __init__(self, iterator: grain.DatasetIterator):
+    def __init__(self, iterator: grain.DatasetIterator, workers: int):
         self._iterator = iterator
-        with interrupts.not_for_children():
+        before = _processes()
+        with interrupts.not_for_children(), _without_script():
             iterator.get_state()  # Makes the iterators of the workers, which Grain else puts off until the first batch is
             iterator.start_prefetch()  # asked for; they can start while the model compiles.
+            _wait_for_processes(before + workers)
 
     def __next__(self) -> dict[str, np.ndarray]:
         try:
@@ -150,6 +158,31 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
+
+
+def _processes() -> int:
+    """How many workers of this process there are."""
+    return sum(each.name.startswith("grain") for each in multiprocessing.active_children())
+
+
+def _wait_for_processes(number: int) -> None:
+    """Until so many are started, which threads of Grain do; not until they are ready."""
+    end = time.monotonic() + _STARTED
+    while _processes() < number and time.monotonic() < end:  # one that could not be started is an error of the first batch
+        time.sleep(0.001)
+
+
+@contextlib.contextmanager
+def _without_script() -> Iterator[None]:
+    """Processes that are started meanwhile do not run the program's script again: without `if __name__ == "__main__"` it
+    would start a training in each of them. A module that was started with `python -m` is imported as ever."""
+    script = sys.modules["__main__"]
+    if getattr(script, "__spec__", None) is None:
+        sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 def _end_of(error: RuntimeError) -> str:

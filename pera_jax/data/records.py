@@ -187,7 +187,8 @@ def load_info(path: str | pathlib.Path) -> DatasetInfo:
         raise UserError(f"data set folder {printable(folder)} does not exist; make one with python -m data_prep.images")
     if not file.is_file():
         raise UserError(
-            f"{printable(folder)} has no {INFO_FILE}: it is no data set folder, or its conversion has not finished"
+            f"{printable(folder)} has no {INFO_FILE}: it is not a dataset folder, or its conversion has not finished; make one "
+            "of a folder of images with python -m data_prep.images --input IMAGES --output SHARDS"
         )
     fix = "copy it again, or convert the data set anew"
     fields = json_files.read(file, dict[str, Any], fix)

@@ -7,12 +7,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
 from pera_jax.common.errors import Misfit, UserError
 from pera_jax.common.text import every
 from pera_jax.models import vit
-from pera_jax.training.checkpoints import checkpoint, intact
+from pera_jax.training.checkpoints import checkpoint, intact, ocp
 
 TEACHER, STUDENT = "teacher", "student"
 

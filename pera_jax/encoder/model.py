@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from pera_jax import calls
 from pera_jax.bands import Bands
 from pera_jax.common import paths
 from pera_jax.common.errors import UserError
@@ -166,6 +167,7 @@ def load(
     return Model.of(weights.backbone, weights.meta)
 
 
+@calls.logging_unchanged()
 def load_weights(
     path: str | pathlib.Path, step: int | None = None, which: str | None = None, verify: bool = True,
     parts: Sequence[str] | None = None,

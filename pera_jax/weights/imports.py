@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 from ml_collections import ConfigDict
-from orbax.checkpoint import v1 as ocp
 
 from pera_jax import config as configs
 from pera_jax import objectives
@@ -25,7 +24,7 @@ from pera_jax.data.mixture import IMAGENET
 from pera_jax.encoder import exported
 from pera_jax.formats import arrays, tables
 from pera_jax.training import step as steps
-from pera_jax.training.checkpoints import checkpoint, intact, run_meta
+from pera_jax.training.checkpoints import checkpoint, intact, ocp, run_meta
 from pera_jax.weights import released, timm
 
 _REST = ("student.", "teacher.cls_head.", "pred_head.", "s_mask_token")  # all of a dictionary but the teacher's backbone

@@ -12,7 +12,8 @@ from pera_jax.common import environment, errors
 WORK = """
 import os, sys, time
 from pera_jax.common import interrupts
-with interrupts.StopSignal(command=sys.argv[1] == "command") as stop, interrupts.before_end(lambda: os.write(2, b"tidied\\n")):
+kind = interrupts.StopSignal if sys.argv[1] == "command" else interrupts.StopInCall
+with kind() as stop, interrupts.before_end(lambda: os.write(2, b"tidied\\n")):
     if "saves" in sys.argv:
         stop.saving()
     print("ready", flush=True)
@@ -66,6 +67,19 @@ def test_the_first_asks_and_says_so_the_second_ctrl_c_ends_at_once_and_a_second_
     err = process.communicate(timeout=20)[1]
     assert process.returncode == 130
     assert err == "error: stopped at once; the same command goes on from the newest checkpoint\ntidied\n"
+
+
+def test_in_a_program_of_others_the_first_asks_and_the_second_ctrl_c_is_a_keyboard_interrupt():
+    process = start("library", "saves")
+    process.send_signal(signal.SIGTERM)
+    said = "SIGTERM: saving after this step; Ctrl-C to stop at once\n"
+    assert process.communicate(timeout=20) == ("asked by SIGTERM\n", said) and process.returncode == 0
+    process = start("library", "saves", "slow")
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.readline() == said.replace("SIGTERM", "SIGINT")
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=20)[1]
+    assert process.returncode == -signal.SIGINT and err.splitlines()[-1] == "KeyboardInterrupt"
 
 
 @pytest.mark.parametrize("module", ["pera_jax.train", "data_prep.images"])

@@ -17,7 +17,6 @@ from pera_jax.common.errors import UserError
 from pera_jax.cost import flops
 from pera_jax.objectives import base
 from pera_jax.parallel import sharding
-from pera_jax.probes.runner import specs
 from pera_jax.training import alarms, schedules
 from pera_jax.training import step as steps
 from pera_jax.weights import card
@@ -203,7 +202,7 @@ def test_its_encoder_is_loaded_probed_and_exported(name, data, run, tmp_path, ca
     if not objective.teacher_keys:
         with pytest.raises(UserError, match="no teacher"):
             features.load(run, which="teacher")
-    found = probe.probe(str(run), specs.from_names(["knn"], {"data": data}, ["knn.k=(3,)"]), output=str(tmp_path / "probe"))
+    found = probe.probe(run, ["knn"], data=data, changes={"knn.k": (3,)}, output=tmp_path / "probe")
     assert all(0.0 <= score["value"] <= 1.0 for score in found[0]["scores"].values())
     export.main(["timm", "--run", str(run), "--output", str(tmp_path / "timm")])
     np.testing.assert_allclose(features.load(tmp_path / "timm")(image).class_token, model(image).class_token, atol=1e-5)

@@ -202,7 +202,7 @@ def test_a_config_names_several_tasks(run, data, tmp_path):
         (["--set", "knn.k=3"], "knn.k=3 is of another type than its default"),
         (["--set", "linear.k=3"], "there is no 'linear' to change; there are knn"),
         (["--set", "k"], "'k' is not of the form"),
-        (["--config", "{tmp}/none.py"], "--data is for --tasks"),
+        (["--config", "{tmp}/none.py"], "data cannot be combined with a config of probes"),
         (["--follow", "--step", "4"], "--follow judges the teacher of each checkpoint"),
     ],
 )

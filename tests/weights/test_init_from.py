@@ -20,7 +20,6 @@ from pera_jax.formats import arrays, tables
 from pera_jax.objectives.base import Streams
 from pera_jax.objectives.pera import objective as pera
 from pera_jax.parallel import sharding
-from pera_jax.probes.runner import specs
 from pera_jax.training import step as steps
 from pera_jax.weights import imports, released, warm_start
 
@@ -148,8 +147,7 @@ def test_going_on_forgets_nothing(one_device, tmp_path):
         return config
 
     def neighbours(run):
-        fields = {"data": data, "image_size": 48}
-        return probe.probe(str(run), specs.from_names(["knn"], fields, ["knn.k=(20,)"]), output=str(tmp_path / "out"))[0]
+        return probe.probe(run, ["knn"], data=data, image_size=48, changes={"knn.k": (20,)}, output=tmp_path / "out")[0]
 
     train.train(settings(60, 2e-3), str(tmp_path / "first"))
     shape = load.load_weights(tmp_path / "first").meta["model"]

@@ -1,6 +1,5 @@
 """Which tasks are run on which data: what a config or the command line asks for, checked before anything is opened."""
 
-import ast
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -98,11 +97,32 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def from_config(path: str, changes: Sequence[str]) -> list[Spec]:
+def chosen(
+    tasks: Sequence[str], fields: Mapping[str, Any], config: str | None, changes: Sequence[str] | Mapping[str, Any]
+) -> list[Spec]:
+    """`from_config` where a config is given, else `from_names`.
+
+    Args:
+      fields: None of those that are not given.
+
+    Raises:
+      UserError: as these; fields beside a config.
+    """
+    given = {name: value for name, value in fields.items() if value is not None}
+    if not config:
+        return from_names([tasks] if isinstance(tasks, str) else tasks, given, changes)
+    if given:
+        field = next(iter(given))
+        raise UserError(f"{field} cannot be combined with a config of probes; change NAME.{field} of its tasks (--set)")
+    return from_config(config, changes)
+
+
+def from_config(path: str, changes: Sequence[str] | Mapping[str, Any]) -> list[Spec]:
     """The specs of a config, whose field `tasks` holds the fields of each by its name.
 
     Args:
-      changes: "NAME.FIELD=VALUE" each.
+      path: or its name.
+      changes: {"NAME.FIELD": value}, or "NAME.FIELD=VALUE" each.
 
     Raises:
       UserError: as `make`; no such config.
@@ -114,7 +134,9 @@ def from_config(path: str, changes: Sequence[str]) -> list[Spec]:
     return _changed({name: dict(fields) for name, fields in tasks.items()}, changes)
 
 
-def from_names(tasks: Sequence[str], fields: Mapping[str, Any], changes: Sequence[str]) -> list[Spec]:
+def from_names(
+    tasks: Sequence[str], fields: Mapping[str, Any], changes: Sequence[str] | Mapping[str, Any]
+) -> list[Spec]:
     """A spec for each task, all of the same fields. Raises UserError as `make`."""
     unknown = [task for task in tasks if task not in TASKS]
     if unknown or not tasks:
@@ -126,17 +148,12 @@ def from_names(tasks: Sequence[str], fields: Mapping[str, Any], changes: Sequenc
     }, changes)  # fmt: skip
 
 
-def _changed(tasks: dict[str, dict[str, Any]], changes: Sequence[str]) -> list[Spec]:
-    for text in changes:
-        place, equals, value = text.partition("=")
+def _changed(tasks: dict[str, dict[str, Any]], changes: Sequence[str] | Mapping[str, Any]) -> list[Spec]:
+    for place, value in changes.items() if isinstance(changes, Mapping) else map(configs.assignment, changes):
         name, dot, field = place.partition(".")
-        if not equals or not dot:
-            raise UserError(f"the change {text!r} is not of the form NAME.FIELD=VALUE")
+        if not dot:
+            raise UserError(f"the change {place!r} is not of the form NAME.FIELD=VALUE")
         if name not in tasks:
             raise UserError(f"there is no {name!r} to change; there are {several(tasks, 10)}")
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            pass  # a word needs no quotes
         tasks[name][field] = value
     return [make(name, fields) for name, fields in tasks.items()]

@@ -17,13 +17,11 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from orbax.checkpoint import v1 as ocp
-
 from pera_jax.common import paths
 from pera_jax.common.errors import UserError
 from pera_jax.common.text import several
 from pera_jax.training import step as steps
-from pera_jax.training.checkpoints import intact
+from pera_jax.training.checkpoints import intact, ocp
 from pera_jax.training.checkpoints.intact import Damaged, Removed, differences, load_meta  # noqa: F401  of what is read here
 
 T = TypeVar("T")

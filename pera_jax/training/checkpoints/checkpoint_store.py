@@ -10,7 +10,6 @@ import time
 from typing import Any
 
 import jax
-from orbax.checkpoint import v1 as ocp
 
 from pera_jax.common import environment, paths
 from pera_jax.common.environment import EnvironmentFault
@@ -18,7 +17,7 @@ from pera_jax.common.errors import UserError
 from pera_jax.common.lease import Lease
 from pera_jax.parallel import distributed
 from pera_jax.training import step as steps
-from pera_jax.training.checkpoints import checkpoint, intact
+from pera_jax.training.checkpoints import checkpoint, intact, ocp
 
 _REMOVAL_SECONDS, _QUIET_SECONDS = 20.0, 1.0  # longest wait for threads of a failed save; silence that ends it
 

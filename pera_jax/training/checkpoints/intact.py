@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 import jax
 import ml_dtypes  # noqa: F401  NumPy knows bfloat16 by its name with it
 import numpy as np
-from orbax.checkpoint import v1 as ocp
 
 from pera_jax.common import digests, json_files
 from pera_jax.common.environment import EnvironmentFault, environment_fault, patiently
@@ -27,7 +26,7 @@ from pera_jax.common.text import every, printable, several
 from pera_jax.config.renamed import migrated
 from pera_jax.parallel import distributed
 from pera_jax.parallel.sharding import path_of
-from pera_jax.training.checkpoints import meta_fields
+from pera_jax.training.checkpoints import meta_fields, ocp
 
 T = TypeVar("T")
 
