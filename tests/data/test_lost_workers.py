@@ -102,12 +102,12 @@ class Stored:
 @pytest.mark.parametrize(("step", "saved"), [(7, [(7, 7)]), (4, [])])
 def test_what_was_computed_is_saved_before_a_lost_worker_ends_the_run(step, saved):
     config = SimpleNamespace(
-        batch_size=4, heads=SimpleNamespace(prototypes=8),
-        schedules=SimpleNamespace(learning_rate=SimpleNamespace(peak=1e-3)),
+        batch_size=4, schedules=SimpleNamespace(learning_rate=SimpleNamespace(peak=1e-3))
     )  # fmt: skip
+    objective = SimpleNamespace(health_checks=lambda batch: (), flops_per_image=dict)
     mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), devices=jax.devices()[:1])
     store, position = Stored(), {"batches": 4, "images": 16, "replaced": 0, "drawn": [0]}
-    loop = Loop(config, mesh, store, {}, None, store, {}, 10, position, 4, 1, ["toy"], None)
+    loop = Loop(config, objective, mesh, store, {}, None, store, {}, 10, position, 4, ["toy"], None)
 
     def stream():
         raise EnvironmentFault("a data worker was ended")
