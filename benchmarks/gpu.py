@@ -175,7 +175,7 @@ class Table:
         program, compiled = self.programs[row], self.compiled[row]
         if self.prototypes != row[-1]:
             self.state = None
-            self.state = steps.born_sharded(program.objective, program.optimizer, program.mesh, 0)
+            self.state = steps.init_sharded(program.objective, program.optimizer, program.mesh, 0)
             self.prototypes = row[-1]
         rng = np.random.default_rng(0)
         noise = {kind: rng.integers(0, 256, crops.shape, np.uint8) for kind, crops in program.crops.items()}

@@ -60,7 +60,7 @@ def xla_flops(config, remat: str) -> float:
 
 def time_step(program: Program, compiled, number: int) -> dict[str, float]:
     """Seconds of CPU and of the clock per step: the median of `number` steps after two that are not counted."""
-    state = steps.born_sharded(program.objective, program.optimizer, program.mesh, program.config.seed)
+    state = steps.init_sharded(program.objective, program.optimizer, program.mesh, program.config.seed)
     rng = np.random.default_rng(0)
     noise = {kind: rng.integers(0, 256, crops.shape, np.uint8) for kind, crops in program.crops.items()}
     batch = jax.device_put(noise, jax.sharding.NamedSharding(program.mesh, sharding.BATCH))

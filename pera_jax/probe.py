@@ -19,7 +19,7 @@ from pera_jax.common import errors, paths
 from pera_jax.common.errors import UserError
 from pera_jax.common.text import printable
 from pera_jax.data.labelled import folders
-from pera_jax.parallel import distributed
+from pera_jax.parallel import cluster, distributed
 from pera_jax.probes.runner import results, specs
 from pera_jax.probes.runner.follow import follow
 from pera_jax.probes.runner.job import ENCODERS, Job, load_network
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--poll", type=float, default=10.0, help="seconds between looks for a new checkpoint (default 10)")
     parser.add_argument("--patience", type=float, default=24.0, help="hours without one after which to end (default 24)")
     parser.add_argument("--show", action="store_true", help="print the results that are there and end")
-    distributed.add_options(parser)
+    cluster.add_options(parser)
     options = parser.parse_args(argv)
 
     if options.show:
@@ -112,10 +112,10 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("--follow judges the teacher of each checkpoint; leave --encoder, --step and --no-verify out")
     elif not pathlib.Path(options.run).is_dir():
         raise UserError(f"the run's folder {options.run} does not exist; name the --workdir of a training")
-    cluster = distributed.cluster_of(options.coordinator, options.num_processes, options.process_id, os.environ)
-    distributed.initialize(cluster, options.join_seconds)
+    arguments = cluster.from_flags(options.coordinator, options.num_processes, options.process_id, os.environ)
+    cluster.initialize(arguments, options.join_seconds)
     base, reading = base_of(options.run, options.output), folders.reading_of(options)
-    with distributed.ends_alone():
+    with distributed.exit_on_error():
         if options.follow:
             follow(options.run, chosen, base, options.batch_size, options.poll, 3600 * options.patience, reading)
             entries = results.read(base)

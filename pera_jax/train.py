@@ -34,12 +34,12 @@ from pera_jax.common.text import several
 from pera_jax.config import flags as config_flags
 from pera_jax.data import mixture, pipeline
 from pera_jax.objectives.base import judged
-from pera_jax.parallel import distributed, sharding
+from pera_jax.parallel import cluster, distributed, global_arrays, sharding
 from pera_jax.probes.online import Monitor
 from pera_jax.training import metrics, opening, profiling, resume, schedules
 from pera_jax.training import step as steps
 from pera_jax.training.checkpoints import checkpoint, checkpoint_store, intact, run_meta
-from pera_jax.training.loop import Loop, told_memory
+from pera_jax.training.loop import Loop, explain_out_of_memory
 from pera_jax.training.watchdog import Watchdog
 from pera_jax.weights import warm_start
 
@@ -78,7 +78,7 @@ def train(
 
 def _train(config, workdir, profile, allow_config_change, stop, stack: contextlib.ExitStack) -> None:
     watchdog = stack.enter_context(Watchdog(config.stall_seconds if stop.ends_process else 0))  # first: opening devices and data may hang
-    stack.enter_context(told_memory(config))
+    stack.enter_context(explain_out_of_memory(config))
 
     # ---- mesh and checks that need neither data nor model
     paths.local(workdir, "workdir")
@@ -91,7 +91,7 @@ def _train(config, workdir, profile, allow_config_change, stop, stack: contextli
         if source.damaged:
             lost = sum(source.split_info.shard_records[number] for number in source.damaged)
             distributed.say(f"{source.path}: {len(source.damaged)} damaged shard(s); others replace their {lost} records")
-    watchdog.fed()
+    watchdog.reset()
     steps_per_epoch = len(data) // config.batch_size
     if steps_per_epoch < 1:
         raise UserError(
@@ -144,7 +144,7 @@ def _train(config, workdir, profile, allow_config_change, stop, stack: contextli
     state, position, changes = _first_state(
         config, workdir, meta, objective, optimizer, abstract, mesh, data, allow_config_change
     )
-    watchdog.fed()
+    watchdog.reset()
     start = int(state.step)
     if start >= total:
         if distributed.main_host() and checkpoint.saved_steps(workdir):  # killed before it could say so
@@ -168,7 +168,7 @@ def _train(config, workdir, profile, allow_config_change, stop, stack: contextli
     stream = pipeline.make_pipeline(
         data, pipeline.Crops(objective.crops, config.crops.aspect, config.crops.flip), batch_size=config.batch_size, seed=config.seed, start_batch=position["batches"],
         workers=pipeline.workers_of(config.data.workers),
-        rows=distributed.rows_of(jax.sharding.NamedSharding(mesh, sharding.BATCH), config.batch_size),
+        rows=global_arrays.local_rows(jax.sharding.NamedSharding(mesh, sharding.BATCH), config.batch_size),
     )
     stack.callback(stream.close)
     stack.callback(gc.collect)  # before it: JAX lets go of the last batch, which lies in the workers' memory
@@ -184,8 +184,8 @@ def _train(config, workdir, profile, allow_config_change, stop, stack: contextli
     tracer = profiling.Profile(traced, workdir)
     stack.callback(tracer.close)
     stack.enter_context(jax.set_mesh(mesh))
-    stack.enter_context(distributed.ends_alone())
-    stack.enter_context(told_memory(config))  # again: `ends_alone` lets nothing through
+    stack.enter_context(distributed.exit_on_error())
+    stack.enter_context(explain_out_of_memory(config))  # again: `exit_on_error` lets nothing through
 
     loop = Loop(
         config, objective, mesh, store, meta, writer, watchdog, every, total, position, start, data.names(), monitor
@@ -193,7 +193,7 @@ def _train(config, workdir, profile, allow_config_change, stop, stack: contextli
     for step in range(start, total):
         scalars = {name: np.asarray(value, config.parameter_precision) for name, value in schedule.at(step).items()}
         tracer.before(step + 1, state)
-        batch, placed = loop.next_batch(stream, state), distributed.replicated(scalars, mesh)
+        batch, placed = loop.next_batch(stream, state), global_arrays.replicated(scalars, mesh)
         # What the step needs lies on the devices by now: a transfer inside of it would be an oversight that costs every step.
         with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
             state, out = train_step(state, batch, placed)
@@ -228,7 +228,7 @@ def _first_state(config, workdir, meta, objective, optimizer, abstract, mesh, da
       (state, position, changes); changes: None for a run that begins.
     """
     own = checkpoint.saved_steps(workdir)
-    distributed.check_same(
+    distributed.check_equal(
         own[-1] if own else -1, f"{workdir} is not the same folder on every host; choose one on storage that they share"
     )
     run = workdir if own else config.resume_from
@@ -251,12 +251,12 @@ def _first_state(config, workdir, meta, objective, optimizer, abstract, mesh, da
             for bad, error in damaged if distributed.main_host() else ():
                 moved = f"; moved to {checkpoint.set_aside(bad)}" if run == workdir else ""
                 distributed.say(f"{error}{moved}; going on from the checkpoint of step {step}")
-            distributed.meet("damaged checkpoints are set aside")
+            distributed.barrier("damaged checkpoints are set aside")
             state, position = found
             batches, images = resume.place_in_stream(position, before["config"]["batch_size"], config.batch_size)
             return state, position | {"batches": batches, "images": images}, changes
         raise UserError(f"no checkpoint of {run} can be read; the newest: {damaged[0][1]}")
-    state = steps.born_sharded(objective, optimizer, mesh, config.seed)
+    state = steps.init_sharded(objective, optimizer, mesh, config.seed)
     if config.init_from:
         state = warm_start.with_weights(state, config.init_from, objective)
         state = warm_start.with_estimate(state, config, objective, data, mesh)
@@ -270,7 +270,7 @@ def define_flags() -> None:
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several hosts are told")
     flags.DEFINE_integer("num_processes", None, "processes in all, where several hosts are told")
     flags.DEFINE_integer("process_id", None, "this process's number, from 0, where several hosts are told")
-    flags.DEFINE_integer("join_seconds", distributed.JOIN_SECONDS, "to wait for all hosts at the start")
+    flags.DEFINE_integer("join_seconds", cluster.JOIN_SECONDS, "to wait for all hosts at the start")
     allow = "go on with a run under another total, batch_size, schedules, ...; see pera_jax/training/resume.py"
     flags.DEFINE_bool("allow_config_change", False, allow)
     flags.DEFINE_string("profile", None, "FIRST:LAST, steps of which a trace is written to WORKDIR/profile")
@@ -280,16 +280,16 @@ def main(argv, stop: interrupts.StopSignal):
     given = flags.FLAGS
     if argv[1:]:
         raise UserError(f"{several(argv[1:])} is no option; every option begins with --, as in --workdir runs/NAME")
-    opening.tell_warnings_of_devices()
+    opening.show_device_warnings()
     # Orbax logs each step of a save, and tracebacks of what it raises as well; progress and one sentence are enough.
     logging.set_verbosity(logging.FATAL)
     if not given.config:
         raise UserError("name a config: --config demo")
     if not given.workdir:
         raise UserError("name the folder for checkpoints and metrics: --workdir runs/NAME")
-    cluster = distributed.cluster_of(given.coordinator, given.num_processes, given.process_id, os.environ)
-    distributed.initialize(cluster, given.join_seconds)
-    with distributed.ends_alone(), contextlib.ExitStack() as stack:
+    arguments = cluster.from_flags(given.coordinator, given.num_processes, given.process_id, os.environ)
+    cluster.initialize(arguments, given.join_seconds)
+    with distributed.exit_on_error(), contextlib.ExitStack() as stack:
         _train(given.config, given.workdir, given.profile, given.allow_config_change, stop, stack)
 
 

@@ -37,7 +37,7 @@ class Mixture:
             info = source.info
             bands = Bands(tuple(info.bands), info.dtype, tuple(map(tuple, source.split_info.ranges)),
                           tuple(source.split_info.mean), tuple(source.split_info.std))  # fmt: skip
-        return cls((source,), (1.0,), bands, (tuple(bands.places(source.info, source.path)),))
+        return cls((source,), (1.0,), bands, (tuple(bands.indices_in(source.info, source.path)),))
 
     def __len__(self) -> int:
         """Records of all data sets; an epoch draws as many examples."""
@@ -86,7 +86,7 @@ def open_mixture(settings) -> Mixture:
         )
     shares = tuple(weight / sum(weights) for weight in weights)
     bands = choose_bands(settings, sources, shares)
-    return Mixture(sources, shares, bands, tuple(tuple(bands.places(s.info, s.path)) for s in sources))
+    return Mixture(sources, shares, bands, tuple(tuple(bands.indices_in(s.info, s.path)) for s in sources))
 
 
 def choose_bands(settings, sources: Sequence[records.RecordSource], shares: Sequence[float]) -> Bands:
@@ -104,7 +104,7 @@ def choose_bands(settings, sources: Sequence[records.RecordSource], shares: Sequ
     if len(set(names)) < len(names):
         raise UserError(f"data.bands={','.join(names)} names a band twice")
     bands = Bands(names, first.info.dtype, ((0.0, 1.0),) * len(names), (0.0,) * len(names), (1.0,) * len(names))
-    places = [bands.places(source.info, source.path) for source in sources]
+    places = [bands.indices_in(source.info, source.path) for source in sources]
     ranges = _ranges(settings.ranges, names, sources, places)
     if settings.normalize == "imagenet":
         if names != RGB:

@@ -51,7 +51,7 @@ class Cache:
         place = self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.npz"
         found = _read(place, text)
         self._used.add(place)
-        if not distributed.anywhere(found is None):
+        if not distributed.any_host(found is None):
             return found
         made = make()
         if distributed.main_host():

@@ -139,7 +139,7 @@ class Pixels:
     patch, and of an image in place of the class token."""
 
     def __init__(self, meta: dict[str, Any]):
-        self.bands, self.patch = Bands.of(meta), meta["model"]["patch"]
+        self.bands, self.patch = Bands.from_metadata(meta), meta["model"]["patch"]
 
     def __call__(self, images: np.ndarray) -> Features:
         values = self.bands.mapped(images).reshape(len(images), -1, images.shape[3])  # [B, H W, C]
@@ -191,7 +191,7 @@ def extract(extractor: Extractor | Pixels, samples: Samples, image_size: int, ba
         batches = [extractor(images) for images in read(samples, extractor.bands, read_size, parts, "features")]
     except Exception as wrong:
         error = wrong
-    distributed.raise_anywhere(error)
+    distributed.raise_on_all_hosts(error)
     if hosts == 1:
         return Features(*(np.concatenate([getattr(b, name) for b in batches]) for name in ("class_tokens", "patch_means")))
     return _of_all_hosts(batches, len(samples), most, rows)
@@ -232,7 +232,7 @@ def read(
       UserError: an image that cannot be read or decoded; a band that is missing.
     """
     samples = samples.suited_to(bands)
-    places = bands.places(samples, samples.path)
+    places = bands.indices_in(samples, samples.path)
 
     def decode(row, raw):
         try:

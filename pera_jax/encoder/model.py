@@ -62,7 +62,7 @@ class Model:
     @classmethod
     def of(cls, backbone: dict[str, Any], meta: dict[str, Any]) -> "Model":
         """The model of a ViT's parameters and a checkpoint's `meta`; float32 throughout."""
-        return cls(backbone, vit.build(meta["model"]), Bands.of(meta))
+        return cls(backbone, vit.build(meta["model"]), Bands.from_metadata(meta))
 
     def __call__(self, images, *, blocks: int | Sequence[int] = (), size: str = "refuse") -> Tokens:
         """`apply` with the model's own parameters, compiled once for each shape."""

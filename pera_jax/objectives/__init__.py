@@ -56,7 +56,7 @@ def from_metadata(meta: dict[str, Any]) -> Objective:
     try:
         config = ConfigDict(meta["config"])
         config.model.attention = "auto"  # the machine that reads it need not have the kernels of the one that trained
-        return from_config(config, Bands.of(meta))
+        return from_config(config, Bands.from_metadata(meta))
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         reason = error.args[0] if error.args else type(error).__name__
         raise UserError(f"the run's config describes no network of this program ({reason}); restore its meta") from error

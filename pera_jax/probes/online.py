@@ -45,7 +45,7 @@ def small_set(settings, bands: Bands, side: int) -> tuple[np.ndarray, np.ndarray
     classes = len(source.info.class_names or ())
     if classes < 2:
         raise UserError(f"monitor.data={settings.data} has no classes to tell apart; name a labelled data set, or \"\"")
-    places = bands.places(source.info, source.path)
+    places = bands.indices_in(source.info, source.path)
     order = np.random.default_rng(0).permutation(len(source))[: _SEARCHED * settings.images]
     quota, taken, images, labels = -(-settings.images // classes), np.zeros(classes, int), [], []
     for index in order:

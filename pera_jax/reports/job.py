@@ -143,10 +143,10 @@ class _Subject:
     def of(cls, found: Folder, networks: dict[str, Weights], data: str, split: str | None, seed: int) -> "_Subject":
         config, info = found.meta["config"], records.load_info(data)
         split = split or ("test" if "test" in info.splits else config["data"]["split"])
-        source, bands = records.open_split(data, split), Bands.of(found.meta)
+        source, bands = records.open_split(data, split), Bands.from_metadata(found.meta)
         if not len(source):
             raise UserError(f"the split {split!r} of {data} holds no image; choose another --split")
-        bands.places(info, source.path)  # raises where a band is missing
+        bands.indices_in(info, source.path)  # raises where a band is missing
         channels = visible(bands, tuple(config["data"]["rgb"]))
         return cls(found, networks, source, bands, info.class_names, channels, seed, f"{config['name']}, step {found.step:,}")
 

@@ -69,7 +69,7 @@ def of_the_folder(run: Folder) -> tuple[list[Section], list[Section], dict[str, 
         Section("steps", "Scores against the step", scores.STEPS_READING, scores.over_steps(run.results),
                 "fewer than two checkpoints of this run have been probed."),
     ]  # fmt: skip
-    parts, bands, rgb = [], Bands.of(run.meta), tuple(run.meta["config"]["data"]["rgb"])
+    parts, bands, rgb = [], Bands.from_metadata(run.meta), tuple(run.meta["config"]["data"]["rgb"])
     for entry in sorted(trained, key=lambda entry: entry["task"] in confusion.DENSE):
         if content := confusion.section(entry):
             opened = "" if parts else " open"

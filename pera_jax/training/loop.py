@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 
 from pera_jax.common.errors import UserError
 from pera_jax.objectives.base import judged
-from pera_jax.parallel import chips, distributed, sharding
+from pera_jax.parallel import chips, global_arrays, sharding
 from pera_jax.training.alarms import NOT_FINITE, Alarms
 
 
@@ -39,7 +39,7 @@ class Loop:
         self.devices, self.chip = mesh.size, chips.chip_of(mesh.devices.flat[0].device_kind)
         self.objective, self.image_flops = objective, sum(objective.flops_per_image().values())
         self.where = NamedSharding(mesh, sharding.BATCH)
-        self.rows = distributed.rows_of(self.where, config.batch_size)
+        self.rows = global_arrays.local_rows(self.where, config.batch_size)
         # Summed on the devices, over all hosts, so that nobody waits for it before it is logged.
         self.add = jax.jit(
             lambda total, counts: total + jnp.sum(counts, axis=0, dtype=jnp.uint32),
@@ -68,7 +68,7 @@ class Loop:
         self.waited += time.perf_counter() - began
         wanted = {name: batch[name] for name in self.objective.crops}
         wanted["counts"] = np.column_stack([batch["replaced"], batch["set"][:, None] == np.arange(len(self.sets))])
-        arrays = distributed.global_arrays(wanted, self.where, self.rows, self.config.batch_size)
+        arrays = global_arrays.assemble(wanted, self.where, self.rows, self.config.batch_size)
         self.tally = self.add(self.tally, arrays.pop("counts"))  # [1 + S]
         return arrays
 
@@ -85,7 +85,7 @@ class Loop:
         if self.saved != int(state.step):
             self._save(state)
         self.store.wait()
-        self.watchdog.fed()
+        self.watchdog.reset()
 
     def _kept(self, state, error):
         """The error, after the state has been saved; not with several hosts, which would have to do it together."""
@@ -107,14 +107,14 @@ class Loop:
             "alarms": self.alarms.state(),
         }  # fmt: skip
         self.store.save(state, self.meta, position)
-        self.watchdog.fed()
+        self.watchdog.reset()
 
     def _fetch(self):
         if self.pending is None:
             return
         (step, out, hyper, tally, monitored), self.pending = self.pending, None
         values = {name: float(value) for name, value in jax.device_get(out).items()}
-        self.watchdog.fed()
+        self.watchdog.reset()
         self._check_finite(step, values)
         for alarm in self.alarms.update(values, float(hyper["learning_rate"])):
             if self.writer:
@@ -160,8 +160,8 @@ class Loop:
 
 
 @contextlib.contextmanager
-def told_memory(config):
-    """While entered, a device without enough memory is one sentence that says what takes less. Raises UserError."""
+def explain_out_of_memory(config):
+    """Turns JAX's out-of-memory error into a UserError that says which settings need less memory."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:

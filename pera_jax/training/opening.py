@@ -19,7 +19,7 @@ class _Told(logging.Handler):
         print(f"warning: {' '.join(record.getMessage().split())}", file=sys.stderr, flush=True)
 
 
-def tell_warnings_of_devices() -> None:
+def show_device_warnings() -> None:
     """Lets JAX say that it has not found the accelerator of this machine, whatever the level of other logs is."""
     logger = logging.getLogger(_BACKENDS)
     logger.setLevel(logging.WARNING)

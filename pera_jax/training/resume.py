@@ -134,7 +134,7 @@ def with_own_statistics(data: Mixture, found: dict[str, Any] | None, settings) -
     """
     if found is None or "imported" in found or not settings.allow_changed_data:
         return data
-    was, own = found["config"]["data"], Bands.of(found)
+    was, own = found["config"]["data"], Bands.from_metadata(found)
     same = all(was[name] == json.loads(json.dumps(settings[name])) for name in ("bands", "ranges", "normalize"))
     if not same or (own.names, own.dtype) != (data.bands.names, data.bands.dtype):
         return data

@@ -62,7 +62,7 @@ def abstract_state(objective, optimizer, mesh: Mesh) -> TrainState:
     )
 
 
-def born_sharded(objective, optimizer, mesh: Mesh, seed: int) -> TrainState:
+def init_sharded(objective, optimizer, mesh: Mesh, seed: int) -> TrainState:
     """`new_state`, each leaf made where it will live: no device ever holds what it does not keep."""
     where = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(objective, optimizer, mesh))
     with jax.set_mesh(mesh):

@@ -28,7 +28,7 @@ class Watchdog:
         if self._seconds > 0:
             # Prints the stacks, then does what the signal does by default: it ends the process.
             faulthandler.register(signal.SIGALRM, file=sys.__stderr__, all_threads=True, chain=True)
-            self.fed()
+            self.reset()
             threading.Thread(target=self._announce, name="watchdog", daemon=True).start()
         return self
 
@@ -39,8 +39,8 @@ class Watchdog:
             faulthandler.unregister(signal.SIGALRM)
             faulthandler.cancel_dump_traceback_later()
 
-    def fed(self) -> None:
-        """Something has moved."""
+    def reset(self) -> None:
+        """Restarts the countdown; call it whenever the run has made progress."""
         if self._seconds > 0:
             self._deadline = time.monotonic() + self._seconds
             signal.setitimer(signal.ITIMER_REAL, self._seconds + _SENTENCE_FIRST)

@@ -12,7 +12,7 @@ def text(weights: Weights, which: str, height: int, width: int) -> str:
       which: "teacher" or "student".
       height, width: px, the images that the position embedding is for.
     """
-    meta, bands = weights.meta, Bands.of(weights.meta)
+    meta, bands = weights.meta, Bands.from_metadata(weights.meta)
     shape, trained = meta["model"], meta["model"]["image_size"]
     grid = f"{height // shape['patch']} x {width // shape['patch']}"
     tokens = f"[B, 1 + {grid.replace('x', '*')}, {shape['width']}]"

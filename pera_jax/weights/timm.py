@@ -152,7 +152,7 @@ def beside(file: pathlib.Path, verify: bool = True) -> dict[str, Any]:
         exported.check(entry, place)
         if verify and file.name == exported.FILE:
             exported.check_file(entry, place, file)
-        bands = Bands.of(entry)
+        bands = Bands.from_metadata(entry)
         if (bands.mean, bands.std) != (cfg.mean, cfg.std):
             raise UserError(
                 f"{place} gives one mean and std in pretrained_cfg and another in {exported.ENTRY}; export it anew, or take "
@@ -186,7 +186,7 @@ def of_backbone(backbone: dict[str, Any], shape: dict[str, Any], height: int, wi
 
 def config(meta: dict[str, Any], step: int, which: str, height: int, width: int) -> dict[str, Any]:
     """config.json as timm and the Hugging Face hub read it, with what only this program reads in an entry of its own."""
-    shape, bands = meta["model"], Bands.of(meta)
+    shape, bands = meta["model"], Bands.from_metadata(meta)
     return {
         "architecture": ARCHITECTURE,
         "num_classes": 0,

@@ -19,7 +19,7 @@ from pera_jax.data import pipeline
 from pera_jax.encoder import fit
 from pera_jax.encoder.load import Weights, backbone_alone, load_weights, networks_of
 from pera_jax.objectives.base import Objective, Streams
-from pera_jax.parallel import distributed, sharding
+from pera_jax.parallel import distributed, global_arrays, sharding
 from pera_jax.training import step as steps
 from pera_jax.training.checkpoints import checkpoint, intact
 
@@ -87,7 +87,7 @@ def with_estimate(state: steps.TrainState, config, objective: Objective, data, m
     if not number:
         return state
     where, whole = NamedSharding(mesh, sharding.BATCH), NamedSharding(mesh, sharding.P())
-    rows = distributed.rows_of(where, config.batch_size)
+    rows = global_arrays.local_rows(where, config.batch_size)
 
     def estimate(teacher, batch, index):
         examples = objective.prepare(Streams.at(config.seed, "warm_start", index), batch)
@@ -106,7 +106,7 @@ def with_estimate(state: steps.TrainState, config, objective: Objective, data, m
             for index in range(number):
                 batch = next(stream)
                 crops = {name: batch[name] for name in objective.crops}
-                arrays = distributed.global_arrays(crops, where, rows, config.batch_size)
+                arrays = global_arrays.assemble(crops, where, rows, config.batch_size)
                 found = jax.tree.map(lambda leaf: leaf / number, compiled(state.teacher, arrays, np.int32(index)))
                 total = found if total is None else jax.tree.map(jnp.add, total, found)
         finally:

@@ -109,5 +109,5 @@ def test_a_stall_ends_by_sigalrm_with_the_stacks_also_where_python_cannot_run():
     hang = "import ctypes\nfrom pera_jax.training.watchdog import Watchdog\nwith Watchdog(0.5):\n    ctypes.PyDLL(None).sleep(60)\n"
     done = subprocess.run([sys.executable, "-c", hang], capture_output=True, text=True, timeout=50)  # keeps the interpreter
     assert done.returncode == -signal.SIGALRM and 'File "<string>", line 4' in done.stderr
-    moves = "import time\nfrom pera_jax.training.watchdog import Watchdog\nwith Watchdog(0.5) as dog:\n    for _ in range(20):\n        time.sleep(0.1)\n        dog.fed()\ntime.sleep(2)\n"
+    moves = "import time\nfrom pera_jax.training.watchdog import Watchdog\nwith Watchdog(0.5) as dog:\n    for _ in range(20):\n        time.sleep(0.1)\n        dog.reset()\ntime.sleep(2)\n"
     assert subprocess.run([sys.executable, "-c", moves], capture_output=True, text=True, timeout=50).stderr == ""

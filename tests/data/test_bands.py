@@ -69,7 +69,7 @@ REFUSED = {
     "must be one \\(low, high\\) for all bands": (["deep"], {"data__ranges": ((0, 1),) * 2}),
     "with low < high": (["deep"], {"data__ranges": ((5, 5),)}),
     "say with data.ranges what maps": (["deep", "other"], {"data__normalize": "dataset"}),
-    "holds float32, and uint16 is needed": (["deep", "float"], {"data__ranges": ((0, 9000),)}),
+    "expected uint16 values in": (["deep", "float"], {"data__ranges": ((0, 9000),)}),
     "has no band 'infrared'": (["four", "rgb"], {}),
     "names a data set twice": (["rgb", "rgb"], {}),
     "a positive number for each of the 2": (["rgb", "more"], {"data__weights": (1.0,)}),
@@ -147,7 +147,7 @@ def test_thirteen_bands_of_uint16_train_and_resume_and_their_features_are_extrac
     found, same = extract("other"), extract("deep")
     assert (len(found.class_tokens), len(same.class_tokens)) == (30, 25)
     assert np.isfinite(found.class_tokens).all() and np.ptp(same.class_tokens[:, -1], axis=0).max() > 1e-3
-    with pytest.raises(UserError, match="holds float32, and uint16 is needed"):
+    with pytest.raises(UserError, match="expected uint16 values in .*, got float32"):
         extract("float")
 
 

@@ -21,7 +21,7 @@ from pera_jax.common.environment import EnvironmentFault
 from pera_jax.common.errors import UserError
 from pera_jax.data import pipeline, shared_memory
 from pera_jax.data.mixture import Mixture
-from pera_jax.training.loop import Loop, told_memory
+from pera_jax.training.loop import Loop, explain_out_of_memory
 
 needs_shm = pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="shared memory is no folder here")
 
@@ -121,7 +121,7 @@ def test_what_was_computed_is_saved_before_a_lost_worker_ends_the_run(step, save
 
 def test_too_little_memory_on_a_device_names_what_takes_less():
     config = SimpleNamespace(batch_size=64, accumulate=1, model=SimpleNamespace(remat="none"))
-    with pytest.raises(UserError) as caught, told_memory(config):
+    with pytest.raises(UserError) as caught, explain_out_of_memory(config):
         jax.device_put(np.zeros(1)) + jax.numpy.zeros(1 << 46, "uint8")
     for word in ("batch_size=64", "accumulate=2", "model.remat=block", "pera_jax.plan"):
         assert word in str(caught.value)
@@ -163,13 +163,13 @@ def test_hosts_that_do_not_come_end_the_others_in_a_sentence(process):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     code = (
-        "from pera_jax.common import errors\nfrom pera_jax.parallel import distributed\n"
-        "distributed._JOIN_NEWS = 1\n"
-        f"cluster = distributed.cluster_of('127.0.0.1:{port}', 2, {process}, {{}})\n"
-        "errors.run(lambda: distributed.initialize(cluster, 3))\n"
+        "from pera_jax.common import errors\nfrom pera_jax.parallel import cluster\n"
+        "cluster._REPORT_SECONDS = 1\n"
+        f"arguments = cluster.from_flags('127.0.0.1:{port}', 2, {process}, {{}})\n"
+        "errors.run(lambda: cluster.initialize(arguments, 3))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == errors.TRY_AGAIN
     lines = [line for line in done.stderr.splitlines() if line.startswith(("waiting", "error"))]
-    assert lines[0].endswith("1 of 3 s") and lines[-1].startswith("error: the other processes were not there within 3 s")
+    assert lines[0].endswith("1 of 3 s") and lines[-1].startswith("error: the other processes did not join within 3 s")
     assert f"127.0.0.1:{port}" in lines[-1] and "--join_seconds" in lines[-1]

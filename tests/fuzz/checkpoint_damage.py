@@ -59,7 +59,7 @@ class Run:
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
         meta = run_meta.describe(config, objective, CARD)
         run = cls(folder, config, objective, optimizer, mesh, steps.abstract_state(objective, optimizer, mesh), meta)
-        born = steps.born_sharded(objective, optimizer, mesh, 0)
+        born = steps.init_sharded(objective, optimizer, mesh, 0)
         store = checkpoint_store.Store(str(folder), keep_last=2, keep_every=10)
         for step in (1, 2):
             # No two leaves and no two checkpoints alike.

@@ -59,7 +59,7 @@ def two_steps(config, mesh, dtype):
     objective, optimizer = objective_of(config), steps.make_optimizer(config.optimizer)
     where = jax.tree.map(lambda leaf: leaf.sharding, steps.abstract_state(objective, optimizer, mesh))
     step = steps.jit_step(steps.make_step(objective, optimizer, 0, config.optimizer, config.accumulate), where, mesh)
-    state = steps.born_sharded(objective, optimizer, mesh, 0)
+    state = steps.init_sharded(objective, optimizer, mesh, 0)
     with jax.set_mesh(mesh):
         batch, scalars = batch_of(objective, config.batch_size), scalars_of(config, dtype)
         compiled = step.lower(state, batch, scalars).compile(FAST)

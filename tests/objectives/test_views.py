@@ -270,7 +270,7 @@ def test_fields_for_red_green_blue_only(field):
     for rgb, message in {
         (): rf"pera\.views\.{field}=0\.1 needs to know which bands are red, green and blue, .* B02, .*data\.rgb",
         ("B04", "B03", "B2"): "data.rgb names 'B2', which is not among the bands B02",
-        ("B04", "B03"): "data.rgb=B04,B03 must name the bands that are red, green and blue",
+        ("B04", "B03"): "data.rgb=B04,B03 must name three distinct bands: red, green and blue",
     }.items():
         with pytest.raises(UserError, match=message):
             make_views(jax.random.key(0), crops, NONE | {"brightness": 0.4, field: 0.1, "rgb": rgb}, bands)

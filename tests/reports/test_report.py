@@ -341,7 +341,7 @@ def test_attention_is_that_of_a_plain_forward_pass(run, data):
     weights, source = load.load_weights(run), records.open_split(data, "test")
     # Tokens of a network at birth are nearly equal, so is their attention: larger weights make it differ.
     backbone = jax.tree.map(lambda leaf: np.float32(4.0 * leaf), weights.backbone)
-    bands, size = Bands.of(weights.meta), weights.meta["model"]["image_size"]
+    bands, size = Bands.from_metadata(weights.meta), weights.meta["model"]["image_size"]
     shown = [images.read(source, bands, index, size).pixels for index in (0, 1)]
     (looked,) = tokens.look(weights.meta, [backbone], shown)
     assert looked.attention.shape == (2, 2, 1 + 36) and looked.patches.shape == (2, 6, 6, 32)

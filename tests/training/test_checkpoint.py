@@ -46,7 +46,7 @@ def meta_of(config, objective):
 def state():
     """A state cut over eight devices, no two leaves of it alike."""
     _, objective, optimizer = parts()
-    born = steps.born_sharded(objective, optimizer, sharding.make_mesh(fsdp=8), seed=1)
+    born = steps.init_sharded(objective, optimizer, sharding.make_mesh(fsdp=8), seed=1)
     leaves, tree = jax.tree.flatten(born)
     changed = [leaf + np.asarray(i, leaf.dtype) for i, leaf in enumerate(leaves)]
     changed = [jax.device_put(new, old.sharding) for new, old in zip(changed, leaves, strict=True)]

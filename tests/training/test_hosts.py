@@ -17,7 +17,7 @@ from pera_jax import train
 from pera_jax.bands import Bands
 from pera_jax.common.errors import UserError
 from pera_jax.objectives.pera import objective as pera
-from pera_jax.parallel import distributed, sharding
+from pera_jax.parallel import cluster, global_arrays, sharding
 from pera_jax.training import profiling
 from pera_jax.training import step as steps
 from pera_jax.training.checkpoints import checkpoint
@@ -156,7 +156,7 @@ def _saved_on_eight(tmp_path_factory, data) -> pathlib.Path:
 
 def test_how_processes_find_each_other():
     def find(flags=(None, None, None), **environment):
-        return distributed.cluster_of(*flags, environment)
+        return cluster.from_flags(*flags, environment)
 
     assert find() is None
     by_flags = find(("host:1", 4, 2), SLURM_NTASKS="4", SLURM_STEP_NODELIST="a,b")
@@ -182,9 +182,9 @@ def test_rows_are_those_of_the_mesh():
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     where = jax.sharding.NamedSharding(mesh, sharding.BATCH)
     devices = mesh.devices
-    assert list(distributed.rows_of(where, 8, list(devices[0].flat))) == [0, 1, 2, 3]
-    assert list(distributed.rows_of(where, 8, list(devices[:, 1, 0]))) == [2, 3, 6, 7]
-    assert list(distributed.rows_of(where, 8, [devices[1, 0, 1]])) == [4, 5]
+    assert list(global_arrays.local_rows(where, 8, list(devices[0].flat))) == [0, 1, 2, 3]
+    assert list(global_arrays.local_rows(where, 8, list(devices[:, 1, 0]))) == [2, 3, 6, 7]
+    assert list(global_arrays.local_rows(where, 8, [devices[1, 0, 1]])) == [4, 5]
     local = {"x": np.arange(16).reshape(8, 2)}
-    whole = distributed.global_arrays(local, where, np.arange(8), 8)["x"]
+    whole = global_arrays.assemble(local, where, np.arange(8), 8)["x"]
     np.testing.assert_array_equal(whole, local["x"])

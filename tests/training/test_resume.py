@@ -86,7 +86,7 @@ def test_changed_data_keep_the_statistics_that_the_run_was_trained_with(tmp_path
     info["splits"]["train"] |= {"mean": [0.1] * 3, "std": [0.4] * 3}
     (tmp_path / "second" / "info.json").write_text(json.dumps(info))
     first, second = (mixture.open_mixture(dataclasses_of(settings, path=path)) for path in paths)
-    found = meta_of(changed(data__normalize="dataset"), "first", **first.bands.described())
+    found = meta_of(changed(data__normalize="dataset"), "first", **first.bands.to_dict())
     assert second.bands != first.bands
     assert resume.with_own_statistics(second, found, settings) is second  # not asked for
     settings.allow_changed_data = True
@@ -153,8 +153,8 @@ def test_jax_says_that_an_accelerator_is_not_used(capsys):
     root = logging.root.level
     try:
         logging.root.setLevel(logging.FATAL)  # as the training does
-        opening.tell_warnings_of_devices()
-        opening.tell_warnings_of_devices()
+        opening.show_device_warnings()
+        opening.show_device_warnings()
         logger.warning("An NVIDIA GPU may be present on this machine, but a CUDA-enabled jaxlib is not installed.")
         assert capsys.readouterr().err == (
             "warning: An NVIDIA GPU may be present on this machine, but a CUDA-enabled jaxlib is not installed.\n"

@@ -283,7 +283,7 @@ def test_a_state_is_born_where_it_will_live():
     config = tiny.config(pera__heads__prototypes=128)
     objective, optimizer = tiny.objective(config), steps.make_optimizer(config.optimizer)
     mesh = sharding.make_mesh(**MESHES["fsdp"])
-    born = steps.born_sharded(objective, optimizer, mesh, 7)
+    born = steps.init_sharded(objective, optimizer, mesh, 7)
     plain = jax.jit(lambda: steps.new_state(objective, optimizer, 7))()
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), *map(jax.device_get, (born, plain)))
     for path, leaf in jax.tree_util.tree_flatten_with_path(born)[0]:

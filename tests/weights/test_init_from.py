@@ -35,7 +35,7 @@ def config_like_the_dictionary(**changes):
 def new_state(config, bands: Bands, mesh=None):
     objective, optimizer = pera.PerA.from_config(config, bands), steps.make_optimizer(config.optimizer)
     mesh = mesh or sharding.make_mesh(devices=jax.devices()[:1])
-    return objective, steps.born_sharded(objective, optimizer, mesh, seed=5)
+    return objective, steps.init_sharded(objective, optimizer, mesh, seed=5)
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,7 @@ class Samples:
     def suited_to(self, bands: Bands) -> "Samples":
         """The samples as those bands need them: files of others as pictures, red, green and blue of 8 bits, or as the
         values that they hold. Raises UserError where an image cannot be read so."""
-        if self.reading is None or bands.are_colours():
+        if self.reading is None or bands.is_rgb8():
             return self
         held, dtype, decode = self.reading(False)
         return dataclasses.replace(self, bands=held, dtype=dtype, decode=decode)

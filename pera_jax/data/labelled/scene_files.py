@@ -121,7 +121,7 @@ def _content(path, seen) -> bytes:
 
 def _image(path, bands, seen) -> foreign.Picture:
     try:
-        picture = foreign.read(_content(path, seen), colours=None if bands.are_colours() else False)
+        picture = foreign.read(_content(path, seen), colours=None if bands.is_rgb8() else False)
     except foreign.ImageDecodeError as error:
         raise UnreadableScene(f"{path} cannot be decoded ({error}); replace or remove it") from error
     pixels = picture.pixels

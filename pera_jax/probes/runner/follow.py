@@ -55,14 +55,14 @@ def _follow(run: str, job: Job, poll: float, patience: float) -> list[dict[str, 
     unfinished: list[str] = []  # tasks that the machine has not let end
     while True:
         # On one host, and the end before the look for checkpoints: else the last one could be missed.
-        ended = distributed.of_main_host(int((pathlib.Path(run) / "FINISHED").exists()))
-        step = distributed.of_main_host(_next(run, job, passed_over) if distributed.main_host() else _NOTHING)
+        ended = distributed.broadcast_from_main(int((pathlib.Path(run) / "FINISHED").exists()))
+        step = distributed.broadcast_from_main(_next(run, job, passed_over) if distributed.main_host() else _NOTHING)
         if step == _NOTHING:
             if ended and unfinished:
                 raise EnvironmentFault(f"the machine failed in {several(unfinished)}; start this job again for them")
             if ended:
                 return entries
-            if distributed.anywhere(time.monotonic() - idle > patience):
+            if distributed.any_host(time.monotonic() - idle > patience):
                 raise UserError(
                     f"{run} has no new checkpoint for {patience / 3600:g} hours and has not ended; see what has become "
                     "of the training, then start this job again"
@@ -79,10 +79,10 @@ def _follow(run: str, job: Job, poll: float, patience: float) -> list[dict[str, 
         job.prepare(weights.meta)
         network = Network.of(weights, run, "teacher", checkpoint.identity(_folder(run, step)), network)
         for spec in job.specs:
-            if distributed.of_main_host(int(_judged(run, job, step, spec))):
+            if distributed.broadcast_from_main(int(_judged(run, job, step, spec))):
                 continue
             result = _judge(job, network, spec)
-            if distributed.anywhere(result is None):
+            if distributed.any_host(result is None):
                 unfinished.append(f"{printable(spec.name)} of step {step}")
                 passed_over.add((step, network.saved))
                 continue
@@ -140,13 +140,13 @@ def _load(run: str, step: int, passed_over: set[tuple[int, str]]) -> Weights | N
         weights = load_if_kept(run, step)
     except checkpoint.Damaged as error:
         damaged = error
-    if distributed.anywhere(damaged is not None):
+    if distributed.any_host(damaged is not None):
         distributed.say(str(damaged or f"the checkpoint of step {step} cannot be read on another host"))
         passed_over.add(save)
         return None
-    if not distributed.anywhere(weights is None):
+    if not distributed.any_host(weights is None):
         return weights
-    if not distributed.of_main_host(int(_folder(run, step).is_dir())):  # else another host does not see it yet
+    if not distributed.broadcast_from_main(int(_folder(run, step).is_dir())):  # else another host does not see it yet
         distributed.say(f"the checkpoint of step {step} was removed before it could be read")
         passed_over.add(save)
     return None

@@ -60,7 +60,7 @@ class Network:
         """
         if encoder == "pixels":
             return cls(encoder, run, 0, weights.meta, "", saved, features.Pixels(weights.meta))
-        if before and before.meta["model"] == weights.meta["model"] and before.extractor.bands == Bands.of(weights.meta):
+        if before and before.meta["model"] == weights.meta["model"] and before.extractor.bands == Bands.from_metadata(weights.meta):
             extractor = before.extractor
             extractor.take(weights.backbone)
         else:
@@ -142,12 +142,12 @@ class Job:
         Raises:
           UserError: other bands, sizes that the patch does not divide, scenes that do not fit.
         """
-        bands = Bands.of(meta)
+        bands = Bands.from_metadata(meta)
         for spec in self.specs:
             if spec.task not in DENSE:
                 features.check_image_size(_image_size(spec, meta), meta)
                 for samples in filter(None, self._open(spec)):
-                    bands.places(samples.suited_to(bands), samples.path)  # raises where a band is missing
+                    bands.indices_in(samples.suited_to(bands), samples.path)  # raises where a band is missing
             elif spec.name not in self._scenes:
                 self._scenes[spec.name] = scenes.load(
                     spec.data, _DATES[spec.task], bands, spec.settings["folds"], spec.settings.get("class_names", ()),
@@ -270,7 +270,7 @@ class Job:
 def _of(network: Network) -> dict[str, Any]:
     """What features depend on beside the images."""
     return {"weights": network.weights, "encoder": network.encoder, "model": network.meta["model"],
-            **network.extractor.bands.described()}  # fmt: skip
+            **network.extractor.bands.to_dict()}  # fmt: skip
 
 
 def _image_size(spec: Spec, meta: dict[str, Any]) -> int:

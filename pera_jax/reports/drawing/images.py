@@ -61,7 +61,7 @@ def choose(labels: np.ndarray, number: int, seed: int) -> np.ndarray:
 
 def read(source: records.RecordSource, bands: Bands, index: int, size: int) -> Shown:
     """One image of a split. Raises UserError for a damaged record and a band that is missing."""
-    places = bands.places(source.info, source.path)
+    places = bands.indices_in(source.info, source.path)
     try:
         record = records.decode_record(source.read(int(index)))
         image = codecs.decode_bands(record.image, source.info, places)

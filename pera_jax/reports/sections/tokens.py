@@ -51,7 +51,7 @@ def look(meta: dict[str, Any], backbones: Sequence[dict[str, Any]], images: Sequ
       meta: of their checkpoint; backbones: the parameters of each ViT.
       images: stored values [S, S, C], S a multiple of the patch; one after the other, since attention takes memory.
     """
-    model, bands = vit.build(meta["model"]), Bands.of(meta)
+    model, bands = vit.build(meta["model"]), Bands.from_metadata(meta)
 
     @jax.jit
     def encode(backbone, image):

@@ -101,7 +101,7 @@ class Store:
         """Raises OSError where the device has no room, before Orbax's threads run into it in several places at once."""
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(items) if isinstance(leaf, jax.Array))
         # The hosts must agree: one that saved alone would wait for the others.
-        if distributed.anywhere(shutil.disk_usage(self.folder).free < needed):
+        if distributed.any_host(shutil.disk_usage(self.folder).free < needed):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def wait(self) -> None:

@@ -147,11 +147,11 @@ def agreed(load: Callable[[], T]) -> T:
         found = load()
     except UserError as wrong:
         error = wrong
-    kind = distributed.largest(0 if error is None else 1 if isinstance(error, Damaged) else 2)
+    kind = distributed.max_over_hosts(0 if error is None else 1 if isinstance(error, Damaged) else 2)
     if kind == 1:
         raise error or Damaged("the checkpoint cannot be read on another host")
     if kind == 2:
-        raise error if error and not isinstance(error, Damaged) else UserError("another host failed; its own message says why")
+        raise error if error and not isinstance(error, Damaged) else UserError("another host failed; see its own error message")
     return found
 
 

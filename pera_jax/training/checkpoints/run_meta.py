@@ -32,7 +32,7 @@ def describe(config: ConfigDict, objective: Objective, data: dict[str, Any]) -> 
     return {
         "format_version": intact.FORMAT_VERSION,
         "model": vit.description(objective.encoder),
-        **objective.bands.described(),
+        **objective.bands.to_dict(),
         "networks": ["teacher", "student"] if objective.teacher_keys else ["student"],
         "data": data,
         "git": git_revision(),
