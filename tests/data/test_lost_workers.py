@@ -96,7 +96,7 @@ class Stored:
     def wait(self):
         pass
 
-    fed = wait
+    reset = wait
 
 
 @pytest.mark.parametrize(("step", "saved"), [(7, [(7, 7)]), (4, [])])
