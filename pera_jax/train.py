@@ -263,17 +263,17 @@ def _first_state(config, workdir, meta, objective, optimizer, abstract, mesh, da
     return state, {"batches": 0, "images": 0, "replaced": 0, "drawn": []}, None
 
 
-def define_flags() -> None:
+def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
     """The command's flags; not at import, which would give them to every program that imports this module."""
-    DEFINE_config_file("config", None, "a name, as demo or demo:smoke, a file of your own, or RUN/config.json")
-    flags.DEFINE_string("workdir", None, "for checkpoints, metrics, config.json; resumed when not empty")
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several hosts are told")
-    flags.DEFINE_integer("num_processes", None, "processes in all, where several hosts are told")
-    flags.DEFINE_integer("process_id", None, "this process's number, from 0, where several hosts are told")
-    flags.DEFINE_integer("join_seconds", cluster.JOIN_SECONDS, "to wait for all hosts at the start")
+    DEFINE_config_file("config", None, "a name, as demo or demo:smoke, a file of your own, or RUN/config.json", flag_values=into)
+    flags.DEFINE_string("workdir", None, "for checkpoints, metrics, config.json; resumed when not empty", flag_values=into)
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several hosts are told", flag_values=into)
+    flags.DEFINE_integer("num_processes", None, "processes in all, where several hosts are told", flag_values=into)
+    flags.DEFINE_integer("process_id", None, "this process's number, from 0, where several hosts are told", flag_values=into)
+    flags.DEFINE_integer("join_seconds", cluster.JOIN_SECONDS, "to wait for all hosts at the start", flag_values=into)
     allow = "go on with a run under another total, batch_size, schedules, ...; see pera_jax/training/resume.py"
-    flags.DEFINE_bool("allow_config_change", False, allow)
-    flags.DEFINE_string("profile", None, "FIRST:LAST, steps of which a trace is written to WORKDIR/profile")
+    flags.DEFINE_bool("allow_config_change", False, allow, flag_values=into)
+    flags.DEFINE_string("profile", None, "FIRST:LAST, steps of which a trace is written to WORKDIR/profile", flag_values=into)
 
 
 def main(argv, stop: interrupts.StopSignal):

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 
 import pytest
+from absl import flags
 
 from pera_jax import config as configs
 from pera_jax import train
@@ -32,8 +33,10 @@ def test_what_they_call_exists(file):
     for name in re.findall(r"configs/\w+\.py", text):
         assert (LAUNCH.parent / name).is_file()
     command = text[text.index("-m pera_jax.train") :].split("\n\n")[0]
+    known = flags.FlagValues()
+    train.define_flags(known)
     for flag in set(re.findall(r"--([a-z_]+)(?:=| )", command)):
-        assert flag in train.flags.FLAGS or flag == "config"
+        assert flag in known
     for field in re.findall(r"--config\.([a-z_.]+)=", text):
         section = configs.default()
         for name in field.split("."):
