@@ -1,5 +1,6 @@
 # `make demo` runs the main job from nothing to scores and pictures; `make test` runs the tests.
-# Both make what they need in .venv from the pinned requirements. `make test-beam` runs the tests that need Apache Beam,
+# Both make what they need in .venv from the pinned requirements. `make test-quick` runs a part of the tests that takes a
+# minute. `make test-beam` runs the tests that need Apache Beam,
 # in .venv-beam: Beam does not go with the newest Pillow. `make test-torch` runs those that need PyTorch and timm, in
 # .venv-torch. `make test-gpu-compile` compiles every published config for H100s, without a GPU, in .venv-gpu (an hour).
 
@@ -12,8 +13,14 @@ GPU := .venv-gpu
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
 DEMO := demo
+# The inner loop: what needs no training, no compilation of a step and no processes.
+QUICK := tests/test_house.py $(addprefix tests/common/test_,digests json_files lease owned paths text) \
+	$(addprefix tests/objectives/test_,losses masking reference views) \
+	$(addprefix tests/models/test_,drop_path initial_values models) \
+	$(addprefix tests/training/test_,metrics resume schedules) $(addprefix tests/data/test_,crops foreign records samples) \
+	$(addprefix tests/probes/test_,classifiers probe_scores result_keys) tests/data_prep/test_tools.py
 
-.PHONY: demo test test-beam test-torch test-gpu-compile clean
+.PHONY: demo test test-quick test-beam test-torch test-gpu-compile clean
 
 demo: $(VENV)/ready
 	@date +%s > .demo-began
@@ -32,7 +39,10 @@ demo: $(VENV)/ready
 	@rm -f .demo-began
 
 test: $(VENV)/ready-test
-	$(PY) -m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder tests
+	$(PY) -m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder --durations=10 tests
+
+test-quick: $(VENV)/ready-test
+	$(PY) -m pytest -q -n 2 --dist loadfile --durations=10 $(QUICK)
 
 test-beam: $(VENV)/ready $(BEAM)/ready
 	$(BEAM)/bin/python -m pytest -q tests/data_prep/test_beam.py

@@ -98,10 +98,10 @@ def test_a_job_that_was_killed_goes_on_in_the_middle(finished, data, tmp_path, m
 
 def test_a_checkpoint_that_is_being_removed_is_no_result(finished, data, tmp_path, monkeypatch):
     run = pathlib.Path(shutil.copytree(finished, tmp_path / "run"))
-    load, folder = load.load_weights, run / "checkpoints" / "4"
+    read, folder = load.load_weights, run / "checkpoints" / "4"
 
     def removed_while_read(*args, **kwargs):
-        weights = load(*args, **kwargs)
+        weights = read(*args, **kwargs)
         if args[1] == 4:
             next(path for path in sorted(folder.rglob("*")) if path.is_file()).unlink()
         if args[1] == 8:
@@ -109,24 +109,24 @@ def test_a_checkpoint_that_is_being_removed_is_no_result(finished, data, tmp_pat
             raise checkpoint.Damaged("half of it")
         return weights
 
-    monkeypatch.setattr(checkpoint, "load_weights", removed_while_read)
+    monkeypatch.setattr(load, "load_weights", removed_while_read)
     entries = run_follow(run, tmp_path / "out", two_tasks(data)[:1])
     assert [entry["checkpoint"]["step"] for entry in entries] == [12]
     assert sorted(path.name for path in (tmp_path / "out").glob("step_*")) == ["step_000012"]
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_a_full_disk_is_no_result(finished, data, tmp_path, monkeypatch):
-    load, write, chosen = load.load_weights, results.write, two_tasks(data)[:1]
+    read, write, chosen = load.load_weights, results.write, two_tasks(data)[:1]
 
     def damaged_at_4(*args, **kwargs):
         if args[1] == 4:
             raise checkpoint.Damaged("the checkpoint of step 4 cannot be read")
-        return load(*args, **kwargs)
+        return read(*args, **kwargs)
 
     def full(*args):
         raise UserError("make room")
 
-    monkeypatch.setattr(checkpoint, "load_weights", damaged_at_4)
+    monkeypatch.setattr(load, "load_weights", damaged_at_4)
     monkeypatch.setattr(results, "write", full)
     with pytest.raises(UserError, match="make room"):
         run_follow(finished, tmp_path, chosen)
