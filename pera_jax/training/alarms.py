@@ -1,7 +1,7 @@
-"""Alarms: a run that goes wrong, told from the numbers of its steps.
+"""Alarms: detects from its metrics that a run is going wrong.
 
-What is watched is the objective's (`Objective.health_checks`). An alarm begins when most of the last steps are beyond its
-bound, however far, and ends when most are within a second, milder one: a single step raises none.
+The conditions come from the objective (`Objective.health_checks`). An alarm begins when most recent steps are beyond its
+bound, however far, and ends when most are within a second, milder bound, so that a single step never raises one.
 """
 
 from collections.abc import Mapping
@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 from pera_jax.objectives.watched import HealthChecks
 
-DECAY = 0.95  # of averages, for each step: they tell of the last 20
-MOST = 0.85  # of the last steps are beyond a bound when an alarm begins: of steps in a row, the 37th
-FIRST = 20  # steps whose loss the later ones are compared with
+DECAY = 0.95  # of the moving averages, per step: they cover about the last 20 steps
+MOST = 0.85  # fraction of recent steps beyond the bound at which an alarm begins: 37 consecutive steps
+FIRST = 20  # number of first steps whose loss is the reference for later ones
 NOT_FINITE = "loss is not finite"
 
 
 class Alarm(NamedTuple):
-    """An alarm that begins: its name, and one sentence that says what is seen and what likely mends it."""
+    """An alarm that begins: its name, and one sentence with the symptom and a likely fix."""
 
     name: str
     text: str
@@ -28,13 +28,13 @@ def metric(name: str) -> str:
 
 
 class Alarms:
-    """The averages of a run and which alarms are on, fed with every step."""
+    """The moving averages of a run and the alarms that are on; call `update` after every step."""
 
     def __init__(self, checks: HealthChecks, peak: float, state: Mapping[str, Any] | None = None):
         """
         Args:
-          checks: of the objective. peak: of the learning rate.
-          state: as `state` gave it, to resume from; None for a new run.
+          checks: the objective's health checks. peak: the peak learning rate.
+          state: the result of `state`, to resume from; None for a new run.
         """
         self._checks, self._peak = checks, peak
         state = state or {"steps": 0, "peaked": 0, "averages": {}, "shares": {}, "on": []}
@@ -42,9 +42,9 @@ class Alarms:
         self._shares, self._on = dict(state["shares"]), set(state["on"])
 
     def update(self, values: Mapping[str, float], learning_rate: float) -> list[Alarm]:
-        """The alarms that begin with the step that has these metrics and this learning rate."""
+        """Updates the averages with one step's metrics and learning rate; returns the alarms that begin at this step."""
         self._steps += 1
-        self._peaked |= int(learning_rate >= self._peak * (1 - 1e-6))  # it comes in float32
+        self._peaked |= int(learning_rate >= self._peak * (1 - 1e-6))  # it was rounded to float32
         for name, value in self._checks.averaged(values).items():
             self._averages[name] = value + DECAY * (self._averages.get(name, value) - value)
         if self._steps <= FIRST:
@@ -65,17 +65,17 @@ class Alarms:
         return begun
 
     def metrics(self) -> dict[str, int]:
-        """1 for each alarm that is on, 0 for the others."""
+        """Metrics with 1 for each alarm that is on and 0 for the others."""
         return {metric(condition.name): int(condition.name in self._on) for condition in self._checks.conditions}
 
     def state(self) -> dict[str, Any]:
-        """JSON to go on from."""
+        """The state to resume from, as JSON types."""
         return {
             "steps": self._steps, "peaked": self._peaked, "averages": dict(self._averages),
             "shares": dict(self._shares), "on": sorted(self._on),
         }  # fmt: skip
 
     def _seen(self, averages: Mapping[str, float]) -> dict[str, Any]:
-        """What conditions compare and their sentences name, from the averages or from one step."""
+        """The quantities that conditions and their texts refer to, from the averages or from one step."""
         growth = averages["excess"] / max(self._averages["first"], 1.0)
         return {**averages, "growth": growth} | self._checks.quantities(averages)

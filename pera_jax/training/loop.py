@@ -1,4 +1,4 @@
-"""What surrounds the step: batches on their devices, metrics one step late, checkpoints, rates, the end on a signal."""
+"""Everything around the jitted step: moving batches to the devices, metrics, alarms, the monitor and checkpoints."""
 
 import contextlib
 import math
@@ -17,20 +17,39 @@ from pera_jax.training.alarms import NOT_FINITE, Alarms
 
 
 class Loop:
-    """Everything that is done between one step and the next, the same on each host; only process 0 has a writer."""
+    """The work between two steps; the same on every host, except that only process 0 has a writer.
+
+    Order of operations of step `t` (steps are counted from 1; `train` drives it):
+
+    1. Evaluate the schedules for `t` in float64 on the host.
+    2. Start the profiler trace if `t` is its first step.
+    3. `next_batch`: wait for the batch, move it to the devices, and add to the example counts on the devices.
+    4. Dispatch the jitted step. Nothing waits for its result; a transfer between host and device inside it is an error.
+    5. Stop the profiler trace if `t` is its last step.
+    6. `after`: check that this process still owns the workdir.
+    7. Fetch the metrics of step `t - 1` (waits until that step has finished) and restart the watchdog's countdown.
+    8. Check that they are finite, else stop the run.
+    9. Update the alarms with them and record those that begin.
+    10. Log them if step `t - 1` was due, was the last, or ran the monitor.
+    11. Run the monitor on the state after step `t` if it is due.
+    12. Save the state if due: first do 7 to 10 for step `t` itself, so that no state with a non-finite loss is saved.
+    13. Leave the loop if a stop was requested on any host.
+
+    After the last step, `finish` does 7 to 10 for it, saves the state unless 12 did, and waits until it is written.
+    """
 
     def __init__(
         self, config, objective, mesh, store, meta, writer, watchdog, every, total, position, first_step, sets, monitor
     ):
         """
         Args:
-          writer: None for a host that writes no metrics.
-          every: steps between "log", between "save", between "monitor".
-          position: of a checkpoint, or of the beginning: number of "batches" of the stream and of "images" before, images
-            "replaced" among them, examples "drawn" of each data set, state of the "alarms".
-          first_step: steps done before.
-          sets: names of the data sets.
-          monitor: a `monitor.Monitor`, or None.
+          writer: a `MetricsWriter`; None on hosts that write no metrics.
+          every: interval in steps of "log", "save" and "monitor".
+          position: data position, from a checkpoint or for a new run: "batches" and "images" consumed so far, images
+            "replaced", examples "drawn" from each dataset, and the state of the "alarms".
+          first_step: number of steps done before.
+          sets: names of the datasets.
+          monitor: a `probes.online.Monitor`, or None.
         """
         self.config, self.store, self.meta, self.writer, self.watchdog = config, store, meta, writer, watchdog
         self.every, self.total, self.monitor = every, total, monitor
@@ -40,25 +59,25 @@ class Loop:
         self.objective, self.image_flops = objective, sum(objective.flops_per_image().values())
         self.where = NamedSharding(mesh, sharding.BATCH)
         self.rows = global_arrays.local_rows(self.where, config.batch_size)
-        # Summed on the devices, over all hosts, so that nobody waits for it before it is logged.
+        # Summed on the devices over all hosts, so that no step waits for it; fetched only when logged or saved.
         self.add = jax.jit(
             lambda total, counts: total + jnp.sum(counts, axis=0, dtype=jnp.uint32),
             out_shardings=NamedSharding(mesh, sharding.P()),
         )
         self.sets = sets
         self.first_batch, self.first_images, self.first_step = position["batches"], position["images"], first_step
-        drawn = position["drawn"] if len(position["drawn"]) == len(sets) else [0] * len(sets)  # changed data, if allowed
-        self.tally = np.uint32([position["replaced"], *drawn])  # images replaced, examples of each data set
-        # (step, metrics on the device, hyper, tally, what the monitor says): fetched one step late, so that logging stalls
-        # nothing.
+        drawn = position["drawn"] if len(position["drawn"]) == len(sets) else [0] * len(sets)  # reset if the datasets changed
+        self.tally = np.uint32([position["replaced"], *drawn])  # replaced images, examples from each dataset
+        # (step, metrics on the device, scheduled scalars, tally, monitor metrics); fetched one step late, so that logging
+        # does not stall the devices.
         self.pending = None
         self.saved = None
         self.waited, self.since, self.since_step = 0.0, time.perf_counter(), None
 
     def next_batch(self, stream, state):
-        """The crops of the next global batch, over the devices of all hosts.
+        """The next global batch as global arrays [B, V, H, W, C] by crop type, sharded over the devices of all hosts.
 
-        Raises UserError where the stream does, after `state` has been saved: what was computed is not lost with a worker.
+        If the stream raises a UserError, saves `state` before re-raising it, so that a lost worker loses no training.
         """
         began = time.perf_counter()
         try:
@@ -73,6 +92,12 @@ class Loop:
         return arrays
 
     def after(self, step, state, out, hyper):
+        """Items 6 to 12 of the order of operations.
+
+        Args:
+          step: number of the step, from 1. state: the state after it.
+          out: its metrics, on the devices. hyper: its scheduled scalars, on the host.
+        """
         self.store.check_owned()
         self._fetch()
         monitored = self.monitor and (step % self.every["monitor"] == 0 or step == self.total)
@@ -81,6 +106,7 @@ class Loop:
             self._save(state)
 
     def finish(self, state):
+        """Fetches the last metrics, saves `state` if it is not saved yet, and waits until the checkpoint is written."""
         self._fetch()
         if self.saved != int(state.step):
             self._save(state)
@@ -88,7 +114,8 @@ class Loop:
         self.watchdog.reset()
 
     def _kept(self, state, error):
-        """The error, after the state has been saved; not with several hosts, which would have to do it together."""
+        """Saves the state and returns the error, which then says so; with several hosts, which cannot save alone, only the
+        error."""
         step = int(state.step)
         if jax.process_count() > 1 or step == self.first_step:
             return error
@@ -98,7 +125,7 @@ class Loop:
         return kept
 
     def _save(self, state):
-        self._fetch()  # a state whose loss is not finite is not worth keeping
+        self._fetch()  # never saves a state whose loss is not finite
         self.saved = int(state.step)
         replaced, *drawn = np.asarray(self.tally).tolist()
         done = self.saved - self.first_step
@@ -135,7 +162,7 @@ class Loop:
             self.since, self.since_step, self.waited = now, step, 0.0
 
     def _images(self, step: int) -> int:
-        """Images trained on after `step`; the batch size may have been another before."""
+        """Images trained on after `step`; accounts for another batch size before the resume."""
         return self.first_images + (step - self.first_step) * self.config.batch_size
 
     def _rates(self, steps: int, seconds: float) -> dict[str, float]:
@@ -145,17 +172,17 @@ class Loop:
         return waited | speed(steps * self.config.batch_size / seconds, self.devices, self.image_flops, self.chip)
 
     def _check_finite(self, step, values):
-        """The norm of the parameters too: it is that of the state after the step, which would be saved."""
+        """Includes the norm of the parameters, which belongs to the state after the step, the one that would be saved."""
         wrong = [name for name in ("loss", "norm/gradient", "norm/parameters") if not math.isfinite(values[name])]
         if not wrong:
             return
         self.store.wait()
         text = (
             f"{wrong[0]} is {values[wrong[0]]} at step {step}; {self.store.last_good()}: "
-            "lower schedules.learning_rate.peak or optimizer.clip_norm and start again"
+            "lower schedules.learning_rate.peak or optimizer.clip_norm and resume with --allow-config-change"
         )
         if self.writer:
-            self.writer.write_alarm(step, NOT_FINITE, text, say=False)  # the error says it
+            self.writer.write_alarm(step, NOT_FINITE, text, say=False)  # the error is printed anyway
         raise UserError(text)
 
 
@@ -168,19 +195,18 @@ def explain_out_of_memory(config):
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         wanted = re.search(r"[Aa]llocat\w* ([\d.]+ ?(?:[KMGT]i?B|bytes))", str(error))
-        deeper = "block" if config.model.remat != "block" else "block and a mesh with more fsdp"
+        deeper = "block" if config.model.remat != "block" else "block and a larger mesh.fsdp"
         raise UserError(
-            f"a device has not enough memory{f' for {wanted[1]} more' if wanted else ''}; make batch_size="
-            f"{config.batch_size} smaller, or keep it and set accumulate={2 * config.accumulate} or "
-            f"model.remat={deeper} (python -m pera_jax.plan says what each takes), and start again: it goes on from the "
-            "newest checkpoint"
+            f"a device ran out of memory{f' while allocating {wanted[1]}' if wanted else ''}; set a smaller batch_size than "
+            f"{config.batch_size}, or keep it and set accumulate={2 * config.accumulate} or model.remat={deeper} "
+            "(python -m pera_jax.plan shows the memory of each), then re-run the same command to resume"
         ) from error
 
 
 def speed(images_per_second: float, devices: int, image_flops: float, chip: chips.Chip | None) -> dict[str, float]:
-    """Images per second, of all and of each device, and "mfu": the share of the devices' peak bf16 FLOP/s.
+    """Images per second, in total and per device, and "mfu", the fraction of the devices' peak bf16 FLOP/s.
 
-    Counted are the FLOPs of the method (`Objective.flops_per_image`), not what is computed again. No share on an unknown chip.
+    Counts the FLOPs of the method (`Objective.flops_per_image`) without recomputation. No "mfu" on an unknown chip.
     """
     result = {
         "time/images_per_second": images_per_second,

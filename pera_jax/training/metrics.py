@@ -1,6 +1,6 @@
-"""Where a run's numbers go: `metrics.jsonl`, `alarms.jsonl`, TensorBoard and one line of progress.
+"""Writes the metrics of a run: `metrics.jsonl`, `alarms.jsonl`, TensorBoard and a progress line.
 
-Keys that start with `time/` hold what a clock measured. All other values are reproducible, also across a resume.
+Keys that start with `time/` are wall-clock measurements. All other values are reproducible, also across a resume.
 """
 
 import contextlib
@@ -22,18 +22,18 @@ from pera_jax.common.progress import Line, duration_text, rate_text
 
 
 class MetricsWriter:
-    """Writes the metrics of a run to its workdir and shows a line of progress on stderr.
+    """Writes the metrics of a run to its workdir and shows a progress line on stderr.
 
-    * `metrics.jsonl`: one JSON object a line, "step" first, then the other keys in alphabetical order. It is strict
-      JSON: what is not finite is written as the string "nan", "inf" or "-inf" (Python's `float` reads both).
-      On construction it is cut back to the lines up to `resume_step`, atomically; a last line that a crash cut short is
-      dropped. Lines are not buffered, so a killed process has lost none of a step whose checkpoint it saved.
-    * `alarms.jsonl`: one JSON object an alarm, "step", "alarm" (its name) and "text"; cut back in the same way.
-    * `tb/`: TensorBoard events. A resumed run opens a new file, which tells TensorBoard to forget the points after
+    * `metrics.jsonl`: one JSON object per line, "step" first, then the other keys in alphabetical order. It is strict
+      JSON: non-finite values are written as the strings "nan", "inf" or "-inf" (Python's `float` parses them).
+      On construction it is truncated atomically to the lines up to `resume_step`; a last line cut short by a crash is
+      dropped. Writes are unbuffered, so a killed process loses no step whose checkpoint it saved.
+    * `alarms.jsonl`: one JSON object per alarm, "step", "alarm" (its name) and "text"; truncated in the same way.
+    * `tb/`: TensorBoard events. A resumed run opens a new file, which makes TensorBoard discard the points after
       `resume_step` in the older ones.
     * stderr: one live line on a terminal, else a plain line for each `write`; a line for each alarm.
 
-    One process of a run may hold one.
+    Only one process of a run may create one.
     """
 
     def __init__(
@@ -41,14 +41,14 @@ class MetricsWriter:
     ):
         """
         Args:
-          workdir: folder of the run; made where it is missing.
-          resume_step: number of steps done so far: 0, or the step of the checkpoint that the run goes on from.
-          total: steps of the whole run.
-          batch_size: global batch, images; makes images/s into the time left.
-          stream: where the line of progress goes; stderr by default.
+          workdir: folder of the run; created if missing.
+          resume_step: number of steps done so far: 0, or the step of the checkpoint being resumed.
+          total: number of steps of the whole run.
+          batch_size: global batch size in images, to estimate the remaining time.
+          stream: where the progress line is written; stderr by default.
 
         Raises:
-          UserError: the workdir cannot be written, or one of the two files in it is not one that this class wrote.
+          UserError: the workdir cannot be written, or one of the two files in it was not written by this class.
         """
         self._path, alarms = (pathlib.Path(workdir) / name for name in ("metrics.jsonl", "alarms.jsonl"))
         self._total, self._batch_size = total, batch_size
@@ -59,7 +59,7 @@ class MetricsWriter:
             for path in (self._path, alarms):
                 _cut_back(path, resume_step)
             self._file, self._alarms = (open(path, "ab", buffering=0) for path in (self._path, alarms))
-            # Not `SummaryWriter`: when the disk is full its thread dies and the run waits for it for ever.
+            # Not `SummaryWriter`: when the disk is full, its thread dies and the run waits for it forever.
             (self._path.parent / "tb").mkdir(exist_ok=True)
             self._events = EventsWriter(str(self._path.parent / "tb" / "events"), f".step{resume_step}")
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
@@ -68,10 +68,10 @@ class MetricsWriter:
             raise _unwritable(self._path.parent, error) from error
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Records the values (Python or NumPy numbers) of the step after which `step` steps are done.
+        """Records the values (Python or NumPy numbers) of step number `step`, counted from 1.
 
         Raises:
-          UserError: no space left, or another reason why the workdir cannot be written.
+          UserError: the workdir cannot be written, for instance because the disk is full.
         """
         values = {key: _number(values[key]) for key in sorted(values)}
         record = {"step": int(step)} | {key: _strict(value) for key, value in values.items()}
@@ -82,14 +82,14 @@ class MetricsWriter:
         self._line.show(self._describe(step, values))
 
     def write_alarm(self, step: int, name: str, text: str, say: bool = True) -> None:
-        """Records an alarm that begins at `step`, and says it on stderr. Raises UserError as `write`."""
+        """Records an alarm that begins at `step` and prints it on stderr if `say`. Raises UserError as `write` does."""
         with self._told():
             _write_all(self._alarms, json.dumps({"step": int(step), "alarm": name, "text": text}).encode() + b"\n")
         if say:
             self._line.say(f"alarm at step {step:,}, {name}: {text}")
 
     def close(self) -> None:
-        """Ends the live line and closes the files. Raises UserError as `write` does, unless `write` has said it."""
+        """Ends the live line and closes the files. Raises UserError as `write` does, unless `write` already did."""
         self._line.end()
         self._file.close()
         self._alarms.close()
@@ -131,18 +131,18 @@ class _Logged:
 
 
 def _cut_back(path: pathlib.Path, last_step: int) -> None:
-    """Keeps the whole lines of steps up to `last_step`, through a temporary file and a rename."""
+    """Keeps the complete lines of steps up to `last_step`, through a temporary file and a rename."""
     if not path.exists():
         return
     content = path.read_bytes()
-    *lines, torn = content.split(b"\n")  # whatever follows the last line end is no whole line
+    *lines, torn = content.split(b"\n")  # what follows the last newline is an incomplete line
     kept = []
     for number, line in enumerate(lines, start=1):
         try:
             step = json_files.parse(line, _Logged).step
         except json_files.Invalid as error:
             raise UserError(
-                f"line {number} of {path} is no line of {path.stem} ({error}): mend or move the file, or choose another workdir"
+                f"line {number} of {path} is not a valid record of {path.stem} ({error}); repair or move the file, or choose another workdir"
             ) from error
         if step <= last_step:
             kept.append(line)
@@ -156,7 +156,7 @@ def _cut_back(path: pathlib.Path, last_step: int) -> None:
 
 
 def _write_all(file, data: bytes) -> None:
-    """Unbuffered writes may take a part only, for instance of what the disk still has space for."""
+    """Unbuffered writes can be partial, for instance when the disk is nearly full."""
     while data:
         data = data[file.write(data) :]
 
@@ -171,4 +171,4 @@ def _strict(value: int | float) -> int | float | str:
 
 
 def _unwritable(folder: pathlib.Path, error: OSError) -> UserError:
-    return UserError(f"cannot write to {folder}: {error.strerror}; make room or choose another workdir")
+    return UserError(f"cannot write to {folder}: {error.strerror}; free some space or choose another workdir")

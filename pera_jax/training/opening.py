@@ -1,4 +1,4 @@
-"""What a training says before its first step: devices, data, durations, sizes."""
+"""The summary that a training run prints before its first step: devices, data, durations and model size."""
 
 import logging
 import sys
@@ -14,28 +14,28 @@ from pera_jax.parallel import sharding
 _BACKENDS = "jax._src.xla_bridge"  # the logger of JAX's choice of devices
 
 
-class _Told(logging.Handler):
+class _PrintWarning(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         print(f"warning: {' '.join(record.getMessage().split())}", file=sys.stderr, flush=True)
 
 
 def show_device_warnings() -> None:
-    """Lets JAX say that it has not found the accelerator of this machine, whatever the level of other logs is."""
+    """Prints JAX's warning that it did not find this machine's accelerator, whatever the log level elsewhere."""
     logger = logging.getLogger(_BACKENDS)
     logger.setLevel(logging.WARNING)
     logger.propagate = False
-    if not any(isinstance(handler, _Told) for handler in logger.handlers):
-        logger.addHandler(_Told())
+    if not any(isinstance(handler, _PrintWarning) for handler in logger.handlers):
+        logger.addHandler(_PrintWarning())
 
 
 def lines(
     config, objective: Objective, mesh: jax.sharding.Mesh, data: Mixture, params: Any, *, total: int, steps_per_epoch: int, hosts: int
 ) -> list[str]:
-    """A line each for devices, data, durations and model.
+    """One line each for devices, data, durations and model.
 
     Args:
-      params: of the student, arrays or their shapes.
-      total: steps of the run. hosts: processes.
+      params: the student's parameters, arrays or their shapes.
+      total: number of steps of the run. hosts: number of processes.
     """
     device, batch = mesh.devices.flat[0], config.batch_size
     shape = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())

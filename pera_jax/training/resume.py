@@ -1,14 +1,14 @@
-"""Going on with a run: which fields of its config may change on the way, what is said about it, what is kept.
+"""Resuming a run: which fields of its config may change, what is reported, and what is kept.
 
-The policy, for each field of the config:
+The policy for each field of the config:
 
-* `FREE`: changes neither the numbers that the run computes nor their order. May change.
-* `FIXED`, the objective's `fixed_fields`, and what `meta` says of model and bands: with another value it is another run. May not change.
-* all others shape what comes: `total`, `batch_size`, `schedules`, `optimizer`, crops, the objective's own, ... They may
-  change with `--allow-config-change`. With `data.allow_changed_data` the fields of `data` may, too; the run then keeps
-  the ranges, mean and std with which it has been trained so far.
+* `FREE` and the objective's `free_fields`: do not change any computed number. May change.
+* `FIXED`, the objective's `fixed_fields`, and the model and bands in `meta`: another value makes it another run. May not change.
+* All others influence the rest of the run: `total`, `batch_size`, `schedules`, `optimizer`, crops, the objective's own
+  fields, ... They may change with `--allow-config-change`. The fields of `data` may also change with
+  `data.allow_changed_data`; the run then keeps the ranges, mean and std with which it has been trained so far.
 
-Whatever has changed is listed as the run goes on, and the config of before stays in the workdir.
+All changes are listed when the run resumes, and the earlier config is kept in the workdir.
 """
 
 import dataclasses
@@ -32,13 +32,13 @@ FREE = (
 )  # fmt: skip
 FIXED = ("objective", "seed", "parameter_precision")
 BY_MODEL = tuple(f"model.{name}" for name in ("variant", "width", "depth", "heads", "patch"))  # `meta["model"]` counts
-_MOST = 8  # changes that a line names
+_MOST = 8  # number of changes listed in one line
 EARLIER = "earlier_configs"
 
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """A field of the config, or another thing, that is not as it was."""
+    """A field of the config, or another property of the run, that has changed."""
 
     field: str
     before: Any
@@ -55,45 +55,44 @@ def _short(value: Any) -> str:
 def check_same_run(
     found: dict[str, Any], wanted: dict[str, Any], workdir: str, allow_changed_data: bool, allow_config_change: bool = False
 ) -> list[Change]:
-    """Refuses to go on with a checkpoint of another model, run or data set; returns what has changed and may.
+    """Refuses to resume from a checkpoint of another model, run or dataset; returns the changes that are allowed.
 
     Args:
-      found: the checkpoint's `meta`; wanted: the one that this run would write.
+      found: the checkpoint's `meta`. wanted: the `meta` that this run would write.
 
     Raises:
-      UserError: names what differs and both values.
+      UserError: names the difference and both values.
     """
     if "imported" in found:
         raise UserError(
-            f"{workdir} holds weights imported from {found['imported']['file']} and no run to go on with; begin from them "
-            "with init_from and another --workdir"
+            f"{workdir} holds weights imported from {found['imported']['file']}, not a run that can be resumed; set init_from "
+            "to it and use another --workdir"
         )
-    other = f"the checkpoint in {workdir} is of another"
-    mend = "use another --workdir, or the config that began it"
+    other = f"the checkpoint in {workdir} belongs to another"
+    mend = "use another --workdir, or the config that the run was started with"
     for name in ("model", "bands", "dtype", "ranges", "mean", "std"):
         if found[name] != wanted[name]:
-            raise UserError(f"{other} model: its {name} is {found[name]}, this config gives {wanted[name]}; {mend}")
+            raise UserError(f"{other} model: expected {name} {wanted[name]} from this config, got {found[name]}; {mend}")
     changes = _changes(found["config"], wanted["config"])
     method = objectives.method(wanted["config"]["objective"])
     own = {kind: tuple(f"{method.name}.{field}" for field in getattr(method, kind)) for kind in ("fixed_fields", "free_fields")}
     for change in changes:
         if _within(change.field, (*FIXED, *own["fixed_fields"])):
-            raise UserError(f"{other} run: its {change.field} is {change.before}, this config gives {change.now}; {mend}")
+            raise UserError(f"{other} run: expected {change.field} {change.now} from this config, got {change.before}; {mend}")
     free = (*FREE, *own["free_fields"], *(("data",) if allow_changed_data else ()))
     shaping = [change for change in changes if not _within(change.field, free)]
     if shaping and not allow_config_change:
         first, *rest = shaping
         also = f" (and {several(rest, _MOST)})" if rest else ""
         raise UserError(
-            f"{other} run: its {first.field} is {first.before}, this config gives {first.now}{also}; {mend}, or go on with "
-            "this one by --allow-config-change"
+            f"{other} run: expected {first.field} {first.now} from this config, got {first.before}{also}; {mend}, or pass "
+            "--allow-config-change to resume with the changed config"
         )
     if found["data"]["fingerprint"] != wanted["data"]["fingerprint"]:
         if not allow_changed_data:
             raise UserError(
-                f"{other} data set: {found['data']['name']} with fingerprint {found['data']['fingerprint']}, this is "
-                f"{wanted['data']['name']} with {wanted['data']['fingerprint']}; {mend}, or set "
-                "data.allow_changed_data=True"
+                f"{other} dataset: expected {wanted['data']['name']} with fingerprint {wanted['data']['fingerprint']}, got "
+                f"{found['data']['name']} with {found['data']['fingerprint']}; {mend}, or set data.allow_changed_data=True"
             )
         was, now = (f"{card['name']} ({card['records']:,} images)" for card in (found["data"], wanted["data"]))
         changes.append(Change("data set", was, now))
@@ -103,7 +102,7 @@ def check_same_run(
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
-    """Fields that differ, in the config's order; a field that `before` did not know had its default."""
+    """Fields that differ, in the config's order; fields missing in `before` had their default."""
     default = _flat(json.loads(configs.default(now["objective"]).to_json()))
     before, now = default | _flat(before), _flat(now)
     return [Change(name, before.get(name), value) for name, value in now.items() if name not in BY_MODEL and before.get(name) != value]
@@ -121,12 +120,12 @@ def _within(field: str, names: tuple[str, ...]) -> bool:
 
 
 def sentence(step: int, total: int, changes: list[Change]) -> str:
-    """What is said as a run goes on."""
+    """The line that is printed when a run resumes."""
     return f"resuming from step {step:,} of {total:,}" + (f"; changed: {several(changes, _MOST)}" if changes else "")
 
 
 def with_own_statistics(data: Mixture, found: dict[str, Any] | None, settings) -> Mixture:
-    """The data with the ranges, mean and std that a run has been trained with, where only its data set is another.
+    """`data` with the ranges, mean and std that the run was trained with so far, if only its dataset has changed.
 
     Args:
       found: the `meta` of the run's checkpoint; None for a new run.
@@ -142,19 +141,19 @@ def with_own_statistics(data: Mixture, found: dict[str, Any] | None, settings) -
 
 
 def place_in_stream(position: dict[str, Any], before: int, now: int) -> tuple[int, int]:
-    """Where to go on in the stream of batches of `now` images: (the number of the batch, images trained on so far).
+    """The position in the stream of batches of `now` images: (index of the next batch, images trained on so far).
+
+    With another batch size the stream changes: an epoch has the same shuffle, but drops other images at its end.
 
     Args:
-      position: of a checkpoint; before: its batch size.
-
-    With another batch size the stream is another: within an epoch the same shuffle, of which other images are left out.
+      position: the data position of a checkpoint. before: its batch size.
     """
     images = position.get("images", position["batches"] * before)
     return (position["batches"], images) if before == now else (images // now, images)
 
 
 def keep_earlier(workdir: str, meta: dict[str, Any], step: int) -> None:
-    """Copies `workdir`/config.json to `workdir`/earlier_configs/until_step_STEP.json, where it is not as `meta`.
+    """Copies `workdir`/config.json to `workdir`/earlier_configs/until_step_STEP.json if it differs from `meta`.
 
     Raises:
       UserError: the workdir cannot be written.
@@ -173,4 +172,4 @@ def keep_earlier(workdir: str, meta: dict[str, Any], step: int) -> None:
         temporary.write_bytes(content)
         os.replace(temporary, place)
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; make room or choose another workdir") from error
+        raise UserError(f"cannot write {folder}: {error.strerror}; free some space or choose another workdir") from error

@@ -1,6 +1,6 @@
-"""What changes from step to step: learning rate, weight decay, and what an objective declares.
+"""Scheduled scalars: learning rate, weight decay, and those that an objective declares.
 
-Everything is float64 on the host, a pure function of the step, and enters the jitted step as a few scalars.
+All are pure functions of the step, computed in float64 on the host and passed to the jitted step as scalars.
 """
 
 import dataclasses
@@ -21,29 +21,29 @@ _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*(epoch|step|example|percent)
 def parse_duration(
     value: Any, *, total_steps: int | None, steps_per_epoch: int, batch_size: int, name: str = "duration"
 ) -> int:
-    """A duration as a number of steps.
+    """Converts a duration to a number of steps.
 
     Args:
-      value: a number and its unit: "20 epochs", "1500 steps", "96000 examples" or "10 percent" (of the run). Epochs and
-        percent may be fractions. A number without a unit is refused: it could mean any of them.
-      total_steps: length of the run in steps; None where this duration defines it, so that percent is refused.
-      steps_per_epoch: floor(images / global batch).
-      batch_size: global batch, images.
-      name: what the duration is for; error messages start with it.
+      value: a number with a unit: "20 epochs", "1500 steps", "96000 examples" or "10 percent" (of the run). Epochs and
+        percent may be fractional. A number without a unit is refused, because it is ambiguous.
+      total_steps: length of the run in steps; None if this duration defines it, in which case percent is refused.
+      steps_per_epoch: floor(images / global batch size).
+      batch_size: global batch size in images.
+      name: the config field; error messages start with it.
 
     Returns:
-      Whole steps. Fractions of a step are cut off (as an epoch leaves out what does not fill a batch), but a duration
-      above zero lasts at least one step.
+      A whole number of steps, rounded down (an epoch also drops its incomplete last batch), but at least 1 for a duration
+      above zero.
 
     Raises:
-      UserError: another form, percent of a total that is being defined, epochs of less than one batch.
+      UserError: an invalid format, percent for the total itself, or epochs of less than one batch.
     """
     match = _DURATION.fullmatch(value) if isinstance(value, str) else None
     if match is None:
-        raise UserError(f"{name} is {value!r}, which is not a duration: write a number and its unit, like {FORMS}")
+        raise UserError(f"{name}={value!r} is not a duration; expected a number with a unit, like {FORMS}")
     amount, unit = fractions.Fraction(match[1]), match[2]
     if unit in ("step", "example") and amount.denominator != 1:
-        raise UserError(f"{name} is {value!r}, but {unit}s are counted whole: write it without the fraction")
+        raise UserError(f"{name}={value!r} must be a whole number of {unit}s; remove the fraction")
     if unit == "step":
         return int(amount)
     if unit == "example":
@@ -51,13 +51,13 @@ def parse_duration(
     elif unit == "epoch":
         if steps_per_epoch < 1:
             raise UserError(
-                f"{name} is {value!r}, but the data hold fewer images than one global batch of {batch_size}: "
-                "make the batch smaller or give the duration in steps"
+                f"{name}={value!r} is in epochs, but the data has fewer images than batch_size={batch_size}; "
+                "reduce the batch size or give the duration in steps"
             )
         steps = amount * steps_per_epoch
     else:
         if total_steps is None:
-            raise UserError(f"{name} is {value!r}, a share of itself: give it in steps, epochs or examples")
+            raise UserError(f"{name}={value!r} cannot be a percentage of itself; give it in steps, epochs or examples")
         steps = amount * total_steps / 100
     return max(math.floor(steps), 1 if amount else 0)
 
@@ -66,16 +66,16 @@ def linear_ramp(step: int, *, start: float, end: float, steps: int) -> float:
     """`steps` values from `start` to `end`, both included; a ramp of one step has the start value; then `end`."""
     if step >= steps:
         return end
-    share = step / (steps - 1) if steps > 1 else 0.0
-    return start * (1.0 - share) + end * share  # this form meets both ends exactly
+    fraction = step / (steps - 1) if steps > 1 else 0.0
+    return start * (1.0 - fraction) + end * fraction  # exact at both ends
 
 
 def cosine(step: int, *, start: float, end: float, steps: int) -> float:
     """end + (start - end) (1 + cos(pi t / T)) / 2 for t = 0 .. T-1, with t the step and T `steps`; then `end`."""
     if step >= steps:
         return end
-    share = math.sin(math.pi / 2.0 * (steps - step) / steps) ** 2  # (1 + cos) / 2, with all its digits near the end
-    return start * share + end * (1.0 - share)
+    fraction = math.sin(math.pi / 2.0 * (steps - step) / steps) ** 2  # (1 + cos) / 2, accurate near the end too
+    return start * fraction + end * (1.0 - fraction)
 
 
 def warmup_cosine(step: int, *, start: float, peak: float, end: float, warmup: int, total: int) -> float:
@@ -87,12 +87,12 @@ def warmup_cosine(step: int, *, start: float, peak: float, end: float, warmup: i
 
 @dataclasses.dataclass(frozen=True)
 class Schedules:
-    """The scheduled scalars of a run by step. `curves` maps each name to its function of the step."""
+    """The scheduled scalars of a run; `curves` maps each name to a function of the step."""
 
     curves: Mapping[str, Callable[[int], float]]
 
     def at(self, step: int) -> dict[str, float]:
-        """The values that step number `step` (from 0) trains with: Python floats, that is, float64."""
+        """The values used in step number `step`, counted from 0, as Python floats (float64)."""
         if step < 0:
             raise ValueError(f"step {step} is negative")
         return {name: curve(step) for name, curve in self.curves.items()}
@@ -107,18 +107,18 @@ COMMON = {
 def scalars(
     config: Any, declared: Mapping[str, Schedule], *, steps_per_epoch: int, total_steps: int
 ) -> Schedules:
-    """The run's schedules: `COMMON` and what the objective has `declared`.
+    """The schedules of a run: `COMMON` and those that the objective `declared`.
 
-    A momentum m is handed over as 1 - m, and computed so, as a cosine between the two differences: near m = 1 subtracting a
-    float32 m from 1 would leave few digits.
+    A momentum m is computed and passed as 1 - m, a cosine between the two differences: for m near 1, subtracting a float32
+    m from 1 would lose precision.
 
     Args:
-      config: with the fields that the schedules name; each `warmup` is a duration (`parse_duration`).
-      steps_per_epoch: floor(images / global batch).
-      total_steps: length of the run, steps.
+      config: has the fields that the schedules refer to; each `warmup` is a duration (see `parse_duration`).
+      steps_per_epoch: floor(images / global batch size).
+      total_steps: length of the run in steps.
 
     Raises:
-      UserError: a value out of its range, or a warm-up that is no duration or longer than the run.
+      UserError: a value out of range, or a warmup that is not a duration or is longer than the run.
     """
     lengths = dict(total_steps=total_steps, steps_per_epoch=steps_per_epoch, batch_size=config.batch_size)
     return Schedules({name: _curve(config, each, lengths) for name, each in (COMMON | dict(declared)).items()})
@@ -144,7 +144,7 @@ def _curve(config: Any, schedule: Schedule, lengths: dict[str, int]) -> Callable
         if steps > total:
             raise UserError(
                 f"{label}={field['warmup']!r} is {steps} steps, longer than the run of {total} steps; shorten it, for "
-                "instance by giving it in percent"
+                "example by using percent"
             )
         return steps
 

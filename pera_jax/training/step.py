@@ -1,4 +1,4 @@
-"""What every objective needs: the training state, its birth (already sharded), and the pure train step."""
+"""The training state, its sharded initialization, and the pure train step; the same for every objective."""
 
 import re
 from collections.abc import Callable
@@ -18,17 +18,17 @@ from pera_jax.parallel import sharding
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that training changes."""
+    """Everything that a training step updates."""
 
-    step: jax.Array  # int32 scalar: optimizer steps done
+    step: jax.Array  # int32 scalar: number of optimizer steps done
     params: Any
-    teacher: Any  # the moving average of `params[k]` for k in the objective's `teacher_keys`
+    teacher: Any  # the EMA of `params[k]` for k in the objective's `teacher_keys`
     opt_state: Any
-    objective: Any  # what the objective keeps beside parameters
+    objective: Any  # the objective's own state, such as a center
 
 
 def make_optimizer(config) -> optax.GradientTransformation:
-    """Clipping to a global norm, then Adam's direction. Rate and decay come in with each step's scalars."""
+    """Clipping by global norm, then Adam's direction. `apply_gradients` applies learning rate and weight decay."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
@@ -43,12 +43,12 @@ def new_state(objective: Objective, optimizer: optax.GradientTransformation, see
 
 
 def sharding_rules(objective: Objective) -> sharding.Rules:
-    """Where each leaf of the objective's training state lies."""
+    """Sharding rules for every leaf of the objective's training state."""
     return (*sharding.STATE_RULES, *vit.SHARDING_RULES, *objective.sharding_rules)
 
 
 def decay_rules(objective: Objective) -> tuple[tuple[str, bool], ...]:
-    """Which of the objective's parameters are "matrices"."""
+    """Rules that say which of the objective's parameters are "matrices", for the weight-decay mask."""
     return (*vit.DECAY_RULES, *objective.decay_rules)
 
 
@@ -63,7 +63,7 @@ def abstract_state(objective, optimizer, mesh: Mesh) -> TrainState:
 
 
 def init_sharded(objective, optimizer, mesh: Mesh, seed: int) -> TrainState:
-    """`new_state`, each leaf made where it will live: no device ever holds what it does not keep."""
+    """`new_state`, with each leaf initialized directly in its sharding: no device ever holds an unsharded copy."""
     where = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(objective, optimizer, mesh))
     with jax.set_mesh(mesh):
         return jax.jit(lambda: new_state(objective, optimizer, seed), out_shardings=where)()
@@ -80,8 +80,8 @@ def decayed(params: Any, decay: str, rules: tuple[tuple[str, bool], ...]) -> Any
 
 
 def rate_factors(params: Any, rules: tuple[tuple[str, float], ...]) -> Any:
-    """The learning-rate factor of each parameter: that of the first of `config.optimizer.rate_factors` that matches its path,
-    else 1.0; 0.0 freezes it, weight decay included.
+    """The learning-rate factor of each parameter: that of the first rule of `config.optimizer.rate_factors` that matches its
+    path, else 1.0; 0.0 freezes the parameter, including its weight decay.
 
     Raises:
       UserError: a rule that matches no parameter.
@@ -98,7 +98,7 @@ def rate_factors(params: Any, rules: tuple[tuple[str, float], ...]) -> Any:
     factors = jax.tree_util.tree_map_with_path(factor, params)
     unused = [pattern for index, (pattern, _) in enumerate(rules) if index not in used]
     if unused:
-        raise UserError(f"optimizer.rate_factors: {unused[0]!r} matches no parameter; correct or remove it")
+        raise UserError(f"optimizer.rate_factors: {unused[0]!r} matches no parameter; fix or remove the rule")
     return factors
 
 
@@ -132,12 +132,12 @@ def apply_gradients(
 
 
 def make_step(objective: Objective, optimizer, seed: int, settings: Any, accumulate: int = 1) -> Callable:
-    """The pure step `(state, batch, scalars) -> (state, metrics)`; jit it with `jit_step`.
+    """The pure step `(state, batch, scalars) -> (state, metrics)`; compile it with `jit_step`.
 
     Args:
       settings: `config.optimizer`.
-      accumulate: microbatches that a batch is worked on in, one after the other: with the memory of one, the loss and the
-        gradients of the whole.
+      accumulate: number of microbatches that a batch is split into, processed one after the other. Activations need the
+        memory of one microbatch; loss and gradients are those of the whole batch.
     """
     rules = sharding_rules(objective)
 
@@ -170,7 +170,7 @@ def make_step(objective: Objective, optimizer, seed: int, settings: Any, accumul
 
 
 def jit_step(step: Callable, state_shardings: TrainState, mesh: Mesh) -> Callable:
-    """The step compiled over `mesh`; the old state's memory is given to the new one."""
+    """The step jitted over `mesh`; the old state's buffers are donated to the new one."""
     replicated = NamedSharding(mesh, sharding.P())
     batch = NamedSharding(mesh, sharding.BATCH)
     return jax.jit(

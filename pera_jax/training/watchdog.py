@@ -1,4 +1,4 @@
-"""Ends a process in which nothing moves any more, after it has said where each of its threads stands."""
+"""Terminates a process that makes no progress, after printing the stack of each of its threads."""
 
 import faulthandler
 import os
@@ -12,21 +12,21 @@ _LAST_RESORT = 11.0  # seconds between the sentence and an end with status 1, wh
 
 
 class Watchdog:
-    """While entered, ends the process by SIGALRM (status 142 in a shell) when `fed` is not called for so many seconds.
+    """While entered, terminates the process by SIGALRM (status 142 in a shell) if `reset` is not called in time.
 
-    Every thread's Python stack goes to stderr before. That and the end are done by the system's timer and a handler in C,
-    which also run when Python cannot, because a call into a library hangs and keeps the interpreter.
+    Every thread's Python stack is printed on stderr first. Both are done by the system's timer and a handler in C, which
+    also work when Python does not run because a call into a library hangs and holds the interpreter's lock.
     """
 
     def __init__(self, seconds: float):
-        """`seconds`: 0 for never."""
+        """`seconds`: the timeout; 0 disables the watchdog."""
         self._seconds = seconds
         self._deadline = 0.0
         self._ended = threading.Event()
 
     def __enter__(self) -> "Watchdog":
         if self._seconds > 0:
-            # Prints the stacks, then does what the signal does by default: it ends the process.
+            # Prints the stacks, then takes the signal's default action: it terminates the process.
             faulthandler.register(signal.SIGALRM, file=sys.__stderr__, all_threads=True, chain=True)
             self.reset()
             threading.Thread(target=self._announce, name="watchdog", daemon=True).start()
@@ -44,15 +44,15 @@ class Watchdog:
         if self._seconds > 0:
             self._deadline = time.monotonic() + self._seconds
             signal.setitimer(signal.ITIMER_REAL, self._seconds + _SENTENCE_FIRST)
-            # The first process of a container is not ended by a signal that it does not handle.
+            # A fallback: the first process of a container ignores signals that it does not handle.
             faulthandler.dump_traceback_later(self._seconds + _LAST_RESORT, exit=True, file=sys.__stderr__)
 
     def _announce(self) -> None:
         while not self._ended.wait(max(self._deadline - time.monotonic(), 0.1)):
             if time.monotonic() > self._deadline:
                 print(
-                    f"error: nothing has moved for {self._seconds:g} s (stall_seconds): data, another host or a "
-                    "device hangs; this process ends, and where each thread stands follows",
+                    f"error: no progress for {self._seconds:g} s (stall_seconds): data loading, another host or a device "
+                    "hangs; the stack of each thread follows, then this process exits; re-run the same command to resume",
                     file=sys.__stderr__,
                     flush=True,
                 )

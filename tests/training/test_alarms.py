@@ -204,5 +204,5 @@ def test_alarms_lie_in_a_file_that_is_cut_back(tmp_path):
     assert [alarm["step"] for alarm in alarms_of(tmp_path)] == [3, 6]
     assert alarms_of(tmp_path)[1] == {"step": 6, "alarm": "a", "text": "too much"}
     (tmp_path / "alarms.jsonl").write_text("mine\n")
-    with pytest.raises(UserError, match=r"line 1 of .*alarms\.jsonl is no line of alarms"):
+    with pytest.raises(UserError, match=r"line 1 of .*alarms\.jsonl is not a valid record of alarms"):
         write(0, ())

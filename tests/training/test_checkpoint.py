@@ -154,14 +154,14 @@ def test_a_run_goes_on_only_with_its_own_model_settings_and_data():
     meta = meta_of(config, objective)
     resume.check_same_run(meta, meta, "runs/a", allow_changed_data=False)
     changed = {
-        "another model: its model is": meta | {"model": meta["model"] | {"depth": 9}},
-        "another model: its mean is": meta | {"mean": [0.4] * 3},
-        "another run: its batch_size is": meta | {"config": meta["config"] | {"batch_size": 3}},
-        "another run: its seed is": meta | {"config": meta["config"] | {"seed": 3}},
-        "another data set: toy with fingerprint g": meta | {"data": DATA | {"fingerprint": "g"}},
+        "another model: expected model": meta | {"model": meta["model"] | {"depth": 9}},
+        "another model: expected mean": meta | {"mean": [0.4] * 3},
+        "another run: expected batch_size": meta | {"config": meta["config"] | {"batch_size": 3}},
+        "another run: expected seed": meta | {"config": meta["config"] | {"seed": 3}},
+        "another dataset: expected toy with fingerprint .*, got toy with g": meta | {"data": DATA | {"fingerprint": "g"}},
     }
     for message, found in changed.items():
-        with pytest.raises(UserError, match=f"runs/a is of {message}"):
+        with pytest.raises(UserError, match=f"runs/a belongs to {message}"):
             resume.check_same_run(found, meta, "runs/a", allow_changed_data=False)
     resume.check_same_run(meta | {"data": DATA | {"fingerprint": "g"}}, meta, "runs/a", allow_changed_data=True)
 

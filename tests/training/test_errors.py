@@ -161,14 +161,14 @@ def test_the_workdir_of_another_run_is_refused_and_left_alone(config, tmp_path):
     begin(config, workdir)
     other = config.copy_and_resolve_references()
     other.model.width = 64
-    refuse(other, workdir, "is of another model: its model is .*'width': 32.*'width': 64")
+    refuse(other, workdir, "belongs to another model: expected model .*'width': 64.*, got .*'width': 32")
     other = config.copy_and_resolve_references()
     other.data.path = toy_data.write(tmp_path / "other", fingerprint="other")
-    refuse(other, workdir, "is of another data set: toy with fingerprint toy, this is other with other")
+    refuse(other, workdir, "belongs to another dataset: expected other with fingerprint other, got toy with toy")
     other = config.copy_and_resolve_references()
     other.resume_from = str(workdir)
     other.seed = 5
-    refuse(other, tmp_path / "new", "is of another run: its seed is 0, this config gives 5")
+    refuse(other, tmp_path / "new", "belongs to another run: expected seed 5 from this config, got 0")
 
 
 # ---------------------------------------------------------------- the commands

@@ -79,7 +79,7 @@ def test_tensorboard_forgets_the_points_after_the_resume(tmp_path):
 def test_a_file_that_is_not_ours_is_left_alone(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\nnotes of mine\n{"step": 2}\n')
-    with pytest.raises(UserError, match=r"^line 2 of .*metrics\.jsonl is no line of metrics"):
+    with pytest.raises(UserError, match=r"^line 2 of .*metrics\.jsonl is not a valid record of metrics"):
         metrics.MetricsWriter(tmp_path, resume_step=1, stream=io.StringIO(), **TOTAL)
     assert path.read_text() == '{"step": 1}\nnotes of mine\n{"step": 2}\n'
 
@@ -89,7 +89,7 @@ def test_no_space_left_is_one_sentence(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
     try:
-        with pytest.raises(UserError, match=r"^cannot write to .*: File too large; make room"):
+        with pytest.raises(UserError, match=r"^cannot write to .*: File too large; free some space"):
             for step in range(1, 100):
                 writer.write(step, {"loss": 1.0, "another": 2.0})
         writer.close()  # what TensorBoard's file still holds back cannot be written either; that has been said

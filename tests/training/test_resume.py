@@ -50,7 +50,7 @@ def test_what_changes_no_number_may_change_and_is_listed():
 ])  # fmt: skip
 def test_what_shapes_the_run_changes_only_when_told_to_and_is_listed_first(field, value):
     before, now = meta_of(changed()), meta_of(changed(**{field: value, "data.workers": 3}))
-    with pytest.raises(UserError, match=f"runs/a is of another run: its {field} is .*, or go on with this one by --allow-config-change"):
+    with pytest.raises(UserError, match=f"runs/a belongs to another run: expected {field} .*, or pass --allow-config-change"):
         check(before, now)
     first, second = check(before, now, allow_config_change=True)
     assert first.startswith(f"{field} ") and second == "data.workers 0 -> 3"
@@ -58,7 +58,7 @@ def test_what_shapes_the_run_changes_only_when_told_to_and_is_listed_first(field
 
 def test_what_makes_another_run_never_changes():
     for field, value in {"seed": 4, "pera.heads.prototypes": 32, "parameter_precision": "float64"}.items():
-        with pytest.raises(UserError, match=f"is of another run: its {field} is"):
+        with pytest.raises(UserError, match=f"belongs to another run: expected {field} "):
             check(meta_of(changed()), meta_of(changed(**{field: value})), allow_config_change=True, allow_changed_data=True)
 
 
@@ -66,7 +66,7 @@ def test_a_config_of_an_earlier_version_had_the_default_of_fields_that_it_did_no
     before = meta_of(changed())
     del before["config"]["stall_seconds"], before["config"]["pera"]["loss"]["pixel_weight"]
     assert check(before, meta_of(changed())) == []
-    with pytest.raises(UserError, match="its pera.loss.pixel_weight is 0.01, this config gives 0.5"):
+    with pytest.raises(UserError, match="expected pera.loss.pixel_weight 0.5 from this config, got 0.01"):
         check(before, meta_of(changed(pera__loss__pixel_weight=0.5)))
 
 

@@ -92,16 +92,16 @@ def test_durations(value, steps):
 
 @pytest.mark.parametrize("value", [20, 20.0, "20", "epochs", "-3 steps", "3 days", "1e3 steps", "2 epochs 3", None])
 def test_other_forms_are_refused_by_name(value):
-    with pytest.raises(UserError, match=r"^train\.length is .*\"20 epochs\".*\"10 percent\""):
+    with pytest.raises(UserError, match=r"^train\.length=.*\"20 epochs\".*\"10 percent\""):
         schedules.parse_duration(value, total_steps=1000, steps_per_epoch=13, batch_size=64, name="train.length")
 
 
 @pytest.mark.parametrize(
     ("value", "total", "per_epoch", "message"),
     [
-        ("10 percent", None, 13, "share of itself"),
-        ("1.5 steps", 1000, 13, "counted whole"),
-        ("2 epochs", 1000, 0, "fewer images than one global batch of 64"),
+        ("10 percent", None, 13, "a percentage of itself"),
+        ("1.5 steps", 1000, 13, "must be a whole number of steps"),
+        ("2 epochs", 1000, 0, "fewer images than batch_size=64"),
     ],
 )
 def test_durations_without_a_meaning(value, total, per_epoch, message):

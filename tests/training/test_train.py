@@ -232,7 +232,7 @@ def test_resume_from_goes_on_as_the_workdir_itself_would(finished, data, tmp_pat
     shutil.copytree(finished, tmp_path / "own")
     for workdir, config in ((tmp_path / "own", smoke("demo", data, "6 steps")), (tmp_path / "other", smoke("demo", data, "6 steps"))):
         config.resume_from = str(finished) if workdir.name == "other" else ""
-        with pytest.raises(UserError, match="is of another run: its total is 4 steps, this config gives 6 steps; .* --allow-config-change"):
+        with pytest.raises(UserError, match="belongs to another run: expected total 6 steps from this config, got 4 steps; .* --allow-config-change"):
             train.train(config, str(workdir))
         train.train(config, str(workdir), allow_config_change=True)
         assert "resuming from step 4 of 6; changed: total 4 steps -> 6 steps" in capsys.readouterr().err

@@ -57,7 +57,7 @@ def test_a_released_dictionary_comes_back_bit_for_bit_with_what_a_run_has(tmp_pa
     assert again.keys() == named.keys()
     toy_weights.assert_same(again, named)
     assert student.meta["config"]["pera"]["heads"] == {"hidden": 12, "bottleneck": 8, "prototypes": 32}
-    with pytest.raises(UserError, match="holds weights imported from pera.safetensors and no run to go on with"):
+    with pytest.raises(UserError, match="holds weights imported from pera.safetensors, not a run that can be resumed"):
         resume.check_same_run(student.meta, student.meta, "runs/a", allow_changed_data=True)
 
 

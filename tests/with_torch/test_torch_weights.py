@@ -249,7 +249,7 @@ def test_a_training_begins_from_an_import(alone, tmp_path, capsys):
     # Neither network moved: at the release's other size the teacher is still the release's.
     tokens = ours(load.load_weights(tmp_path / "run"), REFERENCE["eval/other/image"])
     np.testing.assert_allclose(tokens["class_token"], REFERENCE["eval/other/teacher_cls"], atol=CLOSE)
-    with pytest.raises(UserError, match="holds weights imported from pera.params and no run to go on with"):
+    with pytest.raises(UserError, match="holds weights imported from pera.params, not a run that can be resumed"):
         config.init_from, config.resume_from = "", given
         train.train(config, str(tmp_path / "other"))
 
