@@ -1,4 +1,4 @@
-"""The checks on what a user sets, before data and model are built."""
+"""Checks a config before data and model are built."""
 
 import functools
 import re
@@ -18,15 +18,15 @@ PATHS = ("resume_from", "init_from", "data.path", "monitor.data")
 
 
 def check(config: ConfigDict, batch_shards: int, weight_shards: int, hosts: int) -> None:
-    """Everything about a config that can be known before data and model are built.
+    """Checks everything in a config that does not depend on data or model.
 
     Args:
-      batch_shards: shards that a batch is cut into (data x fsdp).
-      weight_shards: shards that prototypes are cut into (fsdp x tensor).
-      hosts: processes that read data.
+      batch_shards: number of shards of a batch (data x fsdp).
+      weight_shards: number of shards of the prototypes (fsdp x tensor).
+      hosts: number of processes that read data.
 
     Raises:
-      UserError: the first thing that is wrong.
+      UserError: names the first invalid field.
     """
     _same_fields(config, default(config.get("objective", "pera")), "")
     for field in PATHS:
@@ -39,8 +39,7 @@ def check(config: ConfigDict, batch_shards: int, weight_shards: int, hosts: int)
         size = crops[f"{kind}_size"]
         if number and size % patch:
             raise UserError(
-                f"crops.{kind}_size={size} is not a multiple of the patch size {patch}; "
-                "choose a crop size that the patch divides"
+                f"crops.{kind}_size={size} is not a multiple of the patch size {patch}; choose a multiple of {patch}"
             )
     if crops.global_number < 1 or crops.local_number < 0:
         raise UserError("crops.global_number must be >= 1 and crops.local_number >= 0")
@@ -77,36 +76,35 @@ def _check_batch(config: ConfigDict, batch_shards: int, hosts: int) -> None:
     group = config.drop_path.group
     if batch < 1 or batch % batch_shards or batch % hosts:
         raise UserError(
-            f"batch_size={batch} does not divide by the {batch_shards} shard(s) of the mesh (data x fsdp) on {hosts} "
-            "host(s); choose a multiple"
+            f"batch_size={batch} is not divisible by the {batch_shards} shard(s) of the mesh (data x fsdp) and the {hosts} "
+            "host(s); choose a multiple of both"
         )
     local = batch // batch_shards
     if parts < 1 or local % parts:
         raise UserError(
-            f"accumulate={parts} does not divide the {local} images of one device; choose a divisor"
+            f"accumulate={parts} does not divide the {local} images per device; choose a divisor of {local}"
         )
     local //= parts
     if group < 0 or (group and batch % group):
         raise UserError(
-            f"drop_path.group={group} does not divide batch_size={batch}; use a divisor, or 0 for the whole batch"
+            f"batch_size={batch} is not divisible by drop_path.group={group}; use a divisor, or 0 for the whole batch"
         )
     if not config.drop_path.rate:
         return
     if not group and batch_shards * parts > 1:
         raise UserError(
-            f"drop_path.group=0 draws from the whole batch, which is spread over several devices or {parts} "
-            f"microbatch(es); use a divisor of {local} images"
+            f"drop_path.group=0 draws from the whole batch, but it is split over {batch_shards} device(s) and {parts} "
+            f"microbatch(es); choose a divisor of {local}"
         )
     if group and local % group:
         raise UserError(
-            f"drop_path.group={group} does not divide the {local} images that a device works on at a time; each "
-            "device must hold whole groups: use a smaller group"
+            f"drop_path.group={group} does not divide the {local} images per device and microbatch; choose a divisor of {local}"
         )
 
 
 def _one_of(config: ConfigDict, field: str, allowed: tuple[str, ...], prefix: str = "") -> None:
     if config[field] not in allowed:
-        raise UserError(f"{prefix}{field}={config[field]!r} is not one of {', '.join(allowed)}")
+        raise UserError(f"{prefix}{field}={config[field]!r} is invalid; expected one of {', '.join(allowed)}")
 
 
 def _same_fields(config: ConfigDict, reference: ConfigDict, prefix: str) -> None:

@@ -1,7 +1,7 @@
-"""The pre-training methods, by name: the one place that knows which there are.
+"""The registry of pre-training methods; nothing else names a method.
 
-`config.objective` is one of `METHODS`, or the dotted name of a module of one's own that defines `OBJECTIVE`
-(`objectives.base.Objective`); its fields are `config.<OBJECTIVE.name>`.
+`config.objective` is one of `METHODS`, or the dotted name of your own module that defines `OBJECTIVE`
+(an `objectives.base.Objective`); its fields are in `config.<OBJECTIVE.name>`.
 """
 
 import importlib
@@ -25,44 +25,44 @@ def method(name: str) -> type[Objective]:
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(
             f"objective={printable(str(name))!r} is not one of {', '.join(METHODS)}, nor an importable module that defines "
-            "OBJECTIVE; choose one of these"
+            "OBJECTIVE; choose one of them"
         ) from error
 
 
 def default_config(name: str) -> ConfigDict:
-    """The fields of the method `name`: what `config.<OBJECTIVE.name>` is by default."""
+    """The default of `config.<OBJECTIVE.name>` for the method `name`."""
     return method(name).default_config()
 
 
 def validate(config: ConfigDict, layout: Layout) -> None:
-    """Checks the method's fields of a config, and the common ones as far as the method has its own demands."""
+    """Checks the method's own fields of a config, and its requirements on the common fields."""
     method(config.objective).validate(config, layout)
 
 
 def from_config(config: ConfigDict, bands: Bands, device: jax.Device | None = None) -> Objective:
-    """The objective that a config describes, for images of these bands.
+    """Builds the objective of a config, for images with these bands.
 
     Args:
-      device: one of those that it will run on, see `attention.choose`.
+      device: one of the devices that it will run on, see `attention.choose`.
 
     Raises:
-      UserError: a config that describes none.
+      UserError: the config is invalid.
     """
     return method(config.objective).from_config(config, bands, device)
 
 
 def from_metadata(meta: dict[str, Any]) -> Objective:
-    """The objective that a checkpoint was trained with. Raises UserError: a meta that describes none."""
+    """The objective that a checkpoint was trained with. Raises UserError if `meta` is invalid."""
     try:
         config = ConfigDict(meta["config"])
-        config.model.attention = "auto"  # the machine that reads it need not have the kernels of the one that trained
+        config.model.attention = "auto"  # this machine may lack the kernels of the one that trained it
         return from_config(config, Bands.from_metadata(meta))
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         reason = error.args[0] if error.args else type(error).__name__
-        raise UserError(f"the run's config describes no network of this program ({reason}); restore its meta") from error
+        raise UserError(f"the config in the checkpoint's meta is invalid ({reason}); use another checkpoint of the run") from error
 
 
 def untrained(meta: dict[str, Any]) -> dict[str, Any]:
-    """The student's parameters before the first step, made again from the seed in a checkpoint's `meta`."""
+    """The student's parameters before the first step, recreated from the seed in a checkpoint's `meta`."""
     objective, key = from_metadata(meta), jax.random.key(meta["config"]["seed"])
     return jax.jit(lambda: objective.init(stream(key, "init")))()

@@ -1,8 +1,8 @@
-"""What a pre-training method is to the trainer: everything that differs between methods is behind these names.
+"""The interface of a pre-training method: everything that differs between methods.
 
-A method is one module with a class `OBJECTIVE` that fulfils `Objective`, most simply by deriving from `Base`; its own fields
-live in `config.<name>`. The step asks for, in this order, `prepare`, `loss` (its gradient), `update`; everything else is
-facts that the loop, the plan, the report, the model card and the exports read.
+A method is one module that defines `OBJECTIVE`, a class that implements `Objective`, most simply by deriving from `Base`; its
+own fields are in `config.<name>`. A training step calls `prepare`, `loss` (for its gradient) and `update`, in this order; the
+loop, the plan, the report, the model card and the exports read the rest.
 """
 
 import dataclasses
@@ -25,19 +25,19 @@ Metrics = dict[str, jax.Array]
 BACKBONE = "backbone"
 
 
-# ---------------------------------------------------------------- what the host is asked for
+# ---------------------------------------------------------------- crops
 
 
 class CropSpec(NamedTuple):
     """One crop type."""
 
-    number: int  # per image
-    size: int  # px
-    area: tuple[float, float]  # range of a crop's share of its image's area
+    number: int  # crops per image
+    size: int  # side in px
+    area: tuple[float, float]  # range of the crop's area as a fraction of the image's area
 
 
 def crop_specs(crops: Any) -> dict[str, CropSpec]:
-    """The crop types of `config.crops`: "global" and, where there are any, "local"."""
+    """The crop types of `config.crops`: "global" and, if there are any, "local"."""
     specs = {
         name: CropSpec(crops[f"{name}_number"], crops[f"{name}_size"], tuple(crops[f"{name}_area"]))
         for name in ("global", "local")
@@ -45,9 +45,9 @@ def crop_specs(crops: Any) -> dict[str, CropSpec]:
     return {name: spec for name, spec in specs.items() if spec.number}
 
 
-# ---------------------------------------------------------------- what a step hands over
+# ---------------------------------------------------------------- arguments of a step
 
-# Numbers of the streams that have had a number before they had a name: the draws of a run stay what they are.
+# Streams that had a number before they had a name keep it, so that the draws of a run do not change.
 _NUMBERS = {"init": 0, "step": 1, "warm_start": 2, "examples": 0, "drop_path": 1}
 
 
@@ -59,7 +59,7 @@ def stream(key: jax.Array, name: str) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Streams:
-    """Randomness by name: `streams("masks")` is a PRNG key of its own, the same for the same seed, name and step."""
+    """Named random streams: `streams("masks")` is a PRNG key that depends only on the seed, the name and the step."""
 
     key: jax.Array
 
@@ -75,11 +75,11 @@ class Streams:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What `Objective.loss` is given beside parameters and examples.
+    """Arguments of `Objective.loss` besides parameters, state and examples.
 
     Attributes:
-      rngs: of this step; the same for each part of a batch that is worked on in microbatches.
-      scalars: the values of this step of what `Objective.schedules` declares, and of the common schedules.
+      rngs: the random streams of this step; the same for each microbatch.
+      scalars: this step's values of the schedules that `Objective.schedules` declares, and of the common schedules.
     """
 
     rngs: Streams
@@ -87,15 +87,15 @@ class Context:
 
 
 class Schedule(NamedTuple):
-    """A scalar that depends on the step, declared; `training.schedules` evaluates it in float64 on the host.
+    """The declaration of a scalar that depends on the step; `training.schedules` evaluates it in float64 on the host.
 
     Attributes:
       form: "constant" (the field is a number), "cosine" (fields `start`, `end`), "ramp" (`start`, `end`, `warmup`) or
         "warmup_cosine" (`start`, `peak`, `end`, `warmup`).
-      field: the config's, such as "schedules.learning_rate".
-      positive: whether 0 is refused.
-      highest: the largest value that is allowed.
-      complement: whether 1 minus the value is handed to the step. Of an EMA's momentum near 1 a float32 has few digits.
+      field: the config field, such as "schedules.learning_rate".
+      positive: whether 0 is not allowed.
+      highest: the largest allowed value.
+      complement: whether 1 minus the value is passed to the step, because float32 is imprecise for an EMA momentum near 1.
     """
 
     form: str
@@ -106,28 +106,28 @@ class Schedule(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How a batch is laid out: what configs are checked against."""
+    """The layout of a batch, against which configs are checked."""
 
-    batch_shards: int  # parts that a batch is cut into (data x fsdp)
-    weight_shards: int  # parts that prototypes are cut into (fsdp x tensor)
-    hosts: int  # processes that read data
+    batch_shards: int  # number of shards of a batch (data x fsdp)
+    weight_shards: int  # number of shards of the prototypes (fsdp x tensor)
+    hosts: int  # number of processes that read data
 
 
 # ---------------------------------------------------------------- the contract
 
 
 class Objective(Protocol):
-    """A pre-training method. Pure: parameters and state go in and come out."""
+    """A pre-training method. The methods of a step are pure functions of parameters and state."""
 
-    # Facts of the method, known without a config.
-    name: ClassVar[str]  # of its fields in the config
+    # Properties of the method, known without a config.
+    name: ClassVar[str]  # of its group of fields in the config
     citation: ClassVar[str]  # authors, title, identifier
-    teacher_keys: ClassVar[tuple[str, ...]]  # sub-trees of the parameters with an EMA; (): the student is what is judged
-    fixed_fields: ClassVar[tuple[str, ...]]  # config fields of its own that a run cannot change, such as "heads"
-    free_fields: ClassVar[tuple[str, ...]]  # config fields of its own that change no number of a run
-    curves: ClassVar[tuple[tuple[str, tuple[Panel, ...]], ...]]  # groups of charts, each with its title
-    sharding_rules: ClassVar[tuple[tuple[str, PartitionSpec], ...]]  # of its leaves but the encoder's: (path regex, spec)
-    decay_rules: ClassVar[tuple[tuple[str, bool], ...]]  # the same: whether a leaf is one of the decayed "matrices"
+    teacher_keys: ClassVar[tuple[str, ...]]  # sub-trees of the parameters with an EMA; () without a teacher
+    fixed_fields: ClassVar[tuple[str, ...]]  # its own config fields that must not change when a run resumes, such as "heads"
+    free_fields: ClassVar[tuple[str, ...]]  # its own config fields that do not change any computed number
+    curves: ClassVar[tuple[tuple[str, tuple[Panel, ...]], ...]]  # (title, charts) of each group of charts in the report
+    sharding_rules: ClassVar[tuple[tuple[str, PartitionSpec], ...]]  # (path regex, spec) for its leaves outside the encoder
+    decay_rules: ClassVar[tuple[tuple[str, bool], ...]]  # the same, for whether a leaf is one of the decayed "matrices"
 
     @classmethod
     def default_config(cls) -> ConfigDict:
@@ -135,78 +135,78 @@ class Objective(Protocol):
 
     @classmethod
     def shrink(cls, config: ConfigDict) -> None:
-        """Makes the method's fields of a config small, for `:smoke`."""
+        """Shrinks the method's fields of a config, for `:smoke`."""
 
     @classmethod
     def limit_groups(cls, config: ConfigDict, images: int) -> None:
-        """Makes groups of images, over which a term is computed, no larger than `images`."""
+        """Limits groups of images, within which a loss term is computed, to `images`."""
 
     @classmethod
     def validate(cls, config: ConfigDict, layout: Layout) -> None:
-        """Raises UserError for what is wrong in a config, also in common fields that this method cannot use."""
+        """Raises UserError for an invalid config, including common fields that this method does not support."""
 
     @classmethod
     def from_config(cls, config: ConfigDict, bands: Bands, device: jax.Device | None = None) -> "Objective":
-        """The objective of a config. Raises UserError for sizes that do not fit together."""
+        """Builds the objective of a config. Raises UserError for inconsistent sizes."""
 
     @classmethod
     def schedules(cls) -> dict[str, Schedule]:
         """The scalars that `loss` reads from its context; with `teacher_keys` also "one_minus_momentum"."""
 
-    # Facts of one objective, read also by jobs that never run a step.
-    encoder: ViT  # its parameters are `params["backbone"]`: what is probed, fine-tuned and exported
+    # Properties of an objective, also read by jobs that never run a step.
+    encoder: ViT  # the network that is probed, fine-tuned and exported; its parameters are `params["backbone"]`
     bands: Bands
     precision: Precision
-    crops: dict[str, CropSpec]  # what the host must deliver
+    crops: dict[str, CropSpec]  # the crops in a batch, by crop type
 
     def flops_per_image(self) -> dict[str, float]:
-        """FLOPs of a training step per image, by part: matrix products of the method, nothing computed twice."""
+        """FLOPs per image of a training step, by part: the method's matrix products, without recomputation."""
 
     def health_checks(self, images: int) -> HealthChecks:
-        """What is watched, for batches of so many images."""
+        """The health checks, for a batch of `images`."""
 
     def logged_scalars(self, scalars: dict[str, float]) -> dict[str, float]:
-        """The scheduled scalars as the metrics "hyper/NAME" show them."""
+        """The scheduled scalars as they are logged, as "hyper/NAME"."""
 
     # The step.
     def init(self, key: jax.Array) -> Params:
         """The student's parameters."""
 
     def init_state(self) -> State:
-        """What is kept beside parameters: a center, running statistics; {} where there is nothing."""
+        """The state besides parameters, such as a center or running statistics; {} if there is none."""
 
     def prepare(self, rngs: Streams, batch: dict[str, jax.Array]) -> Any:
-        """Everything that is drawn for a batch of crops [B, V, H, W, C], with the crops. Axis 0 of each leaf is the image."""
+        """Adds all random draws to a batch of crops [B, V, H, W, C]. Axis 0 of every leaf of the result is the batch."""
 
     def loss(
         self, params: Params, teacher: Params, state: State, examples: Any, context: Context
     ) -> tuple[jax.Array, Any]:
-        """The loss on (a microbatch of) what `prepare` gives, and `aux`, whose mean over equal microbatches is that of the
-        batch."""
+        """The loss (a scalar) on (a microbatch of) the result of `prepare`, and `aux`; the mean of either over equal
+        microbatches must be that of the batch."""
 
     def update(self, state: State, aux: Any) -> tuple[State, Metrics]:
-        """The new state, and scalars to log, "loss" among them, from the `aux` of the whole batch."""
+        """The new state and the scalars to log, including "loss", from the `aux` of the whole batch."""
 
-    # A start from weights, and the report.
-    warm_start_batches: int  # over which `estimate` is averaged before the first step; 0: not at all
+    # Warm start from weights, and the report.
+    warm_start_batches: int  # number of batches over which `estimate` is averaged before the first step; 0 disables it
 
     def estimate(self, teacher: Params, examples: Any) -> Any:
-        """What a state that begins from weights is estimated from, as a mean over images."""
+        """An estimate of the initial state from loaded weights, as a mean over images."""
 
     def with_estimate(self, state: State, estimate: Any) -> tuple[State, str]:
-        """The state to begin with, and a sentence on it."""
+        """The initial state, and a sentence that reports it."""
 
-    def adapt(self, params: Params, new: Params, patch: int, there: tuple[str, ...], here: tuple[str, ...]) -> Params:
-        """Parameters of this method, trained on the bands `there`, for the bands `here`; from `new` where that is no use."""
+    def adapt(self, params: Params, new: Params, patch: int, source: tuple[str, ...], target: tuple[str, ...]) -> Params:
+        """Converts parameters trained on the bands `source` to the bands `target`; takes from `new` what cannot be converted."""
 
     def preview(
         self, networks: dict[str, Params], batch: dict[str, Any], rngs: Streams, channels: tuple[int, int, int]
     ) -> Preview | None:
-        """What the networks see of a batch and make of it, `channels` shown as red, green and blue; None: no picture."""
+        """The report's picture of the networks' inputs and outputs, with `channels` as red, green and blue; None for none."""
 
 
 class Base:
-    """The defaults: no teacher, no state, no fields, no picture."""
+    """Defaults for `Objective`: no teacher, no state, no config fields, no preview."""
 
     teacher_keys: ClassVar = ()
     fixed_fields: ClassVar = ()
@@ -257,7 +257,7 @@ class Base:
     def with_estimate(self, state, estimate):
         raise NotImplementedError(f"{type(self).__name__} has warm_start_batches and no with_estimate")
 
-    def adapt(self, params, new, patch, there, here):
+    def adapt(self, params, new, patch, source, target):
         return params
 
     def preview(self, networks, batch, rngs, channels):
@@ -265,6 +265,6 @@ class Base:
 
 
 def judged(objective: Objective, params: Params, teacher: Params) -> Params:
-    """The parameters that are judged and exported: the teacher's, or the student's where there is no teacher."""
+    """The parameters that are evaluated and exported: the teacher's, or the student's if there is no teacher."""
     return teacher if objective.teacher_keys else params
 

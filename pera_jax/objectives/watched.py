@@ -1,4 +1,4 @@
-"""What of a run is watched and shown: the conditions that raise alarms, charts, and the picture of what the networks see."""
+"""What a method declares for monitoring: health checks that raise alarms, charts, and the report's preview picture."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -10,10 +10,11 @@ class Condition:
     """A state of a run that raises an alarm.
 
     Attributes:
-      quantity: what is watched, by its name in `HealthChecks.quantities`.
-      begins, ends: its bounds; the alarm is for values beyond `begins`, which lies on the far side of `ends`.
-      after_peak: whether it counts only once the learning rate has come to its peak.
-      text: one sentence with places, "{growth:.1f}", for the quantities.
+      quantity: the name of the quantity in `HealthChecks.quantities`.
+      begins, ends: the alarm begins when the quantity is beyond `begins` and ends when it is no longer beyond `ends`; low
+        values are bad if `begins < ends`, else high values.
+      after_peak: whether the condition applies only after the learning rate has reached its peak.
+      text: one sentence with format fields for the quantities, such as "{growth:.1f}".
     """
 
     name: str
@@ -34,20 +35,20 @@ COMMON_CONDITIONS = (
     ),
     Condition(
         "loss diverges", "growth", 1.5, 1.2, False,
-        "the {excess_name} has come to {excess:.2f}, {growth:.1f} times what it was in the first steps; "
+        "the {excess_name} has reached {excess:.2f}, {growth:.1f} times its value in the first steps; "
         "lower schedules.learning_rate.peak or optimizer.clip_norm",
     ),
 )  # fmt: skip
 
 
 class HealthChecks(NamedTuple):
-    """What of a run is watched.
+    """The health checks of a run.
 
     Attributes:
-      conditions: in the order in which their metrics are written.
-      averaged: from the metrics of a step, what is averaged over steps; with `update` and `excess`, of which the second is
-        compared with the first steps as the quantity `growth`.
-      quantities: from such averages, what `Condition`s name, beside the averages themselves.
+      conditions: in the order of their metrics.
+      averaged: maps the metrics of a step to the values that are averaged over steps; must include `update` and `excess`.
+        The ratio of `excess` to its value in the first steps is the quantity `growth`.
+      quantities: maps these averages to further quantities that the conditions refer to.
     """
 
     conditions: tuple[Condition, ...]
@@ -56,7 +57,7 @@ class HealthChecks(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """A chart of the report: title, logarithmic where it can be, smoothed, {metric: its name in the chart}."""
+    """A chart of the report: title, logarithmic scale if all values are positive, smoothing, {metric: label}."""
 
     title: str
     logarithmic: bool
@@ -65,12 +66,12 @@ class Panel(NamedTuple):
 
 
 class Preview(NamedTuple):
-    """What the networks see, for the report.
+    """The report's picture of the networks' inputs and outputs.
 
     Attributes:
-      columns: by name, uint8 [number, H, W, 3] each.
-      reading: sentences on how to read the picture; caption: one on these images.
-      tints: names and colors (0 to 255) that mark parts of a column.
+      columns: uint8 [number, H, W, 3] by column name.
+      reading: how to read the picture. caption: a sentence about these images.
+      tints: RGB colors (0 to 255) by name, for the legend.
     """
 
     columns: dict[str, Any]
@@ -80,5 +81,5 @@ class Preview(NamedTuple):
 
 
 def common_averages(values: Mapping[str, float]) -> dict[str, float]:
-    """What `COMMON_CONDITIONS` watch, from the metrics of a step."""
+    """The values that `COMMON_CONDITIONS` need, from the metrics of a step."""
     return {"update": values["norm/update"] / values["norm/parameters"], "excess": values["loss"]}

@@ -1,4 +1,4 @@
-"""Peak speed and memory of accelerators, by the name that JAX gives to a device of them (vendors' data sheets)."""
+"""Peak FLOP/s and memory of accelerators by JAX's device kind, from the vendors' data sheets."""
 
 import dataclasses
 
@@ -7,11 +7,11 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one JAX device has.
+    """The peak performance of one JAX device.
 
     Attributes:
       peak_flops: dense bf16 FLOP/s with float32 accumulation.
-      memory_bytes: of high-bandwidth memory, before what the runtime keeps for itself.
+      memory_bytes: device memory in bytes, including what the runtime reserves.
     """
 
     name: str
@@ -19,7 +19,7 @@ class Chip:
     memory_bytes: int
 
 
-# (part of the device's name, name, TFLOP/s, GiB); the first that occurs in it counts, so longer names come first.
+# (substring of the device kind, name, TFLOP/s, GiB); the first match counts, so longer names come first.
 _CHIPS = (
     ("TPU v2", "TPU v2 (one core)", 22.5, 8),
     ("TPU v3", "TPU v3 (one core)", 61.5, 16),
@@ -50,7 +50,7 @@ _CHIPS = (
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip of a `jax.Device.device_kind`; None where it is not in the table, as CPUs are not."""
+    """The chip of a `jax.Device.device_kind`; None if it is not in the table, such as a CPU."""
     for part, name, teraflops, gibibytes in _CHIPS:
         if part in device_kind:
             return Chip(name, teraflops * 1e12, gibibytes * _GIB)

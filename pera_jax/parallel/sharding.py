@@ -1,9 +1,9 @@
-"""The device mesh and where each array lies on it.
+"""The device mesh and the sharding of each array on it.
 
-Mesh axes: `data` (replicated parameters), `fsdp` (parameters cut over devices that each also see their own images) and
-`tensor` (prototypes, heads of attention and hidden units are cut over it). The batch is cut over `data` and `fsdp`.
+Mesh axes: `data` (replicates parameters), `fsdp` (shards parameters over devices that each process their own images) and
+`tensor` (shards prototypes, attention heads and hidden units). The batch is sharded over `data` and `fsdp`.
 
-Inside the jitted step the functions of the second half ask the mesh in use (`jax.set_mesh`); without one they do nothing.
+Inside the jitted step, the functions of the second half use the current mesh (`jax.set_mesh`); without one they do nothing.
 """
 
 import functools
@@ -22,25 +22,25 @@ from pera_jax.common.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
-# (path regex, spec): the first match decides; a path that nothing matches is an error, so that a new parameter cannot end up
-# replicated by oversight. Networks and objectives bring the rules of their leaves; these are of the training state itself.
-# Optimizer moments and the teacher end in the same paths as the parameters.
+# (path regex, spec): the first match counts; a path without a match is an error, so that no new parameter is replicated by
+# accident. Networks and objectives define the rules of their own leaves; these are for the training state itself. The
+# paths of optimizer moments and of the teacher end like those of the parameters.
 Rules = tuple[tuple[str, P], ...]
 STATE_RULES: Rules = ((r"(^|/)(step|count)$", P()),)
 
 
 def mesh_sizes(data: int, fsdp: int, tensor: int, devices: int) -> tuple[int, int, int]:
-    """The sizes of a mesh over so many devices; one of them may be -1: what is left.
+    """The mesh sizes for a number of `devices`; one of the three may be -1 and is then inferred.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the product of the sizes is not the number of devices.
     """
     sizes = [data, fsdp, tensor]
     known = int(np.prod([s for s in sizes if s != -1]))
     if sizes.count(-1) > 1 or min(sizes) < -1 or 0 in sizes or devices % known:
         raise UserError(
             f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit {devices} device(s); "
-            "the sizes must multiply to that number, and one of them may be -1"
+            "their product must be that number, and one of them may be -1"
         )
     sizes = [devices // known if s == -1 else s for s in sizes]
     if int(np.prod(sizes)) != devices:
@@ -55,17 +55,17 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: list | No
     """A mesh over `devices` (all of them by default), of `mesh_sizes`."""
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(data, fsdp, tensor, len(devices))
-    # Auto axes: the compiler places what the constraints leave open ("pjit"). make_mesh would default to Explicit.
+    # Auto axes: the compiler chooses the shardings that constraints leave open. make_mesh would default to Explicit.
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """The number of parts that a batch is cut into."""
+    """The number of shards of a batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def weight_shards(mesh: Mesh) -> int:
-    """The number of parts that the prototypes are cut into."""
+    """The number of shards of the prototypes."""
     return mesh.shape["fsdp"] * mesh.shape["tensor"]
 
 
@@ -75,7 +75,7 @@ def path_of(key_path) -> str:
 
 
 def first_match(path: str, rules: tuple[tuple[str, Any], ...], what: str) -> Any:
-    """The value of the first rule whose regex is found in `path`. Raises ValueError where none is."""
+    """The value of the first rule whose regex is found in `path`. Raises ValueError if there is none."""
     for pattern, value in rules:
         if re.search(pattern, path):
             return value
@@ -83,7 +83,7 @@ def first_match(path: str, rules: tuple[tuple[str, Any], ...], what: str) -> Any
 
 
 def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> P:
-    """The spec of the first rule that matches `path`; an axis that does not divide its dimension is left uncut.
+    """The spec of the first rule that matches `path`; a dimension that is not divisible by its mesh axes is not sharded.
 
     Raises:
       ValueError: no rule matches.
@@ -104,13 +104,13 @@ def tree_shardings(tree, mesh: Mesh, rules: Rules):
 
 
 def shards_in_use() -> int:
-    """The number of parts that a batch is cut into by the mesh in use; 1 without one, or with one of other axes."""
+    """The number of shards of a batch on the current mesh; 1 without a mesh, or with other axes."""
     mesh = jax.sharding.get_abstract_mesh()
     return batch_shards(mesh) if mesh.axis_names == AXES else 1
 
 
 def axes_in_use() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The axes of the mesh in use that rows of a batch and prototypes are cut over; both empty on a single device."""
+    """The axes of the current mesh over which batch rows and prototypes are sharded; both empty on a single device."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return (), ()
@@ -118,19 +118,19 @@ def axes_in_use() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:
-    """Pins axis 0 of `x` to the batch axes of the mesh in use; nothing where they do not divide it."""
+    """Constrains axis 0 of `x` to the batch axes of the current mesh; returns `x` if its size is not divisible by them."""
     shards = shards_in_use()
     return x if shards == 1 or x.shape[0] % shards else jax.lax.with_sharding_constraint(x, BATCH)
 
 
-def constrain_whole(x: jax.Array) -> jax.Array:
-    """Pins `x` to lie whole on every device of the mesh in use, so that what it meets need not move."""
+def constrain_replicated(x: jax.Array) -> jax.Array:
+    """Constrains `x` to be replicated on the current mesh, so that the other operand of a product need not move."""
     mesh = jax.sharding.get_abstract_mesh()
     return x if mesh.empty or mesh.size == 1 else jax.lax.with_sharding_constraint(x, P())
 
 
 def constrain_tree(tree, rules: Rules):
-    """Pins each leaf of a tree that has the paths of parameters to where `rules` say that it lives."""
+    """Constrains each leaf of a tree with the paths of parameters to its sharding by `rules`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return tree
@@ -140,10 +140,10 @@ def constrain_tree(tree, rules: Rules):
 
 
 def gathered(params, prefix: str, dtype, rules: Rules):
-    """The parameters of one block, a slice of the stack at `prefix`, whole over `fsdp` and ready for use.
+    """The parameters of one block, a slice of the stack at `prefix`, all-gathered over `fsdp`.
 
-    What is cut over `fsdp` are the kernels of products: they travel in the products' `dtype`, and their gradients, in the
-    parameters' own, are cut again where they arise, so that no device holds them whole for more than one block.
+    Only kernels of matrix products are sharded over `fsdp`. They are communicated in the products' `dtype`; their gradients,
+    in the parameters' dtype, are reduce-scattered where they arise, so that no device holds more than one unsharded block.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.shape.get("fsdp", 1) == 1:
@@ -170,9 +170,9 @@ _gather.defvjp(
 
 
 def per_shard(function: Callable, *arrays):
-    """`function` of trees of arrays whose axis 0 is the batch's, on each device's own rows: nothing crosses devices.
+    """Applies `function` to each device's own rows of trees of arrays [B, ...], without communication.
 
-    `function` must work on each row by itself.
+    `function` must treat every row independently.
     """
     shards = shards_in_use()
     if shards == 1 or jax.tree.leaves(arrays)[0].shape[0] % shards:
@@ -181,9 +181,9 @@ def per_shard(function: Callable, *arrays):
 
 
 def split_batch(tree, parts: int):
-    """Leaves [B, ...] -> [parts, B / parts, ...], to be worked on one after the other.
+    """Splits leaves [B, ...] into [parts, B / parts, ...], to be processed one part after the other.
 
-    Each part takes an equal run of every device's rows, so that no row changes its device.
+    Each part takes an equal number of contiguous rows from every device, so that no row moves to another device.
     """
     shards = shards_in_use()
 
@@ -195,7 +195,7 @@ def split_batch(tree, parts: int):
 
 
 def merge_batch(tree, parts: int):
-    """Leaves [parts, B / parts, ...] -> [B, ...], what `split_batch` undoes."""
+    """Merges leaves [parts, B / parts, ...] into [B, ...]; the inverse of `split_batch`."""
     shards = shards_in_use()
 
     def merge(x):
@@ -206,7 +206,7 @@ def merge_batch(tree, parts: int):
 
 
 def _constrain_axis(x: jax.Array, axis: int) -> jax.Array:
-    """Pins one axis of `x` to the batch axes of the mesh in use and says nothing about those after it."""
+    """Constrains one axis of `x` to the batch axes of the current mesh and leaves the later axes unconstrained."""
     if shards_in_use() == 1:
         return x
     rest = (P.UNCONSTRAINED,) * (x.ndim - axis - 1)

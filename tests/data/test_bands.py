@@ -133,7 +133,7 @@ def test_thirteen_bands_of_uint16_train_and_resume_and_their_features_are_extrac
     config = settings(folders, "deep", "other", data__normalize="dataset", data__ranges=((0, 10000),), **colourless)
     config.update_from_flattened_dict({"total": "20 steps", "checkpoint.every": "10 steps", "data.weights": (1.0, 3.0)})
     workdir = str(tmp_path / "run")
-    with pytest.raises(UserError, match="pera.views.student_grayscale=0.1 needs to know which bands are red, green and blue"):
+    with pytest.raises(UserError, match="pera.views.student_grayscale=0.1 needs red, green and blue bands"):
         train.train(config, workdir)
     assert not (tmp_path / "run").exists()
     config.pera.views.student_grayscale = 0.0

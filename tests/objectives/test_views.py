@@ -268,7 +268,7 @@ def test_fields_for_red_green_blue_only(field):
     names = ("B02", "B03", "B04", "B08", "red")
     crops, bands = jnp.zeros((2, 4, 4, 5), jnp.uint8), Bands.plain(names)
     for rgb, message in {
-        (): rf"pera\.views\.{field}=0\.1 needs to know which bands are red, green and blue, .* B02, .*data\.rgb",
+        (): rf"pera\.views\.{field}=0\.1 needs red, green and blue bands, .* B02, .*data\.rgb",
         ("B04", "B03", "B2"): "data.rgb names 'B2', which is not among the bands B02",
         ("B04", "B03"): "data.rgb=B04,B03 must name three distinct bands: red, green and blue",
     }.items():

@@ -11,6 +11,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from pera_jax.common.errors import UserError
+from pera_jax.common.progress import Progress
 from pera_jax.training import metrics
 
 TOTAL = {"total": 100, "batch_size": 64}
@@ -128,7 +129,7 @@ def test_progress_of_a_loop(monkeypatch):
     seen = {}
     for stream in (io.StringIO(), Terminal()):
         now = [100.0]
-        with metrics.Progress(4_000, "images", "convert", stream=stream, clock=lambda now=now: now[0]) as progress:
+        with Progress(4_000, "images", "convert", stream=stream, clock=lambda now=now: now[0]) as progress:
             for count, seconds in ((3, 0.05), (197, 9.95), (400, 20), (600, 10), (50, 1), (2_750, 4)):
                 now[0] += seconds
                 progress.update(count)

@@ -1,4 +1,4 @@
-"""What a training step of PerA costs, by arithmetic from the sizes (Shen et al., arXiv:2505.19447, section III)."""
+"""FLOPs of a training step of PerA, computed from its sizes (Shen et al., arXiv:2505.19447, section III)."""
 
 from typing import Any
 
@@ -7,12 +7,12 @@ from pera_jax.models.drop_path import kept_of
 
 
 def flops_per_image(objective: Any) -> dict[str, float]:
-    """FLOPs per image of a training step of a `PerA`, by part; their sum is the whole.
+    """FLOPs per image of a training step of a `PerA`, by part; their sum is the total.
 
-    Matrix products only, on exactly the tokens that each block sees and the crops that drop path keeps. Left out is what
-    does not grow with the batch (`W^T W` of the spreading term, resampled positions, the center), and the rest of the
-    spreading term: for the published ViT-B/16 0.05 % of a step of 1024 images, 3.4 % of one of 16. Where drop path draws
-    from the whole batch (group 0) the fraction that it keeps is not rounded to whole crops.
+    Counts the matrix products on the tokens that each block processes and the crops that drop path keeps. Does not count
+    what is independent of the batch size (`W^T W` of the KoLeo term, position resampling, the center), nor the rest of the
+    KoLeo term: for the published ViT-B/16, 0.05 % of a step of 1024 images and 3.4 % of one of 16. If drop path draws from
+    the whole batch (group 0), the kept fraction is not rounded to whole crops.
     """
     vit, result = objective.encoder, {}
     for name, parts in objective.parts.items():

@@ -1,4 +1,4 @@
-"""Which metrics of a PerA run are drawn together."""
+"""The charts of a PerA run in the report."""
 
 from pera_jax.objectives.watched import Panel
 
@@ -6,7 +6,7 @@ CURVES = (
     ("Loss terms", (
         Panel("Class term, nats", False, True,
               {"loss/class": "all", "loss/class_global": "global part", "loss/class_local": "local part"}),
-        Panel("KoLeo (spreading) term", False, True, {"loss/koleo": "koleo"}),
+        Panel("KoLeo term", False, True, {"loss/koleo": "koleo"}),
         Panel("Pixel term", True, True, {"loss/pixel": "pixel"}),
     )),
     ("Teacher", (
@@ -14,10 +14,10 @@ CURVES = (
               {"teacher/entropy": "of each view", "teacher/entropy_of_mean": "of their mean"}),
         Panel("KL of student from teacher, nats", False, True, {"kl": "kl"}),
         Panel("KL of their mean from uniform, nats", False, True, {"teacher/kl_to_uniform": "kl"}),
-        Panel("Variance of directions, 0: all alike", False, True,
+        Panel("Variance of directions (0: all equal)", False, True,
               {"teacher/feature_variance": "class tokens", "teacher/unit_variance": "head"}),
         Panel("Prototypes in use", True, True, {"teacher/prototypes_in_use": "prototypes"}),
-        Panel("Length of the center", False, True, {"teacher/center_norm": "center"}),
+        Panel("Norm of the center", False, True, {"teacher/center_norm": "center"}),
     )),
     ("Schedules", (
         Panel("Momentum of the teacher", False, False, {"hyper/momentum": "momentum"}),

@@ -1,8 +1,8 @@
-"""What of a PerA run is watched: collapse of the targets or of the features, relative to what is possible.
+"""The health checks of a PerA run: collapse of the teacher's targets or of its features.
 
-The bounds are relative (the entropy of so many prototypes, a prototype for each image of a batch), so they hold for any
-number of prototypes and any batch. Until the learning rate has come to its peak a healthy teacher may say the same of all
-crops, so some conditions wait for it.
+The bounds are relative to the best possible value (the entropy over all prototypes, a different prototype for each image of
+a batch), so they hold for any number of prototypes and any batch size. Until the learning rate has reached its peak, a
+healthy teacher may give the same targets to all crops, so some conditions wait for it.
 """
 
 import math
@@ -15,14 +15,14 @@ from pera_jax.objectives.watched import Condition, HealthChecks
 CONDITIONS = (
     Condition(
         "collapse to few prototypes", "spread", 0.35, 0.45, False,
-        "the teacher's targets of a whole batch fall on about {effective:.1f} of {prototypes} prototypes (KL of their mean "
-        "to the uniform {kl_to_uniform:.2f} of {log_k:.2f} nats, mean entropy {entropy_nats:.2f}); let the center follow "
-        "with pera.loss.center_momentum=0.9, and raise pera.teacher_temperature or pera.loss.koleo_weight",
+        "the teacher's targets of a batch use only about {effective:.1f} of {prototypes} prototypes (KL of their mean "
+        "to the uniform {kl_to_uniform:.2f} of {log_k:.2f} nats, mean entropy {entropy_nats:.2f}); set "
+        "pera.loss.center_momentum=0.9, and raise pera.teacher_temperature or pera.loss.koleo_weight",
     ),
     Condition(
         "prototypes unused", "used", 0.35, 0.45, True,
-        "about {prototypes_used:.1f} of {prototypes} prototypes are the most probable of any crop of a batch of {images} "
-        "images; let the center follow with pera.loss.center_momentum=0.9, or raise pera.loss.koleo_weight",
+        "only about {prototypes_used:.1f} of {prototypes} prototypes are the most probable one of any crop in a batch of "
+        "{images} images; set pera.loss.center_momentum=0.9, or raise pera.loss.koleo_weight",
     ),
     Condition(
         "uniform teacher", "entropy", 0.985, 0.97, True,
@@ -39,7 +39,7 @@ CONDITIONS = (
 
 
 def averaged(values: Mapping[str, float]) -> dict[str, float]:
-    """What is averaged, from the metrics of a step. Of the loss what is above its lower bound, the teacher's entropy."""
+    """The averaged quantities, from the metrics of a step; `excess` is the loss above its lower bound, the teacher's entropy."""
     return watched.common_averages(values) | {
         "entropy_nats": values["teacher/entropy"],
         "entropy_of_mean": values["teacher/entropy_of_mean"],
@@ -50,17 +50,17 @@ def averaged(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def checks(prototypes: int, images: int) -> HealthChecks:
-    """The checks for so many prototypes and images of a batch."""
+    """The health checks for a number of prototypes and a batch of `images`."""
     log_k, log_possible = math.log(prototypes), math.log(min(prototypes, images))
 
     def quantities(averages: Mapping[str, float]) -> dict[str, Any]:
         of_mean, used = averages["entropy_of_mean"], math.log(max(averages["prototypes_used"], 1.0))
         return {
-            "spread": of_mean / log_possible if log_possible else 1.0,  # the crops of one image may well be alike
+            "spread": of_mean / log_possible if log_possible else 1.0,  # the crops of one image may have the same target
             "used": used / log_possible if log_possible else 1.0,
             "entropy": averages["entropy_nats"] / log_k, "log_k": log_k,
             "effective": math.exp(of_mean), "kl_to_uniform": log_k - of_mean,
-            "prototypes": prototypes, "images": images, "excess_name": "loss less the teacher's entropy",
+            "prototypes": prototypes, "images": images, "excess_name": "loss minus the teacher's entropy",
         }  # fmt: skip
 
     return HealthChecks(CONDITIONS, averaged, quantities)

@@ -30,14 +30,14 @@ from pera_jax.parallel import sharding
 
 @dataclasses.dataclass(frozen=True)
 class PerA(base.Base):
-    """The objective. Pure: parameters and state go in and come out.
+    """The PerA objective. Its methods are pure functions of parameters and state.
 
     Attributes:
       encoder: the vision transformer of student and teacher.
-      parts: for each crop type, the counts of the masks.
-      drop_path_group: images of one group, or 0 for all of a device.
-      koleo_group: images per group of the spreading term, or 0 for the whole batch.
-      rgb: channels that are red, green and blue, where there are such.
+      parts: patch counts of the masks, by crop type.
+      drop_path_group: images per group of drop path, or 0 for all images of a device.
+      koleo_group: images per group of the KoLeo term, or 0 for the whole batch.
+      rgb: indices of the red, green and blue channels, or None.
     """
 
     encoder: ViT
@@ -93,10 +93,10 @@ class PerA(base.Base):
 
     @classmethod
     def from_config(cls, config, bands: Bands, device: jax.Device | None = None) -> "PerA":
-        """The objective that a config describes.
+        """Builds the objective from a config.
 
         Raises:
-          UserError: crops that the patch does not divide, masks with an empty part, sizes that do not fit together.
+          UserError: a crop size that is not a multiple of the patch size, a mask with an empty part, or inconsistent sizes.
         """
         own, encoder = config.pera, vit.from_config(config, len(bands), device)
         patch = encoder.patch
@@ -147,30 +147,30 @@ class PerA(base.Base):
         }
 
     def init_state(self) -> dict[str, jax.Array]:
-        """What the objective keeps beside parameters: the center [K] of the teacher's outputs."""
+        """The objective's state: the center [K] of the teacher's outputs."""
         return {"center": jnp.zeros((self.prototype_head.outputs,), self.precision.wide)}
 
     def prepare(self, rngs: Streams, batch: dict[str, jax.Array]) -> dict[str, Any]:
-        """The batch, crops [B, V, H, W, C] of each type in the stored dtype, with all that is drawn for it.
+        """Adds all random draws to a batch of crops [B, V, H, W, C] by crop type, in the stored dtype.
 
-        Every leaf has the batch as axis 0, so that the whole can be worked on in microbatches: what is drawn for an image
-        depends on its place in the batch and not on the microbatch.
+        Axis 0 of every leaf is the batch, so that it can be split into microbatches: the draws for an image depend on its
+        index in the batch, not on the microbatch.
         """
         number = len(batch["global"])
         draws = views.draw(rngs("examples"), number, self.crops, self.parts, self.views)
         return {"crops": batch, "draws": draws, "place": jnp.arange(number, dtype=jnp.int32)}
 
     def make_views(self, examples: dict[str, Any]) -> dict[str, Views]:
-        """Two views of each crop, with its masks, from (a microbatch of) `prepare`."""
+        """Two views of each crop and its masks, from (a microbatch of) the result of `prepare`."""
         return views.make(examples["crops"], examples["draws"], self.bands, self.rgb, self.precision.wide)
 
     def loss(self, params, teacher, state, examples, context: Context):
-        """The loss on (a microbatch of) what `prepare` gives; arguments and result as `loss_on_views`."""
+        """The loss on (a microbatch of) the result of `prepare`; arguments and result as in `loss_on_views`."""
         drop_path = self.drop_paths(context.rngs("drop_path"), examples["place"])
         return self.loss_on_views(params, teacher, state, self.make_views(examples), drop_path, context.scalars)
 
     def drop_paths(self, key: jax.Array, place: jax.Array) -> dict[str, DropPath | None]:
-        """The drop path of each crop type's pass over images at `place` [b] of the whole batch."""
+        """The drop path of each crop type, for images with indices `place` [b] in the whole batch."""
         group = self.drop_path_group or len(place)  # images
         return {
             name: DropPath(
@@ -192,17 +192,17 @@ class PerA(base.Base):
         """The whole loss: class term + koleo_weight * KoLeo + pixel_weight * pixel term.
 
         Args:
-          params: the student's parameters; teacher: the teacher's (`teacher_keys`).
-          state: `center` as left by the steps before this one.
-          drop_path: of each crop type; None switches it off.
+          params: the student's parameters. teacher: the teacher's, with keys `teacher_keys`.
+          state: `center` [K], as updated by the previous step.
+          drop_path: by crop type; None disables it.
           scalars: `student_temperature`, `teacher_temperature`.
 
         Returns:
-          (loss, aux): both are means over the images, so that those of equal parts of a batch average to those of
-          the whole (KoLeo's within the groups that lie in one part).
+          (loss, aux): both are means over images, so that those of equal microbatches average to those of the whole batch
+          (for KoLeo if each group lies in one microbatch).
         """
         targets = self.pixel_targets(views["global"])
-        # First, so that the whole views are not kept until the end for the few patches that are guessed.
+        # First, so that the full views are not kept in memory for the few patches that are predicted.
         targets, views = jax.lax.optimization_barrier((targets, views))
         student_out, teacher_out, predicted, tokens = self.outputs(params, teacher, views, drop_path)
         per_pair, statistics = prototypes.class_term(
@@ -223,7 +223,7 @@ class PerA(base.Base):
         return loss, jax.lax.stop_gradient(aux)
 
     def update(self, state: dict[str, jax.Array], aux: dict[str, Any]) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-        """The new center, and the metrics, from what `loss` says of the whole batch."""
+        """The new center and the metrics, from the `aux` of the whole batch."""
         center = self.center_momentum * state["center"] + (1 - self.center_momentum) * aux["output"]
         per_pair, globals_ = aux["per_pair"], self.crops["global"].number
         teacher = prototypes.teacher_statistics(per_pair, aux["statistics"])
@@ -245,20 +245,20 @@ class PerA(base.Base):
         return {"center": center}, metrics
 
     def outputs(self, params, teacher, views, drop_path):
-        """Both networks' class outputs over all pairs, and the student's prediction of the learnable patches.
+        """Both networks' prototype outputs for all crops, and the student's prediction of the learnable patches.
 
         Returns:
-          (student, teacher, predicted): two `prototypes.Prototypes` with units [B, V, D], V = global then local crops, and
-          [B NG, n_l, p p C].
+          (student, teacher, predicted, teacher_tokens): two `prototypes.Prototypes` with units [B, V, D], V = global then
+          local crops; predicted pixels [B NG, n_l, p p C]; the teacher's class tokens [B, V, width].
         """
-        aligned = self._teacher_tokens(teacher, views)
-        # The teacher first and done, and only then what the student keeps for its backward pass.
+        teacher_class = self._teacher_tokens(teacher, views)
+        # The teacher finishes before the student stores activations for its backward pass.
         student_views = {name: view.student for name, view in views.items()}
-        aligned, student_views = jax.lax.optimization_barrier((aligned, student_views))
+        teacher_class, student_views = jax.lax.optimization_barrier((teacher_class, student_views))
         student_tokens, teacher_tokens = [], []
         for name, view in views.items():
             crops = self.crops[name].number
-            seen = self.encoder.apply(
+            encoded = self.encoder.apply(
                 {"params": params["backbone"]},
                 student_views[name],
                 view.masks.student,
@@ -267,21 +267,21 @@ class PerA(base.Base):
                 drop_path=None if drop_path is None else drop_path[name],
             )
             split = lambda x: rearrange(x, "(b v) d -> b v d", v=crops)  # noqa: E731
-            student_tokens.append(split(seen["class_token"]))  # [B, V_kind, width]
-            teacher_tokens.append(split(aligned[name]))
+            student_tokens.append(split(encoded["class_token"]))  # [B, V of the crop type, width]
+            teacher_tokens.append(split(teacher_class[name]))
             if name == "global":
-                learnable = seen["learnable_tokens"]  # [B NG, n_l, width]
+                learnable = encoded["learnable_tokens"]  # [B NG, n_l, width]
         student_out, teacher_out = (
             prototypes.Prototypes(*self.prototype_head.apply({"params": tree["prototype_head"]}, jnp.concatenate(x, axis=1)))
             for tree, x in ((params, student_tokens), (teacher, teacher_tokens))
         )
         units, weights = self.pixel_head.apply({"params": params["pixel_head"]}, learnable)
-        predicted = sharding.constrain_batch(self.precision.logits(units, sharding.constrain_whole(weights)))
+        predicted = sharding.constrain_batch(self.precision.logits(units, sharding.constrain_replicated(weights)))
         teacher_out, teacher_tokens = jax.lax.stop_gradient((teacher_out, jnp.concatenate(teacher_tokens, axis=1)))
         return student_out, teacher_out, predicted, teacher_tokens
 
     def _teacher_tokens(self, teacher, views: dict[str, Views]) -> dict[str, jax.Array]:
-        """The teacher's class tokens of each crop type, [B V, width]."""
+        """The teacher's class tokens [B V, width] by crop type."""
         return {
             name: self.encoder.apply({"params": teacher["backbone"]}, view.teacher, view.masks.teacher)["class_token"]
             for name, view in views.items()
@@ -290,14 +290,14 @@ class PerA(base.Base):
     # ---------------------------------------------------------------- a start from weights, and the report
 
     def estimate(self, teacher: dict[str, Any], examples: dict[str, Any]) -> jax.Array:
-        """The teacher's mean output [K]: what one step moves the center towards.
+        """The teacher's mean output [K], towards which each step moves the center.
 
-        The released program does not store the center, and one that begins at 0 takes tens of steps to come to where the
-        teacher's outputs lie.
+        The released code does not save the center, and a center that starts at 0 needs tens of steps to reach the teacher's
+        mean output.
         """
         tokens = [
-            rearrange(aligned, "(b v) d -> b v d", v=self.crops[name].number)
-            for name, aligned in self._teacher_tokens(teacher, self.make_views(examples)).items()
+            rearrange(class_tokens, "(b v) d -> b v d", v=self.crops[name].number)
+            for name, class_tokens in self._teacher_tokens(teacher, self.make_views(examples)).items()
         ]
         head = {"params": teacher["prototype_head"]}
         out = prototypes.Prototypes(*self.prototype_head.apply(head, jnp.concatenate(tokens, axis=1)))
@@ -307,14 +307,14 @@ class PerA(base.Base):
         norm = float(jnp.linalg.norm(estimate))
         return state | {"center": estimate}, f"the center starts as the teacher's mean output, of norm {norm:.3g}"
 
-    def adapt(self, params, new, patch: int, there: tuple[str, ...], here: tuple[str, ...]):
-        return transfer.adapt(params, new, patch, there, here)
+    def adapt(self, params, new, patch: int, source: tuple[str, ...], target: tuple[str, ...]):
+        return transfer.adapt(params, new, patch, source, target)
 
     def preview(self, networks, batch, rngs, channels):
         return preview.preview(self, networks, batch, rngs, channels)
 
     def pixel_targets(self, view: Views) -> jax.Array:
-        """The student view's values at its learnable patches, [N, n_l, p p C]."""
+        """The pixels of the student view at its learnable patches, [N, n_l, p p C]."""
         patches = patchify(view.student, self.encoder.patch)  # [N, L, p p C]
         return jnp.take_along_axis(patches, view.masks.learnable[:, :, None], axis=1)
 

@@ -1,4 +1,4 @@
-"""Pairs as both networks see them, and the student's guess at its learnable patches, for the report."""
+"""The report's picture of a PerA run: both views of a pair, and the student's prediction of its learnable patches."""
 
 from typing import Any
 
@@ -16,22 +16,22 @@ HIDDEN = (225, 225, 225)  # patches that a column does not show
 
 READING = (
     "Each row is one pair: a crop, from which two views are made that differ in color but not in place. Student and "
-    "teacher see disjoint patches. The student knows where its learnable patches lie and guesses their pixels from "
-    "those that it sees: compare the green patches of the last two columns. A column shows nothing where it is gray."
+    "teacher see disjoint patches. The student knows the positions of its learnable patches and predicts their pixels from "
+    "the patches that it sees: compare the green patches of the last two columns. Hidden patches are gray."
 )
 
 
 def preview(
     objective: Any, networks: dict[str, Any], batch: dict[str, Any], rngs: Streams, channels: tuple[int, int, int]
 ) -> Preview:
-    """Draws a pair for each image as training does, and lets the student guess.
+    """Makes the views of each image as in training, and the student's prediction.
 
-    The fraction of the variance of the learnable patches' pixels that the guess explains is 0 for always guessing their
-    mean color.
+    The caption states the fraction of the variance of the learnable patches' pixels that the prediction explains; always
+    predicting their mean color would explain 0.
 
     Args:
-      objective: a `PerA`; networks: with the parameters of its "student".
-      batch: crops of stored values, [N, V, H, W, C] of each type.
+      objective: a `PerA`. networks: has the parameters of its "student".
+      batch: crops of stored values, [N, V, H, W, C] by crop type.
     """
     bands, patch, number = objective.bands, objective.encoder.patch, len(batch["global"])
 

@@ -1,4 +1,4 @@
-"""`config.pera`: the method's own fields with the published defaults (Shen et al., arXiv:2505.19447, section IV-A)."""
+"""`config.pera`: PerA's own fields with the published defaults (Shen et al., arXiv:2505.19447, section IV-A)."""
 
 from ml_collections import ConfigDict
 
@@ -15,22 +15,22 @@ def default() -> ConfigDict:
         contrast=0.4,
         saturation=0.2,
         hue=0.1,
-        student_change=0.8,  # probability that the student's view is changed at all
-        student_grayscale=0.1,  # fraction of the changed ones that turn grayscale; the others are jittered
-        teacher_jitter=0.1,  # probability that the teacher's view is jittered
+        student_change=0.8,  # probability that the student's view is augmented at all
+        student_grayscale=0.1,  # fraction of these that become grayscale; the others get color jitter
+        teacher_jitter=0.1,  # probability that the teacher's view gets color jitter
     )
     own.heads = dict(hidden=2048, bottleneck=384, prototypes=131072)
     own.loss = dict(
         koleo_weight=0.1,
-        koleo_group=16,  # images among which nearest neighbors are looked for; 0 for the whole batch
+        koleo_group=16,  # images among which nearest neighbors are searched; 0: the whole batch
         pixel_weight=0.01,
         center_momentum=0.9,
     )
     own.teacher_momentum = dict(start=0.992, end=1.0)  # of the EMA, a cosine
     own.teacher_temperature = dict(start=0.03, end=0.05, warmup="30 epochs")
     own.student_temperature = 0.1
-    # Batches over which the teacher's mean output is taken before the first step after `init_from`: the center to begin
-    # with. 0: the center begins at 0, as without `init_from`.
+    # With `init_from`, the center starts as the teacher's mean output over this many batches. 0: it starts at 0, as without
+    # `init_from`.
     own.center_batches = 16
     return own
 
@@ -46,22 +46,22 @@ def limit_groups(config: ConfigDict, images: int) -> None:
 
 
 def validate(config: ConfigDict, layout: Layout) -> None:
-    """Raises UserError for the first thing that is wrong in `config.pera`."""
+    """Checks `config.pera`. Raises UserError for the first invalid field."""
     own, batch, parts = config.pera, config.batch_size, config.accumulate
     if own.heads.prototypes % layout.weight_shards:
         raise UserError(
-            f"pera.heads.prototypes={own.heads.prototypes} does not divide by the {layout.weight_shards} shards of the mesh "
-            "that hold them (fsdp x tensor); choose a multiple, or a smaller mesh.fsdp"
+            f"pera.heads.prototypes={own.heads.prototypes} is not divisible by the {layout.weight_shards} shards of the mesh "
+            "(fsdp x tensor); choose a multiple, or a smaller mesh.fsdp"
         )
     if own.center_batches < 0:
         raise UserError(f"pera.center_batches={own.center_batches} must be >= 0 (0: the center starts at 0)")
     group, local = own.loss.koleo_group, batch // layout.batch_shards // parts
     if group < 0 or (group and batch % group):
         raise UserError(
-            f"pera.loss.koleo_group={group} does not divide batch_size={batch}; use a divisor, or 0 for the whole batch"
+            f"batch_size={batch} is not divisible by pera.loss.koleo_group={group}; use a divisor, or 0 for the whole batch"
         )
     if group and local % group and (group % local or (batch // parts) % group):
         raise UserError(
-            f"pera.loss.koleo_group={group} neither divides nor is a multiple of the {local} images that a device works on "
-            f"at a time; choose a divisor of {local}, or 0 for the whole batch"
+            f"pera.loss.koleo_group={group} is neither a divisor nor a multiple of the {local} images per device and "
+            f"microbatch; choose a divisor of {local}, or 0 for the whole batch"
         )

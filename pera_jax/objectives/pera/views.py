@@ -1,8 +1,8 @@
-"""The two views of each crop: what colors of student and teacher may change (Shen et al., section 3; released config).
+"""The two views of each crop: the color augmentation of student and teacher (Shen et al., section 3; released config).
 
-The student's view is changed with probability 0.8 (one changed crop in ten turns grayscale, the others get color jitter), the
-teacher's gets color jitter with probability 0.1. Geometry is shared and was settled on the host; every crop and, for each
-crop, student and teacher draw independently.
+The student's view is augmented with probability 0.8 (a tenth of these become grayscale, the others get color jitter), the
+teacher's view gets color jitter with probability 0.1. Both share the crop, which the host has made. Draws are independent
+between crops, and between student and teacher.
 """
 
 import dataclasses
@@ -24,17 +24,17 @@ from pera_jax.parallel import sharding
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Views:
-    """The crops of one type as both networks see them, batch-major: crop v of sample b is row `b * V + v`."""
+    """Both views of the crops of one type, batch-major: crop v of image b is row `b * V + v`."""
 
-    student: jax.Array  # [B V, H, W, C], normalised
-    teacher: jax.Array  # [B V, H, W, C], normalised
+    student: jax.Array  # [B V, H, W, C], normalized
+    teacher: jax.Array  # [B V, H, W, C], normalized
     masks: Masks
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Draws:
-    """All that is drawn for the crops of one type, for a whole batch at once. Leaves are [B, V, ...]."""
+    """All random draws for the crops of one type and a whole batch. Leaves are [B, V, ...]."""
 
     student: color.Jitter
     teacher: color.Jitter
@@ -52,8 +52,7 @@ def check(settings: Any, rgb: tuple[str, ...], names: tuple[str, ...]) -> None:
       rgb: `config.data.rgb`; names: of the bands.
 
     Raises:
-      UserError: a field that is out of range, or saturation, hue or grayscale where it is not known which bands are red,
-        green and blue.
+      UserError: a field is out of range, or saturation, hue or grayscale are used without red, green and blue bands.
     """
     known = rgb_indices(rgb, names) is not None
     for field in ("brightness", "contrast", "saturation", "hue", "student_change", "student_grayscale", "teacher_jitter"):
@@ -62,13 +61,13 @@ def check(settings: Any, rgb: tuple[str, ...], names: tuple[str, ...]) -> None:
             raise UserError(f"pera.views.{field}={settings[field]} must lie in [0, {highest:g}]")
         if not known and field in ("saturation", "hue", "student_grayscale") and settings[field]:
             raise UserError(
-                f"pera.views.{field}={settings[field]} needs to know which bands are red, green and blue, and the bands are "
-                f"{', '.join(names)}; set it to 0, or name the three in data.rgb"
+                f"pera.views.{field}={settings[field]} needs red, green and blue bands, got bands {', '.join(names)}; "
+                "set it to 0, or name the three bands in data.rgb"
             )
 
 
 def draw_jitter(key: jax.Array, number: int, settings: Any) -> tuple[color.Jitter, color.Jitter]:
-    """Independent draws for the student's and the teacher's views of `number` crops; `settings` as in `check`."""
+    """Independent jitters for the student's and the teacher's views of `number` crops; `settings` as in `check`."""
     student_key, teacher_key, change_key, gray_key, teacher_change_key = jax.random.split(key, 5)
     reach = tuple(settings[name] for name in ("brightness", "contrast", "saturation", "hue"))
 
@@ -86,7 +85,7 @@ def draw_jitter(key: jax.Array, number: int, settings: Any) -> tuple[color.Jitte
 def draw(
     key: jax.Array, number: int, crops: dict[str, CropSpec], parts: dict[str, masks.Counts], settings: Any
 ) -> dict[str, Draws]:
-    """Everything that is drawn for the crops of `number` images, for each crop type; leaves are [B, V, ...]."""
+    """All random draws for the crops of `number` images, by crop type; leaves are [B, V, ...]."""
     draws = {}
     for index, (name, counts) in enumerate(parts.items()):
         view_key, mask_key = jax.random.split(jax.random.fold_in(key, index))
@@ -99,7 +98,7 @@ def draw(
 def make(
     crops: dict[str, jax.Array], draws: dict[str, Draws], bands: Bands, rgb: color.Rgb, dtype: Any
 ) -> dict[str, Views]:
-    """Two views of each crop, with its masks, from crops [B, V, H, W, C] in the stored dtype."""
+    """Two views of each crop and its masks, from crops [B, V, H, W, C] in the stored dtype."""
 
     def view(crops, jitter):
         return color.apply(crops, jitter, bands, rgb, dtype)  # [B V, H, W, C]
