@@ -8,7 +8,7 @@ import numpy as np
 from pera_jax.common import text
 from pera_jax.common.errors import UserError
 from pera_jax.encoder.extract import Features
-from pera_jax.probes.classification.labelled import Labelled
+from pera_jax.probes.classification.labeled import Labelled
 
 
 def strata(labels: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ from pera_jax.reports import folder, page
 from pera_jax.reports.drawing import grid, images
 from pera_jax.reports.folder import Folder
 from pera_jax.reports.page import Section, pictured
-from pera_jax.reports.sections import neighbours, pairs, tokens
+from pera_jax.reports.sections import neighbors, pairs, tokens
 from pera_jax.training.checkpoints import checkpoint
 
 PAGE = "index.html"
@@ -207,8 +207,8 @@ def _neighbours(
     within = source.split == trained_on
     train = source if within else records.open_split(source.path, trained_on)
     searched = np.arange(len(train))
-    if len(train) > neighbours.MOST:
-        drawn = np.random.default_rng(subject.seed).choice(len(train), neighbours.MOST, replace=False)
+    if len(train) > neighbors.MOST:
+        drawn = np.random.default_rng(subject.seed).choice(len(train), neighbors.MOST, replace=False)
         searched = np.union1d(drawn, chosen) if within else np.sort(drawn)
     extractor = features.Extractor(weights.backbone, weights.meta)
 
@@ -218,16 +218,16 @@ def _neighbours(
     candidates = class_tokens(train, searched)
     own = np.searchsorted(searched, chosen) if within else None
     queries = candidates[own] if within else class_tokens(source, chosen)
-    cosines, places = neighbours.nearest(candidates, queries, neighbours.NUMBER, own)
-    found = [[images.read(train, bands, searched[place], neighbours.SHOWN) for place in row] for row in places]
-    asked = [images.read(source, bands, index, neighbours.SHOWN) for index in chosen]
-    shown = neighbours.grid(asked, found, cosines, bands, subject.channels, names)
+    cosines, places = neighbors.nearest(candidates, queries, neighbors.NUMBER, own)
+    found = [[images.read(train, bands, searched[place], neighbors.SHOWN) for place in row] for row in places]
+    asked = [images.read(source, bands, index, neighbors.SHOWN) for index in chosen]
+    shown = neighbors.grid(asked, found, cosines, bands, subject.channels, names)
     of = f"{len(searched):,} of {len(train):,} images"
     caption = f"Searched: {of} of split “{trained_on}”, resized to {size} x {size} px."
     if names and cosines.size:
         same = np.mean([of.label == query.label for query, row in zip(asked, found, strict=True) for of in row])
         caption += f" Of the neighbours shown {same:.0%} are of the query's class."
-    reading = neighbours.READING + (neighbours.FRAMES if names else "")
+    reading = neighbors.READING + (neighbors.FRAMES if names else "")
     section = pictured("neighbours", _TITLES["neighbours"], reading, shown, caption)
     return section, grid.picture(shown, f"{subject.title}: nearest neighbours by cosine of the class token")
 

@@ -11,7 +11,7 @@ from toy_features import TASKS, images, labelled, run, tokens
 from pera_jax.common.errors import UserError
 from pera_jax.encoder import extract as features
 from pera_jax.probes.classification import supervised
-from pera_jax.probes.classification.labelled import Labelled
+from pera_jax.probes.classification.labeled import Labelled
 from pera_jax.probes.runner import results
 
 # ---------------------------------------------------------------- the protocol

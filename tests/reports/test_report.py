@@ -26,7 +26,7 @@ from pera_jax.objectives.pera import preview
 from pera_jax.reports import folder
 from pera_jax.reports.drawing import charts, images
 from pera_jax.reports.drawing import grid as grids
-from pera_jax.reports.sections import confusion, neighbours, overlays, pairs, tokens
+from pera_jax.reports.sections import confusion, neighbors, overlays, pairs, tokens
 from pera_jax.training import step as steps
 from pera_jax.training.checkpoints import checkpoint, checkpoint_store, run_meta
 
@@ -399,12 +399,12 @@ def test_neighbours_are_those_of_brute_force():
     def unit(x):
         return x / np.linalg.norm(x, axis=1, keepdims=True)
 
-    cosines, places = neighbours.nearest(train, queries, 5)
+    cosines, places = neighbors.nearest(train, queries, 5)
     every = unit(queries) @ unit(train).T
     np.testing.assert_array_equal(places, np.argsort(-every, axis=1, kind="stable")[:, :5])
     np.testing.assert_allclose(cosines, -np.sort(-every, axis=1)[:, :5], atol=1e-6)
     own = np.array([3, 7, 20])
-    cosines, places = neighbours.nearest(train, train[own], 39, own)
+    cosines, places = neighbors.nearest(train, train[own], 39, own)
     every = unit(train[own]) @ unit(train).T
     every[np.arange(3), own] = -2.0
     assert [row[0] for row in places[:2]] == [7, 3] and (places != own[:, None]).all()

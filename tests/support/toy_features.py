@@ -5,7 +5,7 @@ import numpy as np
 from pera_jax.encoder import extract as features
 from pera_jax.probes import scores
 from pera_jax.probes.classification import knn, linear, logistic
-from pera_jax.probes.classification.labelled import Labelled
+from pera_jax.probes.classification.labeled import Labelled
 
 TASKS = {"knn": knn, "linear": linear, "logistic": logistic}
 

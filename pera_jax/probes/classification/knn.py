@@ -28,7 +28,7 @@ import numpy as np
 from pera_jax.common.errors import UserError
 from pera_jax.encoder import extract as features
 from pera_jax.probes import scores, splits
-from pera_jax.probes.classification.labelled import Labelled
+from pera_jax.probes.classification.labeled import Labelled
 
 SETTINGS = {"k": (10, 20, 100, 200), "temperature": 0.07, "held_out": 0.2, "seeds": (0, 1, 2)}
 HEADLINE = 20  # the k of the comparison of variants

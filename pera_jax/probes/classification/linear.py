@@ -28,7 +28,7 @@ import numpy as np
 
 from pera_jax.common.errors import UserError
 from pera_jax.probes.classification import supervised
-from pera_jax.probes.classification.labelled import Labelled
+from pera_jax.probes.classification.labeled import Labelled
 
 SETTINGS = supervised.SETTINGS | {
     "learning_rates": (0.01, 0.03, 0.1, 0.3, 1.0),

@@ -34,7 +34,7 @@ import scipy.special
 
 from pera_jax.common.errors import UserError
 from pera_jax.probes.classification import supervised
-from pera_jax.probes.classification.labelled import Labelled
+from pera_jax.probes.classification.labeled import Labelled
 
 SETTINGS = supervised.SETTINGS | {"smallest": -6, "largest": 5, "tolerance": 1e-5, "iterations": 2000}
 PATIENCE = 2

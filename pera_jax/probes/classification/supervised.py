@@ -32,7 +32,7 @@ import numpy as np
 from pera_jax.common.errors import UserError
 from pera_jax.encoder import extract as features
 from pera_jax.probes import scores, splits
-from pera_jax.probes.classification.labelled import Labelled
+from pera_jax.probes.classification.labeled import Labelled
 
 SETTINGS = {"blocks": (1, 4), "held_out": 0.2, "shares": (), "seeds": (0, 1, 2)}
 

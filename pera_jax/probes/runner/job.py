@@ -19,7 +19,7 @@ from pera_jax.encoder import extract as features
 from pera_jax.encoder.cache import Cache, digest
 from pera_jax.encoder.load import Weights, load_weights
 from pera_jax.parallel import distributed
-from pera_jax.probes.classification.labelled import Labelled
+from pera_jax.probes.classification.labeled import Labelled
 from pera_jax.probes.dense import dense
 from pera_jax.probes.runner import keys, results
 from pera_jax.probes.runner.specs import DENSE, TASKS, Spec
