@@ -1,10 +1,10 @@
-"""An encoder as PANGAEA's benchmark takes it, of weights that `python -m pera_jax.export timm` has written.
+"""An encoder for the PANGAEA benchmark, from weights exported by `python -m pera_jax.export timm`.
 
     encoder = PerA("exported", {"optical": ["B4", "B3", "B2"]})
     maps = encoder({"optical": images})  # [B, C, H, W] or [B, C, T, H, W] -> a list of [B, D, h, w]
 
-In PANGAEA's repository, let the class derive from its `Encoder` in place of `torch.nn.Module`, and leave normalisation out
-of the preprocessing: images are stored values, which the encoder normalises by what lies with its weights.
+In the PANGAEA repository, derive the class from its `Encoder` instead of `torch.nn.Module`, and remove normalization from the
+preprocessing: the encoder takes stored values and normalizes them with the statistics stored beside its weights.
 """
 
 import json
@@ -22,8 +22,9 @@ class PerA(torch.nn.Module):
     ):
         """
         Args:
-          input_bands: {modality: names of its bands in the benchmark}, in the order of the weights' own; default those.
-          output_layers: blocks, counted from 0; default four, evenly spaced.
+          folder: the exported folder.
+          input_bands: {modality: band names in the benchmark}, in the order of the bands of the weights; default: the latter.
+          output_layers: 0-based block indices; default: four, evenly spaced.
         """
         super().__init__()
         stored = json.loads((pathlib.Path(folder) / "config.json").read_text())["pera_jax"]
@@ -37,10 +38,10 @@ class PerA(torch.nn.Module):
             self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
 
     def load_encoder_weights(self, logger) -> None:
-        logger.info(f"{self.model_name}: the weights came with the network")
+        logger.info(f"{self.model_name}: weights are loaded with the network")
 
     def forward(self, image: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Maps after the final norm; of several dates, their mean."""
+        """Feature maps after the final norm; averaged over the dates."""
         (modality,) = self.input_bands
         x = image[modality] if image[modality].ndim == 5 else image[modality].unsqueeze(2)  # [B, C, T, H, W]
         dates, x = x.shape[2], x.movedim(2, 1).flatten(0, 1).float()  # [B T, C, H, W]

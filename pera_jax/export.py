@@ -1,14 +1,14 @@
-"""Weights in and out.
+"""Exports and imports weights.
 
-    python -m pera_jax.export timm --run runs/aid --output exported          # for timm: safetensors, config, model card
-    python -m pera_jax.export released --run runs/aid --output aid.params    # for the authors' PyTorch program
+    python -m pera_jax.export timm --run runs/aid --output exported          # timm: safetensors, config, model card
+    python -m pera_jax.export released --run runs/aid --output aid.params    # PyTorch state dict of the authors' code
     python -m pera_jax.export import-released pera.params --output runs/pera
     python -m pera_jax.export import-timm vit_base.safetensors --output runs/vit_base
-    python -m pera_jax.export features --run runs/aid --input images --output features    # NumPy arrays of a whole data set
-    python -m pera_jax.export stablehlo --run runs/aid --output aid.stablehlo             # to run without this program
+    python -m pera_jax.export features --run runs/aid --input images --output features    # NumPy arrays of a data set
+    python -m pera_jax.export stablehlo --run runs/aid --output aid.stablehlo             # runs without pera_jax
 
-An import is a run with one checkpoint, of step 0: probe it, export it, or begin a training from it with `init_from`.
-Reading and writing files of torch.save needs PyTorch, the extra `torch`.
+An import becomes a run folder with one checkpoint at step 0: probe it, export it, or start a training from it with
+`init_from`. Reading and writing torch.save files needs PyTorch (the extra `torch`).
 """
 
 import argparse
@@ -26,14 +26,14 @@ from pera_jax.weights import imports, released, timm
 def _size(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
     if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of pixels, as 224, or HEIGHTxWIDTH, as 224x320")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an image size; expected a number of pixels such as 224, or HEIGHTxWIDTH such as 224x320")
     return int(found[1]), int(found[2] or found[1])
 
 
 def _blocks(text: str) -> int | tuple[int, ...]:
     last = re.fullmatch(r"last(\d+)", text)
     if not last and not re.fullmatch(r"\d+(,\d+)*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither indices from 0, as 3,7,11, nor so many last ones, as last4")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of blocks; expected 0-based indices such as 3,7,11, or lastN such as last4")
     return int(last[1]) if last else tuple(map(int, text.split(",")))
 
 
@@ -46,47 +46,47 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m pera_jax.export", description="Weights in and out.")
+    parser = argparse.ArgumentParser(prog="python -m pera_jax.export", description="Exports and imports weights.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    out = commands.add_parser("timm", help="a network for timm")
-    out.add_argument("--output", required=True, type=paths.local_path, help="folder for safetensors, config and model card")
-    artefact = commands.add_parser("stablehlo", help="a network as StableHLO, to run without this program")
-    artefact.add_argument("--output", required=True, type=paths.local_path, help="file for jax.export.deserialize")
-    for command in (out, artefact):
-        command.add_argument("--image-size", type=_size, help="px, SIDE or HEIGHTxWIDTH (default: the global crops' size)")
-    folder = commands.add_parser("features", help="features of a data set as NumPy arrays")
-    folder.add_argument("--input", required=True, type=paths.local, help="images: a folder of them, of class folders, of shards, or tfds:NAME")
-    folder.add_argument("--split", default="", help="default: all of a folder, or the only split of shards")
+    out = commands.add_parser("timm", help="export an encoder for timm")
+    out.add_argument("--output", required=True, type=paths.local_path, help="output folder for safetensors, config and model card")
+    artifact = commands.add_parser("stablehlo", help="export an encoder as StableHLO, which runs without pera_jax")
+    artifact.add_argument("--output", required=True, type=paths.local_path, help="output file, read by jax.export.deserialize")
+    for command in (out, artifact):
+        command.add_argument("--image-size", type=_size, help="px, SIDE or HEIGHTxWIDTH (default: size of the global crops)")
+    folder = commands.add_parser("features", help="write the features of a data set as NumPy arrays")
+    folder.add_argument("--input", required=True, type=paths.local, help="images: a folder of images, of class folders or of shards, or tfds:NAME")
+    folder.add_argument("--split", default="", help="split to export (default: all images of a folder, or the only split of shards)")
     folders.add_options(folder)
-    folder.add_argument("--output", required=True, type=paths.local_path, help="folder for the arrays and their index")
-    folder.add_argument("--image-size", type=int, help="px, a multiple of the patch (default: the global crops' size)")
-    folder.add_argument("--maps", action="store_true", help="also the maps of patch tokens")
-    folder.add_argument("--blocks", type=_blocks, default=(), help="also the tokens of these: 3,7,11 from 0, or last4")
-    folder.add_argument("--part-size", type=int, default=1024, help="images in a file (default 1024)")
-    folder.add_argument("--batch-size", type=int, default=256, help="images decoded at a time; changes no feature")
-    dictionary = commands.add_parser("released", help="student, teacher and heads for the authors' PyTorch program")
-    dictionary.add_argument("--output", required=True, type=paths.local_path, help="file for torch.load")
-    for command in (out, artefact, folder):
-        command.add_argument("--which", choices=features.NETWORKS, help="default: the teacher, or the student of a method without one")
-    for command in (out, dictionary, artefact, folder):
-        command.add_argument("--run", required=True, type=paths.local, help="folder of the run (the --workdir of the training)"
-                             + ", or of an export for timm" * (command in (artefact, folder)))  # fmt: skip
-        command.add_argument("--step", type=int, help="the checkpoint (default: the latest)")
+    folder.add_argument("--output", required=True, type=paths.local_path, help="output folder for the arrays and their index")
+    folder.add_argument("--image-size", type=int, help="px, a multiple of the patch size (default: size of the global crops)")
+    folder.add_argument("--maps", action="store_true", help="also write the maps of patch tokens")
+    folder.add_argument("--blocks", type=_blocks, default=(), help="also write the tokens of these blocks: 0-based 3,7,11, or last4")
+    folder.add_argument("--part-size", type=int, default=1024, help="images per file (default 1024)")
+    folder.add_argument("--batch-size", type=int, default=256, help="images decoded at a time; does not change the features")
+    dictionary = commands.add_parser("released", help="export student, teacher and heads for the authors' PyTorch code")
+    dictionary.add_argument("--output", required=True, type=paths.local_path, help="output file, read by torch.load")
+    for command in (out, artifact, folder):
+        command.add_argument("--which", choices=features.NETWORKS, help="default: the teacher, or the student if the method has no teacher")
+    for command in (out, dictionary, artifact, folder):
+        command.add_argument("--run", required=True, type=paths.local, help="run folder (the --workdir of the training)"
+                             + ", or a folder exported for timm" * (command in (artifact, folder)))  # fmt: skip
+        command.add_argument("--step", type=int, help="step of the checkpoint (default: the latest)")
 
-    theirs = commands.add_parser("import-released", help="a dictionary of the authors' PyTorch program")
-    theirs.add_argument("--teacher-only", action="store_true", help="the teacher's backbone, without student and heads")
-    vit = commands.add_parser("import-timm", help="a ViT under timm's names: DINO, DINOv2, MAE, supervised")
+    theirs = commands.add_parser("import-released", help="import a state dict of the authors' PyTorch code")
+    theirs.add_argument("--teacher-only", action="store_true", help="import only the teacher's backbone, without student and heads")
+    vit = commands.add_parser("import-timm", help="import a ViT with timm's parameter names: DINO, DINOv2, MAE, supervised")
     for command in (theirs, vit):
-        command.add_argument("file", type=paths.local_path, help="NAME.safetensors, or a file of torch.save")
-        command.add_argument("--output", required=True, type=paths.local_path, help="folder for the run that it becomes")
-        beside = " config.json beside the file, or" if command is vit else ""
-        command.add_argument("--heads", type=int, help=f"of attention (default:{beside} width / 64)")
-        command.add_argument("--bands", type=_words, help="names of the bands (default: red,green,blue)")
-        command.add_argument("--mean", type=_numbers, help=f"of each band in [0, 1] (default:{beside} ImageNet's)")
-        command.add_argument("--std", type=_numbers, help=f"of each band in [0, 1] (default:{beside} ImageNet's)")
+        command.add_argument("file", type=paths.local_path, help="NAME.safetensors, or a torch.save file")
+        command.add_argument("--output", required=True, type=paths.local_path, help="output run folder")
+        config = " config.json beside the file, or" if command is vit else ""
+        command.add_argument("--heads", type=int, help=f"number of attention heads (default:{config} width / 64)")
+        command.add_argument("--bands", type=_words, help="comma-separated band names (default: red,green,blue)")
+        command.add_argument("--mean", type=_numbers, help=f"mean of each band, in [0, 1] (default:{config} ImageNet's)")
+        command.add_argument("--std", type=_numbers, help=f"standard deviation of each band, in [0, 1] (default:{config} ImageNet's)")
     for command in commands.choices.values():
-        command.add_argument("--no-verify", action="store_true", help="do not compare the weights with their digests")
+        command.add_argument("--no-verify", action="store_true", help="do not check the weights against their digests")
     return parser
 
 
@@ -102,11 +102,11 @@ def main(argv: list[str] | None = None) -> None:
             meta, left_out = imports.import_released(file, output, wanted, teacher_only, verify), []
         else:
             meta, left_out = imports.import_timm(file, output, wanted, verify)
-        parts = "a backbone alone" if load.backbone_alone(meta) else "student, teacher and heads"
-        print(f"{printable(file)}: {parts}, {_described(meta, (meta['model']['image_size'],) * 2)}")
-        print("\n".join(imports.said_of(meta)))
+        parts = "backbone only" if load.backbone_alone(meta) else "student, teacher and heads"
+        print(f"{printable(file)}: {parts}, {_summary(meta, (meta['model']['image_size'],) * 2)}")
+        print("\n".join(imports.summary(meta)))
         if left_out:
-            print(f"left out: {several(left_out, 12)}")
+            print(f"ignored: {several(left_out, 12)}")
     elif command == "timm":
         weights = load.load_weights(
             options["run"], options["step"], options["which"], verify=not options["no_verify"], parts=("backbone",)
@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         options["which"] = weights.network
         timm.export(weights, options["which"], options["image_size"], output)
         size = options["image_size"] or (weights.meta["model"]["image_size"],) * 2
-        print(f"{printable(options['run'])}, {options['which']} at step {weights.step}: {_described(weights.meta, size)}")
+        print(f"{printable(options['run'])}, {options['which']} at step {weights.step}: {_summary(weights.meta, size)}")
     elif command in ("features", "stablehlo"):
         source = {name: options.pop(name) for name in ("run", "step", "which")}
         weights = features.load_weights(source["run"], source["step"], source["which"], verify=not options.pop("no_verify"), parts=("backbone",))
@@ -125,15 +125,15 @@ def main(argv: list[str] | None = None) -> None:
             reading = folders.Reading(options.pop("follow_links"), options.pop("max_corrupt_share"))
             images = open_images(options.pop("input"), options.pop("split"), reading)
             said = feature_folder.write(weights, images, **options)
-        print(f"{printable(source['run'])}, {source['which']} at step {weights.step}: {_described(weights.meta)}\n{said}")
+        print(f"{printable(source['run'])}, {source['which']} at step {weights.step}: {_summary(weights.meta)}\n{said}")
     else:
         step = released.export(options["run"], options["step"], output, verify=not options["no_verify"])
-        beside = printable(released.place_beside(output).name)
-        print(f"{printable(options['run'])}, student, teacher and heads at step {step}\nbands, mean and std are in {beside}")
+        sidecar = printable(released.sidecar_path(output).name)
+        print(f"{printable(options['run'])}, student, teacher and heads at step {step}\nbands, mean and std are in {sidecar}")
     print(f"written to {printable(output)}")
 
 
-def _described(meta: dict, size: tuple[int, int] | None = None) -> str:
+def _summary(meta: dict, size: tuple[int, int] | None = None) -> str:
     shape = meta["model"]
     sides = f", for images of {size[0]} x {size[1]} px" if size else ""
     mean, std = (", ".join(f"{value:g}" for value in meta[name]) for name in ("mean", "std"))

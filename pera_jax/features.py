@@ -1,10 +1,10 @@
-"""Features of images by weights that are there, for programs and notebooks.
+"""Features of images from trained weights, for programs and notebooks.
 
     from pera_jax import features
 
-    model = features.load("runs/aid")        # or a folder that `python -m pera_jax.export timm` has written
-    found = model(images)                    # stored values [B, H, W, C], of NumPy or JAX
-    found.class_token, found.patch_map       # [B, D], [B, h, w, D]
+    model = features.load("runs/aid")        # or a folder written by `python -m pera_jax.export timm`
+    tokens = model(images)                   # stored values [B, H, W, C], NumPy or JAX
+    tokens.class_token, tokens.patch_map     # [B, D], [B, h, w, D]
 
 See `pera_jax.encoder.model`.
 """

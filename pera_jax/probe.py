@@ -1,11 +1,11 @@
-"""The probe job: how good are the frozen features of a run's checkpoint?
+"""The probe command: scores the frozen features of a checkpoint.
 
     python -m pera_jax.probe --run runs/aid --data shards/aid --tasks knn,linear
     python -m pera_jax.probe --run runs/aid --config probes --follow
 
-The second one judges each checkpoint of a run that trains elsewhere, as it appears, and ends when the run has ended.
-Settings are chosen on a part of the training split; the test split is used once for each score. Results go beside the
-run, to RUN/probe/: see `probes.results`.
+With `--follow` the command evaluates each new checkpoint of a run that trains in another process, until the run ends.
+Hyperparameters are chosen on a held-out part of the training split; the test split is used once per score. Results are
+written to RUN/probe/, see `probes.runner.results`.
 """
 
 import argparse
@@ -33,21 +33,22 @@ def probe(
     encoder: str = "teacher", step: int | None = None, output: str | os.PathLike | None = None, batch_size: int = 256,
     reading: folders.Reading = folders.Reading(), verify: bool = True,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Scores a checkpoint of `run`, also as `pera_jax.probe(...)`; arguments as the command's options.
+    """Evaluates a checkpoint of `run`; also available as `pera_jax.probe(...)`. The arguments are the options of the command.
 
     Args:
-      tasks: some of "knn", "linear", "logistic", "segmentation", "change", all on `data`; or
-      config: a config of probes by name or file, as "probes": several tasks on several data sets.
-      changes: settings of tasks, as {"knn.k": (20,)}.
-      image_size: px.
-      batch_size: images decoded at a time; changes no score.
-      reading: how folders of images and of scenes are read.
+      run: the run folder.
+      tasks: any of "knn", "linear", "logistic", "segmentation", "change", all on `data`; or
+      config: a probe config by name or path, such as "probes": several tasks on several data sets.
+      changes: overrides of task settings, such as {"knn.k": (20,)}.
+      image_size: px; None for the size of the global crops in training.
+      batch_size: images decoded at a time; does not change scores.
+      reading: options for reading folders of images and of scenes.
 
     Returns:
-      One entry for each task, as written to RUN/probe (or `output`): `entry["scores"]` holds value and spread by name.
+      One entry per task, as written to RUN/probe (or `output`); `entry["scores"]` maps score names to value and interval.
 
     Raises:
-      UserError: everything that is wrong with the arguments, the run or the data, before a score is computed.
+      UserError: invalid arguments, run or data; raised before any score is computed.
     """
     fields = dict(data=data, train_split=train_split, test_split=test_split, labels=labels, image_size=image_size)
     fields = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in fields.items()}
@@ -55,67 +56,67 @@ def probe(
 
 
 def _probe(run: str, chosen: list[specs.Spec], encoder, step, output, batch_size, reading, verify) -> list[dict[str, Any]]:
-    network, job = load_network(run, step, encoder, verify), Job(chosen, base_of(run, output), batch_size, reading)
+    network, job = load_network(run, step, encoder, verify), Job(chosen, output_folder(run, output), batch_size, reading)
     job.prepare(network.meta)
     entries = []
     for spec in chosen:
-        result = job.judge(network, spec)
+        result = job.evaluate(network, spec)
         job.write(result)
         entries.append(result.entry)
     return entries
 
 
-def base_of(run: str, output: str | os.PathLike | None) -> pathlib.Path:
-    """The folder of the results."""
+def output_folder(run: str, output: str | os.PathLike | None) -> pathlib.Path:
+    """The folder for the results, RUN/probe by default."""
     return pathlib.Path(paths.local(output)) if output else pathlib.Path(paths.local(run)) / "probe"
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m pera_jax.probe", description="Scores a checkpoint's features.")
-    parser.add_argument("--run", required=True, type=paths.local, help="folder of the run (the --workdir of the training)")
-    parser.add_argument("--config", type=paths.local, help="a config of probes: several tasks on several data sets: a name, as probes, or a file")
-    parser.add_argument("--tasks", default="knn,linear", help=f"some of {','.join(specs.TASKS)} (default knn,linear)")
-    parser.add_argument("--data", type=paths.local, help="labelled images: folder of shards, of class folders, of scenes, or tfds:NAME")
+    parser = argparse.ArgumentParser(prog="python -m pera_jax.probe", description="Evaluates the frozen features of a checkpoint.")
+    parser.add_argument("--run", required=True, type=paths.local, help="run folder (the --workdir of the training)")
+    parser.add_argument("--config", type=paths.local, help="probe config by name (e.g. probes) or path: several tasks on several data sets")
+    parser.add_argument("--tasks", default="knn,linear", help=f"comma-separated list of {', '.join(specs.TASKS)} (default knn,linear)")
+    parser.add_argument("--data", type=paths.local, help="labeled images: a folder of shards, of class folders or of scenes, or tfds:NAME")
     parser.add_argument("--train-split", help="default train")
-    parser.add_argument("--test-split", help="default test; '' for a small set without one: leave-one-out")
-    parser.add_argument("--labels", type=paths.local, help="CSV of labels: key,label or key and a column of 0 and 1 for each class")
-    parser.add_argument("--image-size", type=int, help="px, a multiple of the patch (default: the global crops' size)")
+    parser.add_argument("--test-split", help="default test; '' for leave-one-out on a small data set without a test split")
+    parser.add_argument("--labels", type=paths.local, help="CSV file of labels: key,label or key and one 0/1 column per class")
+    parser.add_argument("--image-size", type=int, help="px, a multiple of the patch size (default: size of the global crops)")
     parser.add_argument("--set", action="append", default=[], metavar="NAME.FIELD=VALUE", dest="changes",
-                        help="a setting of a task, as in linear.seeds=(0,1,2,3,4)")  # fmt: skip
-    parser.add_argument("--encoder", default="teacher", help=f"{', '.join(ENCODERS)} (default teacher)")
-    parser.add_argument("--step", type=int, help="the checkpoint (default: the latest)")
+                        help="override a task setting, e.g. linear.seeds=(0,1,2,3,4)")  # fmt: skip
+    parser.add_argument("--encoder", default="teacher", help=f"one of {', '.join(ENCODERS)} (default teacher)")
+    parser.add_argument("--step", type=int, help="step of the checkpoint (default: the latest)")
     parser.add_argument("--output", type=paths.local, help="folder for the results (default: RUN/probe)")
-    parser.add_argument("--batch-size", type=int, default=256, help="images decoded at a time; changes no score")
+    parser.add_argument("--batch-size", type=int, default=256, help="images decoded at a time; does not change scores")
     folders.add_options(parser)
-    parser.add_argument("--no-verify", action="store_true", help="do not compare the weights with their digests")
-    parser.add_argument("--follow", action="store_true", help="judge each new checkpoint until the run has ended")
-    parser.add_argument("--poll", type=float, default=10.0, help="seconds between looks for a new checkpoint (default 10)")
-    parser.add_argument("--patience", type=float, default=24.0, help="hours without one after which to end (default 24)")
-    parser.add_argument("--show", action="store_true", help="print the results that are there and end")
-    cluster.add_options(parser)
+    parser.add_argument("--no-verify", action="store_true", help="do not check the weights against their digests")
+    parser.add_argument("--follow", action="store_true", help="evaluate each new checkpoint until the run ends")
+    parser.add_argument("--poll", type=float, default=10.0, help="seconds between checks for a new checkpoint (default 10)")
+    parser.add_argument("--patience", type=float, default=24.0, help="hours without a new checkpoint before giving up (default 24)")
+    parser.add_argument("--show", action="store_true", help="print existing results and exit")
+    distributed.add_options(parser)
     options = parser.parse_args(argv)
 
     if options.show:
-        found = results.read(base_of(options.run, options.output))
+        found = results.read(output_folder(options.run, options.output))
         if not found:
-            raise UserError(f"{base_of(options.run, options.output)} holds no result; probe the run first")
+            raise UserError(f"{output_folder(options.run, options.output)} has no results; probe the run first")
         print(results.markdown(found))
         return
     for name in ("batch_size", "poll", "patience"):
         if not getattr(options, name) > 0:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be more than 0")
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be > 0")
     tasks = [task.strip() for task in options.tasks.split(",") if task.strip()]
     fields = {name: getattr(options, name) for name in ("data", "train_split", "test_split", "labels", "image_size")}
     chosen = specs.chosen(tasks, fields, options.config, options.changes)
     if options.follow:
         if options.encoder != "teacher" or options.step is not None or options.no_verify:
-            raise UserError("--follow judges the teacher of each checkpoint; leave --encoder, --step and --no-verify out")
+            raise UserError("--follow evaluates the teacher of every checkpoint; remove --encoder, --step and --no-verify")
     elif not pathlib.Path(options.run).is_dir():
-        raise UserError(f"the run's folder {options.run} does not exist; name the --workdir of a training")
-    arguments = cluster.from_flags(options.coordinator, options.num_processes, options.process_id, os.environ)
-    cluster.initialize(arguments, options.join_seconds)
-    base, reading = base_of(options.run, options.output), folders.reading_of(options)
-    with distributed.exit_on_error():
+        raise UserError(f"the run folder {options.run} does not exist; give the --workdir of a training")
+    cluster = distributed.cluster_of(options.coordinator, options.num_processes, options.process_id, os.environ)
+    distributed.initialize(cluster, options.join_seconds)
+    base, reading = output_folder(options.run, options.output), folders.reading_of(options)
+    with distributed.ends_alone():
         if options.follow:
             follow(options.run, chosen, base, options.batch_size, options.poll, 3600 * options.patience, reading)
             entries = results.read(base)

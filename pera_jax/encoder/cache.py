@@ -1,4 +1,4 @@
-"""Arrays that are made once and kept in a folder, by what they are made of."""
+"""An on-disk cache of arrays, keyed by a hash of their inputs."""
 
 import hashlib
 import json
@@ -11,12 +11,12 @@ import numpy as np
 
 from pera_jax.parallel import distributed
 
-LARGEST = 16 * 2**30  # bytes that a folder holds
-_VERSION = 1  # of how features are computed; another one makes them anew
+LARGEST = 16 * 2**30  # bytes per cache folder
+_VERSION = 1  # of the computation of features; raise it to invalidate cached arrays
 
 
 def digest(tree: Any) -> str:
-    """SHA-256 over names and values of a tree of nested dicts of arrays, in hexadecimal."""
+    """SHA-256 of the names and values of nested dicts of arrays, as hexadecimal digits."""
     found = hashlib.sha256()
 
     def add(node, path):
@@ -33,33 +33,36 @@ def digest(tree: Any) -> str:
 
 
 class Cache:
-    """A folder of arrays, a file for each set; its name is a hash of what the arrays are made of, which it holds too.
+    """A folder with one file per set of arrays; the file name is a hash of the key, and the file stores the key too.
 
-    An aid: what cannot be kept is made anew.
+    Best effort: arrays that cannot be cached are computed again.
     """
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
-        self._used: set[pathlib.Path] = set()  # by this object: another job may write beside it
+        self._used: set[pathlib.Path] = set()  # by this object; other jobs may use the same folder
 
-    def arrays(self, described: dict[str, Any], make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """The arrays of this description (JSON): those in the folder, else those that `make` gives, which are kept.
+    def arrays(self, key: dict[str, Any], compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """The cached arrays of `key`, or else the result of `compute()`, which is cached.
 
-        With several hosts all must call it; the first one writes.
+        A collective: all processes must call it; only the main process writes.
+
+        Args:
+          key: what the arrays depend on, as JSON values.
         """
-        text = json.dumps(described | {"version": _VERSION}, sort_keys=True, indent=1)
+        text = json.dumps(key | {"version": _VERSION}, sort_keys=True, indent=1)
         place = self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.npz"
         found = _read(place, text)
         self._used.add(place)
         if not distributed.any_host(found is None):
             return found
-        made = make()
+        made = compute()
         if distributed.main_host():
             self._write(place, text, made)
         return made
 
     def clear(self) -> None:
-        """Takes away what this object has read or made."""
+        """Deletes the files that this object has read or written."""
         for place in self._used:
             place.unlink(missing_ok=True)
         self._used = set()
@@ -78,14 +81,14 @@ class Cache:
             os.replace(temporary, place)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            distributed.say(f"features are not kept in {self.folder}: {error.strerror}")
+            distributed.say(f"cannot cache features in {self.folder}: {error.strerror}")
 
 
 def _read(place: pathlib.Path, text: str) -> dict[str, np.ndarray] | None:
-    """The arrays of a file; None where there is none, it is damaged, or they are of something else than `text`."""
+    """The arrays of a file; None if it does not exist, is damaged, or has another key than `text`."""
     try:
         with np.load(place) as found:
-            arrays = {name: found[name] for name in found.files}  # zip's checksum of each is compared
-    except Exception:  # on damaged bytes NumPy and zipfile raise nearly anything; what they held is made anew
+            arrays = {name: found[name] for name in found.files}  # zipfile checks the CRC of each
+    except Exception:  # NumPy and zipfile raise nearly anything on damaged files; recompute then
         return None
     return arrays if str(arrays.pop("of", "")) == text else None

@@ -1,6 +1,6 @@
-"""A folder that `python -m pera_jax.export timm` has written, read back without its run.
+"""Reads folders written by `python -m pera_jax.export timm`.
 
-Its config.json holds the SHA-256 of model.safetensors, and one over its own entry of this program.
+config.json has an entry for this program, with the SHA-256 of model.safetensors and a digest of the entry itself.
 """
 
 import pathlib
@@ -21,12 +21,12 @@ ENTRY = "pera_jax"  # of config.json
 _FORMAT_VERSION, _WITHOUT_DIGESTS = 2, 1
 
 
-def described(meta: dict[str, Any], step: int, which: str, height: int, width: int) -> dict[str, Any]:
-    """The entry of config.json: the network, and how stored values become what it takes.
+def to_dict(meta: dict[str, Any], step: int, which: str, height: int, width: int) -> dict[str, Any]:
+    """This program's entry of config.json: the network and the normalization of its input.
 
     Args:
-      meta, step, which: of the checkpoint that is exported.
-      height, width: px, what the position embedding is for.
+      meta, step, which: metadata, step and network name of the exported checkpoint.
+      height, width: px, the image size of the position embedding.
     """
     names = ("bands", "dtype", "ranges", "mean", "std")
     return {
@@ -36,43 +36,43 @@ def described(meta: dict[str, Any], step: int, which: str, height: int, width: i
 
 
 def sealed(entry: dict[str, Any], file: pathlib.Path) -> dict[str, Any]:
-    """What `described` gives, with the digests of the weights' file and of itself. Raises OSError."""
+    """The entry from `to_dict` with the digests of the weight file and of the entry itself. Raises OSError."""
     entry = entry | {"sha256": digests.of_file(file)}
     return entry | {"digest": digests.of_json(entry)}
 
 
 def check(entry: dict[str, Any], place: pathlib.Path) -> None:
-    """Raises UserError where the entry of the config.json `place` is not what was exported, or of another version."""
+    """Raises UserError if the entry of the config.json `place` was modified or has an unsupported version."""
     version = entry.get("format_version")
     if version not in (_FORMAT_VERSION, _WITHOUT_DIGESTS):
         raise UserError(
-            f"{place} has format version {version}, this program reads {_WITHOUT_DIGESTS} and {_FORMAT_VERSION}; export it "
-            "anew"
+            f"unsupported format version in {place}: expected {_WITHOUT_DIGESTS} or {_FORMAT_VERSION}, got {version}; export the "
+            "weights again"
         )
-    described = {name: value for name, value in entry.items() if name != "digest"}
-    wanted = None if version == _WITHOUT_DIGESTS and "digest" not in entry else digests.of_json(described)
+    content = {name: value for name, value in entry.items() if name != "digest"}
+    wanted = None if version == _WITHOUT_DIGESTS and "digest" not in entry else digests.of_json(content)
     if entry.get("digest") != wanted:
-        raise UserError(f"{place} is damaged: its entry {ENTRY} is not what was exported; export it anew")
+        raise UserError(f"{place} is damaged: its entry {ENTRY} does not match its digest; export the weights again")
 
 
 def check_file(entry: dict[str, Any], place: pathlib.Path, file: pathlib.Path) -> None:
-    """Raises UserError where the weights' file is not the one that the entry of the config.json `place` was written for."""
+    """Raises UserError if the weight file does not match the digest in the entry of the config.json `place`."""
     try:
         if "sha256" in entry and entry["sha256"] != digests.of_file(file):
-            raise UserError(f"{file} is damaged, or of another export than {place.name} beside it; export it anew")
+            raise UserError(f"{file} is damaged, or from another export than {place.name} beside it; export the weights again")
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from error
 
 
 def load(folder: pathlib.Path, step: int | None, which: str | None, verify: bool = True) -> Weights:
-    """The weights of an exported folder; their `meta` is the entry of config.json.
+    """Loads the weights of an exported folder; their `meta` is this program's entry of config.json.
 
     Args:
-      step, which: what the folder must hold; None: any step.
-      verify: compare the weights with their digests.
+      step, which: step and network that the folder must have; None accepts any.
+      verify: check the weights against their digests.
 
     Raises:
-      UserError: files that are missing, damaged or do not fit each other; another step or network; not square.
+      UserError: files that are missing, damaged or inconsistent; another step or network; weights for non-square images.
     """
     try:
         meta = json_files.parse((folder / CONFIG).read_bytes(), dict[str, Any]).get(ENTRY)
@@ -81,15 +81,15 @@ def load(folder: pathlib.Path, step: int | None, which: str | None, verify: bool
             meta_fields.check_exported(meta)
     except (OSError, json_files.Invalid) as error:
         raise UserError(
-            f"{folder / CONFIG} is not of python -m pera_jax.export timm ({error}); export it anew, or make a run of the "
-            "file with import-timm"
+            f"{folder / CONFIG} was not written by python -m pera_jax.export timm ({error}); export the weights again, or "
+            "import the file with python -m pera_jax.export import-timm"
         ) from error
     check(meta, folder / CONFIG)
     shape, (height, width), held = meta["model"], meta["image_size"], (meta["network"], meta["step"])
     if (which or held[0], held[1] if step is None else step) != held:
-        raise UserError(f"{folder} holds the {held[0]} of step {held[1]}; ask for that, or name the run")
+        raise UserError(f"{folder} has only the {held[0]} of step {held[1]}; leave out step and network, or give the run folder")
     if height != width:
-        raise UserError(f"{folder} was exported for {height} x {width} px; export it for a square, or name the run")
+        raise UserError(f"{folder} was exported for {height} x {width} px; export it for a square image size, or give the run folder")
     file, entries = folder / FILE, tables.backbone("", ("backbone",), shape["depth"], shape["split"])
     named = arrays.read(file, verify)
     if verify:

@@ -1,8 +1,8 @@
 """Frozen features of whole images: class token, mean of the patch tokens and patch tokens of the last blocks.
 
-The devices always work on the same number of images each, `MICRO_BATCH`; what is missing is padded and cut off again.
-So the features depend neither on the batch that a user reads nor on the number of devices. With several hosts each
-encodes a part of the images, and all of them get the whole.
+Every device processes exactly `MICRO_BATCH` images at a time; smaller batches are padded. So the features depend neither on
+the batch size nor on the number of devices. With several processes each encodes a part of the images, and all get the full
+result.
 """
 
 import collections
@@ -28,13 +28,13 @@ from pera_jax.encoder.model import Model
 from pera_jax.parallel import distributed, sharding
 
 MICRO_BATCH = 32  # images per device
-BLOCKS = 4  # last blocks whose tokens are kept
+BLOCKS = 4  # the last blocks whose tokens are extracted
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """Tokens of N images from the last n blocks, each after the final norm, the last block last."""
+    """Tokens of N images from the last n blocks, each after the final norm; the last block is at index n - 1."""
 
     class_tokens: np.ndarray  # float32 [N, n, D]
     patch_means: np.ndarray  # float32 [N, n, D]
@@ -43,23 +43,23 @@ class Features:
         return len(self.class_tokens)
 
     def concatenated(self, blocks: int, patch_means: bool) -> np.ndarray:
-        """The last `blocks` class tokens, with `patch_means` also their patch means, in one row: [N, F]."""
+        """The last `blocks` class tokens, and with `patch_means` also the patch means, concatenated: float32 [N, F]."""
         parts = [self.class_tokens[:, -blocks:]] + ([self.patch_means[:, -blocks:]] if patch_means else [])
         return np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
 
     def take(self, indices: np.ndarray) -> "Features":
-        """The features of some of the images."""
+        """The features of the images at `indices`."""
         return Features(self.class_tokens[indices], self.patch_means[indices])
 
 
 class OverDevices:
-    """A function of images on all devices of this host, each of which always gets `MICRO_BATCH` of them."""
+    """Runs a function of images data-parallel on the local devices, `MICRO_BATCH` images on each."""
 
     def __init__(self, function: Callable[[dict, jax.Array], Any], devices: list | None = None):
         """
         Args:
           function: (params, images [B, H, W, C]) -> a tree of arrays [B, ...]; pure.
-          devices: those to use, all of this host by default.
+          devices: default: all local devices.
         """
         self._mesh = sharding.make_mesh(devices=devices or jax.local_devices())
         self._step = MICRO_BATCH * sharding.batch_shards(self._mesh)
@@ -68,14 +68,14 @@ class OverDevices:
         self._function = jax.jit(function, in_shardings=(self._everywhere, self._where), out_shardings=self._where)
 
     def placed(self, params: dict[str, Any]) -> dict[str, Any]:
-        """The parameters on every device."""
+        """The parameters, replicated on every device."""
         return jax.device_put(params, self._everywhere)
 
     def __call__(self, params: dict[str, Any], images: np.ndarray) -> Any:
-        """The tree of float32 arrays [B, ...] of images [B, H, W, C], by parameters that are `placed`.
+        """The tree of float32 arrays [B, ...] for images [B, H, W, C] and parameters from `placed`.
 
         Raises:
-          UserError: values that are not finite.
+          UserError: the result has NaN or infinite values.
         """
         results = []
         with jax.set_mesh(self._mesh):
@@ -85,27 +85,27 @@ class OverDevices:
                 padded[: len(part)] = part
                 results.append(self._function(params, jax.device_put(padded, self._where)))
         join = lambda *parts: np.concatenate([np.asarray(part) for part in parts])[: len(images)]  # noqa: E731
-        found = jax.tree.map(join, *results)  # only the end is padded
+        found = jax.tree.map(join, *results)  # removes the padding
         if not all(np.isfinite(array).all() for array in jax.tree.leaves(found)):
-            raise UserError("the checkpoint gives features that are not finite; take an earlier step with --step")
+            raise UserError("the features of this checkpoint contain NaN or infinite values; use an earlier one with --step")
         return found
 
 
 class Extractor:
-    """A frozen backbone on the devices of this host.
+    """A frozen backbone on the local devices.
 
     Attributes:
-      bands: what it sees; patch: side of a patch, px.
+      bands: the input bands; patch: patch size in px.
     """
 
     def __init__(self, backbone: dict[str, Any], meta: dict[str, Any], devices: list | None = None):
         """
         Args:
           backbone: the parameters of the ViT.
-          meta: of the checkpoint.
-          devices: the devices to use, all of this host by default.
+          meta: metadata of the checkpoint.
+          devices: default: all local devices.
         """
-        model = dataclasses.replace(Model.of(backbone, meta), params={})  # which come with each call
+        model = dataclasses.replace(Model.from_metadata(backbone, meta), params={})  # passed with each call
         self.bands, self.patch = model.bands, model.network.patch
         blocks = min(BLOCKS, model.network.depth)
 
@@ -121,12 +121,12 @@ class Extractor:
         self._params = self._summaries.placed(backbone)
 
     def take(self, backbone: dict[str, Any]) -> None:
-        """Goes on with other parameters of the same network: nothing is compiled again."""
-        self._params = None  # first, so that there is room for the new ones
+        """Replaces the parameters by those of another checkpoint of the same network, without recompiling."""
+        self._params = None  # first, to free the memory
         self._params = self._summaries.placed(backbone)
 
     def __call__(self, images: np.ndarray) -> Features:
-        """Stored values [B, H, W, C], H and W multiples of the patch."""
+        """The features of stored values [B, H, W, C]; H and W must be multiples of the patch size."""
         return self._summaries(self._params, images)
 
     def maps(self, images: np.ndarray) -> np.ndarray:
@@ -135,8 +135,8 @@ class Extractor:
 
 
 class Pixels:
-    """The baseline that has learnt nothing, with the methods of an `Extractor`: mean and deviation of each band, of a
-    patch, and of an image in place of the class token."""
+    """The baseline without a network, with the interface of `Extractor`: mean and standard deviation of each band, over
+    each patch, and over the whole image in place of the class token."""
 
     def __init__(self, meta: dict[str, Any]):
         self.bands, self.patch = Bands.from_metadata(meta), meta["model"]["patch"]
@@ -154,17 +154,17 @@ class Pixels:
 
 
 def check_image_size(image_size: int, meta: dict[str, Any]) -> None:
-    """Raises UserError where the patch does not divide `image_size` (px)."""
+    """Raises UserError if `image_size` (px) is not a multiple of the patch size."""
     patch = meta["model"]["patch"]
     if image_size < patch or image_size % patch:
         raise UserError(
-            f"the image size {image_size} is not a multiple of the checkpoint's patch of {patch} px; "
+            f"the image size {image_size} is not a multiple of the checkpoint's patch size {patch} px; "
             f"try {max(round(image_size / patch), 1) * patch}"
         )
 
 
 def resized(pixels: np.ndarray, size: int) -> np.ndarray:
-    """A whole image [H, W, C] as `size` x `size` px, bilinear and antialiased as crops are in training."""
+    """A whole image [H, W, C] resized to `size` x `size` px; bilinear with antialiasing, as the crops in training."""
     image = geometry.Image(pixels)
     out = np.empty((size, size, pixels.shape[2]), pixels.dtype)
     geometry.crop_resize(image, geometry.Box(0, 0, image.height, image.width), size, False, False, out)
@@ -172,15 +172,15 @@ def resized(pixels: np.ndarray, size: int) -> np.ndarray:
 
 
 def extract(extractor: Extractor | Pixels, samples: Samples, image_size: int, batch_size: int) -> Features:
-    """The features of every image of a split, each resized as a whole to `image_size` x `image_size` px.
+    """Extracts the features of every image of a split, resized (not cropped) to `image_size` x `image_size` px.
 
-    All hosts must call it; each encodes its part, and where one fails all do.
+    A collective: all processes must call it; each encodes its part, and if one fails all raise.
 
     Args:
-      batch_size: images that are decoded ahead and held; changes no result.
+      batch_size: images decoded at a time; does not change the result.
 
     Raises:
-      UserError: an image that cannot be read or decoded; a band that is missing; features that are not finite.
+      UserError: an image that cannot be read or decoded; a missing band; NaN or infinite features.
     """
     hosts, own = jax.process_count(), jax.process_index()
     most = -(-len(samples) // hosts)
@@ -199,7 +199,7 @@ def extract(extractor: Extractor | Pixels, samples: Samples, image_size: int, ba
 
 def _of_all_hosts(batches: list[Features], number: int, most: int, rows: range) -> Features:
     sizes = multihost_utils.process_allgather(np.array(batches[0].class_tokens.shape[1:] if batches else (0, 0)))
-    blocks, width = sizes.max(axis=0)  # a host may have no image
+    blocks, width = sizes.max(axis=0)  # a process may have no images
     found = np.zeros((2, most, blocks, width), np.float32)
     for place, name in enumerate(("class_tokens", "patch_means")):
         if batches:
@@ -209,7 +209,7 @@ def _of_all_hosts(batches: list[Features], number: int, most: int, rows: range) 
 
 
 def batched(rows: range, size: int) -> list[range]:
-    """`rows` in runs of `size`, the last one shorter."""
+    """`rows` cut into batches of `size`; the last one may be shorter."""
     return [rows[first : first + size] for first in range(0, len(rows), size)]
 
 
@@ -223,13 +223,13 @@ def read(
     """Yields the transformed images [b, ...] of each batch, decoded by a pool of threads.
 
     Args:
-      bands: those to hand over.
-      transform: takes stored values [H, W, C]; runs in the threads and gives equal shapes.
+      bands: the bands to read, in this order.
+      transform: maps stored values [H, W, C] to an array of fixed shape; runs in the threads.
       batches: rows of `samples`; one batch is decoded ahead.
-      label: what the line of progress begins with.
+      label: prefix of the progress line.
 
     Raises:
-      UserError: an image that cannot be read or decoded; a band that is missing.
+      UserError: an image that cannot be read or decoded; a missing band.
     """
     samples = samples.suited_to(bands)
     places = bands.indices_in(samples, samples.path)
@@ -238,14 +238,14 @@ def read(
         try:
             return transform(np.ascontiguousarray(samples.decode(raw)[..., places]))
         except codecs.ImageDecodeError as error:
-            raise UserError(f"image {samples.keys[row]} of {samples.path} cannot be decoded ({error}); mend it") from error
+            raise UserError(f"image {samples.keys[row]} of {samples.path} cannot be decoded ({error}); repair or remove the file") from error
 
     with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         waiting = collections.deque()
         with Progress(sum(map(len, batches)), "images", label) as progress:
             for part in batches:
                 waiting.append(pool.map(decode, part, map(samples.raw, part)))
-                if len(waiting) == 2:  # the threads decode the next batch while the devices work on this one
+                if len(waiting) == 2:  # the threads decode the next batch while the devices process this one
                     yield _collect(waiting.popleft(), progress)
             while waiting:
                 yield _collect(waiting.popleft(), progress)

@@ -1,20 +1,20 @@
-"""Features of a data set as NumPy arrays in a folder.
+"""Writes the features of a data set as NumPy arrays to a folder.
 
     python -m pera_jax.export features --run runs/aid --input images --output features
 
 writes
 
-    features.json                     what they are of: weights, images, options; the arrays and their shape for one image
-    class_token-00000.npy             float32 [n, D] of the first n images (--part-size), -00001 of the next n, and so on
+    features.json                     weights, images and options of the export; names and per-image shapes of the arrays
+    class_token-00000.npy             float32 [n, D] of the first n images (--part-size); -00001 of the next n, and so on
     patch_mean-00000.npy              float32 [n, D], the mean of an image's patch tokens
     patch_map-00000.npy               float32 [n, h, w, D], with --maps
     block_class_tokens-00000.npy      float32 [n, blocks, D], with --blocks
     block_maps-00000.npy              float32 [n, blocks, h, w, D], with both
-    index.csv                         a line for each image: key, label where there are classes, part, row
-    SHA256SUMS                        of all of these but features.json, for `sha256sum -c SHA256SUMS`
+    index.csv                         one line per image: key, label if the images have classes, part, row
+    SHA256SUMS                        of all files except features.json, for `sha256sum -c SHA256SUMS`
 
-A file is whole or not there, index.csv comes last. A command that was killed goes on with the parts that are not there, to
-the same bytes on the same devices; a part that is not as it was written is made again.
+Files are written atomically, index.csv last. After an interruption, re-run the same command to resume: it computes the missing
+parts, and those that were modified. On the same devices the result is bitwise the same as without the interruption.
 """
 
 import csv
@@ -55,32 +55,32 @@ def write(
     batch_size: int = 256,
     devices: list | None = None,
 ) -> str:
-    """Writes the folder; goes on with one that is begun.
+    """Writes the folder, or completes one from an interrupted export.
 
     Args:
-      image_size: px, to which each image is resized as a whole; None: the training's global crops.
-      blocks: also the tokens of these, see `Model.apply`.
-      maps: also the maps of patch tokens.
-      part_size: images in a file.
-      batch_size: images that are decoded ahead and held; changes no feature.
-      devices: the devices to use, all of this host by default.
+      image_size: side in px to which images are resized; None for the size of the global crops in training.
+      blocks: blocks whose tokens are written too, see `Model.apply`.
+      maps: write the maps of patch tokens too.
+      part_size: images per file.
+      batch_size: images decoded at a time; does not change the features.
+      devices: default: all local devices.
 
     Returns:
-      what is there now, in words.
+      A summary of what was written, to print.
 
     Raises:
-      UserError: images or options that do not fit the weights; an image that cannot be read; a folder of other features, or
-        that cannot be written.
+      UserError: images or options that do not fit the weights; an image that cannot be read; a folder with other features,
+        or one that cannot be written.
     """
     paths.local(output)
     for name, value in (("part size", part_size), ("batch size", batch_size)):
         if value < 1:
-            raise UserError(f"the {name} is {value}; it must be at least 1")
-    model = Model.of(weights.backbone, weights.meta)
+            raise UserError(f"the {name} is {value}; it must be >= 1")
+    model = Model.from_metadata(weights.backbone, weights.meta)
     size = weights.meta["model"]["image_size"] if image_size is None else image_size
     features.check_image_size(size, weights.meta)
     samples = samples.suited_to(model.bands)
-    model.bands.indices_in(samples, samples.path)  # raises where a band is missing
+    model.bands.places(samples, samples.path)  # raises if a band is missing
     encode = _encoder(model, blocks, maps)
     image = jax.ShapeDtypeStruct((1, size, size, len(model.bands)), model.bands.dtype)
     arrays = {name: list(each.shape[1:]) for name, each in jax.eval_shape(encode, model.params, image).items()}
@@ -98,22 +98,22 @@ def write(
         "arrays": arrays,
     }
     with lease.held(output, "--output"):
-        return _go_on(output, plan, parts, encode, model, samples, batch_size, devices)
+        return _complete(output, plan, parts, encode, model, samples, batch_size, devices)
 
 
-def _go_on(output, plan, parts, encode, model, samples, batch_size, devices) -> str:
-    """Writes what is not there yet of a folder that this process holds; returns what is there, in words."""
+def _complete(output, plan, parts, encode, model, samples, batch_size, devices) -> str:
+    """Writes the missing files of a folder for which this process holds the lease; returns the summary."""
     arrays, size = plan["arrays"], plan["image_size"]
     said = f"{len(samples):,} images in {len(parts)} parts: {', '.join(arrays)}"
     try:
         _begin(output, plan)
         wanted = {INDEX, *(_file(output, name, number).name for number in range(len(parts)) for name in arrays)}
         sums = {name: digest for name, digest in _read_sums(output).items() if name in wanted}
-        missing = [number for number in range(len(parts)) if not _whole(output, number, arrays, sums)]
+        missing = [number for number in range(len(parts)) if not _intact(output, number, arrays, sums)]
         if not missing and _same(output / INDEX, sums):
-            return f"{said}: finished, there is nothing to do"
+            return f"{said}: already complete, nothing to do"
         if len(missing) < len(parts):
-            distributed.say(f"{output} has {len(parts) - len(missing)} of {len(parts)} parts; going on")
+            distributed.say(f"{output} has {len(parts) - len(missing)} of {len(parts)} parts; resuming")
         if missing:
             over_devices = features.OverDevices(encode, devices)
             run = functools.partial(over_devices, over_devices.placed(model.params))
@@ -123,7 +123,8 @@ def _go_on(output, plan, parts, encode, model, samples, batch_size, devices) -> 
         files.write(output / INDEX, index)
     except OSError as error:
         raise UserError(
-            f"cannot write {output}: {error.strerror or error}; make room or choose another --output, and start again"
+            f"cannot write {output}: {error.strerror or error}; free disk space and re-run the same command to resume, or choose "
+            "another --output"
         ) from error
     return said
 
@@ -144,8 +145,8 @@ def _encoder(model: Model, blocks, maps: bool):
 
 
 def _begin(output: pathlib.Path, plan: dict[str, Any]) -> None:
-    """Writes the plan into a new folder. Raises UserError: one of another plan, or of other things."""
-    own = (f"{PLAN}.tmp", lease.NAME)  # the first is left where a command was killed as it wrote the plan
+    """Writes the plan to a new folder. Raises UserError if the folder has another plan or other files."""
+    own = (f"{PLAN}.tmp", lease.NAME)  # the first remains if a command was killed while it wrote the plan
     if all(path.name in own or path.name.startswith(f"{lease.NAME}.") for path in output.iterdir()):
         files.write_json(output / PLAN, plan)
         return
@@ -153,12 +154,12 @@ def _begin(output: pathlib.Path, plan: dict[str, Any]) -> None:
         found = json_files.parse((output / PLAN).read_bytes(), dict[str, Any])
         differing = [name for name in plan if name not in found or found[name] != plan[name]]
     except (OSError, json_files.Invalid) as error:
-        raise UserError(f"{output} is not empty and holds no features; choose another --output") from error
+        raise UserError(f"{output} is not empty and not a features folder; choose another --output") from error
     if differing:
         name = differing[0]
         raise UserError(
-            f"{output} holds features of other {name} ({_short(found.get(name))}, now {_short(plan[name])}); choose another "
-            "--output, or remove it"
+            f"{output} has features with another {name} (expected {_short(plan[name])}, got {_short(found.get(name))}); choose "
+            "another --output, or delete the folder"
         )
 
 
@@ -167,12 +168,12 @@ def _short(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 
-def _whole(output: pathlib.Path, number: int, arrays: dict[str, list[int]], sums: dict[str, str]) -> bool:
-    """Whether the files of a part are as they were written; tells those that are not."""
+def _intact(output: pathlib.Path, number: int, arrays: dict[str, list[int]], sums: dict[str, str]) -> bool:
+    """Whether all files of a part exist and match their checksums; reports those that were modified."""
     places = [_file(output, name, number) for name in arrays]
     changed = [place.name for place in places if place.is_file() and place.name in sums and not _same(place, sums)]
     if changed:
-        distributed.say(f"{several(changed)} in {output}: not as written, made again")
+        distributed.say(f"{several(changed)} in {output}: modified after writing, computed again")
     return not changed and all(_same(place, sums) for place in places)
 
 
@@ -181,7 +182,7 @@ def _same(place: pathlib.Path, sums: dict[str, str]) -> bool:
 
 
 def _read_sums(output: pathlib.Path) -> dict[str, str]:
-    """SHA-256 of each file by its name; of none where there is no list, or one that is damaged."""
+    """SHA-256 by file name; empty if SHA256SUMS is missing or damaged."""
     try:
         lines = (output / SUMS).read_text("ascii").splitlines()
     except (FileNotFoundError, UnicodeDecodeError):
@@ -204,7 +205,7 @@ def _file(output: pathlib.Path, name: str, number: int) -> pathlib.Path:
 
 
 def _write_parts(run, model, samples, size, output, parts: dict[int, range], batch_size, sums: dict[str, str]) -> None:
-    # Batches begin anew with each part, so that its bytes do not depend on where a command began.
+    # A batch never spans two parts, so the bytes of a part do not depend on where the command resumed.
     batches = [(number, batch) for number, rows in parts.items() for batch in features.batched(rows, batch_size)]
     resize = lambda image: features.resized(image, size)  # noqa: E731
     read = features.read(samples, model.bands, resize, [batch for _, batch in batches], "features")
@@ -215,7 +216,7 @@ def _write_parts(run, model, samples, size, output, parts: dict[int, range], bat
             contents = {name: _npy(np.concatenate([each[name] for each in found])) for name in found[0]}
             places = {_file(output, name, number): content for name, content in contents.items()}
             sums |= {place.name: hashlib.sha256(content).hexdigest() for place, content in places.items()}
-            _write_sums(output, sums)  # first: a file that a killed command has written is known to be whole
+            _write_sums(output, sums)  # first: files written before an interruption are then known to be intact
             for place, content in places.items():
                 files.write(place, content)
             found = []

@@ -1,4 +1,4 @@
-"""A backbone for images of another size or of other bands than it was trained on."""
+"""Adapts a backbone to other image sizes and other bands than it was trained on."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,16 +13,16 @@ from pera_jax.models import positions
 
 
 def check_size(height: int, width: int, patch: int) -> None:
-    """Raises UserError where the patch does not divide the sides of an image, all in px."""
+    """Raises UserError if height or width is not a multiple of the patch size, all in px."""
     if min(height, width) < patch or height % patch or width % patch:
-        raise UserError(f"the image size {height}x{width} is not a multiple of the patch of {patch} px; choose one that is")
+        raise UserError(f"the image size {height}x{width} is not a multiple of the patch size {patch} px; choose a multiple")
 
 
 def resized(backbone: dict[str, Any], shape: dict[str, Any], rows: int, columns: int) -> dict[str, Any]:
-    """`backbone` with a position embedding for `rows` x `columns` patches, as the network itself interpolates it.
+    """`backbone` with its position embedding interpolated to `rows` x `columns` patches, as in the network's forward pass.
 
     Args:
-      shape: the `vit.description` of the network that it comes from.
+      shape: the `vit.description` of the network.
     """
     side = shape["image_size"] // shape["patch"]
     if (rows, columns) == (side, side):
@@ -33,10 +33,10 @@ def resized(backbone: dict[str, Any], shape: dict[str, Any], rows: int, columns:
 
 
 def rebanded(backbone: dict[str, Any], patch: int, there: Sequence[str], here: Sequence[str]) -> dict[str, Any]:
-    """`backbone`, trained on the bands `there`, for images of the bands `here`.
+    """Adapts the patch projection of `backbone` from the bands `there` to the bands `here`.
 
-    Each band takes the weights of its counterpart (`band_order`). Where the numbers differ, all take the mean over the old
-    bands, times old number / new number: an image with the same values in all bands gives what it gave before.
+    With the same number of bands, each takes the weights of its counterpart (`band_order`). With another number, every band
+    takes the mean over the old bands, scaled by old number / new number, so that an image with equal bands keeps its output.
     """
     kernel = np.asarray(backbone["patch_projection"]["kernel"])  # [p q C, D]
     kernel = rearrange(kernel, "(p q c) d -> p q c d", p=patch, q=patch)

@@ -1,4 +1,4 @@
-"""The weights of a run's checkpoint, without its objective, optimizer or config file: `meta["model"]` says what to build."""
+"""Loads the weights of a checkpoint without its objective, optimizer or config: `meta["model"]` describes the network."""
 
 import dataclasses
 import pathlib
@@ -18,9 +18,9 @@ TEACHER, STUDENT = "teacher", "student"
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """One network of a checkpoint and what is needed to use it."""
+    """The weights of one network of a checkpoint, with the metadata needed to use them."""
 
-    params: dict[str, Any]  # with `backbone` and the heads the network has
+    params: dict[str, Any]  # `backbone`, and the heads if the network has any
     meta: dict[str, Any]
     step: int
     network: str  # "teacher" or "student"
@@ -31,14 +31,14 @@ class Weights:
 
 
 def networks_of(meta: dict[str, Any]) -> tuple[str, ...]:
-    """The networks that a checkpoint holds; the first one is what is judged and exported."""
+    """The names of the networks in a checkpoint; the first one is evaluated and exported."""
     if backbone_alone(meta):
         return (TEACHER,)
     return tuple(meta.get("networks", (TEACHER, STUDENT)))
 
 
 def backbone_alone(meta: dict[str, Any]) -> bool:
-    """Whether a checkpoint is an import that holds a teacher's backbone and nothing else."""
+    """Whether a checkpoint was imported and holds only the backbone of a teacher."""
     return meta.get("imported", {}).get("backbone_alone", False)
 
 
@@ -46,17 +46,20 @@ def load_weights(
     run: str | pathlib.Path, step: int | None = None, which: str | None = None, verify: bool = True,
     parts: Sequence[str] | None = None,
 ) -> Weights:  # fmt: skip
-    """The weights of a run, on the first device.
+    """Loads the weights of a run onto the first device.
 
     Args:
-      which: "teacher" or "student"; None: the teacher, or the student of a method without one.
-      verify: compare the arrays with the digests of the save.
-      parts: sub-trees of the parameters, such as ("backbone",); None: all.
+      run: the run folder.
+      step: step of the checkpoint; None for the latest.
+      which: "teacher" or "student"; None for the teacher, or for the student of a method without a teacher.
+      verify: check the arrays against the digests stored in the checkpoint.
+      parts: sub-trees of the parameters to load, such as ("backbone",); None for all.
 
     Raises:
-      UserError: no such run, step or network, another format version, a backbone that is not the one of the metadata.
-      Damaged: an unreadable checkpoint, or one with other values than were saved.
-      Removed: training removed `step` meanwhile; where it is the latest, the next one is taken.
+      UserError: a run, step or network that does not exist; an unsupported format version; a backbone that does not match
+        the metadata.
+      Damaged: the checkpoint cannot be read, or its values differ from those that were saved.
+      Removed: training removed the checkpoint of `step` while it was read. With `step=None` the next one is loaded instead.
     """
     return checkpoint.while_kept(run, step, lambda chosen: _load(run, chosen, which, verify, parts))
 
@@ -67,8 +70,8 @@ def _load(run: str | pathlib.Path, step: int, which: str | None, verify: bool, p
     networks = networks_of(meta)
     which = networks[0] if which is None else which
     if which not in networks:
-        alone = "the teacher's backbone alone, and no student" if backbone_alone(meta) else f"no {which}: {' and '.join(networks)}"
-        raise UserError(f"{run} holds {alone}; choose another network")
+        held = "only the teacher's backbone" if backbone_alone(meta) else f"only {' and '.join(networks)}"
+        raise UserError(f"{run} has no {which}, {held}; choose another network")
     item = TEACHER if which == TEACHER else "state"
     stored = intact.read(folder, lambda: ocp.checkpointables_metadata(folder).metadata[item])
     stored = stored if which == TEACHER else {"params": stored["params"]}
@@ -93,26 +96,26 @@ def _load(run: str | pathlib.Path, step: int, which: str | None, verify: bool, p
 
 
 def _placed(stored: Any) -> Any:
-    """Shapes and dtypes of a tree of Orbax's metadata, on the first device."""
+    """The shapes and dtypes of a tree of Orbax metadata, placed on the first device."""
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), stored)
 
 
 def _check_complete(folder: pathlib.Path, item: str, stored: Any, digests: dict[str, Any]) -> None:
-    """Raises Damaged where the files describe other arrays than were saved."""
+    """Raises Damaged if the stored arrays are not those that were saved."""
     saved = intact.saved_shapes(digests, item)
     if item == "state":
         saved = {path: leaf for path, leaf in saved.items() if path.startswith("params/")}
     found = intact.shapes_of(stored)
     if found != {path: tuple(leaf.shape) for path, leaf in saved.items()}:
-        raise intact.Damaged(f"the checkpoint {folder} is damaged: its {item} has lost or changed arrays since it was saved")
+        raise intact.Damaged(f"the checkpoint {folder} is damaged: arrays of its {item} are missing or changed since it was saved; use another checkpoint with --step")
 
 
 def check_backbone(backbone: Any, meta: dict[str, Any], where: str) -> None:
-    """Raises UserError where a backbone's leaves are not those of `meta["model"]`; names all that differ."""
+    """Raises Misfit if the leaves of a backbone are not those of `meta["model"]`; the error names every leaf that differs."""
     network, side = vit.build(meta["model"]), meta["model"]["image_size"]
     image = np.zeros((1, side, side, meta["model"]["bands"]), np.float32)
     abstract = jax.eval_shape(lambda: network.init(jax.random.key(0), image))["params"]
     differing = intact.differences(backbone, abstract)
     if differing:
-        raise Misfit(f"{where} does not hold the backbone that its metadata describe: {every(differing)}")
+        raise Misfit(f"the backbone in {where} does not match its metadata: {every(differing)}")

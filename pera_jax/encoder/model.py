@@ -1,11 +1,11 @@
-"""Features of images by weights that are there: class token, map of patch tokens, tokens of chosen blocks.
+"""Features of images from trained weights: class token, map of patch tokens, tokens of intermediate blocks.
 
-    model = features.load("runs/aid")        # or a folder that `python -m pera_jax.export timm` has written
-    found = model(images)                    # stored values [B, H, W, C], of NumPy or JAX
-    found.class_token, found.patch_map       # [B, D], [B, h, w, D]
+    model = features.load("runs/aid")        # or a folder written by `python -m pera_jax.export timm`
+    tokens = model(images)                   # stored values [B, H, W, C], NumPy or JAX
+    tokens.class_token, tokens.patch_map     # [B, D], [B, h, w, D]
     model(images, blocks=(3, 7, 11)).block_maps
 
-`model.apply` is the same as a pure function of the parameters, for one's own jit, vmap and grad:
+`model.apply` is the same as a pure function of the parameters, to use with jit, vmap and grad:
 
     loss = lambda params: jnp.mean((model.apply(params, images).class_token @ head - targets) ** 2)
     gradients = jax.grad(loss)(model.params)
@@ -28,21 +28,21 @@ from pera_jax.common.errors import UserError
 from pera_jax.common.text import several
 from pera_jax.encoder import exported
 from pera_jax.encoder.load import Weights
-from pera_jax.encoder.load import load_weights as load_of_run
+from pera_jax.encoder.load import load_weights as load_run
 from pera_jax.models import vit
 from pera_jax.training.checkpoints import checkpoint
 
 NETWORKS = ("teacher", "student")
-SIZES = ("refuse", "pad")  # what becomes of sides that the patch does not divide
+SIZES = ("refuse", "pad")  # what to do with image sides that are not multiples of the patch size
 
 
 class Tokens(NamedTuple):
-    """What a network makes of images, each after the final norm; float32. Of a single image without the axis B."""
+    """Output of the encoder after the final norm; float32. A single image has no batch axis."""
 
     class_token: jax.Array  # [B, D]
     patch_map: jax.Array  # [B, h, w, D]
-    block_class_tokens: tuple[jax.Array, ...] = ()  # of each block that was asked for: [B, D]
-    block_maps: tuple[jax.Array, ...] = ()  # the same: [B, h, w, D]
+    block_class_tokens: tuple[jax.Array, ...] = ()  # one [B, D] for each requested block
+    block_maps: tuple[jax.Array, ...] = ()  # one [B, h, w, D] for each requested block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +50,10 @@ class Model:
     """A frozen vision transformer.
 
     Attributes:
-      params: its parameters, nested dicts of arrays.
-      network: their module; has `width`, `depth`, `patch` (px) and `image_size` (px, of the crops it was trained on).
-      bands: which values it takes, in which order, and how they are normalized.
+      params: the parameters, nested dicts of arrays.
+      network: the Flax module, with `width`, `depth`, `patch` (px) and `image_size` (px, the size of the global crops in
+        training).
+      bands: names, order, dtype and normalization of the input bands.
     """
 
     params: dict[str, Any] = dataclasses.field(repr=False)
@@ -60,27 +61,28 @@ class Model:
     bands: Bands
 
     @classmethod
-    def of(cls, backbone: dict[str, Any], meta: dict[str, Any]) -> "Model":
-        """The model of a ViT's parameters and a checkpoint's `meta`; float32 throughout."""
-        return cls(backbone, vit.build(meta["model"]), Bands.from_metadata(meta))
+    def from_metadata(cls, backbone: dict[str, Any], meta: dict[str, Any]) -> "Model":
+        """A model from the parameters of a ViT and the metadata of its checkpoint; computes in float32."""
+        return cls(backbone, vit.build(meta["model"]), Bands.of(meta))
 
     def __call__(self, images, *, blocks: int | Sequence[int] = (), size: str = "refuse") -> Tokens:
-        """`apply` with the model's own parameters, compiled once for each shape."""
+        """`apply` with the model's own parameters, compiled once per input shape."""
         chosen = blocks if isinstance(blocks, int) else tuple(blocks)
-        self._check(images, size)  # before NumPy's values become JAX's, which have no 64 bits
+        self._check(images, size)  # before the conversion to JAX, which would turn float64 into float32
         return _compiled(dataclasses.replace(self, params=None), self.params, jnp.asarray(images), chosen, size)
 
     def apply(self, params: dict[str, Any], images, *, blocks: int | Sequence[int] = (), size: str = "refuse") -> Tokens:
-        """The tokens of images by any parameters of this network; pure.
+        """The tokens of images, as a pure function of the parameters.
 
         Args:
+          params: parameters of this network.
           images: stored values [B, H, W, C] of `bands.dtype`, or one image [H, W, C]; channels in the order of `bands.names`.
-          blocks: whose tokens to return too: indices from 0, or a number: so many last ones, the last one last.
-          size: "refuse": H and W must be multiples of the patch; "pad": others are reflected at the lower and the right
-            edge up to the next multiple, and the maps have ceil(H / patch) rows and ceil(W / patch) columns.
+          blocks: blocks whose tokens are returned too: 0-based indices, or an int n for the last n blocks, in order.
+          size: "refuse": H and W must be multiples of the patch size. "pad": images are padded by reflection at the bottom
+            and the right to the next multiple; the maps have ceil(H / patch) rows and ceil(W / patch) columns.
 
         Raises:
-          UserError: images of another shape, dtype or size; no such block.
+          UserError: images of the wrong shape, dtype or size; a block that does not exist.
         """
         self._check(images, size)
         values = self.bands.normalized(images)
@@ -90,16 +92,16 @@ class Model:
         return self.encode(params, values, blocks=blocks)
 
     def encode(self, params: dict[str, Any], values, *, blocks: int | Sequence[int] = ()) -> Tokens:
-        """`apply` on `bands.normalized` values [B, H, W, C] or [H, W, C], for augmentations of one's own.
+        """`apply` on normalized values (`bands.normalized`) [B, H, W, C] or [H, W, C], for custom augmentations.
 
         Raises:
-          UserError: sides that are no multiples of the patch; no such block.
+          UserError: sides that are not multiples of the patch size; a block that does not exist.
         """
         (height, width), patch = values.shape[-3:-1], self.network.patch
         if height % patch or width % patch:
             raise UserError(
-                f"images of {height} x {width} px are not multiples of the patch of {patch} px; resize them, or pad them "
-                "with size='pad'"
+                f"the image size {height} x {width} px is not a multiple of the patch size {patch} px; resize the images, or "
+                "pad them with size='pad'"
             )
         chosen = _chosen(blocks, self.network.depth)
         batch = values if values.ndim == 4 else values[None]
@@ -116,20 +118,20 @@ class Model:
     def _check(self, images, size: str) -> None:
         names = self.bands.names
         if size not in SIZES:
-            raise UserError(f"size={size!r} is none of {', '.join(SIZES)}")
+            raise UserError(f"unknown size={size!r}; expected one of {', '.join(SIZES)}")
         if not hasattr(images, "dtype"):
-            raise UserError(f"images are a {type(images).__name__}; hand over an array [H, W, C] or [B, H, W, C] of {self.bands.dtype}")
+            raise UserError(f"expected images as a {self.bands.dtype} array [H, W, C] or [B, H, W, C], got {type(images).__name__}; pass a NumPy or JAX array")
         if images.ndim not in (3, 4) or 0 in images.shape:
-            raise UserError(f"images of shape {tuple(images.shape)} are neither [B, H, W, C] nor [H, W, C], or have no pixel")
+            raise UserError(f"expected images of shape [B, H, W, C] or [H, W, C] with at least one pixel, got {tuple(images.shape)}")
         if images.shape[-1] != len(names):
             raise UserError(
-                f"the images have {images.shape[-1]} bands on their last axis, and these weights take {len(names)}: "
-                f"{several(names, 10)}"
+                f"expected {len(names)} bands on the last axis of the images ({several(names, 10)}), got {images.shape[-1]}; "
+                "pass the bands that the weights were trained on"
             )
         if images.dtype != self.bands.dtype:
             raise UserError(
-                f"the images are {images.dtype}, and these weights take stored values of {self.bands.dtype}; hand over "
-                "the values as they are stored, not normalized"
+                f"expected images of dtype {self.bands.dtype}, got {images.dtype}; pass the values as they are stored, "
+                "without normalization"
             )
 
 
@@ -139,32 +141,33 @@ def _compiled(model: Model, params, images, blocks, size) -> Tokens:
 
 
 def _chosen(blocks: int | Sequence[int], depth: int) -> tuple[int, ...]:
-    """The indices of blocks that `Model.apply` is asked for."""
+    """The indices of the blocks in the argument `blocks` of `Model.apply`."""
     if isinstance(blocks, int):
         if not 0 <= blocks <= depth:
-            raise UserError(f"blocks={blocks} asks for {blocks} last blocks, and the network has {depth}")
+            raise UserError(f"blocks={blocks} is out of range; expected a number of last blocks from 0 to {depth}")
         return tuple(range(depth - blocks, depth))
     wrong = [block for block in blocks if not 0 <= block < depth]
     if wrong:
-        raise UserError(f"there is no block {wrong[0]}; the network has {depth}, from 0 to {depth - 1}")
+        raise UserError(f"block {wrong[0]} does not exist; the network has blocks 0 to {depth - 1}")
     return tuple(int(block) for block in blocks)
 
 
 def load(
     path: str | pathlib.Path, step: int | None = None, which: str | None = None, verify: bool = True
 ) -> Model:
-    """The model of a run's folder, or of a folder that `python -m pera_jax.export timm` has written.
+    """Loads the model of a run, or of a folder written by `python -m pera_jax.export timm`.
 
     Args:
-      step: the checkpoint of a run; None: the latest.
-      which: "teacher" or "student"; None: the one that is judged, the teacher where there is one.
-      verify: compare the weights with the digests that were written with them.
+      path: the run folder (its `--workdir`) or the exported folder.
+      step: step of the checkpoint; None for the latest.
+      which: "teacher" or "student"; None for the teacher, or for the student of a method without a teacher.
+      verify: check the weights against their stored SHA-256 digests.
 
     Raises:
-      UserError: no such folder, step or network; damaged files.
+      UserError: a folder, step or network that does not exist; damaged files.
     """
     weights = load_weights(path, step, which, verify, parts=("backbone",))
-    return Model.of(weights.backbone, weights.meta)
+    return Model.from_metadata(weights.backbone, weights.meta)
 
 
 @calls.logging_unchanged()
@@ -172,18 +175,18 @@ def load_weights(
     path: str | pathlib.Path, step: int | None = None, which: str | None = None, verify: bool = True,
     parts: Sequence[str] | None = None,
 ) -> Weights:  # fmt: skip
-    """The weights that `load` takes; the `meta` of an exported folder has only what is needed to use them.
+    """Loads weights as `load` does; the metadata of an exported folder have only what is needed to use the weights.
 
     Args:
-      parts: of a run, see `encoder.load.load_weights`.
+      parts: see `encoder.load.load_weights`; used only for runs.
     """
     if which not in (None, *NETWORKS):
-        raise UserError(f"there is no network {which!r}; choose from {', '.join(NETWORKS)}")
+        raise UserError(f"unknown network {which!r}; expected one of {', '.join(NETWORKS)}")
     path = pathlib.Path(paths.local(path))
     if not path.is_dir():
-        raise UserError(f"the folder {path} does not exist; name a run, or what python -m pera_jax.export timm has written")
+        raise UserError(f"the folder {path} does not exist; give a run folder or a folder written by python -m pera_jax.export timm")
     if (path / exported.FILE).is_file():
         return exported.load(path, step, which, verify)
     if (path / checkpoint.FOLDER).is_dir():
-        return load_of_run(path, step, which, verify, parts)
-    raise UserError(f"{path} holds neither {checkpoint.FOLDER}/ of a run nor {exported.FILE} of an export")
+        return load_run(path, step, which, verify, parts)
+    raise UserError(f"{path} is not a run folder (no {checkpoint.FOLDER}/) and not an exported folder (no {exported.FILE}); give one of the two")

@@ -1,4 +1,4 @@
-"""Named arrays in a file: safetensors, or a dictionary that torch.save has written."""
+"""Reads named arrays from safetensors and torch.save files, and writes safetensors."""
 
 import json
 import math
@@ -18,45 +18,45 @@ from pera_jax.common.text import every, several
 from pera_jax.formats import pickles
 
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-_MOST_DIMENSIONS = 8  # a convolution over space and time has 5; NumPy takes 64
-_MOST_VALUES = 1 << 40  # of one array, also of one that holds none because a side is 0
-_ENTRIES = ("model", "state_dict")  # where training programs keep the parameters beside other things
-_NETWORKS = ("teacher", "student", "backbone")  # entries that hold a dictionary each, as DINO's and DINOv2's
-_DIGEST = "sha256"  # over the arrays, in the metadata of safetensors
-_WRAPPER = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module)\.")  # of PyTorch, around any part
+_MOST_DIMENSIONS = 8  # a 3-D convolution has 5; NumPy allows 64
+_MOST_VALUES = 1 << 40  # per array, counting axes of size 0 as 1
+_ENTRIES = ("model", "state_dict")  # usual keys of the parameters in a checkpoint
+_NETWORKS = ("teacher", "student", "backbone")  # keys of one state dict each, as in DINO and DINOv2
+_DIGEST = "sha256"  # of the arrays, in the metadata of safetensors
+_WRAPPER = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module)\.")  # wrapper modules of PyTorch, at any level
 
 
-def read(path: pathlib.Path, verify: bool = True, told: list[str] | None = None) -> dict[str, np.ndarray]:
-    """The parameters in a file as float32, by name, without the names of PyTorch's wrappers, as `module.`.
+def read(path: pathlib.Path, verify: bool = True, notes: list[str] | None = None) -> dict[str, np.ndarray]:
+    """Reads the parameters in a file as float32 arrays by name, without the prefixes of PyTorch wrappers such as `module.`.
 
     Args:
-      path: NAME.safetensors, else a file of torch.save: with a dictionary of arrays, by itself or as its entry `model`
-        or `state_dict`; or with a dictionary for each of `teacher`, `student`, `backbone`, beside which other entries are
-        passed over.
-      verify: check the checksums that the file has: this program's over all arrays in safetensors, each member's in a file
-        of torch.save.
-      told: gets a line for arrays that are passed over, and one for those that are rounded.
+      path: NAME.safetensors, or else a torch.save file with a state dict, either at the top level or under `model` or
+        `state_dict`, or with one state dict for each of `teacher`, `student`, `backbone`; other entries are ignored.
+      verify: check checksums: this program's digest of the arrays in safetensors, the CRC of each member of a torch.save
+        file.
+      notes: notes on ignored and on rounded arrays are appended to it.
 
     Raises:
-      UserError: no such file, or damaged; entries that are no arrays of floats, all of which are named; as `pickles.load`.
+      UserError: a file that does not exist or is damaged; as `pickles.load`.
+      Misfit: entries that are not floating-point arrays; the error names all of them.
     """
-    told = [] if told is None else told
-    named = _safetensors(path, verify) if path.suffix == ".safetensors" else _torch(path, verify, told)
+    notes = [] if notes is None else notes
+    named = _safetensors(path, verify) if path.suffix == ".safetensors" else _torch(path, verify, notes)
     rounded = [name for name, array in named.items() if array.dtype.itemsize > 4]
     if rounded:
-        told.append(f"{len(rounded)} arrays of float64 are rounded to float32")
-    with np.errstate(over="ignore"):  # what is too large becomes infinite, which the reader refuses
+        notes.append(f"{len(rounded)} float64 arrays are rounded to float32")
+    with np.errstate(over="ignore"):  # overflow becomes inf, which `tables.misfits` reports
         named = {name: array.astype(np.float32, copy=False) for name, array in named.items()}
     bare = {_WRAPPER.sub("", name): array for name, array in named.items()}
     return bare if len(bare) == len(named) else named
 
 
 def write(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes NAME.safetensors, whole or not at all: the same bytes for the same arrays. Raises OSError."""
+    """Writes NAME.safetensors atomically; equal arrays give equal bytes. Raises OSError."""
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     metadata = {"format": "pt", _DIGEST: digests.of_named(contiguous)}
     content = safetensors.numpy.save(contiguous, metadata)
-    # It writes the metadata in any order.
+    # safetensors writes the metadata in arbitrary order.
     other, one = (_compact(dict(items)) for items in (reversed(metadata.items()), metadata.items()))
     files.write(path, content.replace(other, one, 1))
 
@@ -72,51 +72,51 @@ def _safetensors(path: pathlib.Path, verify: bool) -> dict[str, np.ndarray]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except safetensors.SafetensorError as error:
-        raise UserError(f"{path} is no safetensors file, or is cut off ({error})") from error
-    _refuse(path, [name for name, each in stored.items() if each["dtype"] not in _DTYPES])
-    _refuse_shapes(path, {name: each["shape"] for name, each in stored.items()})
+        raise UserError(f"{path} is not a safetensors file, or is truncated ({error}); get another copy") from error
+    _check_floats(path, [name for name, each in stored.items() if each["dtype"] not in _DTYPES])
+    _check_shapes(path, {name: each["shape"] for name, each in stored.items()})
     arrays = {
         name: np.frombuffer(each["data"], _DTYPES[each["dtype"]]).reshape(each["shape"]) for name, each in stored.items()
     }
     written = _metadata(content).get(_DIGEST)
     if verify and written is not None and written != digests.of_named(arrays):
-        raise UserError(f"{path} is damaged: it does not hold the arrays that were written; take another copy of it")
+        raise UserError(f"{path} is damaged: its arrays do not match their digest; get another copy")
     return arrays
 
 
 def _metadata(content: bytes) -> dict[str, str]:
-    """Of a file that is known to be one of safetensors."""
+    """The metadata of a valid safetensors file."""
     return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {}
 
 
-def _torch(path: pathlib.Path, verify: bool, told: list[str]) -> dict[str, np.ndarray]:
+def _torch(path: pathlib.Path, verify: bool, notes: list[str]) -> dict[str, np.ndarray]:
     held: Any = pickles.load(path, verify)
     import torch
 
     if not isinstance(held, dict):
-        raise UserError(f"{path} holds no dictionary of parameters but a {type(held).__name__}")
+        raise UserError(f"expected a dictionary of parameters in {path}, got {type(held).__name__}; save the model's state_dict")
     entry = next((name for name in _ENTRIES if isinstance(held.get(name), dict)), None)
     if entry is not None:
-        told += _passed_over(held, {entry})
+        notes += _ignored(held, {entry})
         held = held[entry]
     networks = {name: held[name] for name in _NETWORKS if isinstance(held.get(name), dict)}
     if networks:
-        told += _passed_over(held, networks.keys())
+        notes += _ignored(held, networks.keys())
         flat = dict(_flat(networks))
         counters = [k for k, v in flat.items() if isinstance(v, torch.Tensor) and not v.is_floating_point()]  # of batches
         held = {name: value for name, value in flat.items() if name not in counters}
-    _refuse(path, [str(k) for k, v in held.items() if not (isinstance(v, torch.Tensor) and v.is_floating_point())])
-    _refuse_shapes(path, {str(name): tensor.shape for name, tensor in held.items()})
-    # A stride of 0 makes a terabyte of one number, which the first copy would ask of the memory.
+    _check_floats(path, [str(k) for k, v in held.items() if not (isinstance(v, torch.Tensor) and v.is_floating_point())])
+    _check_shapes(path, {str(name): tensor.shape for name, tensor in held.items()})
+    # A stride of 0 makes a huge array out of one stored number; a copy would exhaust the memory.
     spread = [str(k) for k, v in held.items() if v.numel() * v.element_size() > v.untyped_storage().nbytes()]
     if spread:
-        raise Misfit(f"{path} holds arrays that are larger than what is stored of them: {every(sorted(spread))}")
+        raise Misfit(f"{path} has arrays that are larger than their stored data: {every(sorted(spread))}")
     wide = lambda tensor: tensor if tensor.dtype == torch.float64 else tensor.float()  # noqa: E731
     return {str(name): wide(tensor.detach()).numpy() for name, tensor in held.items()}
 
 
-def _passed_over(held: dict, taken: Collection[str]) -> list[str]:
-    """A line on the entries beside the `taken` ones that hold arrays, as other networks and optimisers do."""
+def _ignored(held: dict, used: Collection[str]) -> list[str]:
+    """A note on entries with arrays other than the `used` ones, such as other networks and optimizers."""
     import torch
 
     def holds_arrays(value: Any, depth: int = 0) -> bool:
@@ -124,12 +124,12 @@ def _passed_over(held: dict, taken: Collection[str]) -> list[str]:
         return isinstance(value, torch.Tensor) or any(holds_arrays(each, depth + 1) for each in inside)
 
     others = [f"{key}{'.*' if isinstance(value, dict) else ''}" for key, value in held.items()
-              if key not in taken and holds_arrays(value)]  # fmt: skip
-    return [f"taken is {every(taken)} of the file; passed over: {several(sorted(others), 12)}"] if others else []
+              if key not in used and holds_arrays(value)]  # fmt: skip
+    return [f"imported {every(used)} of the file; ignored: {several(sorted(others), 12)}"] if others else []
 
 
 def _flat(held: dict, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """What dictionaries in dictionaries hold, by names with dots."""
+    """The leaves of nested dictionaries, by dotted names."""
     for key, value in held.items():
         if isinstance(value, dict) and depth < _MOST_DIMENSIONS:
             yield from _flat(value, f"{prefix}{key}.", depth + 1)
@@ -137,16 +137,16 @@ def _flat(held: dict, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, A
             yield f"{prefix}{key}", value
 
 
-def _refuse_shapes(path: pathlib.Path, shapes: dict[str, Sequence[int]]) -> None:
+def _check_shapes(path: pathlib.Path, shapes: dict[str, Sequence[int]]) -> None:
     absurd = [
-        f"{name} {list(shape[:_MOST_DIMENSIONS])}" + (f" and so on, {len(shape)} dimensions" if len(shape) > _MOST_DIMENSIONS else "")
+        f"{name} {list(shape[:_MOST_DIMENSIONS])}" + (f" ..., {len(shape)} dimensions" if len(shape) > _MOST_DIMENSIONS else "")
         for name, shape in shapes.items()
         if len(shape) > _MOST_DIMENSIONS or math.prod(side or 1 for side in shape) > _MOST_VALUES
     ]
     if absurd:
-        raise UserError(f"{path} holds arrays of shapes that no network has: {several(sorted(absurd))}")
+        raise UserError(f"{path} has arrays with impossible shapes: {several(sorted(absurd))}; get another copy")
 
 
-def _refuse(path: pathlib.Path, names: list[str]) -> None:
+def _check_floats(path: pathlib.Path, names: list[str]) -> None:
     if names:
-        raise Misfit(f"{path} holds what is no array of floats: {every(sorted(names))}")
+        raise Misfit(f"{path} has entries that are not floating-point arrays: {every(sorted(names))}")

@@ -1,7 +1,8 @@
-"""Parameter names and layouts of PyTorch's vision transformers, as tables that are read in both directions.
+"""Tables of parameter names and layouts that convert between PyTorch vision transformers and Flax, in both directions.
 
-Theirs: linear layers [out, in], convolution [out, in, height, width], qkv rows ordered three, heads, head dimension, one
-entry per block. Ours: kernels [in, ...out], blocks stacked along a leading axis in `lower` and `upper`.
+PyTorch (`theirs`): linear layers [out, in], convolutions [out, in, height, width], rows of qkv in the order (3, heads, head
+dimension), one set of arrays per block. Flax (`ours`): kernels [in, ...out], blocks stacked along a leading axis in `lower`
+and `upper`.
 """
 
 import dataclasses
@@ -51,7 +52,7 @@ def _block(name: str, path: tuple[str, ...]) -> list[Entry]:
 
 
 def backbone(prefix: str, path: tuple[str, ...], depth: int, split: int) -> list[Entry]:
-    """The entries of a ViT of `depth` blocks whose `lower` stack has `split`; their names begin with `prefix`."""
+    """The entries of a ViT of `depth` blocks, `split` of them in the stack `lower`; names start with `prefix`."""
     table = [
         Entry(f"{prefix}cls_token", (*path, "class_token"), "d", "1 1 d"),
         Entry(f"{prefix}pos_embed", (*path, "position_embedding"), "l d", "1 l d"),
@@ -66,7 +67,7 @@ def backbone(prefix: str, path: tuple[str, ...], depth: int, split: int) -> list
     return table
 
 
-# ---------------------------------------------------------------- in both directions
+# ---------------------------------------------------------------- conversion
 
 
 def _sizes(heads: int, patch: int) -> dict[str, int]:
@@ -79,7 +80,7 @@ def _rearrange(array, before: str, after: str, sizes: dict[str, int]):
 
 
 def to_named(tree: dict[str, Any], entries: list[Entry], heads: int, patch: int) -> dict[str, Any]:
-    """Our tree -> arrays by name; entries whose root (as `params`, `teacher`) is not in `tree` are left out."""
+    """Converts our tree to arrays by name; skips entries whose root (such as `params`, `teacher`) is not in `tree`."""
     result = {}
     for entry in entries:
         if entry.path[0] in tree:
@@ -92,7 +93,7 @@ def to_named(tree: dict[str, Any], entries: list[Entry], heads: int, patch: int)
 
 
 def from_named(arrays: dict[str, np.ndarray], entries: list[Entry], heads: int, patch: int) -> dict[str, Any]:
-    """Arrays by name, all of `entries`, -> our tree, blocks stacked."""
+    """Converts arrays by name to our tree with stacked blocks; every entry must be present."""
     stacks: dict[tuple[str, ...], dict[int | None, np.ndarray]] = {}
     for entry in entries:
         leaf = _rearrange(arrays[entry.name], entry.theirs, entry.ours, _sizes(heads, patch))
@@ -106,24 +107,24 @@ def from_named(arrays: dict[str, np.ndarray], entries: list[Entry], heads: int, 
     return tree
 
 
-# ---------------------------------------------------------------- what a file holds
+# ---------------------------------------------------------------- checks
 
 
 def depth_of(names: Iterable[str], prefix: str) -> int:
-    """The number of different blocks that names speak of."""
+    """The number of distinct blocks among the names."""
     found = (re.match(rf"{re.escape(prefix)}blocks\.(\d+)\.", name) for name in names)
     return len({match[1] for match in found if match})
 
 
 def shape_of(arrays: dict[str, np.ndarray], prefix: str, heads: int | None, what: str) -> dict[str, Any]:
-    """The sizes of the ViT whose arrays' names begin with `prefix`, as `vit.build` takes them.
+    """The sizes of the ViT whose array names start with `prefix`, as arguments of `vit.build`.
 
     Args:
-      heads: of attention, which no array tells; None: 64 values each.
-      what: the file, for errors.
+      heads: number of attention heads, which no array shape gives; None for width / 64.
+      what: the file, for error messages.
 
     Raises:
-      UserError: the arrays that the sizes are read from are no ViT's; all that are wrong are named.
+      UserError: arrays whose shapes are not those of a ViT; the error names all of them.
     """
     wanted = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2}
     shapes = {name: arrays[prefix + name].shape for name in wanted}
@@ -136,11 +137,11 @@ def shape_of(arrays: dict[str, np.ndarray], prefix: str, heads: int | None, what
         wrong += ["patch_embed.proj.weight"] * (patch != other_patch)
     if wrong:
         listed = several(f"{prefix}{name} {list(shapes[name])}" for name in wrong)
-        raise UserError(f"{what} is of no ViT with a class token and square patches in a square grid: {listed}")
+        raise UserError(f"{what} is not a ViT with a class token and square patches in a square grid: {listed}")
     if heads is None and width % 64:
-        raise UserError(f"{what} has the width {width}, no multiple of 64, which leaves the heads unknown; give --heads")
+        raise UserError(f"the width {width} of {what} is not a multiple of 64, so the number of heads is unknown; give --heads")
     if heads is not None and (heads < 1 or width % heads):
-        raise UserError(f"{what} has the width {width}, no multiple of {heads} heads; give another --heads")
+        raise UserError(f"the width {width} of {what} is not a multiple of {heads} heads; give another --heads")
     ratio = hidden / width
     depth = depth_of(arrays, prefix)
     return dict(
@@ -150,57 +151,58 @@ def shape_of(arrays: dict[str, np.ndarray], prefix: str, heads: int | None, what
 
 
 def check_grid(named: dict[str, np.ndarray], size: tuple[int, int] | None, what: str) -> None:
-    """Raises UserError where positions are for a rectangle of patches, by the `size` of images in px that is told beside."""
+    """Raises UserError if the position embedding is for a non-square grid, given the image `size` (px) in config.json."""
     positions, kernel = named.get("pos_embed"), named.get("patch_embed.proj.weight")
     if not size or len(size) != 2 or positions is None or kernel is None or positions.ndim != 3 or kernel.ndim != 4:
         return
     rows, columns = (side // max(patch, 1) for side, patch in zip(size, kernel.shape[2:]))
     if rows != columns and rows * columns == positions.shape[1] - 1:
         raise UserError(
-            f"{what} has positions for {rows} x {columns} patches, images of {size[0]} x {size[1]} px by config.json, and only "
-            "square ones can be imported; resample them first, as timm.create_model(..., img_size=SIDE) does where it loads"
+            f"{what} has a position embedding for {rows} x {columns} patches (images of {size[0]} x {size[1]} px in "
+            "config.json), but only square grids can be imported; resample it with timm.create_model(..., img_size=SIDE) first"
         )
 
 
-def check_sizes(named: dict[str, np.ndarray], told: dict[str, int], what: str) -> None:
-    """Raises UserError where a file's sizes are not those that are told beside it: it lacks blocks, or is of another network.
+def check_sizes(named: dict[str, np.ndarray], expected: dict[str, int], what: str) -> None:
+    """Raises UserError if the sizes of a file differ from those in config.json: blocks are missing, or it is another network.
 
     Args:
-      told: some of `depth`, `width`, `patch`, `bands`.
+      expected: any of `depth`, `width`, `patch`, `bands`.
     """
     token, kernel = named.get("cls_token"), named.get("patch_embed.proj.weight")
     held = {"depth": depth_of(named, "")}
     held |= {"width": token.shape[-1]} if token is not None and token.ndim else {}
     held |= dict(zip(("bands", "patch"), kernel.shape[1:3])) if kernel is not None and kernel.ndim == 4 else {}
-    wrong = [f"{name} {size} instead of {told[name]}" for name, size in held.items() if told.get(name, size) != size]
+    wrong = [f"expected {name} {expected[name]}, got {size}" for name, size in held.items() if expected.get(name, size) != size]
     if wrong:
         raise UserError(
-            f"{what} has {every(wrong)}, as config.json beside it says; complete the file, or move it to a folder without it"
+            f"{what} does not match config.json beside it ({'; '.join(wrong)}); get a complete file, or move it to a folder "
+            "without config.json"
         )
 
 
 def misfits(arrays: dict[str, np.ndarray], entries: list[Entry]) -> list[str]:
-    """Parts of a sentence that name every entry that is missing, array that is none and array that is not finite."""
+    """Parts of an error message that name every missing array, every unexpected array and every array with NaN or inf."""
     names = {entry.name for entry in entries}
     problems = {
-        "lacks": sorted(names - arrays.keys()),
-        "has what does not belong there:": sorted(arrays.keys() - names),
-        "has values that are not finite in": sorted(name for name, each in arrays.items() if not np.isfinite(each).all()),
+        "lacks the arrays": sorted(names - arrays.keys()),
+        "has unexpected arrays:": sorted(arrays.keys() - names),
+        "has NaN or infinite values in": sorted(name for name, each in arrays.items() if not np.isfinite(each).all()),
     }
     return [f"{verb} {every(found)}" for verb, found in problems.items() if found]
 
 
 def misshapen(arrays: dict[str, np.ndarray], tree: Any, entries: list[Entry], shape: dict[str, Any]) -> list[str]:
-    """A part of a sentence that names every array whose shape is not that of our `tree`, abstract or not; [] for none."""
+    """A part of an error message that names every array whose shape differs from `tree` (arrays or shapes); [] if none does."""
     wanted = jax.eval_shape(lambda tree: to_named(tree, entries, shape["heads"], shape["patch"]), tree)
     wrong = [
-        f"{name} is {list(arrays[name].shape)} instead of {list(wanted[name].shape)}"
+        f"{name} (expected {list(wanted[name].shape)}, got {list(arrays[name].shape)})"
         for name in sorted(wanted) if name in arrays and arrays[name].shape != wanted[name].shape
     ]  # fmt: skip
     return [f"has arrays of the wrong shape: {every(wrong)}"] if wrong else []
 
 
-def check(said: list[str], what: str) -> None:
-    """Raises Misfit, one sentence with all that `misfits` and `misshapen` found in the file `what`."""
-    if said:
-        raise Misfit(f"{what} {'; '.join(said)}")
+def check(problems: list[str], what: str) -> None:
+    """Raises Misfit with all problems that `misfits` and `misshapen` found in the file `what`."""
+    if problems:
+        raise Misfit(f"{what} {'; '.join(problems)}")

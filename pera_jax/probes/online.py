@@ -1,7 +1,7 @@
-"""What the features of a network tell while it is trained: nearest neighbors among a few labelled images.
+"""The monitor: kNN accuracy of the features during training, on a small set of labeled images.
 
-The number is for watching a run, not for reporting one: of each image of a small set the class is guessed from the other
-images of the set. It reads the teacher, or the student of a method without one, and changes nothing of the training.
+Each image is classified by its nearest neighbors among the other images of the set. The number is for monitoring a run, not
+for publication. It uses the teacher, or the student of a method without a teacher, and does not affect training.
 """
 
 import functools
@@ -20,32 +20,32 @@ from pera_jax.parallel import sharding
 from pera_jax.probes.classification import knn
 
 METRIC = "monitor/knn20"
-NEIGHBOURS = 20
+NEIGHBORS = 20
 MICRO_BATCH = 32  # images per device
-_SEARCHED = 10  # records that are looked at for each image that is wanted, at most
+_SEARCHED = 10  # at most this many records are read per image of the set
 
 
-def small_set(settings, bands: Bands, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """As many images of each class as there are, or `settings.images` in all.
+def labeled_subset(settings, bands: Bands, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Reads a class-balanced subset of `settings.images` images, or fewer if the data set is too small.
 
-    The records are looked at in an order that is random and always the same; of each class the first ones are taken. A
-    large set is not searched whole: it ends after ten times as many records as images are wanted.
+    Records are read in a fixed random order, and the first ones of each class are used. At most ten times `settings.images`
+    records are read.
 
     Args:
       settings: `config.monitor`: `data`, `split`, `images`.
-      side: px, to which whole images are resized.
+      side: px; images are resized to side x side.
 
     Returns:
       (stored values [N, side, side, C], labels int64 [N]).
 
     Raises:
-      UserError: a data set that cannot be read, that has other bands or no classes, or too few images.
+      UserError: a data set that cannot be read, has other bands, no classes or too few images.
     """
     source = records.open_split(settings.data, settings.split)
     classes = len(source.info.class_names or ())
     if classes < 2:
-        raise UserError(f"monitor.data={settings.data} has no classes to tell apart; name a labelled data set, or \"\"")
-    places = bands.indices_in(source.info, source.path)
+        raise UserError(f"monitor.data={settings.data} needs at least two classes; give a labeled data set, or \"\" to disable the monitor")
+    places = bands.places(source.info, source.path)
     order = np.random.default_rng(0).permutation(len(source))[: _SEARCHED * settings.images]
     quota, taken, images, labels = -(-settings.images // classes), np.zeros(classes, int), [], []
     for index in order:
@@ -57,35 +57,35 @@ def small_set(settings, bands: Bands, side: int) -> tuple[np.ndarray, np.ndarray
                 continue
             pixels = codecs.decode_bands(record.image, source.info, places)
         except (RuntimeError, codecs.ImageDecodeError) as error:
-            raise UserError(f"record {index} of {source.path} cannot be read; convert it anew") from error
+            raise UserError(f"record {index} of {source.path} cannot be read; convert the data set again") from error
         taken[record.label] += 1
         images.append(features.resized(pixels, side))
         labels.append(record.label)
     source.close()
-    if len(images) <= NEIGHBOURS:
+    if len(images) <= NEIGHBORS:
         raise UserError(
-            f"the monitor found {len(images)} labelled images in split {settings.split!r} of {settings.data}, and "
-            f"{NEIGHBOURS} neighbours of each need at least {NEIGHBOURS + 1}; raise monitor.images or give it more"
+            f"the monitor needs at least {NEIGHBORS + 1} labeled images in split {settings.split!r} of {settings.data}, got "
+            f"{len(images)}; raise monitor.images or use a larger data set"
         )
     return np.stack(images), np.array(labels)
 
 
 class Monitor:
-    """The small set and the teacher's features of it, computed over the mesh of the training.
+    """Evaluates the labeled subset on the mesh of the training.
 
-    The parameters stay where they lie; every host calls it at the same steps and finds the same.
+    Parameters keep their sharding. A collective: every process calls it at the same steps and gets the same result.
     """
 
     def __init__(self, settings, objective: Objective, params: Any, mesh: Mesh):
         """
         Args:
-          settings: `config.monitor`, whose `data` is not empty.
-          params: of the network that is judged (`base.judged`), or their shapes, with their shardings.
+          settings: `config.monitor`, with a non-empty `data`.
+          params: parameters of the evaluated network (`base.judged`), or their shapes, with shardings.
 
         Raises:
-          UserError: as `small_set`.
+          UserError: as `labeled_subset`.
         """
-        self.images, self.labels = small_set(settings, objective.bands, objective.encoder.image_size)
+        self.images, self.labels = labeled_subset(settings, objective.bands, objective.encoder.image_size)
         shards, wide = sharding.batch_shards(mesh), objective.precision.wide
         self._rows = shards * min(MICRO_BATCH, -(-len(self.images) // shards))
         self._where = NamedSharding(mesh, sharding.BATCH)
@@ -98,15 +98,15 @@ class Monitor:
             in_shardings=(jax.tree.map(lambda leaf: leaf.sharding, params["backbone"]), self._where),
             out_shardings=everywhere,
         )
-        # Each device works on all of it, so that all of them find the same.
+        # Replicated: every device computes the full result.
         self._vote = jax.jit(
-            functools.partial(knn.leave_one_out, classes=int(self.labels.max()) + 1, k=NEIGHBOURS),
+            functools.partial(knn.leave_one_out, classes=int(self.labels.max()) + 1, k=NEIGHBORS),
             in_shardings=everywhere,
             out_shardings=everywhere,
         )
 
     def features(self, params: Any) -> np.ndarray:
-        """The class tokens [N, D] of the small set. One part after the other: only one lies on the devices."""
+        """The class tokens float32 [N, D] of the subset, computed batch by batch to save device memory."""
         parts = []
         for first in range(0, len(self.images), self._rows):
             part = self.images[first : first + self._rows]
@@ -114,8 +114,8 @@ class Monitor:
             padded[: len(part)] = part
             rows = jax.make_array_from_callback(padded.shape, self._where, lambda index, rows=padded: rows[index])
             parts.append(np.asarray(self._encode(params["backbone"], rows)))
-        return np.concatenate(parts)[: len(self.images)]  # only the end is padded
+        return np.concatenate(parts)[: len(self.images)]  # removes the padding
 
     def __call__(self, params: Any) -> dict[str, float]:
-        """The metric: leave-one-out accuracy with k = 20, T = 0.07 on the class tokens."""
+        """The metric: leave-one-out kNN accuracy of the class tokens, with k = 20 and T = 0.07."""
         return {METRIC: float(self._vote(self.features(params), self.labels))}

@@ -1,8 +1,8 @@
-"""How well predictions fit the truth, and how far a score would move on other test images.
+"""Classification metrics and their bootstrap intervals.
 
-Classes are integers [N] from 0 to classes - 1; of several labels for an image, truth is bool [N, classes] and a
-prediction is a matrix of scores [N, classes], the larger the likelier. Every score takes `counts` float64 [R, N] too:
-how often each of R resamples of the images holds each image; it then gives R values at once.
+Single-label: labels and predictions are integers [N] below `classes`. Multi-label: labels are bool [N, classes] and
+predictions are scores float [N, classes]. Every metric also takes `counts` float64 [R, N], the number of times that each of R
+bootstrap resamples contains each image, and then returns R values.
 """
 
 import dataclasses
@@ -11,17 +11,18 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import scipy.sparse
 
-_COUNTS = 2**24  # entries of `counts` that a bootstrap holds at once: 128 MiB
-_AT_ONCE = 32  # resamples whose average precision is computed at once
+_COUNTS = 2**24  # entries of `counts` held at once by the bootstrap: 128 MiB
+_AT_ONCE = 32  # resamples per batch of average precision
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """One number on the test images.
+    """A metric on the test images.
 
     Attributes:
-      low, high: the bootstrap interval of 95 % over test units, where there is one.
-      seeds: the value of each seed, where there are several; `value` is their mean.
+      value: the metric; with several seeds, their mean.
+      low, high: 95% bootstrap interval over the test units, or None.
+      seeds: the value of each seed, if there are several.
     """
 
     value: float
@@ -30,89 +31,95 @@ class Score:
     seeds: tuple[float, ...] = ()
 
 
-# ---------------------------------------------------------------- one label for an image
+# ---------------------------------------------------------------- single-label
 
 
 def accuracy(predicted: np.ndarray, labels: np.ndarray, counts: np.ndarray | None = None) -> float | np.ndarray:
-    """The share of images whose class is predicted: a float, with `counts` float64 [R]."""
+    """The fraction of images predicted correctly: a float, or with `counts` float64 [R]."""
     right = (predicted == labels).astype(np.float64)
     return float(right.mean()) if counts is None else counts @ right / counts.sum(axis=1)
 
 
 def confusion(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """The number of images by [true class, predicted class], int64 [classes, classes]."""
-    return np.bincount(labels * classes + predicted, minlength=classes * classes).reshape(classes, classes)
+    """The confusion matrix int64 [classes, classes]: counts by (true class, predicted class)."""
+    return confusions(predicted, labels, np.zeros(len(labels), np.int64), 1, classes)[0]
+
+
+def confusions(predicted: np.ndarray, labels: np.ndarray, units: np.ndarray, number: int, classes: int) -> np.ndarray:
+    """One confusion matrix per unit, int64 [number, classes, classes]; `units` [N] is the unit of each sample."""
+    cells = (units.astype(np.int64) * classes + labels) * classes + predicted
+    return np.bincount(cells, minlength=number * classes**2).reshape(number, classes, classes)
 
 
 def accuracy_by_class(predicted: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """The share of each class's images that is predicted, float64 [classes]; NaN for a class without images."""
+    """The recall of each class, float64 [classes]; NaN for a class without images."""
     table = confusion(predicted, labels, classes)
-    return _quotients(np.diag(table), table.sum(axis=1))
+    return ratio(np.diag(table), table.sum(axis=1))
 
 
 def f1_by_class(
     predicted: np.ndarray, labels: np.ndarray, classes: int, counts: np.ndarray | None = None
 ) -> np.ndarray:
-    """`2 right / (predicted + true)` by class, float64 [classes] ([R, classes]); NaN where neither array has it."""
+    """The F1 score of each class, float64 [classes] or, with `counts`, [R, classes]; NaN for a class in neither array."""
     if counts is None:
         counts = np.ones((1, len(labels)))
         return f1_by_class(predicted, labels, classes, counts)[0]
     true, guessed = np.eye(classes)[labels], np.eye(classes)[predicted]  # [N, classes]
-    return _quotients(2.0 * (counts @ (true * guessed)), counts @ (true + guessed))
+    return ratio(2.0 * (counts @ (true * guessed)), counts @ (true + guessed))
 
 
 def macro_f1(
     predicted: np.ndarray, labels: np.ndarray, classes: int, counts: np.ndarray | None = None
 ) -> float | np.ndarray:
-    """The mean of `f1_by_class` over the classes that the prediction or the truth holds: a float, with `counts` [R]."""
+    """The mean of `f1_by_class` over classes in truth or prediction: a float, or with `counts` float64 [R]."""
     values = np.nanmean(f1_by_class(predicted, labels, classes, counts), axis=-1)
     return float(values) if counts is None else values
 
 
-# ---------------------------------------------------------------- several labels for an image
+# ---------------------------------------------------------------- multi-label
 
 
 def average_precision(scores: np.ndarray, truth: np.ndarray, counts: np.ndarray | None = None) -> float | np.ndarray:
-    """The mean precision at the ranks of the positives, `sum_n (recall_n - recall_(n-1)) precision_n`.
+    """Average precision, `sum_n (recall_n - recall_(n-1)) precision_n` over thresholds n.
 
-    Equal scores share one threshold n. NaN without a positive.
+    Equal scores share one threshold. NaN without positives.
 
     Args:
       scores: [N]; truth: bool [N].
 
     Returns:
-      A float, with `counts` float64 [R].
+      A float, or with `counts` float64 [R].
     """
     return _average_precision(scores, truth, np.arange(len(scores)), counts)
 
 
 def map_micro(scores: np.ndarray, truth: np.ndarray, counts: np.ndarray | None = None) -> float | np.ndarray:
-    """Average precision over all pairs of image and class in one ranking: a float, with `counts` float64 [R]."""
+    """Average precision over all (image, class) pairs in one ranking: a float, or with `counts` float64 [R]."""
     images = np.repeat(np.arange(len(scores)), scores.shape[1])
     return _average_precision(scores.ravel(), truth.ravel(), images, counts)
 
 
 def map_macro(scores: np.ndarray, truth: np.ndarray, counts: np.ndarray | None = None) -> float | np.ndarray:
-    """The mean over classes of average precision, without the classes that have no positive: float or float64 [R]."""
+    """The mean average precision over classes that have positives: a float, or with `counts` float64 [R]."""
     values = [average_precision(scores[:, c], truth[:, c], counts) for c in np.flatnonzero(truth.any(axis=0))]
     if not values:
         return float("nan") if counts is None else np.full(len(counts), np.nan)
-    values = np.stack(values)  # [classes] or [classes, R]; of a resample a class may have no positive
-    means = _quotients(np.nansum(values, axis=0), np.sum(~np.isnan(values), axis=0))
+    values = np.stack(values)  # [classes] or [classes, R]; NaN if a class has no positive in a resample
+    means = ratio(np.nansum(values, axis=0), np.sum(~np.isnan(values), axis=0))
     return float(means) if counts is None else means
 
 
 def _average_precision(scores, truth, images, counts):
-    """Of elements [E] that belong to the images [E] whose counts are given."""
+    """Average precision of scores [E] with truth [E]; `images` [E] is the image of each element."""
     if counts is None:
         return float(_average_precision(scores, truth, np.zeros(len(scores), int), np.ones((1, 1)))[0])
     order = np.argsort(-scores, kind="stable")
     scores, truth, images = scores[order], truth[order], images[order]
-    ends = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))  # the last element of each threshold
-    used = ends[np.unique(np.searchsorted(ends, np.flatnonzero(truth)))]  # without a positive no recall changes
+    ends = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))  # last element of each threshold
+    used = ends[np.unique(np.searchsorted(ends, np.flatnonzero(truth)))]  # thresholds where recall changes
     if not len(used):
         return np.full(len(counts), np.nan)
-    # How many elements of each image lie between two used thresholds, and how many positives: [thresholds, N].
+    # Counts of elements and of positives per image between consecutive thresholds: [thresholds, N].
     piece, shape = np.searchsorted(used, np.arange(used[-1] + 1)), (len(used), counts.shape[1])
     images, truth = images[: used[-1] + 1], truth[: used[-1] + 1]
     elements = scipy.sparse.csr_array((np.ones(len(images)), (piece, images)), shape)
@@ -121,14 +128,15 @@ def _average_precision(scores, truth, images, counts):
     for first in range(0, len(counts), _AT_ONCE):
         columns = np.ascontiguousarray(counts[first : first + _AT_ONCE].T)  # [N, r]
         found = positives @ columns  # [thresholds, r]
-        precision = _quotients(np.cumsum(found, axis=0), np.cumsum(elements @ columns, axis=0), empty=0.0)
-        values.append(_quotients(np.sum(found * precision, axis=0), np.sum(found, axis=0)))
+        precision = ratio(np.cumsum(found, axis=0), np.cumsum(elements @ columns, axis=0), empty=0.0)
+        values.append(ratio(np.sum(found * precision, axis=0), np.sum(found, axis=0)))
     return np.concatenate(values)
 
 
-def _quotients(above, below, empty=np.nan):
-    above, below = np.asarray(above, np.float64), np.asarray(below, np.float64)
-    return np.divide(above, below, out=np.full(below.shape, empty), where=below > 0)
+def ratio(part, whole, empty: float = np.nan) -> np.ndarray:
+    """`part / whole` in float64; `empty` where `whole` is 0."""
+    part, whole = np.asarray(part, np.float64), np.asarray(whole, np.float64)
+    return np.divide(part, whole, out=np.full(whole.shape, empty), where=whole > 0)
 
 
 # ---------------------------------------------------------------- intervals
@@ -137,12 +145,13 @@ def _quotients(above, below, empty=np.nan):
 def interval(
     score: Callable[[np.ndarray], np.ndarray], images: int, seed: int, resamples: int = 1000, level: float = 0.95
 ) -> tuple[float, float]:
-    """The percentile bootstrap interval of a score over resampled test images: (low, high).
+    """The percentile bootstrap interval (low, high) of a metric over the test images.
 
-    It tells the chance of the drawn test images only, not that of training.
+    It covers only the sampling of test images, not the randomness of training.
 
     Args:
-      score: takes counts float64 [r, images] and gives r values; NaN (a resample without a positive) is left out.
+      score: maps counts float64 [r, images] to r values; NaN values (resamples without positives) are ignored.
+      images: number of test images.
     """
     rng, chunk, values = np.random.default_rng(seed), max(_COUNTS // images, 1), []
     for first in range(0, resamples, chunk):
@@ -157,18 +166,18 @@ def interval(
 def bootstrap_interval(
     values: np.ndarray, seed: int, resamples: int = 1000, level: float = 0.95
 ) -> tuple[float, float]:
-    """`interval` of the mean of `values` [N], one of each test unit: with `predicted == labels` of the accuracy."""
+    """The `interval` of the mean of `values` [N], one per test unit; with `predicted == labels` that of the accuracy."""
     values = np.asarray(values, np.float64)
     return interval(lambda counts: counts @ values / len(values), len(values), seed, resamples, level)
 
 
 def over_seeds(score: Callable, predictions: Sequence[np.ndarray], truth: np.ndarray, seed: int) -> Score:
-    """The mean of a score over the predictions of several seeds, with the interval of that mean.
+    """The mean of a metric over several seeds, with the bootstrap interval of the mean.
 
     Args:
-      score: takes (prediction, truth) and, for the interval, counts.
-      predictions: of the test images, one for each seed.
-      seed: of the resamples.
+      score: a metric of (prediction, truth, counts), with optional counts.
+      predictions: for the test images, one per seed.
+      seed: seed of the bootstrap.
     """
     values = [score(predicted, truth) for predicted in predictions]
     low, high = interval(

@@ -1,4 +1,4 @@
-"""Labelled images cut in two by class: a part to choose settings on, or a share to train on; and what cannot be cut."""
+"""Stratified splits of labeled images, and checks of labels and features."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,14 +8,14 @@ import numpy as np
 from pera_jax.common import text
 from pera_jax.common.errors import UserError
 from pera_jax.encoder.extract import Features
-from pera_jax.probes.classification.labeled import Labelled
+from pera_jax.probes.classification.labeled import Labeled
 
 
 def strata(labels: np.ndarray) -> np.ndarray:
-    """What a split keeps the proportions of, int64 [N].
+    """The stratum of each image for stratified splits, int64 [N].
 
-    The class; of several labels (bool [N, classes]) the one with the fewest images, so that rare classes come into both
-    parts, and -1 for an image without a label.
+    The class; for multi-label images (bool [N, classes]) the rarest label of the image, or -1 without labels, so that rare
+    classes appear in both parts.
     """
     if labels.ndim == 1:
         return labels.astype(np.int64)
@@ -23,87 +23,87 @@ def strata(labels: np.ndarray) -> np.ndarray:
     return np.where(labels.any(axis=1), np.argmin(images, axis=1), -1)
 
 
-def hold_out(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts labelled images by `strata`: (indices to fit, indices held out), each ascending.
+def hold_out(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Splits labeled images by `strata` into (fit indices, held-out indices), each ascending.
 
-    Of n images of a class `round(share n)` are held out, at least one and at most n - 1; `seed` decides which.
+    In a stratum of n images `round(fraction * n)` are held out, at least 1 and at most n - 1, chosen by `seed`.
 
     Raises:
-      UserError: no class has two images; of several labels, no image that carries one could be held out.
+      UserError: no class has two images; with multi-label images, no image with a label can be held out.
     """
     rng, held, groups = np.random.default_rng(seed), [], strata(labels)
     for group in np.unique(groups):
         members = rng.permutation(np.flatnonzero(groups == group))
-        held.append(members[: min(max(round(share * len(members)), 1), len(members) - 1)])
+        held.append(members[: min(max(round(fraction * len(members)), 1), len(members) - 1)])
     held = np.sort(np.concatenate(held)) if held else np.zeros(0, np.int64)
     if not len(held):
-        raise UserError("no class has two training images, so nothing can be held out; add images or train on more")
+        raise UserError("no class has two training images, so no images can be held out; add images or train on a larger fraction")
     if labels.ndim == 2 and not labels[held].any():
         raise UserError(
-            "no two training images have the same rarest label, so no image with a label can be held out; add images or "
-            "train on more"
+            "no two training images share their rarest label, so no image with a label can be held out; add images or "
+            "train on a larger fraction"
         )
     return np.setdiff1d(np.arange(len(labels)), held), held
 
 
-def name_of(share: float) -> str:
-    """A share of the images that trains, and the rest, in percent: "20/80"."""
-    return f"{100 * share:g}/{100 - 100 * share:g}"
+def split_name(fraction: float) -> str:
+    """The name of a split with this training fraction, in percent: "20/80"."""
+    return f"{100 * fraction:g}/{100 - 100 * fraction:g}"
 
 
-def check(data: Labelled) -> None:
-    """Raises UserError for labels or features that nothing can be learnt from: no images, no class, one class only, a
-    class that the test asks for and training lacks, features that are not finite or the same for all images."""
+def check(data: Labeled) -> None:
+    """Raises UserError for unusable labels or features: no images, no labels, a single class, a test class without
+    training images, features that are NaN, infinite or the same for all images."""
     for part, tokens in (("training", data.train), ("test", data.test)):
         if tokens is None:
             continue
         if not len(tokens.class_tokens):
-            raise UserError(f"the {part} split holds no image; name another one, or convert it anew")
+            raise UserError(f"the {part} split has no images; use another split, or convert the data set again")
         if not all(np.isfinite(bound).all() for bound in _bounds(tokens)):
-            raise UserError(f"features of the {part} images are not finite; probe an earlier checkpoint")
+            raise UserError(f"the features of the {part} images contain NaN or infinite values; probe an earlier checkpoint")
     several, names = data.train_labels.ndim == 2, np.array(data.class_names)
     if several and not data.train_labels.any():
-        raise UserError("the training images carry no label at all; check the labels of the training split")
+        raise UserError("no training image has a label; check the labels of the training split")
     if several and data.test_labels is not None and not data.test_labels.any():
-        raise UserError("the test images carry no label at all; check the labels of the test split")
+        raise UserError("no test image has a label; check the labels of the test split")
     if not several:
         present = np.unique(data.train_labels)
         if len(present) < 2:
             raise UserError(
-                f"all training images are of one class, {text.several(names[present])}, so there is nothing to tell "
-                "apart; add images of another class"
+                f"all training images have the class {text.several(names[present])}, so there is nothing to classify; add "
+                "images of another class"
             )
     elif (data.train_labels == data.train_labels[0]).all():
-        raise UserError("all training images carry the same labels, so there is nothing to tell apart; add images")
+        raise UserError("all training images have the same labels, so there is nothing to classify; add images with other labels")
     if data.test_labels is not None:
         tested = np.flatnonzero(data.test_labels.any(axis=0)) if several else np.unique(data.test_labels)
         trained = np.flatnonzero(data.train_labels.any(axis=0)) if several else present
         lacking = np.setdiff1d(tested, trained)
         if len(lacking):
             raise UserError(
-                f"the test split holds images of {text.several(names[lacking])}, which the training split lacks; "
-                "convert both splits from images of the same classes"
+                f"the training split has no images of {text.several(names[lacking])}, but the test split has; convert both "
+                "splits from images of the same classes"
             )
     bounds = _bounds(data.train)
     if not any((high - low > 1e-6 * np.maximum(high, -low)).any() for low, high in zip(bounds[::2], bounds[1::2])):
         raise UserError(
-            "all training images have the same features, so nothing can be told from them: the network has collapsed, or "
-            "the images are all the same; probe an earlier checkpoint, or look at the images"
+            "all training images have the same features: the network has collapsed, or the images are identical; probe an "
+            "earlier checkpoint, or check the images"
         )
 
 
 def _bounds(tokens: Features) -> list[np.ndarray]:
-    """The least and the largest values over the images, of class tokens and of patch means; NaN where one is NaN."""
+    """Minimum and maximum over the images, of class tokens and of patch means; NaN if any value is NaN."""
     arrays = (tokens.class_tokens, tokens.patch_means)
     return [bound for values in arrays for bound in (values.min(axis=0), values.max(axis=0))]
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """Raises UserError where `held_out`, `seeds` or `shares` (where there is one) cannot be used."""
+    """Raises UserError for invalid `held_out`, `seeds` or `shares` (if present)."""
     for name in ("held_out", "shares"):
         values = settings.get(name, ())
         for value in values if isinstance(values, (tuple, list)) else (values,):
             if not 0.0 < value < 1.0:
-                raise UserError(f"{name} holds {value}, but a share of the images lies between 0 and 1, as 0.2 does")
+                raise UserError(f"invalid {name}={value}; expected a fraction of the images between 0 and 1, such as 0.2")
     if not settings["seeds"] or min(settings["seeds"]) < 0:
-        raise UserError(f"seeds is {settings['seeds']}; give at least one whole number that is not negative")
+        raise UserError(f"invalid seeds={settings['seeds']}; expected at least one integer >= 0")

@@ -27,7 +27,7 @@ from pera_jax.training.checkpoints import checkpoint
 PAGE = "index.html"
 _TITLES = {
     "pairs": "Pairs", "tokens": "Patch tokens", "attention": "Attention of the class token",
-    "neighbours": "Nearest neighbours",
+    "neighbors": "Nearest neighbors",
 }  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def _report(run, output, data, step, split, number, number_of_pairs, image_size,
         features.check_image_size(size, found.meta)
         weights, chosen = next(iter(networks.values())), images.pick(subject.source, number, seed)
         made = [_pairs(subject, number_of_pairs), *_tokens(subject, weights, chosen, size)]
-        made.append(_neighbours(subject, weights, chosen))
+        made.append(_neighbors(subject, weights, chosen))
         middle = [section for section, _ in made]
         pictures |= {section.place: picture for section, picture in made if picture is not None}
     content = page.assembled(found, [*before, *middle, *after])
@@ -175,9 +175,9 @@ def _tokens(
     if not (np.isfinite(looked.patches).all() and np.isfinite(looked.attention).all()):
         raise UserError(f"step {found.step} of {found.path} gives tokens that are not finite; choose an earlier --step")
 
-    maps, shares = tokens.colours(looked.patches)
+    maps, shares = tokens.colors(looked.patches)
     drawn = tokens.pca_grid(
-        shown, rgb, {"trained": maps, "untrained": tokens.colours(before.patches)[0]}, subject.names
+        shown, rgb, {"trained": maps, "untrained": tokens.colors(before.patches)[0]}, subject.names
     )
     side, axes = looked.patches.shape[1], ", ".join(f"{share:.0%}" for share in shares)
     caption = (
@@ -195,15 +195,15 @@ def _tokens(
     return of_tokens, (section, grid.picture(drawn, f"{subject.title}: attention of the class token, last block"))
 
 
-def _neighbours(
+def _neighbors(
     subject: _Subject, weights: Weights, chosen: np.ndarray
 ) -> tuple[Section, Image.Image | None]:
     """Queries are the images that the other sections show; they are looked for among those trained on."""
     source, bands, names = subject.source, subject.bands, subject.names
     size, trained_on = weights.meta["model"]["image_size"], weights.meta["config"]["data"]["split"]
     if trained_on not in source.info.splits:
-        missing = f"{source.path} has no split {trained_on!r}, on which the run was trained, to find neighbours in."
-        return Section("neighbours", _TITLES["neighbours"], "", "", missing), None
+        missing = f"{source.path} has no split {trained_on!r}, on which the run was trained, to find neighbors in."
+        return Section("neighbors", _TITLES["neighbors"], "", "", missing), None
     within = source.split == trained_on
     train = source if within else records.open_split(source.path, trained_on)
     searched = np.arange(len(train))
@@ -226,10 +226,10 @@ def _neighbours(
     caption = f"Searched: {of} of split “{trained_on}”, resized to {size} x {size} px."
     if names and cosines.size:
         same = np.mean([of.label == query.label for query, row in zip(asked, found, strict=True) for of in row])
-        caption += f" Of the neighbours shown {same:.0%} are of the query's class."
+        caption += f" Of the neighbors shown {same:.0%} are of the query's class."
     reading = neighbors.READING + (neighbors.FRAMES if names else "")
-    section = pictured("neighbours", _TITLES["neighbours"], reading, shown, caption)
-    return section, grid.picture(shown, f"{subject.title}: nearest neighbours by cosine of the class token")
+    section = pictured("neighbors", _TITLES["neighbors"], reading, shown, caption)
+    return section, grid.picture(shown, f"{subject.title}: nearest neighbors by cosine of the class token")
 
 
 def _file_name(name: str) -> str:

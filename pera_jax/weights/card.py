@@ -1,4 +1,4 @@
-"""The model card of an exported network: what it is, what it was trained on, which input it expects, how to use it."""
+"""The model card of an exported encoder: architecture, training data, expected input, usage."""
 
 from pera_jax import objectives
 from pera_jax.bands import Bands
@@ -6,11 +6,11 @@ from pera_jax.encoder.load import Weights
 
 
 def text(weights: Weights, which: str, height: int, width: int) -> str:
-    """README.md, as the Hugging Face hub shows it.
+    """The text of README.md, as shown on the Hugging Face Hub.
 
     Args:
       which: "teacher" or "student".
-      height, width: px, the images that the position embedding is for.
+      height, width: px, the image size of the position embedding.
     """
     meta, bands = weights.meta, Bands.from_metadata(weights.meta)
     shape, trained = meta["model"], meta["model"]["image_size"]
@@ -18,7 +18,7 @@ def text(weights: Weights, which: str, height: int, width: int) -> str:
     tokens = f"[B, 1 + {grid.replace('x', '*')}, {shape['width']}]"
     embedding = (
         "as trained" if (height, width) == (trained, trained)
-        else f"interpolated from the training's {trained} x {trained} px"
+        else f"interpolated from {trained} x {trained} px, the size in training"
     )  # fmt: skip
     rows = "\n".join(
         f"| {number} | {name} | {low} | {high} | {mean} | {std} |"
@@ -45,21 +45,21 @@ A vision transformer: width {shape["width"]}, {shape["depth"]} blocks, {shape["h
 ## Input
 
 Images of {height} x {width} px, {grid} patches; the position embedding is {embedding}. Bands in this order, stored as
-{bands.dtype}. Values from "low" to "high" map to [0, 1], what lies outside is clipped; then subtract the mean and divide by
-the std:
+{bands.dtype}. Values from "low" to "high" map to [0, 1] and are clipped outside; then subtract the mean and divide by the
+std:
 
 | channel | band | low | high | mean | std |
 |---|---|---|---|---|---|
 {rows}
 
-`mean` and `std` of config.json are these, for values in [0, 1].
+`mean` and `std` in config.json are the same, for values in [0, 1].
 
 ## Use
 
 ```python
 import timm, torch
 
-model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # the folder of this file
+model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()  # the folder with this file
 {vectors}
 images = ...  # [B, {shape["bands"]}, {height}, {width}], stored values
 x = (((images.float() - low) / (high - low)).clamp(0, 1) - mean) / std
@@ -72,7 +72,7 @@ features = model(x)  # [B, {shape["width"]}], the class token
 def _origin(meta: dict, step: int) -> str:
     if "imported" in meta:
         file, digest = meta["imported"]["file"], meta["imported"]["sha256"]
-        return f"Its weights were imported from the file {file} (SHA-256 `{digest}`), not trained by pera_jax."
+        return f"Its weights were imported from the file {file} (SHA-256 `{digest}`), not trained with pera_jax."
     data = meta["data"]
     return (
         f"Pre-trained without labels for {step:,} steps of {meta['config']['batch_size']:,} images by "

@@ -1,8 +1,8 @@
-"""The dictionary of the authors' PyTorch program (arXiv:2505.19447): its names, and its sizes.
+"""The state dict of the authors' PyTorch code (arXiv:2505.19447): names and sizes of its arrays.
 
 `student.backbone.*`, `student.cls_head.*`, `teacher.*` alike, `pred_head.*` (the pixel head) and `s_mask_token`. The
-backbones have timm's names. The centre of the teacher's outputs is not in it, and neither are the bands and what is done to
-their values: those lie beside it, in NAME.json, with the SHA-256 of the file.
+backbones have timm's names. The center of the teacher's outputs is not part of it. Bands and normalization are stored in a
+sidecar file, NAME.json, with the SHA-256 of the state dict.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from pera_jax.training.checkpoints import checkpoint
 
 
 def _head(mlp: str, last: str, path: tuple[str, ...]) -> list[Entry]:
-    """The entries of a head whose MLP is called `mlp` and whose weight-normalised layer is called `last`."""
+    """The entries of a head with an MLP named `mlp` and a weight-normalized last layer named `last`."""
     layers = zip((0, 2, 4), ("hidden_1", "hidden_2", "bottleneck"))
     return [
         *(entry for number, layer in layers for entry in linear(f"{mlp}.{number}", (*path, layer))),
@@ -34,7 +34,7 @@ def _head(mlp: str, last: str, path: tuple[str, ...]) -> list[Entry]:
 
 
 def table(depth: int, split: int) -> list[Entry]:
-    """Every parameter; paths begin with `params` (the student's) or `teacher`."""
+    """The entries of all parameters; paths start with `params` (the student) or `teacher`."""
     entries = [Entry("s_mask_token", ("params", "mask_token"), "d", "1 1 d")]
     entries += _head("pred_head.mlp0.mlp", "pred_head.last_layer", ("params", "pixel_head"))
     for network, root in (("student", "params"), ("teacher", "teacher")):
@@ -45,8 +45,8 @@ def table(depth: int, split: int) -> list[Entry]:
 
 
 def head_sizes(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """`config.heads` of a dictionary; where an array has no first axis to tell a size, 1. Raises KeyError where neither
-    network has an array that tells one."""
+    """`config.heads` from the shapes of the arrays; 1 for a scalar or empty array. Raises KeyError if both networks lack an
+    array that gives a size."""
     sizes = {"hidden": "mlp.0.weight", "bottleneck": "mlp.4.weight", "prototypes": "last_layer.weight_v"}
     heads = {name.removeprefix("student.cls_head."): each for name, each in arrays.items()}
     heads = {name.removeprefix("teacher.cls_head."): each for name, each in arrays.items()} | heads
@@ -54,8 +54,8 @@ def head_sizes(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Beside:
-    """What NAME.json says of a dictionary NAME."""
+class _Sidecar:
+    """The contents of NAME.json for a state dict NAME."""
 
     format_version: int
     sha256: str
@@ -68,38 +68,38 @@ class _Beside:
     digest: str  # of all other fields
 
 
-def place_beside(file: pathlib.Path) -> pathlib.Path:
-    """The file of what a dictionary does not tell."""
+def sidecar_path(file: pathlib.Path) -> pathlib.Path:
+    """The path of the sidecar file, with the settings that a state dict does not contain."""
     return file.with_name(f"{file.name}.json")
 
 
-def beside(file: pathlib.Path, verify: bool = True) -> dict[str, Any]:
-    """What `export` has written beside a dictionary: `heads`, `bands`, `dtype`, `ranges`, `mean`, `std`; nothing without.
+def read_sidecar(file: pathlib.Path, verify: bool = True) -> dict[str, Any]:
+    """Reads the sidecar file of a state dict: `heads`, `bands`, `dtype`, `ranges`, `mean`, `std`; {} if there is none.
 
     Raises:
-      UserError: it is damaged, or of another file.
+      UserError: the sidecar file is damaged, or belongs to another file.
     """
-    place = place_beside(file)
+    place = sidecar_path(file)
     if not place.is_file():
         return {}
-    mend = f"export {file.name} anew, or remove {place.name} and give --bands, --mean and --std"
-    found = dataclasses.asdict(json_files.read(place, _Beside, mend))
+    fix = f"export {file.name} again, or delete {place.name} and give --bands, --mean and --std"
+    found = dataclasses.asdict(json_files.read(place, _Sidecar, fix))
     if digests.of_json({name: value for name, value in found.items() if name != "digest"}) != found["digest"]:
-        raise UserError(f"{place} is damaged: it is not what was exported; {mend}")
+        raise UserError(f"{place} is damaged: it does not match its digest; {fix}")
     if verify and digests.of_file(file) != found["sha256"]:
-        raise UserError(f"{file} is damaged, or {place.name} beside it is of another file; {mend}")
+        raise UserError(f"{file} is damaged, or {place.name} belongs to another file; {fix}")
     listed = {name: tuple(found[name]) for name in ("bands", "ranges", "mean", "std")}
     return {"heads": found["heads"], "dtype": found["dtype"]} | listed
 
 
 def export(run: str, step: int | None, output: pathlib.Path, verify: bool = True) -> int:
-    """Writes {"model": the dictionary} of a run's checkpoint for torch.load, and what is beside it; returns the step.
+    """Writes {"model": state dict} of a checkpoint for torch.load, and its sidecar file; returns the step.
 
-    Each file is there whole or not at all.
+    Each file is written atomically.
 
     Raises:
-      UserError: no such run or step, one without a student, a file that cannot be written, or is there and holds other
-        values; PyTorch is not installed.
+      UserError: a run or step that does not exist; a checkpoint without a student; a file that cannot be written, or that
+        exists with other contents; PyTorch is not installed.
     """
 
     def both(chosen: int) -> list[load.Weights]:
@@ -109,25 +109,25 @@ def export(run: str, step: int | None, output: pathlib.Path, verify: bool = True
     try:
         import torch
     except ImportError as error:
-        raise UserError(f"writing {output} needs PyTorch; pip install pera_jax[torch], or pip install torch") from error
+        raise UserError(f"writing {output} needs PyTorch; run pip install pera_jax[torch] or pip install torch") from error
     shape = teacher.meta["model"]
     tree = jax.tree.map(np.asarray, {"params": student.params, "teacher": teacher.params})
     named = tables.to_named(tree, table(shape["depth"], shape["split"]), shape["heads"], shape["patch"])
     content = io.BytesIO()
     torch.save({"model": {name: torch.from_numpy(np.array(array)) for name, array in named.items()}}, content)
     owned.check(output, lambda file: file.read_bytes() == content.getvalue())  # the authors' own files look the same
-    owned.check(place_beside(output))
+    owned.check(sidecar_path(output))
     meta = teacher.meta
-    told = _Beside(
+    sidecar = _Sidecar(
         1, hashlib.sha256(content.getvalue()).hexdigest(), shape["heads"], meta["bands"], meta["dtype"],
         [(float(low), float(high)) for low, high in meta["ranges"]],
         [float(value) for value in meta["mean"]], [float(value) for value in meta["std"]], "",
     )  # fmt: skip
-    described = {name: value for name, value in dataclasses.asdict(told).items() if name != "digest"}
+    fields = {name: value for name, value in dataclasses.asdict(sidecar).items() if name != "digest"}
     try:
-        place_beside(output).unlink(missing_ok=True)  # of a dictionary that was there
+        sidecar_path(output).unlink(missing_ok=True)  # of an earlier export
         files.write(output, content.getvalue())
-        files.write(place_beside(output), owned.json_text(described | {"digest": digests.of_json(described)}))
+        files.write(sidecar_path(output), owned.json_text(fields | {"digest": digests.of_json(fields)}))
     except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}; make room or choose another --output") from error
+        raise UserError(f"cannot write {output}: {error.strerror}; free disk space or choose another --output") from error
     return teacher.step

@@ -1,11 +1,11 @@
-"""The names of timm's VisionTransformer: weights of DINO, DINOv2, MAE or supervised ViTs in, our backbones out.
+"""Import and export with the parameter names of timm's VisionTransformer, as used by DINO, DINOv2, MAE and supervised ViTs.
 
-What such files hold beside the ViT is left out: classifiers (`head.*`), the decoder and the mask token of pre-training.
-LayerScale, a factor for each channel at the end of a block's branch, `x + gamma * (W y + b)`, is multiplied into the
-branch's last linear layer, `(gamma W) y + gamma b`: the same function, each weight rounded once more.
+Arrays that are not part of the ViT are ignored: classifiers (`head.*`), the decoder and the mask token of pre-training.
+LayerScale, `x + gamma * (W y + b)`, is folded into the preceding linear layer, `(gamma W) y + gamma b`: the same function up
+to one more rounding of each weight.
 
-No file tells the activation and the norms' epsilon: here they are the exact GELU and 1e-6, as in the ViTs named above;
-CLIP's networks, for one, have others and would give other features.
+Weight files contain neither the activation nor the epsilon of the norms. This program uses exact GELU and 1e-6, as the ViTs
+above do; others, such as CLIP's (QuickGELU), would give wrong features.
 """
 
 import dataclasses
@@ -26,14 +26,14 @@ from pera_jax.formats import arrays, tables
 from pera_jax.training.checkpoints import meta_fields
 from pera_jax.weights import card
 
-_LEFT_OUT = re.compile(r"(head\.|decoder_).*|mask_token")
-_PREFIXES = ("", "teacher.backbone.", "teacher.", "backbone.", "student.backbone.", "student.")  # the first one is taken
+_IGNORED = re.compile(r"(head\.|decoder_).*|mask_token")
+_PREFIXES = ("", "teacher.backbone.", "teacher.", "backbone.", "student.backbone.", "student.")  # in order of preference
 _PART = re.compile(r"^([^.]*\.[^.]*\.).*")
 _CHUNK = re.compile(r"^(blocks\.)\d+\.(?=\d+\.)")
 _SCALE = re.compile(r"(blocks\.\d+\.)ls([12])\.gamma")
 _BLOCK = re.compile(r"(blocks\.\d+\.)")
-_SCALED = {"1": "attn.proj", "2": "mlp.fc2"}  # what each of a block's two factors follows
-ARCHITECTURE = "vit_base_patch16_224"  # timm's entry point; `model_args` says all of its sizes anew
+_SCALED = {"1": "attn.proj", "2": "mlp.fc2"}  # the layer before each LayerScale of a block
+ARCHITECTURE = "vit_base_patch16_224"  # timm's entry point; `model_args` overrides all sizes
 
 
 def table(depth: int, split: int) -> list[tables.Entry]:
@@ -45,20 +45,23 @@ def table(depth: int, split: int) -> list[tables.Entry]:
 
 
 def without_extras(named: dict[str, np.ndarray], what: str) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
-    """The ViT of a file with LayerScale multiplied in, the names of what is left out, and a line that says so of LayerScale.
+    """Removes arrays that are not part of the ViT and folds LayerScale into the linear layers.
 
     Args:
-      what: the file, for errors.
+      what: the file, for error messages.
+
+    Returns:
+      The arrays of the ViT, the names of the ignored arrays, and notes to print about LayerScale.
 
     Raises:
-      UserError: factors that are missing, not finite or do not fit their layer; all are named.
+      Misfit: LayerScale factors that are missing, not finite or of the wrong shape; the error names all of them.
     """
-    left_out = sorted(name for name in named if _LEFT_OUT.fullmatch(name))
+    ignored = sorted(name for name in named if _IGNORED.fullmatch(name))
     scales = {name: _SCALE.fullmatch(name) for name in named}
     scales = {name: match[1] + _SCALED[match[2]] for name, match in scales.items() if match}
-    kept = {name: each for name, each in named.items() if name not in scales and name not in left_out}
+    kept = {name: each for name, each in named.items() if name not in scales and name not in ignored}
     if not scales:
-        return kept, left_out, []
+        return kept, ignored, []
     blocks = {_BLOCK.match(name)[1] for name in named if _BLOCK.match(name)}
     lacking = {f"{block}ls{number}.gamma" for block in blocks for number in _SCALED} - scales.keys()
     infinite, wrong = {name for name in scales if not np.isfinite(named[name]).all()}, set()
@@ -68,9 +71,9 @@ def without_extras(named: dict[str, np.ndarray], what: str) -> tuple[dict[str, n
             wrong.add(name)
             continue
         kept[f"{layer}.weight"], kept[f"{layer}.bias"] = gamma[:, None] * weight, gamma * bias
-    problems = {"lacks": lacking, "has values that are not finite in": infinite, "has what does not fit the layer before it:": wrong}
-    tables.check([f"{verb} {every(sorted(found))}" for verb, found in problems.items() if found], f"of LayerScale, {what}")
-    return kept, left_out, [f"LayerScale of {len(blocks)} blocks is multiplied into the layers before it"]
+    problems = {"lacks": lacking, "has NaN or infinite values in": infinite, "has factors that do not fit the preceding layer:": wrong}
+    tables.check([f"{verb} {every(sorted(found))}" for verb, found in problems.items() if found], f"LayerScale in {what}")
+    return kept, ignored, [f"LayerScale of {len(blocks)} blocks is folded into the preceding layers"]
 
 
 @dataclasses.dataclass
@@ -92,7 +95,7 @@ class _Arguments:
 
 @dataclasses.dataclass
 class _Config:
-    """What is read of timm's config.json."""
+    """The fields of timm's config.json that are read."""
 
     pretrained_cfg: _Pretrained
     model_args: _Arguments = dataclasses.field(default_factory=_Arguments)
@@ -100,49 +103,49 @@ class _Config:
     pera_jax: dict[str, Any] | None = None
 
 
-def backbone_in(named: dict[str, np.ndarray], what: str) -> tuple[str, dict[str, np.ndarray], list[str]]:
-    """The ViT of a file that may hold several networks and their heads, as DINO's and DINOv2's checkpoints do.
+def select_backbone(named: dict[str, np.ndarray], what: str) -> tuple[str, dict[str, np.ndarray], list[str]]:
+    """Selects the ViT in a file that may have several networks and heads, as the checkpoints of DINO and DINOv2 do.
 
-    Blocks in chunks, DINOv2's `blocks.CHUNK.NUMBER`, become `blocks.NUMBER`.
+    Chunked blocks, `blocks.CHUNK.NUMBER` in DINOv2, are renamed to `blocks.NUMBER`.
 
     Args:
-      what: the file, for errors.
+      what: the file, for error messages.
 
     Returns:
-      what its names began with, the teacher's before the student's; its arrays under timm's names; the names of the rest, of
-      a network or a head one, as `student.backbone.*`.
+      The prefix of the selected network, preferring the teacher; its arrays under timm's names; the names of all other
+      networks and heads, as `student.backbone.*`.
 
     Raises:
-      UserError: several networks, none of which is known to be the teacher.
+      UserError: the file has several networks, and none is known to be the teacher.
     """
     found = sorted(name.removesuffix("cls_token") for name in named if name == "cls_token" or name.endswith(".cls_token"))
     prefix = next((known for known in _PREFIXES if known in found), found[0] if len(found) == 1 else "")
     if prefix not in found and len(found) > 1:
-        raise UserError(f"{what} holds several networks, under {several(found)}; save one of them alone")
+        raise UserError(f"{what} has several networks ({several(found)}), none of them known as the teacher; save one of them to a file of its own")
     kept = {_CHUNK.sub(r"\1", name.removeprefix(prefix)): each for name, each in named.items() if name.startswith(prefix)}
     return prefix, kept, sorted({_PART.sub(r"\1*", name) for name in named if not name.startswith(prefix)})
 
 
-def beside(file: pathlib.Path, verify: bool = True) -> dict[str, Any]:
-    """What config.json of timm's in the folder of `file` says, where there is one; nothing without.
+def read_config(file: pathlib.Path, verify: bool = True) -> dict[str, Any]:
+    """Reads timm's config.json in the folder of `file`; {} if there is none.
 
     Args:
-      verify: compare `file` with the digest that this program has written there.
+      verify: check `file` against the digest in config.json, if this program wrote it.
 
     Returns:
-      `heads`, `mean`, `std`, `size` (height and width in px), or None for each; `sizes`, for `tables.check_sizes`; of an
-      export of this program `bands`, `dtype` and `ranges` too.
+      `heads`, `mean`, `std`, `size` (height and width in px), or None for each; `sizes`, for `tables.check_sizes`; for an
+      export of this program also `bands`, `dtype` and `ranges`.
 
     Raises:
-      UserError: a config.json that is none of timm's, or damaged.
+      UserError: a config.json that is damaged or not timm's.
     """
     place = file.with_name("config.json")
     try:
-        told = json_files.parse(place.read_bytes(), _Config)
-        cfg, entry, size = told.pretrained_cfg, told.pera_jax, told.model_args.img_size
+        stored = json_files.parse(place.read_bytes(), _Config)
+        cfg, entry, size = stored.pretrained_cfg, stored.pera_jax, stored.model_args.img_size
         size = (size, size) if isinstance(size, int) else tuple(size or (cfg.input_size or ())[1:])
-        args, patch = told.model_args, told.model_args.patch_size
-        sizes = {"depth": args.depth, "width": args.embed_dim or told.num_features, "bands": args.in_chans}
+        args, patch = stored.model_args, stored.model_args.patch_size
+        sizes = {"depth": args.depth, "width": args.embed_dim or stored.num_features, "bands": args.in_chans}
         sizes |= {"patch": patch[0] if isinstance(patch, list) and patch else patch}
         sizes = {name: size for name, size in sizes.items() if isinstance(size, int)}
         found = {"heads": args.num_heads, "mean": cfg.mean, "std": cfg.std, "size": size, "sizes": sizes}
@@ -155,27 +158,27 @@ def beside(file: pathlib.Path, verify: bool = True) -> dict[str, Any]:
         bands = Bands.from_metadata(entry)
         if (bands.mean, bands.std) != (cfg.mean, cfg.std):
             raise UserError(
-                f"{place} gives one mean and std in pretrained_cfg and another in {exported.ENTRY}; export it anew, or take "
-                f"{exported.ENTRY} out of it"
+                f"{place} has different mean and std in pretrained_cfg and in {exported.ENTRY}; export the weights again, or "
+                f"delete the entry {exported.ENTRY}"
             )
         return found | {"bands": bands.names, "dtype": bands.dtype, "ranges": bands.ranges}
     except FileNotFoundError:
         return {}
     except (OSError, json_files.Invalid) as error:
-        raise UserError(f"{place} is no config of timm's ({error}); move {file.name} to a folder without it") from error
+        raise UserError(f"{place} is not a timm config ({error}); move {file.name} to a folder without it") from error
 
 
 # ---------------------------------------------------------------- out
 
 
-def of_backbone(backbone: dict[str, Any], shape: dict[str, Any], height: int, width: int) -> dict[str, np.ndarray]:
-    """timm's arrays, float32, for images of `height` x `width` px.
+def to_timm(backbone: dict[str, Any], shape: dict[str, Any], height: int, width: int) -> dict[str, np.ndarray]:
+    """The arrays of a backbone under timm's names, float32, for images of `height` x `width` px.
 
     Args:
-      shape: the `vit.description`.
+      shape: the `vit.description` of the network.
 
     Raises:
-      UserError: sides that the patch does not divide.
+      UserError: sides that are not multiples of the patch size.
     """
     patch = shape["patch"]
     fit.check_size(height, width, patch)
@@ -185,8 +188,8 @@ def of_backbone(backbone: dict[str, Any], shape: dict[str, Any], height: int, wi
 
 
 def config(meta: dict[str, Any], step: int, which: str, height: int, width: int) -> dict[str, Any]:
-    """config.json as timm and the Hugging Face hub read it, with what only this program reads in an entry of its own."""
-    shape, bands = meta["model"], Bands.from_metadata(meta)
+    """The contents of config.json, as read by timm and the Hugging Face Hub, with an additional entry for this program."""
+    shape, bands = meta["model"], Bands.of(meta)
     return {
         "architecture": ARCHITECTURE,
         "num_classes": 0,
@@ -202,7 +205,7 @@ def config(meta: dict[str, Any], step: int, which: str, height: int, width: int)
             "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash", "mean": list(bands.mean),
             "std": list(bands.std), "first_conv": "patch_embed.proj", "classifier": "head",
         },
-        exported.ENTRY: exported.described(meta, step, which, height, width),
+        exported.ENTRY: exported.to_dict(meta, step, which, height, width),
     }  # fmt: skip
 
 
@@ -210,15 +213,15 @@ def export(weights: Weights, which: str, size: tuple[int, int] | None, output: p
     """Writes the folder `output`: model.safetensors, config.json and README.md.
 
     Args:
-      which: the network that `weights` are of, for the card.
-      size: (height, width) in px of the images, whose position embedding is stored; None: the training's.
+      which: name of the network, for the model card.
+      size: (height, width) of the images in px, for the position embedding; None for the size in training.
 
     Raises:
-      UserError: a size that does not fit; a folder that is not empty or cannot be written.
+      UserError: a size that is not a multiple of the patch size; a folder that is not empty or cannot be written.
     """
     meta = weights.meta
     height, width = size or (meta["model"]["image_size"],) * 2
-    named = of_backbone(weights.backbone, meta["model"], height, width)
+    named = to_timm(weights.backbone, meta["model"], height, width)
     with files.whole_folder(output) as folder:
         file, settings = folder / exported.FILE, config(meta, weights.step, which, height, width)
         arrays.write(file, named)

@@ -1,8 +1,8 @@
-"""A run that begins from weights (`init_from`): of another run, or imported; whole, or a teacher's backbone alone.
+"""Warm start (`init_from`): starts a run from the weights of another run or of an import.
 
-What fits is taken as it is. The position embedding is interpolated to the new crops' grid, as the network itself does;
-the first layer is fitted to other bands (`fit.rebanded`). Optimizer and step are new; what the objective keeps beside
-parameters may be estimated.
+The position embedding is interpolated to the grid of the new crops, as in the forward pass of the network; the patch
+projection is adapted to other bands (`fit.rebanded`). Optimizer and step start anew; the state of the objective, such as a
+center, can be estimated from data.
 """
 
 from typing import Any
@@ -25,12 +25,13 @@ from pera_jax.training.checkpoints import checkpoint, intact
 
 
 def with_weights(state: steps.TrainState, run: str, objective: Objective) -> steps.TrainState:
-    """`state` with the networks of the latest checkpoint of `run`; says on stderr what was taken and fitted.
+    """Replaces the networks in `state` by those of the latest checkpoint of `run`; prints to stderr what was loaded.
 
-    Of a backbone alone, or of another method, the backbones are made and everything else stays as in `state`.
+    From a backbone-only import, or a run of another method, only the backbone is loaded; the rest of `state` is kept.
 
     Raises:
-      UserError: no such run, or parameters of other names or shapes; all of them are named.
+      UserError: a run that does not exist.
+      Misfit: parameters with other names or shapes than in `state`; the error names all of them.
     """
 
     def read(step: int) -> dict[str, Weights]:
@@ -41,37 +42,37 @@ def with_weights(state: steps.TrainState, run: str, objective: Objective) -> ste
         return {"judged": first} | {name: load_weights(run, step, name) for name in networks_of(first.meta)}
 
     found = checkpoint.while_kept(run, None, read)
-    source, whole = found["judged"], "student" in found
-    student = found["student"].params if whole else {"backbone": source.backbone}
-    followed = found["teacher"].params if "teacher" in found else {"backbone": source.backbone}
+    source, complete = found["judged"], "student" in found
+    student = found["student"].params if complete else {"backbone": source.backbone}
+    ema = found["teacher"].params if "teacher" in found else {"backbone": source.backbone}
     there, here = source.meta["model"], objective.encoder
     grid, bands = here.image_size // here.patch, (tuple(source.meta["bands"]), objective.bands.names)
-    said = ["all networks and heads" if whole else "the backbone, with new heads"]
+    notes = ["all networks and heads" if complete else "the backbone, with new heads"]
     if grid != there["image_size"] // there["patch"]:
         old = there["image_size"] // there["patch"]
-        said.append(f"positions interpolated from {old} x {old} to {grid} x {grid} patches")
+        notes.append(f"positions interpolated from {old} x {old} to {grid} x {grid} patches")
 
     def fitted(network: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         backbone = fit.resized(network["backbone"], there, grid, grid)
         result = new | network | {"backbone": fit.rebanded(backbone, there["patch"], *bands)}
-        return objective.adapt(result, new, there["patch"], *bands) if whole else result
+        return objective.adapt(result, new, there["patch"], *bands) if complete else result
 
     if band_order(*bands) is None:
-        said.append(f"the first layer's mean over {len(bands[0])} bands for each of {len(bands[1])}, with new layers where they count bands")
+        notes.append(f"the patch projection averaged over {len(bands[0])} bands for each of {len(bands[1])} bands; new layers where their size depends on the bands")
     elif set(bands[0]) != set(bands[1]):
-        said.append(f"the bands {', '.join(bands[0])} taken for {', '.join(bands[1])}")
+        notes.append(f"the weights of the bands {', '.join(bands[0])} used for {', '.join(bands[1])}")
     params = fitted(student, state.params)
-    follower = fitted(followed, state.teacher) if objective.teacher_keys else state.teacher
-    differing = sorted({*intact.differences(params, state.params), *intact.differences(follower, state.teacher)})
+    teacher = fitted(ema, state.teacher) if objective.teacher_keys else state.teacher
+    differing = sorted({*intact.differences(params, state.params), *intact.differences(teacher, state.teacher)})
     if differing:
         raise Misfit(f"init_from={run} does not fit this config: {every(differing)}")
-    distributed.say(f"begins from {run}, step {source.step}: {'; '.join(said)}")
-    params, follower = jax.tree.map(_laid_out_as, (params, follower), (state.params, state.teacher))
-    return state.replace(params=params, teacher=follower)
+    distributed.say(f"starting from {run}, step {source.step}: {'; '.join(notes)}")
+    params, teacher = jax.tree.map(_sharded_like, (params, teacher), (state.params, state.teacher))
+    return state.replace(params=params, teacher=teacher)
 
 
-def _laid_out_as(value, like: jax.Array) -> jax.Array:
-    """`value`, which each host holds whole, cut and spread over the devices of all hosts as `like` is."""
+def _sharded_like(value, like: jax.Array) -> jax.Array:
+    """`value`, complete on every process, with the sharding of `like`."""
     if isinstance(value, jax.Array) and value.sharding == like.sharding:
         return value
     whole = np.asarray(value, like.dtype)
@@ -79,9 +80,9 @@ def _laid_out_as(value, like: jax.Array) -> jax.Array:
 
 
 def with_estimate(state: steps.TrainState, config, objective: Objective, data, mesh) -> steps.TrainState:
-    """`state` with what the objective estimates over its first `warm_start_batches` batches, such as a center.
+    """Sets the objective's state, such as a center, to its estimate over the first `warm_start_batches` batches.
 
-    Training sees the same batches afterwards, with draws of its own.
+    Training sees the same batches again, with other augmentation.
     """
     number = objective.warm_start_batches
     if not number:
@@ -110,9 +111,9 @@ def with_estimate(state: steps.TrainState, config, objective: Objective, data, m
                 found = jax.tree.map(lambda leaf: leaf / number, compiled(state.teacher, arrays, np.int32(index)))
                 total = found if total is None else jax.tree.map(jnp.add, total, found)
         finally:
-            batch = crops = arrays = None  # they may lie in the workers' memory
+            batch = crops = arrays = None  # they may be views of the workers' shared memory
             stream.close()
-        started, said = objective.with_estimate(state.objective, total)
+        started, note = objective.with_estimate(state.objective, total)
         started = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), started, state.objective)
-    distributed.say(f"{said}; estimated over {number} batches")
+    distributed.say(f"{note}; estimated over {number} batches")
     return state.replace(objective=started)

@@ -70,7 +70,7 @@ def exported(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("exported")
     rng = np.random.default_rng(0)
     shape = toy_weights.shape(rng) | {"bands": 3}
-    named = timm.of_backbone(toy_weights.backbone(shape, rng), shape, *(shape["image_size"],) * 2)
+    named = timm.to_timm(toy_weights.backbone(shape, rng), shape, *(shape["image_size"],) * 2)
     arrays.write(folder / "vit.safetensors", named)
     export.main(["import-timm", str(folder / "vit.safetensors"), "--output", str(folder / "run"), "--heads", str(shape["heads"])])
     export.main(["timm", "--run", str(folder / "run"), "--output", str(folder / "out")])
@@ -101,7 +101,7 @@ def test_weights_on_their_own_know_their_digest_and_haste_passes_it(exported, tm
     content = bytearray((exported / "model.safetensors").read_bytes())
     content[-7] ^= 1
     file.write_bytes(content)
-    with pytest.raises(UserError, match="a.safetensors is damaged: it does not hold the arrays that were written"):
+    with pytest.raises(UserError, match="a.safetensors is damaged: its arrays do not match their digest"):
         arrays.read(file)
     assert arrays.read(file, verify=False).keys() == arrays.read(exported / "model.safetensors").keys()
 
@@ -125,10 +125,10 @@ def test_positions_of_a_rectangle_are_refused_by_what_config_json_says(exported,
     config = {"pretrained_cfg": {"input_size": [3, 32, 128]}, "model_args": {"num_heads": 1}}
     rng = np.random.default_rng(0)
     shape = {"width": 8, "depth": 2, "heads": 1, "patch": 16, "image_size": 64, "bands": 3, "split": 1, "mlp_ratio": 1.0}
-    named = timm.of_backbone(toy_weights.backbone(shape, rng), shape, 64, 64)  # 4 x 4 positions, or 2 x 8
+    named = timm.to_timm(toy_weights.backbone(shape, rng), shape, 64, 64)  # 4 x 4 positions, or 2 x 8
     arrays.write(tmp_path / "vit.safetensors", named)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="has positions for 2 x 8 patches, images of 32 x 128 px by config.json"):
+    with pytest.raises(UserError, match="has a position embedding for 2 x 8 patches .images of 32 x 128 px in config.json."):
         export.main(["import-timm", str(tmp_path / "vit.safetensors"), "--output", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
 
@@ -137,14 +137,14 @@ def test_positions_of_a_rectangle_are_refused_by_what_config_json_says(exported,
 def test_the_backbone_of_a_checkpoint_with_heads_is_taken_and_told(prefix, tmp_path, capsys):
     rng = np.random.default_rng(0)
     shape = {"width": 8, "depth": 2, "heads": 1, "patch": 4, "image_size": 8, "bands": 3, "split": 1, "mlp_ratio": 1.0}
-    named = timm.of_backbone(toy_weights.backbone(shape, rng), shape, 8, 8)
+    named = timm.to_timm(toy_weights.backbone(shape, rng), shape, 8, 8)
     chunks = {name.replace("blocks.", "blocks.0."): each for name, each in named.items()}  # as DINOv2 saves them
     rest = {} if prefix == "module." else {"teacher.dino_head.mlp.0.weight": np.zeros(3, np.float32)}
     student = {f"student.backbone.{name}": -each for name, each in named.items()} if prefix.startswith("teacher") else {}
     arrays.write(tmp_path / "a.safetensors", {prefix + name: each for name, each in chunks.items()} | rest | student)
     export.main(["import-timm", str(tmp_path / "a.safetensors"), "--output", str(tmp_path / "run"), "--heads", "1"])
     said = capsys.readouterr().out
-    assert (f"taken is {prefix}* of the file" in said) == (prefix != "module.") and "ImageNet's" in said
+    assert (f"imported {prefix}* of the file" in said) == (prefix != "module.") and "ImageNet's" in said
     assert bool(rest) == ("teacher.dino_head.*" in said) and bool(student) == ("student.backbone.*, " in said)
     kernel = features.load_weights(tmp_path / "run").backbone["lower"]["mlp"]["in"]["kernel"]
     np.testing.assert_array_equal(np.asarray(kernel)[0], named["blocks.0.mlp.fc1.weight"].T)

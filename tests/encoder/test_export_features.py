@@ -105,11 +105,11 @@ def test_any_folder_of_images_is_taken(run, tmp_path, kind):
             (folder / place / f"{i}.png").write_bytes(image)
     export.main(command(run, folder, tmp_path / "out"))
     rows, tokens = index_of(tmp_path / "out"), arrays_of(tmp_path / "out")["class_token"]
-    labelled = kind in ("classes", "shards")
+    labeled = kind in ("classes", "shards")
     names = [labelled_toys.CLASSES[label] for label in LABELS[:5]]
     order = [int(pathlib.Path(row["key"]).stem) for row in rows]
-    assert sorted(order) == list(range(5)) and ("label" in rows[0]) == labelled
-    assert not labelled or [row["label"] for row in rows] == [names[i] for i in order]
+    assert sorted(order) == list(range(5)) and ("label" in rows[0]) == labeled
+    assert not labeled or [row["label"] for row in rows] == [names[i] for i in order]
     model = features.load(run)
     samples = open_images(str(folder))
     for token, i in zip(tokens, range(5), strict=True):
@@ -138,10 +138,10 @@ def test_killed_and_begun_again_gives_the_same_bytes(run, data, tmp_path, capsys
     capsys.readouterr()
     export.main(command(run, data, out, *extra))
     assert contents(out) == wanted
-    assert "of 7 parts; going on" in capsys.readouterr().err
+    assert "of 7 parts; resuming" in capsys.readouterr().err
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     export.main(command(run, data, out, *extra))
-    assert "finished, there is nothing to do" in capsys.readouterr().out
+    assert "already complete, nothing to do" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
     shutil.rmtree(out)  # killed as it wrote its first file
     out.mkdir()
@@ -215,15 +215,15 @@ def test_stablehlo_of_too_many_parameters_is_refused(run, tmp_path, monkeypatch)
         (["--input", "tfds:eurosat"], "tfds:eurosat needs a split; name one with --split"),
         (["--input", "{shards}"], "has the splits test, train; name one with --split"),
         (["--split", "val"], "has no folder 'val' for the split; it has train"),
-        (["--run", "{tmp}"], "holds neither checkpoints/ of a run nor model.safetensors"),
+        (["--run", "{tmp}"], "is not a run folder .no checkpoints/. and not an exported folder .no model.safetensors.; give one of the two"),
         (["--step", "3"], "has no checkpoint of step 3; there are 1"),
-        (["--image-size", "50"], "the image size 50 is not a multiple of the checkpoint's patch of 8 px; try 48"),
+        (["--image-size", "50"], "the image size 50 is not a multiple of the checkpoint's patch size 8 px; try 48"),
         (["--image-size", "0"], "the image size 0 is not a multiple"),
-        (["--blocks", "1,4"], "there is no block 4; the network has 4, from 0 to 3"),
-        (["--blocks", "last5"], "blocks=5 asks for 5 last blocks, and the network has 4"),
-        (["--part-size", "0"], "the part size is 0"),
+        (["--blocks", "1,4"], "block 4 does not exist; the network has blocks 0 to 3"),
+        (["--blocks", "last5"], "blocks=5 is out of range; expected a number of last blocks from 0 to 4"),
+        (["--part-size", "0"], "the part size is 0; it must be >= 1"),
         (["--batch-size", "0"], "the batch size is 0"),
-        (["--output", "{tmp}/foreign"], "foreign is not empty and holds no features; choose another --output"),
+        (["--output", "{tmp}/foreign"], "foreign is not empty and not a features folder; choose another --output"),
         (["--output", "{tmp}/file"], "cannot write .*file"),
     ],
 )
@@ -259,7 +259,7 @@ def test_other_features_are_not_mixed(run, data, tmp_path):
         (command(run, data, tmp_path / "out", "--maps"), "arrays"),
         (command(run, data, tmp_path / "out", "--part-size", "7"), "part_size"),
     ):
-        with pytest.raises(UserError, match=f"holds features of other {name} .*; choose another --output, or remove it"):
+        with pytest.raises(UserError, match=f"has features with another {name} .*; choose another --output, or delete the folder"):
             export.main(given)
         assert contents(tmp_path / "out") == before
 
@@ -296,12 +296,12 @@ def test_an_image_that_does_not_fit_is_named(run, data, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(foreign, "read", torn)
-        with pytest.raises(UserError, match=f"image train/.*/{sound.name} of .* cannot be decoded .it was written anew.; mend it"):
+        with pytest.raises(UserError, match=f"image train/.*/{sound.name} of .* cannot be decoded .it was written anew.; repair or remove the file"):
             export.main(command(run, copy, out, *options))
     assert (out / "class_token-00002.npy").exists() and not (out / "index.csv").exists()
     assert not [name for name in os.listdir(out) if name.endswith(".tmp")]
     sound.write_bytes(content + b"\0")
-    with pytest.raises(UserError, match="holds features of other data"):
+    with pytest.raises(UserError, match="has features with another data"):
         export.main(command(run, copy, out, *options))
 
 

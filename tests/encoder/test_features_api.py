@@ -49,8 +49,8 @@ def tokens_of(run, images: np.ndarray) -> list[np.ndarray]:
     """The output of every block [B, 1 + h w, D] after the final norm, by the checkpoint's own module."""
     weights = load.load_weights(run)
     network = vit.build(weights.meta["model"])
-    normalised = (images / 255.0 - 0.4) / 0.1
-    return network.apply({"params": weights.backbone}, np.float32(normalised), blocks=network.depth)["blocks"]
+    normalized = (images / 255.0 - 0.4) / 0.1
+    return network.apply({"params": weights.backbone}, np.float32(normalized), blocks=network.depth)["blocks"]
 
 
 @pytest.mark.parametrize("height, width", [(48, 48), (40, 72)])
@@ -79,7 +79,7 @@ def test_other_sizes_are_reflected_or_refused(model, height, width):
     found, wanted = model(images, size="pad", blocks=1), model(padded, blocks=1)
     assert found.patch_map.shape[1:3] == (-(-height // 8), -(-width // 8))
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5), found, wanted)
-    with pytest.raises(UserError, match=f"images of {height} x {width} px are not multiples of the patch of 8 px"):
+    with pytest.raises(UserError, match=f"the image size {height} x {width} px is not a multiple of the patch size 8 px"):
         model(images)
 
 
@@ -123,7 +123,7 @@ def test_an_exported_folder_gives_the_same(model, exported):
 
 
 def test_agrees_with_the_released_program(tmp_path):
-    """The features of the reference, through stored values whose normalisation gives the inputs that it has."""
+    """The features of the reference, through stored values whose normalization gives the inputs that it has."""
     numbers = dict(np.load(REFERENCE))
     heads = json.loads(str(numbers["meta"]))["cfg"]["heads"]
     named = {name[6:]: array for name, array in numbers.items() if name.startswith("final/") and name != "final/center"}
@@ -148,16 +148,16 @@ def test_agrees_with_the_released_program(tmp_path):
 @pytest.mark.parametrize(
     ("images", "options", "sentence"),
     [
-        (stored(2, 16, 16)[..., :2], {}, "have 2 bands on their last axis, and these weights take 3: red, green, blue"),
-        (stored(2, 16, 16).astype(np.float32), {}, "are float32, and these weights take stored values of uint8"),
-        (stored(2, 16, 16).astype(np.int64), {}, "are int64, and these weights take stored values of uint8"),
-        (stored(0, 16, 16), {}, r"images of shape \(0, 16, 16, 3\) are neither"),
-        ([1, 2], {}, "images are a list; hand over an array"),
-        (stored(16), {}, r"images of shape \(16, 3\) are neither"),
-        (stored(16, 16), {"blocks": (1, 4)}, "there is no block 4; the network has 4, from 0 to 3"),
-        (stored(16, 16), {"blocks": (-1,)}, "there is no block -1"),
-        (stored(16, 16), {"blocks": 5}, "blocks=5 asks for 5 last blocks, and the network has 4"),
-        (stored(16, 16), {"size": "crop"}, "size='crop' is none of refuse, pad"),
+        (stored(2, 16, 16)[..., :2], {}, "expected 3 bands on the last axis of the images .red, green, blue., got 2"),
+        (stored(2, 16, 16).astype(np.float32), {}, "expected images of dtype uint8, got float32"),
+        (stored(2, 16, 16).astype(np.int64), {}, "expected images of dtype uint8, got int64"),
+        (stored(0, 16, 16), {}, r"expected images of shape .*, got \(0, 16, 16, 3\)"),
+        ([1, 2], {}, "expected images as a uint8 array .*, got list"),
+        (stored(16), {}, r"expected images of shape .*, got \(16, 3\)"),
+        (stored(16, 16), {"blocks": (1, 4)}, "block 4 does not exist; the network has blocks 0 to 3"),
+        (stored(16, 16), {"blocks": (-1,)}, "block -1 does not exist"),
+        (stored(16, 16), {"blocks": 5}, "blocks=5 is out of range; expected a number of last blocks from 0 to 4"),
+        (stored(16, 16), {"size": "crop"}, "unknown size='crop'; expected one of refuse, pad"),
     ],
 )
 def test_bad_images_are_one_sentence(model, images, options, sentence):
@@ -177,14 +177,14 @@ def change_config(folder: pathlib.Path, **changes) -> None:
 @pytest.mark.parametrize(
     ("change", "options", "sentence"),
     [
-        (lambda folder: None, {"which": "student"}, "holds the teacher of step 12; ask for that"),
-        (lambda folder: None, {"step": 4}, "holds the teacher of step 12; ask for that"),
-        (lambda folder: None, {"which": "both"}, "no network 'both'; choose from teacher, student"),
-        (lambda folder: (folder / "model.safetensors").unlink(), {}, "neither checkpoints/ of a run nor model.safetensors"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), {}, "is no safetensors file"),
-        (lambda folder: (folder / "config.json").unlink(), {}, "config.json is not of python -m pera_jax.export timm"),
-        (lambda folder: (folder / "config.json").write_text("{}"), {}, "config.json is not of .* export it anew"),
-        (lambda folder: change_config(folder, format_version=9), {}, "has format version 9, this program reads 1"),
+        (lambda folder: None, {"which": "student"}, "has only the teacher of step 12; leave out step and network"),
+        (lambda folder: None, {"step": 4}, "has only the teacher of step 12; leave out step and network"),
+        (lambda folder: None, {"which": "both"}, "unknown network 'both'; expected one of teacher, student"),
+        (lambda folder: (folder / "model.safetensors").unlink(), {}, "is not a run folder .no checkpoints/. and not an exported folder .no model.safetensors."),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), {}, "is not a safetensors file"),
+        (lambda folder: (folder / "config.json").unlink(), {}, "config.json was not written by python -m pera_jax.export timm"),
+        (lambda folder: (folder / "config.json").write_text("{}"), {}, "config.json was not written by .* export the weights again"),
+        (lambda folder: change_config(folder, format_version=9), {}, "expected 1 or 2, got 9"),
         (lambda folder: change_config(folder, image_size=[48, 64]), {}, "was exported for 48 x 64 px"),
         (lambda folder: [path.unlink() for path in folder.iterdir()] and folder.rmdir(), {}, "does not exist"),
     ],

@@ -56,7 +56,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(protocol, tmp_path):
     (tmp_path / "legacy.params").write_bytes(b"".join(pickle.dumps(x, 2) for x in (1, 1001, {})) + content)
     for name in ("plain", "zip", "legacy"):
         said = refused(tmp_path / f"{name}.params", tmp_path)
-        assert "posix.mkdir" in said and "eval" in said and "nothing of it was loaded" in said
+        assert "posix.mkdir" in said and "eval" in said and "nothing was loaded" in said
     assert not marker.exists()
 
 
@@ -66,7 +66,7 @@ def test_a_name_that_hides_behind_an_allowed_one_is_refused(tmp_path):
     call = b"h\x00h\x01\x93\x8c\x06marker\x85R."  # the two from memory, then posix.mkdir("marker")
     (tmp_path / "a.params").write_bytes(b"\x80\x04" + remembered + decoys + call)
     said = refused(tmp_path / "a.params", tmp_path)
-    assert "collections.OrderedDict (by way of the stack)" in said and "nothing of it was loaded" in said
+    assert "collections.OrderedDict (from the stack)" in said and "nothing was loaded" in said
 
 
 def test_without_pytorch_an_honest_dictionary_says_what_is_missing(tmp_path, monkeypatch):
@@ -83,7 +83,7 @@ def test_cut_files_and_other_files_are_refused(tmp_path):
     file = tmp_path / "cut.params"
     for cut in (content[:-100], archive.getvalue()[:-100], b"", b"no weights at all", bytes(1000)):
         file.write_bytes(cut)
-        assert "no file of torch.save, or is cut off" in refused(file, tmp_path)
+        assert "not a torch.save file, or is truncated" in refused(file, tmp_path)
     arrays.write(tmp_path / "whole.safetensors", toy_weights.dictionary(np.random.default_rng(0)))
     whole = (tmp_path / "whole.safetensors").read_bytes()
     file = tmp_path / "cut.safetensors"
@@ -108,20 +108,20 @@ def test_every_name_that_is_wrong_is_told(seed, tmp_path):
     said = refused(tmp_path / "a.safetensors", tmp_path)
     missing, extra, wrong = said.split("; ")
     for text, names in ((missing, first), (extra, [f"{name}.extra" for name in second]), (wrong, third)):
-        listed = text.split(": ")[-1].split(" lacks ")[-1].split(" in ")[-1]
+        listed = text.split(": ")[-1].split(" lacks the arrays ")[-1].split(" in ")[-1]
         assert sorted(listed.split(", ")) == sorted(names)
 
     misshapen = named | {name: np.concatenate([named[name]] * 2) for name in first}
     arrays.write(tmp_path / "a.safetensors", misshapen)
     said = refused(tmp_path / "a.safetensors", tmp_path)
-    assert all(f"{name} is {list(misshapen[name].shape)} instead of {list(named[name].shape)}" in said for name in first)
-    assert said.count(" instead of ") == len(first)
+    assert all(f"{name} (expected {list(named[name].shape)}, got {list(misshapen[name].shape)})" in said for name in first)
+    assert said.count("(expected [") == len(first)
     # All of it in one sentence, however much it is.
     mixed = {name: array for name, array in misshapen.items() if name not in second}
     mixed |= {f"x{number}.{'y' * 40}": np.zeros(1, np.float32) for number in range(200)}
     arrays.write(tmp_path / "a.safetensors", mixed)
     said = refused(tmp_path / "a.safetensors", tmp_path)
-    assert said.count(" instead of ") == len(first) and said.count("y" * 40) == 200 and all(name in said for name in second)
+    assert said.count("(expected [") == len(first) and said.count("y" * 40) == 200 and all(name in said for name in second)
 
 
 def test_arrays_of_nothing_but_zeros_are_told(tmp_path):
@@ -129,25 +129,25 @@ def test_arrays_of_nothing_but_zeros_are_told(tmp_path):
     kernel, bias = "teacher.backbone.blocks.1.mlp.fc2.weight", "teacher.backbone.blocks.1.mlp.fc2.bias"
     arrays.write(file, named | {name: np.zeros_like(named[name]) for name in (kernel, bias)})
     meta = imports.import_released(file, tmp_path / "run", imports.Options(heads=2), teacher_only=True)
-    assert [line for line in imports.said_of(meta) if line.endswith(f"download has not reached: {kernel}")]
+    assert [line for line in imports.summary(meta) if line.endswith(f"incomplete download: {kernel}")]
 
 
 def test_sizes_that_make_no_network_are_refused(tmp_path):
     named, file = toy_weights.dictionary(np.random.default_rng(0)), tmp_path / "a.safetensors"
     name = "teacher.backbone.pos_embed"
     arrays.write(file, named | {name: named[name][:, :-1], "teacher.backbone.cls_token": np.zeros(16, np.float32)})
-    assert "of no ViT" in refused(file, tmp_path) and "teacher.backbone.cls_token [16]" in refused(file, tmp_path)
+    assert "is not a ViT" in refused(file, tmp_path) and "teacher.backbone.cls_token [16]" in refused(file, tmp_path)
     arrays.write(file, named | {name: named[name][:, :-1]})
     assert f"{name} [1, 16, 16]" in refused(file, tmp_path)
     arrays.write(file, named | {"s_mask_token": np.zeros((1, 1, 16), np.int32), "steps": np.zeros(1, np.int64)})
-    assert "no array of floats: s_mask_token, steps" in refused(file, tmp_path)
+    assert "not floating-point arrays: s_mask_token, steps" in refused(file, tmp_path)
     arrays.write(file, named)
-    assert "no multiple of 3 heads" in refused(file, tmp_path, "--heads", "3")
-    assert "is for 3 band(s), and a, b are 2" in refused(file, tmp_path, "--bands", "a,b")
-    assert "needs --mean and --std with one number for each of a, b, c" in refused(file, tmp_path, "--bands", "a,b,c")
-    assert "no multiple of 0 heads" in refused(file, tmp_path, "--heads", "0")
+    assert "not a multiple of 3 heads" in refused(file, tmp_path, "--heads", "3")
+    assert "has 3 band(s), got 2 band names (a, b); give 3 names with --bands" in refused(file, tmp_path, "--bands", "a,b")
+    assert "needs --mean and --std; give one number for each of the bands a, b, c" in refused(file, tmp_path, "--bands", "a,b,c")
+    assert "not a multiple of 0 heads" in refused(file, tmp_path, "--heads", "0")
     arrays.write(file, {name: array for name, array in named.items() if name.startswith("teacher.")})
-    assert "holds no student; take the teacher's backbone alone with --teacher-only" in refused(file, tmp_path)
+    assert "has no student; import only the teacher's backbone with --teacher-only" in refused(file, tmp_path)
     imports.import_released(file, tmp_path / "alone", imports.Options(heads=2), teacher_only=True)
     with pytest.raises(UserError, match="alone is already there; choose another --output"):
         imports.import_released(file, tmp_path / "alone", imports.Options(heads=2), teacher_only=True)
@@ -178,9 +178,9 @@ def test_a_disk_that_is_full_leaves_nothing_half_written(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("shape", "data", "sentence"),
     [
-        ([1 << 38], b"1234", "is no safetensors file, or is cut off"),
-        ([0, 1 << 62], b"", r"shapes that no network has: a\\n\\x1b\[31m \[0, 4611686018427387904\]"),
-        ([1] * 101, b"1234", r"no network has: a\\n\\x1b\[31m \[1, 1, .*, 101 dimensions"),
+        ([1 << 38], b"1234", "is not a safetensors file, or is truncated"),
+        ([0, 1 << 62], b"", r"impossible shapes: a\\n\\x1b\[31m \[0, 4611686018427387904\]"),
+        ([1] * 101, b"1234", r"impossible shapes: a\\n\\x1b\[31m \[1, 1, .*, 101 dimensions"),
     ],
 )
 def test_absurd_shapes_and_names_are_one_printable_sentence(tmp_path, shape, data, sentence):

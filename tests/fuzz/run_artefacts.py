@@ -145,7 +145,7 @@ def read_export(place: pathlib.Path) -> str:
 def read_foreign_weights(place: pathlib.Path) -> None:
     file = place / "timm/a.safetensors"
     for read in (
-        lambda: timm.beside(file), lambda: timm.without_extras(arrays.read(file), "it"), lambda: pickles.load(place / "timm/a.params"),
+        lambda: timm.read_config(file), lambda: timm.without_extras(arrays.read(file), "it"), lambda: pickles.load(place / "timm/a.params"),
     ):  # fmt: skip
         try:
             read()

@@ -6,12 +6,12 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from toy_features import TASKS, images, labelled, run, tokens
+from toy_features import TASKS, images, labeled, run, tokens
 
 from pera_jax.common.errors import UserError
 from pera_jax.encoder import extract as features
 from pera_jax.probes.classification import supervised
-from pera_jax.probes.classification.labeled import Labelled
+from pera_jax.probes.classification.labeled import Labeled
 from pera_jax.probes.runner import results
 
 # ---------------------------------------------------------------- the protocol
@@ -20,7 +20,7 @@ from pera_jax.probes.runner import results
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("name", TASKS)
 def test_choices_never_look_at_the_test_images(name, several):
-    data = labelled(6, several=several, noise=4.0)
+    data = labeled(6, several=several, noise=4.0)
     rng = np.random.default_rng(0)
     found, details = run(name, data)
     order = rng.permutation(len(data.test_labels))
@@ -37,7 +37,7 @@ def test_choices_never_look_at_the_test_images(name, several):
 
 @pytest.mark.parametrize("name", ["linear", "logistic"])
 def test_scores_of_one_label(name):
-    data = labelled(2, noise=4.0)
+    data = labeled(2, noise=4.0)
     found, details = run(name, data, shares=(0.2, 0.5), seeds=(3, 4))
     assert list(found) == [
         name, f"{name}_macro_f1",
@@ -58,7 +58,7 @@ def test_scores_of_one_label(name):
 
 @pytest.mark.parametrize("name", ["linear", "logistic"])
 def test_scores_of_several_labels(name):
-    data = labelled(2, several=True, noise=2.0)
+    data = labeled(2, several=True, noise=2.0)
     found, details = run(name, data, shares=(0.5,), seeds=(0, 1))
     assert list(found) == [f"{name}{share}_map_{kind}" for share in ("", "_50/50") for kind in ("micro", "macro")]
     assert all(score.value > 0.6 for score in found.values())  # chance is 0.4
@@ -68,7 +68,7 @@ def test_scores_of_several_labels(name):
 
 
 def test_of_a_better_variant_the_better_one_is_chosen():
-    data = labelled(6, noise=2.0)
+    data = labeled(6, noise=2.0)
     rng = np.random.default_rng(0)
     hidden = [rng.normal(size=split.class_tokens.shape) for split in (data.train, data.test)]
     data = dataclasses.replace(
@@ -85,7 +85,7 @@ def test_more_dimensions_than_images_and_a_class_of_one_image():
     rng = np.random.default_rng(0)
     labels = np.array([0] * 10 + [1] * 11 + [2])
     tests = np.array([0, 1, 2])
-    data = Labelled(images(rng, labels, dims=64), images(rng, tests, dims=64), labels, tests, ("a", "b", "c"))
+    data = Labeled(images(rng, labels, dims=64), images(rng, tests, dims=64), labels, tests, ("a", "b", "c"))
     for name in TASKS:
         found, _ = run(name, data, seeds=(0, 1))
         assert found["knn20_best" if name == "knn" else name].value >= 2 / 3
@@ -96,7 +96,7 @@ def test_more_dimensions_than_images_and_a_class_of_one_image():
 def test_rows_are_worked_on_in_pieces_with_the_same_scores_and_little_memory(name, monkeypatch):
     rng = np.random.default_rng(0)
     labels, tests = rng.integers(0, 4, 2500), rng.integers(0, 4, 20)
-    data = Labelled(images(rng, labels, 8.0, 4, 32), images(rng, tests, 8.0, 4, 32), labels, tests, tuple("abcd"))
+    data = Labeled(images(rng, labels, 8.0, 4, 32), images(rng, tests, 8.0, 4, 32), labels, tests, tuple("abcd"))
     quick = {"seeds": (0,)} | ({"smallest": -4, "largest": -3} if name == "logistic" else {})
     whole, _ = run(name, data, **quick)
     monkeypatch.setattr(supervised, "_ROWS", 300)
@@ -113,7 +113,7 @@ def test_rows_are_worked_on_in_pieces_with_the_same_scores_and_little_memory(nam
 # ---------------------------------------------------------------- bad input
 
 
-def relabelled(data, train=lambda labels: labels, test=lambda labels: labels):
+def relabeled(data, train=lambda labels: labels, test=lambda labels: labels):
     return dataclasses.replace(data, train_labels=train(data.train_labels), test_labels=test(data.test_labels))
 
 
@@ -121,60 +121,60 @@ def relabelled(data, train=lambda labels: labels, test=lambda labels: labels):
 @pytest.mark.parametrize(
     ("several", "change", "sentence"),
     [
-        (False, {"train": lambda y: 0 * y + 2}, "all training images are of one class, class 2"),
-        (False, {"train": lambda y: y % 2}, "holds images of class 2, class 3, which the training split lacks"),
-        (True, {"train": lambda y: y & False}, "the training images carry no label at all"),
-        (True, {"test": lambda y: y & False}, "the test images carry no label at all"),
-        (True, {"train": lambda y: y | True}, "all training images carry the same labels"),
-        (True, {"train": lambda y: y & [True, True, True, False]}, "images of class 3, which the training split lacks"),
+        (False, {"train": lambda y: 0 * y + 2}, "all training images have the class class 2"),
+        (False, {"train": lambda y: y % 2}, "training split has no images of class 2, class 3, but the test split has"),
+        (True, {"train": lambda y: y & False}, "no training image has a label"),
+        (True, {"test": lambda y: y & False}, "no test image has a label"),
+        (True, {"train": lambda y: y | True}, "all training images have the same labels"),
+        (True, {"train": lambda y: y & [True, True, True, False]}, "no images of class 3, but the test split has"),
     ],
 )
-def test_labels_that_cannot_be_learnt(name, several, change, sentence):
+def test_labels_that_cannot_be_learned(name, several, change, sentence):
     with pytest.raises(UserError, match=sentence):
-        run(name, relabelled(labelled(several=several), **change))
+        run(name, relabeled(labeled(several=several), **change))
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_few_labels_among_many_images_give_numbers_or_one_sentence(name):
-    data, sparse = labelled(several=True), np.zeros((120, 4), bool)
+    data, sparse = labeled(several=True), np.zeros((120, 4), bool)
     sparse[[5, 60, 61, 62], [0, 1, 2, 3]] = True
     with pytest.raises(UserError, match="no image with a label can be held out"):
-        run(name, relabelled(data, train=lambda y: sparse))
+        run(name, relabeled(data, train=lambda y: sparse))
     sparse[[70, 71, 72], 1] = True
-    found, details = run(name, relabelled(data, train=lambda y: sparse))
+    found, details = run(name, relabeled(data, train=lambda y: sparse))
     json.dumps([details, [dataclasses.asdict(score) for score in found.values()]], allow_nan=False)
 
 
 @pytest.mark.parametrize(
     ("name", "settings", "sentence"),
     [
-        ("knn", {"k": (200, 500)}, r"holds 120 images, and 200 nearest neighbours ask for more"),
-        ("knn", {"k": ()}, "k is"),
-        ("knn", {"k": (0, 20)}, "k is"),
-        ("knn", {"held_out": 1.0}, "held_out holds 1.0"),
-        ("knn", {"temperature": 0.0}, "temperature is 0.0"),
-        ("linear", {"seeds": ()}, "seeds is"),
-        ("linear", {"shares": (0.2, 20)}, "shares holds 20"),
-        ("linear", {"learning_rates": ()}, "learning_rates is"),
-        ("linear", {"batch": 0}, "batch is 0"),
-        ("logistic", {"blocks": (0,)}, "blocks is"),
-        ("logistic", {"smallest": 2, "largest": 1}, "smallest is 2 and largest 1"),
-        ("logistic", {"iterations": 0}, "iterations is 0"),
-        ("logistic", {"tolerance": 0.0}, "tolerance is 0.0"),
+        ("knn", {"k": (200, 500)}, r"has 120 images, too few for k=200"),
+        ("knn", {"k": ()}, "invalid k="),
+        ("knn", {"k": (0, 20)}, "invalid k="),
+        ("knn", {"held_out": 1.0}, "invalid held_out=1.0"),
+        ("knn", {"temperature": 0.0}, "invalid temperature=0.0"),
+        ("linear", {"seeds": ()}, "invalid seeds="),
+        ("linear", {"shares": (0.2, 20)}, "invalid shares=20"),
+        ("linear", {"learning_rates": ()}, "invalid learning_rates="),
+        ("linear", {"batch": 0}, "invalid batch=0"),
+        ("logistic", {"blocks": (0,)}, "invalid blocks="),
+        ("logistic", {"smallest": 2, "largest": 1}, "invalid range smallest=2, largest=1"),
+        ("logistic", {"iterations": 0}, "invalid iterations=0"),
+        ("logistic", {"tolerance": 0.0}, "invalid tolerance=0.0"),
     ],
 )
 def test_settings_that_cannot_be_used(name, settings, sentence):
     with pytest.raises(UserError, match=sentence):
-        run(name, labelled(), **settings)
+        run(name, labeled(), **settings)
 
 
-def test_without_test_images_only_neighbours_work():
-    data = dataclasses.replace(labelled(), test=None, test_labels=None)
+def test_without_test_images_only_neighbors_work():
+    data = dataclasses.replace(labeled(), test=None, test_labels=None)
     for name in ("linear", "logistic"):
-        with pytest.raises(UserError, match=f"{name} needs test images"):
+        with pytest.raises(UserError, match=f"{name} needs a test split"):
             run(name, data)
-    few = labelled(number=10, tests=0)
-    with pytest.raises(UserError, match="holds 10 images, and 10 nearest neighbours ask for more"):
+    few = labeled(number=10, tests=0)
+    with pytest.raises(UserError, match="has 10 images, too few for k=10"):
         run("knn", dataclasses.replace(few, test=None, test_labels=None))
 
 
@@ -182,16 +182,16 @@ def test_without_test_images_only_neighbours_work():
 @pytest.mark.parametrize(
     ("part", "change", "sentence"),
     [
-        ("train", lambda x: x[:0], "the training split holds no image"),
-        ("test", lambda x: x[:0], "the test split holds no image"),
-        ("train", lambda x: np.where(np.arange(len(x))[:, None, None] == 3, np.nan, x), "of the training images are not finite"),
-        ("test", lambda x: np.where(np.arange(len(x))[:, None, None] == 3, np.inf, x), "of the test images are not finite"),
+        ("train", lambda x: x[:0], "the training split has no images"),
+        ("test", lambda x: x[:0], "the test split has no images"),
+        ("train", lambda x: np.where(np.arange(len(x))[:, None, None] == 3, np.nan, x), "of the training images contain NaN"),
+        ("test", lambda x: np.where(np.arange(len(x))[:, None, None] == 3, np.inf, x), "of the test images contain NaN"),
         ("train", lambda x: 0.0 * x + 7.0, "all training images have the same features"),
         ("train", lambda x: 0.0 * x, "all training images have the same features"),
     ],
 )
 def test_features_that_tell_nothing_are_one_sentence(name, part, change, sentence):
-    data = labelled()
+    data = labeled()
     tokens_of = getattr(data, part)
     changed = features.Features(change(tokens_of.class_tokens), change(tokens_of.patch_means))
     labels = getattr(data, f"{part}_labels")[: len(changed.class_tokens)]
@@ -200,7 +200,7 @@ def test_features_that_tell_nothing_are_one_sentence(name, part, change, sentenc
 
 
 def test_a_share_that_fails_leaves_the_other_scores_as_they_are():
-    data = labelled(number=40, tests=20)
+    data = labeled(number=40, tests=20)
     alone, _ = run("linear", data, seeds=(0,))
     found, details = run("linear", data, seeds=(0,), shares=(0.01, 0.5))
     assert {name: found[name] for name in alone} == alone and "linear_50/50" in found and "linear_1/99" not in found

@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 from sklearn import exceptions, linear_model, metrics, multiclass, neighbors, preprocessing
-from toy_features import labelled, run, tokens
+from toy_features import labeled, run, tokens
 
 from pera_jax.probes import scores, splits
 from pera_jax.probes.classification import knn, linear, logistic, supervised
 
-# ---------------------------------------------------------------- nearest neighbours
+# ---------------------------------------------------------------- nearest neighbors
 
 
 def naive_knn(train, labels, queries, classes, k, temperature):
@@ -48,7 +48,7 @@ def test_knn_is_its_definition(monkeypatch, kind):
         _, indices = knn.nearest(train, train, 20)
         for row, found in enumerate(indices):
             assert found.tolist() == np.argsort(-(train @ train[row]), kind="stable")[:20].tolist()
-        # Left out of its own neighbours, the rest keeps its order, though others are just as near.
+        # Left out of its own neighbors, the rest keeps its order, though others are just as near.
         _, indices = knn.nearest(train, train, 20, own=np.arange(120))
         for row, found in enumerate(indices):
             order = np.argsort(-(train @ train[row]), kind="stable")
@@ -58,7 +58,7 @@ def test_knn_is_its_definition(monkeypatch, kind):
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("several", [False, True])
 def test_knn_is_that_of_scikit_learn(seed, several):
-    data = labelled(seed, several=several, noise=6.0)
+    data = labeled(seed, several=several, noise=6.0)
     train, test = data.train.class_tokens[:, -1], data.test.class_tokens[:, -1]
     found, _ = run("knn", data, k=(1, 10, 20, 100, 200), temperature=0.05)
     assert {name.removesuffix("_map_micro").removesuffix("_map_macro") for name in found} == {
@@ -87,7 +87,7 @@ def test_knn_of_equal_votes_takes_the_lowest_class():
 @pytest.mark.parametrize("several", [False, True])
 def test_without_test_images_each_is_left_out_of_its_own_vote(several):
     """The same as one test image against all the others, for every image; copies of it may vote."""
-    data = labelled(3, number=30, tests=0, several=several, noise=4.0)
+    data = labeled(3, number=30, tests=0, several=several, noise=4.0)
     train = data.train.class_tokens[:, -1].copy()
     train[7] = train[3]
     data = dataclasses.replace(data, train=tokens(train[:, None], train[:, None]), test=None, test_labels=None)
@@ -112,7 +112,7 @@ def test_without_test_images_each_is_left_out_of_its_own_vote(several):
 
 
 def scikit_learn(train, targets, c):
-    """(weights, bias) for standardised features, converged."""
+    """(weights, bias) for standardized features, converged."""
     model = linear_model.LogisticRegression(C=c, tol=1e-10, max_iter=1000, solver="newton-cholesky")
     if targets.ndim == 2:
         models = multiclass.OneVsRestClassifier(model).fit(train, targets).estimators_
@@ -187,10 +187,10 @@ def test_classes_that_all_or_no_images_carry_keep_their_odds():
 
 
 def test_what_has_not_converged_is_told():
-    _, details = run("logistic", labelled(seed=1), iterations=3, seeds=(0,))
-    assert "was left after at most 3 iterations" in details["unconverged"]
+    _, details = run("logistic", labeled(seed=1), iterations=3, seeds=(0,))
+    assert "not converged after at most 3 iterations" in details["unconverged"]
     assert not details["chosen"][0]["converged"]
-    _, details = run("logistic", labelled(seed=1), seeds=(0,))
+    _, details = run("logistic", labeled(seed=1), seeds=(0,))
     assert "unconverged" not in details and details["chosen"][0]["converged"]
 
 
@@ -199,8 +199,8 @@ def test_the_best_c_of_the_whole_range_is_found_where_few_images_are(images, noi
     """As scikit-learn's over the decades: with few images a prediction changes only far above the smallest C."""
     rng, classes = np.random.default_rng(images), 30
     labels = np.repeat(np.arange(classes), images)
-    centres = rng.normal(size=(classes, 6))
-    x, nothing = centres[labels] + noise / 3 * rng.normal(size=(len(labels), 6)), np.zeros((len(labels), 1, 1))
+    centers = rng.normal(size=(classes, 6))
+    x, nothing = centers[labels] + noise / 3 * rng.normal(size=(len(labels), 6)), np.zeros((len(labels), 1, 1))
     variants = supervised.Variants(tokens(x[:, None], nothing), (1,))
     fit, held = splits.hold_out(labels, 0.2, 0)
     scaled = preprocessing.StandardScaler().fit(x[fit]).transform(x)
@@ -234,12 +234,12 @@ def test_the_loss_of_a_solution_is_that_of_scikit_learn():
             expected = [metrics.log_loss(labels, p / p.sum(axis=1, keepdims=True)) for p in (odds, shares)]
         else:
             expected = [sum(metrics.log_loss(truth[:, c], p[:, c]) for c in range(classes)) for p in (1 / (1 + np.exp(-logits)), shares)]
-        assert [found.loss, model.loss_of_shares] == pytest.approx(expected, rel=1e-9)
+        assert [found.loss, model.bias_only_loss] == pytest.approx(expected, rel=1e-9)
 
 
 def test_an_end_of_the_range_that_is_best_is_told():
-    found = lambda **ends: run("logistic", labelled(seed=1, noise=3.0), seeds=(0,), **ends)[1]  # noqa: E731
-    assert found(smallest=-6, largest=-3)["at_the_end"] == "C = 1e-3 was the best, the largest tried; set logistic.largest to -1"
+    found = lambda **ends: run("logistic", labeled(seed=1, noise=3.0), seeds=(0,), **ends)[1]  # noqa: E731
+    assert found(smallest=-6, largest=-3)["at_the_end"] == "the best C = 1e-3 is the largest in the range; set logistic.largest to -1"
     assert "at_the_end" not in found(smallest=-6, largest=5) and "at_the_end" not in found(smallest=-3, largest=-3)
 
 
@@ -247,7 +247,7 @@ def test_an_end_of_the_range_that_is_best_is_told():
 
 
 def clouds(number, rng, noise):
-    """Classes around fixed centres, on axes of very different scale and offset."""
+    """Classes around fixed centers, on axes of very different scale and offset."""
     labels = rng.integers(0, 4, number)
     points = 3.0 * np.random.default_rng(5).normal(size=(4, 12))[labels] + noise * rng.normal(size=(number, 12))
     return ((points + 10.0) * np.logspace(-3, 3, 12)).astype(np.float32), labels

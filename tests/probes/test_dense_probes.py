@@ -182,7 +182,7 @@ def test_enlarged_images_are_half_pixel_bilinear(dtype):
 
 
 @pytest.mark.parametrize("px", [1, 2, 3, 8])
-def test_a_pixel_is_labelled_by_its_bilinear_logits(monkeypatch, px):
+def test_a_pixel_is_labeled_by_its_bilinear_logits(monkeypatch, px):
     monkeypatch.setattr(pixel_head, "_LOGITS", 5 * px * px * 8)  # in parts of five cells
     monkeypatch.setattr(pixel_head, "_VALUES", 5 * 7)  # and of seven tokens
     rng, (height, width, dims) = np.random.default_rng(px), (4, 6, 5)
@@ -281,7 +281,7 @@ def test_hold_out_takes_tiles_where_no_scene_can_go():
         assert set(np.concatenate(fitted).ravel()) - {IGNORE} == set(np.concatenate(masks).ravel())
         tiles = np.concatenate([part.reshape(5, 8, 5, 8).transpose(0, 2, 1, 3).reshape(25, 64) for part in held])
         assert np.sum(np.all(tiles != IGNORE, axis=1)) == np.sum(np.any(tiles != IGNORE, axis=1)) == 5 * len(masks)
-    with pytest.raises(UserError, match="no tiles of 64 px .* none is lost to training"):
+    with pytest.raises(UserError, match="cannot hold out tiles of 64 px .* keeping every class in training"):
         dense.hold_out([mask], 0.2, 64, seed=1)
 
 
@@ -298,7 +298,7 @@ def test_two_classes_are_held_out():
             parts = [np.all(mask != IGNORE) for mask in held if np.any(mask != IGNORE)]
             assert all(parts) == whole and (len(parts) <= 2 or not whole)
     changed[12:, 12:] = 0
-    with pytest.raises(UserError, match="no tiles of 8 px .* take a smaller tile"):
+    with pytest.raises(UserError, match="cannot hold out tiles of 8 px .* use a smaller tile"):
         dense.hold_out([changed, empty], 0.2, 8, seed=0)
     _, held = dense.hold_out([changed, empty], 0.2, 2, seed=0)
     assert set(np.unique(held)) == {0, 1, IGNORE}
@@ -312,7 +312,7 @@ COLOURS = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200]])
 
 
 def toy_scenes(number, shuffled=False, dates=1):
-    """Fields of 8 px of three colours, told apart by the mean of a patch; with `shuffled` masks of other fields."""
+    """Fields of 8 px of three colors, told apart by the mean of a patch; with `shuffled` masks of other fields."""
     result = []
     for seed in range(number):
         rng = np.random.default_rng(seed)
@@ -359,7 +359,7 @@ def test_segmentation_of_shuffled_labels_fails():
     assert results(segmentation, toy(shuffled=True))["segmentation_miou"].value < 0.35
 
 
-def test_enlarged_scenes_are_labelled_at_their_own_size():
+def test_enlarged_scenes_are_labeled_at_their_own_size():
     found = results(segmentation, toy(), scale=2)
     assert found["prediction/scene0"].shape == (48, 56) and found["segmentation_miou"].value > 0.95
 
@@ -404,25 +404,25 @@ def test_a_test_scene_has_no_part_in_its_own_fold():
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        ({"window": 18}, "window=18 px is not a multiple of the patch of 4 px; try window=16"),
-        ({"stride": 0}, "stride=0 px is not a multiple of the patch of 4 px; try stride=4"),
-        ({"stride": 20}, "stride=20 px is more than window=16 px and leaves gaps; take at most the window"),
-        ({"scale": 3}, "scale=3 does not divide the patch of 4 px"),
-        ({"scale": 0}, "scale=0 must be 1 or more"),
-        ({"steps": 0}, "steps=0 must be 1 or more"),
-        ({"batch": -5}, "batch=-5 must be 1 or more"),
-        ({"tile": 0}, "tile=0 must be 1 or more"),
-        ({"blocks": ()}, "blocks=() must hold at least one value to choose from, numbers from 1"),
-        ({"blocks": (0, 1)}, "blocks=(0, 1) must hold at least one value to choose from, numbers from 1"),
-        ({"learning_rates": ()}, "learning_rates=() must hold at least one value to choose from, numbers above 0"),
+        ({"window": 18}, "window=18 px is not a multiple of the patch size 4 px; try window=16"),
+        ({"stride": 0}, "stride=0 px is not a multiple of the patch size 4 px; try stride=4"),
+        ({"stride": 20}, "stride=20 px exceeds window=16 px and leaves gaps; choose stride <= window"),
+        ({"scale": 3}, "scale=3 does not divide the patch size 4 px; choose a divisor"),
+        ({"scale": 0}, "invalid scale=0; expected an integer >= 1"),
+        ({"steps": 0}, "invalid steps=0; expected an integer >= 1"),
+        ({"batch": -5}, "invalid batch=-5; expected an integer >= 1"),
+        ({"tile": 0}, "invalid tile=0; expected an integer >= 1"),
+        ({"blocks": ()}, "invalid blocks=(); expected at least one number, each >= 1"),
+        ({"blocks": (0, 1)}, "invalid blocks=(0, 1); expected at least one number, each >= 1"),
+        ({"learning_rates": ()}, "invalid learning_rates=(); expected at least one number, each > 0"),
         ({"learning_rates": (0.1, 0.0)},
-         "learning_rates=(0.1, 0.0) must hold at least one value to choose from, numbers above 0"),
-        ({"priors": ()}, "priors=() must hold at least one value to choose from, numbers from 0"),
-        ({"priors": (float("nan"),)}, "priors=(nan,) must hold at least one value to choose from, numbers from 0"),
-        ({"held_out": 1.0}, "held_out holds 1.0, but a share of the images lies between 0 and 1, as 0.2 does"),
-        ({"held_out": 0.0}, "held_out holds 0.0, but a share of the images lies between 0 and 1, as 0.2 does"),
-        ({"seeds": ()}, "seeds is (); give at least one whole number that is not negative"),
-        ({"seeds": (0, -1)}, "seeds is (0, -1); give at least one whole number that is not negative"),
+         "invalid learning_rates=(0.1, 0.0); expected at least one number, each > 0"),
+        ({"priors": ()}, "invalid priors=(); expected at least one number, each >= 0"),
+        ({"priors": (float("nan"),)}, "invalid priors=(nan,); expected at least one number, each >= 0"),
+        ({"held_out": 1.0}, "invalid held_out=1.0; expected a fraction of the images between 0 and 1, such as 0.2"),
+        ({"held_out": 0.0}, "invalid held_out=0.0; expected a fraction of the images between 0 and 1, such as 0.2"),
+        ({"seeds": ()}, "invalid seeds=(); expected at least one integer >= 0"),
+        ({"seeds": (0, -1)}, "invalid seeds=(0, -1); expected at least one integer >= 0"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("task, dates", [(segmentation, 1), (change, 2)])
@@ -439,10 +439,10 @@ def test_tokens_that_are_too_many_are_an_error(monkeypatch):
     """Those of training scenes count: 2 of 12 x 14 tokens of 3 values; others are not kept."""
     data = toy(folds=(((0, 1), (2,)),))
     found = results(segmentation, data)
-    monkeypatch.setattr(pixel_probe, "MOST_BYTES", 2 * 12 * 14 * 3 * 4)
+    monkeypatch.setattr(pixel_probe, "MAX_BYTES", 2 * 12 * 14 * 3 * 4)
     assert results(segmentation, data)["segmentation_miou"] == found["segmentation_miou"]
-    monkeypatch.setattr(pixel_probe, "MOST_BYTES", 2 * 12 * 14 * 3 * 4 - 1)
-    with pytest.raises(UserError, match="336 places with 1 blocks of 3 values each.* take fewer blocks, a smaller scale"):
+    monkeypatch.setattr(pixel_probe, "MAX_BYTES", 2 * 12 * 14 * 3 * 4 - 1)
+    with pytest.raises(UserError, match="336 tokens of 1 blocks with 3 values each.* use fewer blocks, a smaller scale"):
         results(segmentation, data)
 
 
@@ -451,10 +451,10 @@ def test_a_test_without_labels_is_an_error():
     for mask in (scene.mask for scene in data.scenes[:2]):
         mask[mask == 2] = IGNORE
     data.scenes[2].mask[data.scenes[2].mask < 2] = IGNORE  # only a class that is not trained on is left
-    with pytest.raises(UserError, match="the test scenes hold no labelled pixel of a class"):
+    with pytest.raises(UserError, match="no labeled pixel of the test scenes has a class"):
         results(segmentation, data)
 
 
 def test_tokens_that_are_not_finite_are_an_error():
-    with pytest.raises(UserError, match="tokens that are not finite"):
+    with pytest.raises(UserError, match="tokens of the encoder contain NaN"):
         dense.encode(lambda batch: means(batch) * np.float32(np.nan), picture(16, 16), 4, 16, 16)

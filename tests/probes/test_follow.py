@@ -53,11 +53,11 @@ def times(base: pathlib.Path) -> dict[str, int]:
 def test_each_checkpoint_once_and_a_failing_task_does_not_end_it(finished, data, tmp_path, monkeypatch):
     judged, right = [], knn.run
 
-    def fail_at_8(labelled, settings):
+    def fail_at_8(labeled, settings):
         judged.append(len(judged))
         if len(judged) == 2:
             raise ZeroDivisionError("as planned")
-        yield from right(labelled, settings)
+        yield from right(labeled, settings)
 
     monkeypatch.setattr(knn, "run", fail_at_8)
     entries = run_follow(finished, tmp_path, two_tasks(data))
@@ -146,9 +146,9 @@ def test_a_result_is_of_one_checkpoint_of_one_run_on_one_data_set(finished, data
     note = run / "checkpoints" / "8" / "_CHECKPOINT_METADATA"
     note.write_text(note.read_text().replace('"init_timestamp_nsecs": ', '"init_timestamp_nsecs": 1'))  # saved again
     shown = results.markdown(results.read(base)).splitlines()
-    assert {line.split(" | ")[3].strip() for line in shown if "| 8, saved" in line} == {"8, saved anew since"}
+    assert {line.split(" | ")[3].strip() for line in shown if "| 8, saved" in line} == {"8, saved again since"}
     assert steps(run) == [8] and steps(run) == []
-    assert "anew" not in results.markdown(results.read(base)) + (base / "results.csv").read_text()
+    assert "again" not in results.markdown(results.read(base)) + (base / "results.csv").read_text()
     info = json.loads((pathlib.Path(data) / "info.json").read_text())
     info["splits"]["train"]["fingerprint"] = "made anew"
     changed = pathlib.Path(shutil.copytree(data, tmp_path / "data"))
@@ -162,17 +162,17 @@ def test_what_the_machine_did_not_let_end_is_no_result_and_a_new_save_of_a_passe
     run, right, failures = pathlib.Path(shutil.copytree(finished, tmp_path / "run")), knn.run, [OSError(errno.EMFILE, "files")]
     (run / "checkpoints/4/teacher/manifest.ocdbt").write_bytes(b"")
 
-    def no_files_once(labelled, settings):
+    def no_files_once(labeled, settings):
         if failures:
             shutil.rmtree(run / "checkpoints/4")  # as a training that found it damaged makes it anew
             shutil.copytree(finished / "checkpoints/4", run / "checkpoints/4")
             note = run / "checkpoints/4/_CHECKPOINT_METADATA"
             note.write_text(note.read_text().replace('"init_timestamp_nsecs": ', '"init_timestamp_nsecs": 1'))
             raise failures.pop()
-        yield from right(labelled, settings)
+        yield from right(labeled, settings)
 
     monkeypatch.setattr(knn, "run", no_files_once)
-    with pytest.raises(environment.EnvironmentFault, match="the machine failed in knn of step 8; start this job again") as ended:
+    with pytest.raises(environment.EnvironmentFault, match="the machine failed in knn of step 8; re-run the same command") as ended:
         run_follow(run, tmp_path / "out", two_tasks(data)[:1])
     assert ended.value.status == errors.TRY_AGAIN
     assert sorted(path.name for path in (tmp_path / "out").glob("step_*")) == ["step_000004", "step_000012"]
@@ -183,7 +183,7 @@ def test_one_job_at_a_time_and_an_end_to_patience(finished, data, tmp_path):
     with lease.held(tmp_path, "--output", name=".follow.lease"), pytest.raises(UserError, match=f"{tmp_path} is in use by"):
         run_follow(finished, tmp_path, two_tasks(data))
     (tmp_path / "run").mkdir()
-    with pytest.raises(UserError, match="has no new checkpoint for .* hours and has not ended"):
+    with pytest.raises(UserError, match="no new checkpoint in .* for .* hours, and the run has not ended"):
         run_follow(tmp_path / "run", tmp_path / "out", two_tasks(data), patience=0.2)
 
 

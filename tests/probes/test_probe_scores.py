@@ -171,6 +171,6 @@ def test_hold_out_of_several_labels_holds_out_labels_or_ends():
 
 
 def test_shares_are_named_in_percent():
-    assert [splits.name_of(share) for share in (0.1, 0.2, 0.28, 0.5, 0.005)] == [
+    assert [splits.split_name(share) for share in (0.1, 0.2, 0.28, 0.5, 0.005)] == [
         "10/90", "20/80", "28/72", "50/50", "0.5/99.5",
     ]  # fmt: skip

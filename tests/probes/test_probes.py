@@ -40,21 +40,21 @@ def test_features_are_the_networks_tokens(run, data):
     extractor = features.Extractor(weights.backbone, weights.meta)
     got = features.extract(extractor, found, 40, batch_size=5)
     images = np.stack([features.resized(found.decode(found.raw(index)), 40) for index in range(len(found))])
-    normalised = (images / 255.0 - 0.4) / 0.1
+    normalized = (images / 255.0 - 0.4) / 0.1
     model = vit.build(weights.meta["model"])
     encode = jax.jit(lambda images: model.apply({"params": weights.backbone}, images, blocks=4))
-    tokens = encode(normalised.astype(np.float32))
+    tokens = encode(normalized.astype(np.float32))
     np.testing.assert_allclose(got.class_tokens[:, -1], tokens["class_token"], atol=1e-5)
     np.testing.assert_allclose(got.patch_means[:, -1], tokens["patch_tokens"].mean(axis=1), atol=1e-5)
     np.testing.assert_allclose(got.class_tokens[:, 0], tokens["blocks"][0][:, 0], atol=1e-5)
     assert got.concatenated(4, True).shape == (21, 4 * 2 * 32)
     np.testing.assert_array_equal(got.concatenated(1, False), got.class_tokens[:, -1])
     maps = extractor.maps(images[:, :24])  # [21, 4, 3, 5, 32], not square
-    tokens = encode(normalised[:, :24].astype(np.float32))
+    tokens = encode(normalized[:, :24].astype(np.float32))
     np.testing.assert_allclose(maps[:, -1].reshape(21, 15, 32), tokens["patch_tokens"], atol=1e-5)
 
 
-def test_the_baseline_knows_colours_only(run):
+def test_the_baseline_knows_colors_only(run):
     meta = load.load_weights(run).meta
     images = np.random.default_rng(0).integers(0, 256, (3, 16, 24, 3), np.uint8)
     pixels, patch = features.Pixels(meta), (images[:, 8:16, 16:24] / 255).reshape(3, 64, 3)
@@ -188,30 +188,30 @@ def test_a_config_names_several_tasks(run, data, tmp_path):
         (["--data", "{tmp}/nothing"], "nothing does not exist"),
         (["--test-split", "val"], "has no split 'val'; it has few, part, test and 1 more"),
         (["--test-split", "train"], "are both 'train'"),
-        (["--tasks", "knn,svm"], "no task 'svm'; choose from knn, linear"),
-        (["--image-size", "50"], r"image size 50 is not a multiple of the checkpoint's patch of 8 px; try 48"),
+        (["--tasks", "knn,svm"], "unknown task 'svm'; expected any of knn, linear"),
+        (["--image-size", "50"], r"image size 50 is not a multiple of the checkpoint's patch size 8 px; try 48"),
         (["--train-split", "part"], "split 'part' of .* has no image of stripes, which 'test' has"),
-        (["--data", "{unlabelled}"], "has no labels"),
+        (["--data", "{unlabeled}"], "has no labels"),
         (["--data", "{strange}"], "the image 3.png of split 'train' of .* has none of the 3 classes"),
         (["--data", "{bands}"], "has no band 'red'; it has blue, green, infrared"),
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--poll", "-1"], "--poll is -1.0"),
         (["--train-split", ""], "knn.train_split is empty"),
-        (["--encoder", "student"], "no encoder 'student'"),
-        (["--set", "knn.kk=3"], "knn has no setting 'kk'; the task knn has k, "),
-        (["--set", "knn.k=3"], "knn.k=3 is of another type than its default"),
-        (["--set", "linear.k=3"], "there is no 'linear' to change; there are knn"),
+        (["--encoder", "student"], "unknown encoder 'student'"),
+        (["--set", "knn.kk=3"], "unknown setting 'kk' in knn; the settings of knn are k, "),
+        (["--set", "knn.k=3"], "expected knn.k as tuple, such as the default"),
+        (["--set", "linear.k=3"], "unknown name 'linear' in NAME.FIELD=VALUE; expected one of knn"),
         (["--set", "k"], "'k' is not of the form"),
-        (["--config", "{tmp}/none.py"], "data cannot be combined with a config of probes"),
-        (["--follow", "--step", "4"], "--follow judges the teacher of each checkpoint"),
+        (["--config", "{tmp}/none.py"], "data cannot be combined with a probe config"),
+        (["--follow", "--step", "4"], "--follow evaluates the teacher of every checkpoint"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, run, data, capsys, arguments, sentence):
     places = {"tmp": str(tmp_path)}
     if "{" in arguments[-1]:
         write = functools.partial(write_shards, tmp_path / "data")
-        if arguments[-1] == "{unlabelled}":
-            places["unlabelled"] = write({"train": [None] * 4, "test": [None] * 4}, class_names=None)
+        if arguments[-1] == "{unlabeled}":
+            places["unlabeled"] = write({"train": [None] * 4, "test": [None] * 4}, class_names=None)
         if arguments[-1] == "{strange}":
             places["strange"] = write({"train": [0, 1, 2, 7], "test": [0, 1]})
         if arguments[-1] == "{bands}":
@@ -242,6 +242,6 @@ def test_a_damaged_image_ends_the_probe(tmp_path, run, capsys):
 def test_foreign_files_are_refused(tmp_path):
     (tmp_path / "step_000001").mkdir()
     (tmp_path / "step_000001" / "mine.json").write_text("[]")
-    with pytest.raises(errors.UserError, match="mine.json is no result of a probe"):
+    with pytest.raises(errors.UserError, match="mine.json is not a probe result"):
         results.read(tmp_path)
     assert (tmp_path / "step_000001" / "mine.json").read_text() == "[]"

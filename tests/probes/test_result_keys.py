@@ -43,14 +43,14 @@ def test_what_was_measured_otherwise_never_gives_way_and_has_words_of_its_own(tm
         assert len(results.read(tmp_path)) == len(entries)
     lines = results.markdown(results.read(tmp_path)).splitlines()
     assert len(lines) == len({line for line in lines}) == 2 + len(entries) and len({line.count(" | ") for line in lines}) == 1
-    words = keys.told_apart(results.read(tmp_path))
+    words = keys.data_labels(results.read(tmp_path))
     assert len(words) == len(entries) - 1  # another run measures the same
     assert sum("k=5" in text for text in words.values()) == 1 and sum("96 px" in text for text in words.values()) == 1
     assert len((tmp_path / "results.csv").read_text().splitlines()) == 1 + len(entries)
 
 
 def test_a_single_result_is_told_plainly():
-    assert list(keys.told_apart([ENTRY]).values()) == ["aid, 21 images, 48 px"]
+    assert list(keys.data_labels([ENTRY]).values()) == ["aid, 21 images, 48 px"]
 
 
 def test_a_run_is_the_same_however_it_is_spelled(tmp_path, monkeypatch):
@@ -82,5 +82,5 @@ def test_a_folder_that_cannot_be_written_is_found_out_first(tmp_path):
     assert not list(tmp_path.iterdir())  # and leaves nothing behind
     (tmp_path / "file").write_bytes(b"")
     for place in (tmp_path / "file" / "probe", "/proc/probe"):
-        with pytest.raises(errors.UserError, match="cannot write to .*; make room or choose another --output"):
+        with pytest.raises(errors.UserError, match="cannot write to .*; free disk space or choose another --output"):
             results.check_writable(type(tmp_path)(os.fspath(place)))

@@ -154,9 +154,9 @@ def test_the_page_of_a_run_with_everything(run, data, tmp_path, capsys):
     assert str(output / "index.html") in capsys.readouterr().out
     text = (output / "index.html").read_text(encoding="utf-8")
     check_whole(text)
-    assert sections_of(text) == ["scores", "steps", "pairs", "tokens", "attention", "neighbours", "classes", "scenes",
+    assert sections_of(text) == ["scores", "steps", "pairs", "tokens", "attention", "neighbors", "classes", "scenes",
                                  "curves", "config"]  # fmt: skip
-    pictures = ["pairs", "tokens", "attention", "neighbours", "scenes_segmentation_s", "scenes_change_s"]
+    pictures = ["pairs", "tokens", "attention", "neighbors", "scenes_segmentation_s", "scenes_change_s"]
     assert {path.name for path in output.iterdir()} == {"index.html", *(f"{name}.png" for name in pictures)}
     for said in (
         "finished at step 4", "An alarm of the training", "step 3, collapse: &lt;script&gt;", "0.750 (0.700 – 0.800)",
@@ -199,7 +199,7 @@ def test_the_page_of_a_run_that_has_just_begun(run, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["index.html"]
     for title, why in (
         ("Scores", "nothing has probed this run yet"), ("Pairs", "the run holds no finished checkpoint yet"),
-        ("Nearest neighbours", "the run holds no finished"), ("Training", "no metrics.jsonl"), ("Classes", "no result"),
+        ("Nearest neighbors", "the run holds no finished"), ("Training", "no metrics.jsonl"), ("Classes", "no result"),
     ):  # fmt: skip
         assert re.search(rf"<td>{title}</td><td class=\"text\">[^<]*{why}", text), title
     assert "not finished: step 0 is the last logged" in text
@@ -289,9 +289,9 @@ def test_pairs_show_disjoint_patches_and_the_guess(run, data):
     columns, explained = found.columns, int(re.search(r"explains (-?\d+)%", found.caption)[1]) / 100
     assert list(columns) == list(preview.COLUMNS)
     assert all(tiles.shape == (3, 48, 48, 3) and tiles.dtype == np.uint8 for tiles in columns.values())
-    assert explained < 0.2  # a network at birth guesses no better than the mean colour
+    assert explained < 0.2  # a network at birth guesses no better than the mean color
 
-    def shown(name):  # [pairs, rows, columns of patches]: whether a patch holds anything but the colour of hidden ones
+    def shown(name):  # [pairs, rows, columns of patches]: whether a patch holds anything but the color of hidden ones
         patches = columns[name].reshape(3, 6, 8, 6, 8, 3).transpose(0, 1, 3, 2, 4, 5)
         return np.any(patches != preview.HIDDEN, axis=(3, 4, 5))
 
@@ -347,8 +347,8 @@ def test_attention_is_that_of_a_plain_forward_pass(run, data):
     assert looked.attention.shape == (2, 2, 1 + 36) and looked.patches.shape == (2, 6, 6, 32)
     np.testing.assert_allclose(looked.attention.sum(axis=2), 1.0, rtol=1e-6)
     for image, attention, patches in zip(shown, looked.attention, looked.patches, strict=True):
-        normalised = (image / 5000.0 - 0.4) / 0.1
-        wanted, after = plain_attention(jax.tree.map(np.float64, backbone), 2, normalised, 8)
+        normalized = (image / 5000.0 - 0.4) / 0.1
+        wanted, after = plain_attention(jax.tree.map(np.float64, backbone), 2, normalized, 8)
         assert wanted.max() > 2.0 * wanted.min()
         np.testing.assert_allclose(attention, wanted, rtol=1e-3, atol=1e-6)
         np.testing.assert_allclose(patches.reshape(36, 32), after[1:], rtol=1e-3, atol=1e-3)
@@ -369,29 +369,29 @@ def test_asking_for_attention_changes_no_other_output():
     assert attention.shape == (2, 2, 5)
 
 
-def test_colours_of_tokens_stand_on_shared_axes():
+def test_colors_of_tokens_stand_on_shared_axes():
     rng = np.random.default_rng(0)
     mixed = (rng.gamma(1.0, size=(2 * 36, 3)) * (9.0, 4.0, 2.0)) @ rng.normal(size=(3, 24)) + rng.normal(size=24)
     patches = mixed.reshape(2, 6, 6, 24)
     patches[1, :2] = patches[0, 4:]  # the same tokens in another image, elsewhere
-    found, shares = tokens.colours(patches)
+    found, shares = tokens.colors(patches)
     assert found.shape == (2, 6, 6, 3) and found.dtype == np.uint8 and found.min() == 0 and found.max() == 255
     np.testing.assert_array_equal(found[1, :2], found[0, 4:])
-    centred = patches.reshape(-1, 24) - patches.reshape(-1, 24).mean(axis=0)
-    left, singular, _ = np.linalg.svd(centred, full_matrices=False)
+    centered = patches.reshape(-1, 24) - patches.reshape(-1, 24).mean(axis=0)
+    left, singular, _ = np.linalg.svd(centered, full_matrices=False)
     scores, _ = tokens.components(patches.reshape(-1, 24))
     np.testing.assert_allclose(np.abs(scores), np.abs(left[:, :3] * singular[:3]), atol=1e-8)
     np.testing.assert_allclose(shares, singular[:3] ** 2 / np.sum(singular**2))
-    # Neither a turned nor a mirrored space of tokens changes a colour, nor does the order of the images.
+    # Neither a turned nor a mirrored space of tokens changes a color, nor does the order of the images.
     turned = patches @ np.linalg.qr(rng.normal(size=(24, 24)))[0]
     for other in (turned, -turned):
-        assert np.abs(tokens.colours(other)[0].astype(int) - found).max() <= 1
-    assert np.abs(tokens.colours(patches[::-1])[0][::-1].astype(int) - found).max() <= 1
-    flat, none = tokens.colours(np.ones((1, 4, 4, 8)))  # nothing varies
+        assert np.abs(tokens.colors(other)[0].astype(int) - found).max() <= 1
+    assert np.abs(tokens.colors(patches[::-1])[0][::-1].astype(int) - found).max() <= 1
+    flat, none = tokens.colors(np.ones((1, 4, 4, 8)))  # nothing varies
     assert (flat == flat[0, 0, 0]).all() and (none == 0).all()
 
 
-def test_neighbours_are_those_of_brute_force():
+def test_neighbors_are_those_of_brute_force():
     rng = np.random.default_rng(1)
     train, queries = rng.normal(size=(40, 8)), rng.normal(size=(6, 8))
     train[7] = 2.0 * train[3]  # an equal cosine; the query itself is left out, its twin is not
@@ -437,7 +437,7 @@ def test_heads_stand_in_rows_and_maps_over_their_image():
     tile, values = grid.rows[0][2], attention[0, 0, 1:].reshape(4, 4)
     assert tile.text == f"head 1: at most {values.max():.1%}"
     row, column = np.unravel_index(np.argmax(values), (4, 4))
-    np.testing.assert_array_equal(tile.pixels[2 * row, 2 * column], tokens.heat(np.ones(())))  # white keeps the colour
+    np.testing.assert_array_equal(tile.pixels[2 * row, 2 * column], tokens.heat(np.ones(())))  # white keeps the color
     darker = tokens.attention_grid([images.Shown(rgb[0], "k", -1)], rgb // 4, attention, None).rows[0][2]
     assert (darker.pixels <= tile.pixels).all() and darker.pixels.sum() < tile.pixels.sum()
     brightness = tokens.heat(np.linspace(0, 1, 50)) @ [0.2126, 0.7152, 0.0722]
@@ -528,10 +528,10 @@ def test_scenes_show_where_the_prediction_is_wrong(tmp_path):
     grid, remarks = overlays.grid(result, Bands.plain(), ())
     assert remarks == [] and grid.names == ("image", "truth", "prediction", "errors")
     image, true, guess, wrong = (tile.pixels.astype(int) for tile in grid.rows[0])
-    colours = np.array(overlays.colours_of(2))
+    colors = np.array(overlays.colors_of(2))
     assert (image == 90).all()
-    np.testing.assert_array_equal(guess, colours[predicted])
-    np.testing.assert_array_equal(true[truth != 255], colours[truth[truth != 255]])
+    np.testing.assert_array_equal(guess, colors[predicted])
+    np.testing.assert_array_equal(true[truth != 255], colors[truth[truth != 255]])
     np.testing.assert_array_equal(wrong[..., 0] > wrong[..., 1] + 50, (truth != predicted) & (truth != 255))
     (tmp_path / "label/7.png").write_bytes(b"no mask")
     grid, remarks = overlays.grid(result, Bands.plain(), ())
@@ -539,4 +539,4 @@ def test_scenes_show_where_the_prediction_is_wrong(tmp_path):
     (tmp_path / "label/7.png").unlink()
     grid, remarks = overlays.grid(result, Bands.plain(), ())
     assert grid is None and len(remarks) == 1 and "The scenes are not shown: " in remarks[0]
-    assert len(set(overlays.colours_of(45))) == 45
+    assert len(set(overlays.colors_of(45))) == 45

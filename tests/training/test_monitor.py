@@ -56,29 +56,29 @@ def test_leave_one_out_leaves_the_image_out():
 
 def test_the_small_set_has_as_many_images_of_each_class(data):
     bands = tiny.objective(tiny.config()).bands
-    images, labels = monitor.small_set(settings(data, images=24), bands, 40)
+    images, labels = monitor.labeled_subset(settings(data, images=24), bands, 40)
     assert images.shape == (24, 40, 40, 3) and images.dtype == np.uint8
     assert np.bincount(labels).tolist() == [6, 6, 6, 6]
-    for one, other in zip((images, labels), monitor.small_set(settings(data, images=24), bands, 40), strict=True):
+    for one, other in zip((images, labels), monitor.labeled_subset(settings(data, images=24), bands, 40), strict=True):
         np.testing.assert_array_equal(one, other)
-    everything = monitor.small_set(settings(data), bands, 40)[1]
+    everything = monitor.labeled_subset(settings(data), bands, 40)[1]
     assert np.bincount(everything).tolist() == [12, 12, 12, 12]
 
 
 def test_bad_sets_are_one_sentence(data, tmp_path):
     bands = tiny.objective(tiny.config()).bands
     for name, content, wrong in (
-        ("few", dict(images=20), "found 20 labelled images .* need at least 21"),
+        ("few", dict(images=20), "needs at least 21 labeled images in split .*, got 20"),
         ("infrared", dict(bands=("red", "green", "nir")), "has no band 'blue'"),
         ("damaged", dict(undecodable=(3,)), "record 3 of .* cannot be read"),
     ):
         folder = toy_data.write(tmp_path / name, **content)
         with pytest.raises(UserError, match=wrong):
-            monitor.small_set(settings(folder), bands, 40)
+            monitor.labeled_subset(settings(folder), bands, 40)
     folder = toy_data.write(tmp_path / "unlabelled")
     toy_data.edit_info(tmp_path / "unlabelled", class_names=None)
-    with pytest.raises(UserError, match="has no classes to tell apart"):
-        monitor.small_set(settings(folder), bands, 40)
+    with pytest.raises(UserError, match="needs at least two classes"):
+        monitor.labeled_subset(settings(folder), bands, 40)
 
 
 @pytest.mark.parametrize("mesh", [dict(data=8), dict(data=2, fsdp=2, tensor=2)])

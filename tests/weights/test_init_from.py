@@ -1,4 +1,4 @@
-"""What `init_from` makes of weights from elsewhere: parts that are missing, other grids and bands, the centre."""
+"""What `init_from` makes of weights from elsewhere: parts that are missing, other grids and bands, the center."""
 
 import dataclasses
 
@@ -57,7 +57,7 @@ def test_a_teacher_alone_becomes_both_backbones_with_new_heads(imported, capsys)
         assert jax.tree.all(jax.tree.map(lambda leaf, like: leaf.sharding == like.sharding, found, new))
     toy_weights.assert_same(state.opt_state, born.opt_state)
     assert "the backbone, with new heads" in capsys.readouterr().err
-    with pytest.raises(UserError, match="holds the teacher's backbone alone, and no student"):
+    with pytest.raises(UserError, match="has no student, only the teacher's backbone; choose another network"):
         load.load_weights(imported[True], which="student")
 
 
@@ -71,9 +71,9 @@ def test_other_grids_and_bands_are_fitted(imported, capsys):
     state = warm_start.with_weights(born, imported[False], objective)
     for which, found in (("student", state.params), ("teacher", state.teacher)):
         given = load.load_weights(imported[False], which=which).params
-        grey = np.random.default_rng(0).normal(size=(2, 24, 24, 1)).astype(np.float32)
+        gray = np.random.default_rng(0).normal(size=(2, 24, 24, 1)).astype(np.float32)
         outputs = [
-            network.encoder.apply({"params": jax.device_get(tree["backbone"])}, np.tile(grey, (1, 1, 1, len(network.bands))))
+            network.encoder.apply({"params": jax.device_get(tree["backbone"])}, np.tile(gray, (1, 1, 1, len(network.bands))))
             for network, tree in ((old, given), (objective, found))
         ]  # the same image in all bands, at the new size, gives what it gave before
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *outputs)
@@ -82,7 +82,7 @@ def test_other_grids_and_bands_are_fitted(imported, capsys):
     born = born.params["pixel_head"]
     toy_weights.assert_same(state.params["pixel_head"], given | {name: born[name] for name in ("direction", "gain")})
     said = capsys.readouterr().err
-    assert "from 4 x 4 to 6 x 6 patches" in said and "mean over 3 bands for each of 5, with new layers" in said
+    assert "from 4 x 4 to 6 x 6 patches" in said and "averaged over 3 bands for each of 5 bands; new layers" in said
 
 
 def test_bands_in_another_order_are_matched_by_name(imported):
@@ -110,7 +110,7 @@ def test_what_does_not_fit_is_named(imported):
     assert str(error.value).count(" there and ") > 20 and "prototype_head/gain is (32,) there and (64,) here" in str(error.value)
 
 
-def test_the_centre_begins_as_the_mean_of_the_teachers_outputs(imported, tmp_path, capsys):
+def test_the_center_begins_as_the_mean_of_the_teachers_outputs(imported, tmp_path, capsys):
     config = config_like_the_dictionary(pera__center_batches=2, accumulate=2)
     config.data.path = toy_data.write(tmp_path / "toy")
     data, mesh = mixture.open_mixture(config.data), sharding.make_mesh(data=4, fsdp=2)
@@ -136,7 +136,7 @@ def test_the_centre_begins_as_the_mean_of_the_teachers_outputs(imported, tmp_pat
 
 
 def test_going_on_forgets_nothing(one_device, tmp_path):
-    """100 steps at a small rate, from a whole import and from its teacher alone: neighbours as good as the import's."""
+    """100 steps at a small rate, from a whole import and from its teacher alone: neighbors as good as the import's."""
     labels = {"train": list(range(3)) * 32, "test": list(range(3)) * 16}
     data = str(labelled_toys.write_shards(tmp_path / "data", labels))
 
@@ -146,7 +146,7 @@ def test_going_on_forgets_nothing(one_device, tmp_path):
         config.schedules.learning_rate.update(dict(start=rate, peak=rate, end=rate))
         return config
 
-    def neighbours(run):
+    def neighbors(run):
         return probe.probe(run, ["knn"], data=data, image_size=48, changes={"knn.k": (20,)}, output=tmp_path / "out")[0]
 
     train.train(settings(60, 2e-3), str(tmp_path / "first"))
@@ -162,5 +162,5 @@ def test_going_on_forgets_nothing(one_device, tmp_path):
         options = imports.Options(heads=2, mean=(0.4,) * 3, std=(0.1,) * 3)
         imports.import_released(tmp_path / "first.safetensors", start, options, alone)
         train.train(settings(100, 1e-5, str(start)), str(tmp_path / f"on_{alone}"))
-        before, after = (neighbours(run)["scores"]["knn20"]["value"] for run in (start, tmp_path / f"on_{alone}"))
+        before, after = (neighbors(run)["scores"]["knn20"]["value"] for run in (start, tmp_path / f"on_{alone}"))
         assert before > 0.5 and after >= before - 1 / 48, (alone, before, after)

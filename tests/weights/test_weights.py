@@ -29,7 +29,7 @@ def test_any_backbone_comes_back_bit_for_bit_from_either_format(seed, tmp_path):
     description = toy_weights.shape(rng)
     born = toy_weights.backbone(description, rng)
     side, file = description["image_size"], tmp_path / "model.safetensors"
-    arrays.write(file, timm.of_backbone(born, description, side, side))
+    arrays.write(file, timm.to_timm(born, description, side, side))
 
     imports.import_timm(file, tmp_path / "run", options(description))
     weights = load.load_weights(tmp_path / "run")
@@ -71,7 +71,7 @@ def test_the_file_depends_neither_on_the_split_nor_on_scanning(tmp_path):
         for split in range(1, 5):
             lower, upper = (jax.tree.map(lambda x, s=s: x[s], blocks) for s in (slice(split), slice(split, None)))
             tree = born | {"lower": lower, "upper": upper}
-            arrays.write(tmp_path / "a.safetensors", timm.of_backbone(tree, description | {"split": split}, side, side))
+            arrays.write(tmp_path / "a.safetensors", timm.to_timm(tree, description | {"split": split}, side, side))
             contents.add((tmp_path / "a.safetensors").read_bytes())
     assert len(contents) == 1
 
@@ -82,19 +82,19 @@ def test_another_size_is_baked_in_as_the_network_interpolates(rows, columns):
     rng = np.random.default_rng(1)
     description = toy_weights.shape(rng)
     born, patch = toy_weights.backbone(description, rng), description["patch"]
-    named = timm.of_backbone(born, description, rows * patch, columns * patch)
+    named = timm.to_timm(born, description, rows * patch, columns * patch)
     wanted = vit.build(description).apply({"params": born}, rows, columns, method="positions")
     np.testing.assert_array_equal(named["pos_embed"][0], wanted)
     for height, width in ((rows * patch + 1, columns * patch), (rows * patch, 0)):
-        with pytest.raises(UserError, match=f"{height}x{width} is not a multiple of the patch of {patch} px"):
-            timm.of_backbone(born, description, height, width)
+        with pytest.raises(UserError, match=f"{height}x{width} is not a multiple of the patch size {patch} px"):
+            timm.to_timm(born, description, height, width)
 
 
 def test_layer_scale_is_multiplied_in_and_heads_are_left_out(tmp_path):
     rng = np.random.default_rng(2)
     description = toy_weights.shape(rng) | {"bands": 3}
     side = description["image_size"]
-    named = timm.of_backbone(toy_weights.backbone(description, rng), description, side, side)
+    named = timm.to_timm(toy_weights.backbone(description, rng), description, side, side)
     width, extras = description["width"], ["decoder_embed.weight", "head.bias", "head.weight", "mask_token"]
     scaled = named | {name: np.ones(3, np.float32) for name in extras}
     blocks = range(description["depth"])
@@ -103,7 +103,7 @@ def test_layer_scale_is_multiplied_in_and_heads_are_left_out(tmp_path):
     wanted = imports.Options(description["heads"])
     meta, left_out = imports.import_timm(tmp_path / "a.safetensors", tmp_path / "run", wanted)
     assert left_out == extras and "LayerScale of" in "".join(meta["imported"]["told"])
-    found = timm.of_backbone(load.load_weights(tmp_path / "run").backbone, description, side, side)
+    found = timm.to_timm(load.load_weights(tmp_path / "run").backbone, description, side, side)
     x = rng.normal(size=width).astype(np.float64)
     for i in blocks:
         for j, layer in ((1, "attn.proj"), (2, "mlp.fc2")):
@@ -117,8 +117,8 @@ def test_layer_scale_is_multiplied_in_and_heads_are_left_out(tmp_path):
     with pytest.raises(UserError) as error:
         imports.import_timm(tmp_path / "b.safetensors", tmp_path / "other", wanted)
     assert str(error.value).endswith(
-        f"lacks {', '.join(lacking)}; has values that are not finite in blocks.1.ls2.gamma; has what does not fit the layer "
-        "before it: blocks.0.ls1.gamma, blocks.1.ls2.gamma, blocks.9.ls2.gamma"
+        f"lacks {', '.join(lacking)}; has NaN or infinite values in blocks.1.ls2.gamma; has factors that do not fit the "
+        "preceding layer: blocks.0.ls1.gamma, blocks.1.ls2.gamma, blocks.9.ls2.gamma"
     )
 
 
@@ -126,18 +126,18 @@ def test_sizes_that_config_json_tells_are_those_of_the_file(tmp_path):
     rng = np.random.default_rng(4)
     description = toy_weights.shape(rng) | {"bands": 3, "depth": 3, "split": 1}
     side = description["image_size"]
-    named = timm.of_backbone(toy_weights.backbone(description, rng), description, side, side)
+    named = timm.to_timm(toy_weights.backbone(description, rng), description, side, side)
     without_the_last = {name: each.astype(np.float64) for name, each in named.items() if not name.startswith("blocks.2.")}
     arrays.write(tmp_path / "a.safetensors", without_the_last)
     told = dict(depth=3, embed_dim=description["width"], patch_size=[description["patch"]] * 2, in_chans=3)
     wanted = imports.Options(description["heads"])
-    for change, words in ({}, "depth 2 instead of 3,"), ({"depth": 2, "patch_size": 9, "in_chans": 1}, "bands 3 instead of 1, patch"):
+    for change, words in ({}, "expected depth 3, got 2.;"), ({"depth": 2, "patch_size": 9, "in_chans": 1}, "expected bands 1, got 3; expected patch"):
         (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {}, "model_args": told | change}))
         with pytest.raises(UserError, match=words):
             imports.import_timm(tmp_path / "a.safetensors", tmp_path / "run", wanted)
     (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {}, "model_args": told | {"depth": 2}}))
     meta, _ = imports.import_timm(tmp_path / "a.safetensors", tmp_path / "run", wanted)
-    assert f"{len(without_the_last)} arrays of float64 are rounded to float32" in meta["imported"]["told"]
+    assert f"{len(without_the_last)} float64 arrays are rounded to float32" in meta["imported"]["told"]
 
 
 def test_the_command_writes_what_timm_and_a_reader_need(tmp_path):
@@ -154,8 +154,8 @@ def test_the_command_writes_what_timm_and_a_reader_need(tmp_path):
     wanted = arrays.read(tmp_path / "a.safetensors")["student.backbone.blocks.2.mlp.fc1.weight"]
     np.testing.assert_array_equal(named["blocks.2.mlp.fc1.weight"], wanted)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"config.json is no config of timm's \(missing field pretrained_cfg\); move a.safetensors to a folder without it"):
-        timm.beside(tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"config.json is not a timm config \(missing field pretrained_cfg\); move a.safetensors to a folder without it"):
+        timm.read_config(tmp_path / "a.safetensors")
     card = (out / "README.md").read_text()
-    assert "| 1 | green | 0.0 | 255.0 | 0.456 | 0.224 |" in card and "interpolated from the training's 16 x 16 px" in card
+    assert "| 1 | green | 0.0 | 255.0 | 0.456 | 0.224 |" in card and "interpolated from 16 x 16 px, the size in training" in card
     assert "student at step 0" in card and "imported from the file a.safetensors" in card

@@ -82,18 +82,18 @@ def test_more_than_arrays_and_numbers_is_refused(tmp_path):
     with pytest.raises(UserError, match="refers to numpy._core.multiarray._reconstruct, numpy.ndarray, pathlib"):
         pickles.load(tmp_path / "a.params")
     torch.save({"model": {"a": torch.zeros(2), "b": 3, "c": torch.zeros(2, dtype=torch.int32)}}, tmp_path / "b.params")
-    with pytest.raises(UserError, match="no array of floats: b, c$"):
+    with pytest.raises(UserError, match="not floating-point arrays: b, c$"):
         arrays.read(tmp_path / "b.params")
     save(tmp_path / "c.params")
     content = (tmp_path / "c.params").read_bytes()
     for cut in (content[:-1], content[: len(content) // 2], content[:1000]):
         (tmp_path / "c.params").write_bytes(cut)
-        with pytest.raises(UserError, match="is no file of torch.save, or is cut off$"):
+        with pytest.raises(UserError, match="is not a torch.save file, or is truncated; get another copy$"):
             pickles.load(tmp_path / "c.params")
     with zipfile.ZipFile(io.BytesIO(content)) as stored, zipfile.ZipFile(tmp_path / "d.params", "w", zipfile.ZIP_DEFLATED) as packed:
         for name in stored.namelist():
             packed.writestr(name, stored.read(name))
-    with pytest.raises(UserError, match="is compressed, which torch.save never does"):
+    with pytest.raises(UserError, match="is a compressed zip, which torch.save never writes"):
         pickles.load(tmp_path / "d.params")
 
 
@@ -104,12 +104,12 @@ def test_the_options_of_a_command_are_inert_and_other_networks_are_told(tmp_path
     found = pickles.load(tmp_path / "dino.pth")["args"]
     assert type(found).__module__ == pickles.__name__ and vars(found).keys() == {"lr", "arch", "inner"}
     assert found.arch == "vit_small" and found.inner.x == [1]
-    told = []
-    assert arrays.read(tmp_path / "dino.pth", told=told).keys() == {"student.a", "teacher.a"}
-    assert told == ["taken is teacher, student of the file; passed over: ema.*, step"]
+    notes = []
+    assert arrays.read(tmp_path / "dino.pth", notes=notes).keys() == {"student.a", "teacher.a"}
+    assert notes == ["imported teacher, student of the file; ignored: ema.*, step"]
     torch.save({"model": held["teacher"], "model_ema": held["student"], "epoch": 1}, tmp_path / "mae.pth")
-    arrays.read(tmp_path / "mae.pth", told=told)
-    assert told[1:] == ["taken is model of the file; passed over: model_ema.*"]
+    arrays.read(tmp_path / "mae.pth", notes=notes)
+    assert notes[1:] == ["imported model of the file; ignored: model_ema.*"]
 
 
 @pytest.mark.parametrize(
@@ -147,10 +147,10 @@ def test_vits_of_timm_give_the_same_features_after_import(name, changes, suffix,
 def test_other_vits_are_refused_with_the_names_that_this_one_lacks(tmp_path):
     small = dict(img_size=28, patch_size=14, depth=2, embed_dim=64, num_heads=1)
     for changes, words in (
-        ({"reg_tokens": 4}, "has what does not belong there: reg_token"),
-        ({"qkv_bias": False}, "lacks blocks.0.attn.qkv.bias, blocks.1.attn.qkv.bias"),
-        ({"global_pool": "avg"}, "lacks norm.bias, norm.weight; .* belong there: fc_norm.bias, fc_norm.weight"),
-        ({"no_embed_class": True}, "of no ViT .*: pos_embed "),
+        ({"reg_tokens": 4}, "has unexpected arrays: reg_token"),
+        ({"qkv_bias": False}, "lacks the arrays blocks.0.attn.qkv.bias, blocks.1.attn.qkv.bias"),
+        ({"global_pool": "avg"}, "lacks the arrays norm.bias, norm.weight; .* unexpected arrays: fc_norm.bias, fc_norm.weight"),
+        ({"no_embed_class": True}, "is not a ViT .*: pos_embed "),
     ):
         file = tmp_path / "vit.pth"
         torch.save(timm.create_model("vit_tiny_patch16_224", **small | changes).state_dict(), file)
@@ -242,7 +242,7 @@ def test_a_training_begins_from_an_import(alone, tmp_path, capsys):
     config.pera.teacher_momentum.update(dict(start=1.0, end=1.0))
     train.train(config, str(tmp_path / "run"))
     said = capsys.readouterr().err
-    assert "positions interpolated from 4 x 4 to 6 x 6" in said and "the centre begins as the teacher's mean output" in said
+    assert "positions interpolated from 4 x 4 to 6 x 6" in said and "the center starts as the teacher's mean output" in said
     assert ("with new heads" in said) == alone
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2] and all(np.isfinite(line["loss"]) for line in lines)
@@ -297,7 +297,7 @@ def test_the_teacher_of_checkpoints_of_dino_is_taken(tmp_path, capsys):
     for name, held in {"dino": nested | {"epoch": 3, "args": argparse.Namespace(lr=1)}, "dinov2": flat}.items():
         torch.save(held, tmp_path / f"{name}.pth")
         export.main(["import-timm", str(tmp_path / f"{name}.pth"), "--output", str(tmp_path / name)])
-        assert "taken is teacher.backbone.* of the file" in capsys.readouterr().out
+        assert "imported teacher.backbone.* of the file" in capsys.readouterr().out
         images = torch.randn(1, 3, 32, 32)
         with torch.no_grad():
             theirs = models[0].forward_features(images).numpy()

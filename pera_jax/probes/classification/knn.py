@@ -1,20 +1,20 @@
-"""Nearest neighbours among the training images: what frozen features tell without any training.
+"""Weighted k-nearest-neighbor classification of frozen features.
 
-k nearest by cosine similarity, each voting for its class with the weight `exp(similarity / T)`, T = 0.07: the protocol
-of Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", arXiv:1805.01978, that
-self-supervised methods report with k = 20.
+The k nearest training images by cosine similarity vote for their classes with weight `exp(similarity / T)`, T = 0.07: the
+protocol of Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", arXiv:1805.01978, reported
+by self-supervised methods with k = 20.
 
-Scores, of the last block's class token as the field reports it: `knn10`, `knn20`, `knn100`, `knn200`, accuracies;
-`knn20_best` of the better of class token and class token with the mean of the patch tokens, chosen for k = 20 on a part
-of the training images that is held out, once for each seed. Of several labels for an image each neighbour votes for all
-of its own, a class's score is its share of the weights, and the scores are `knn20_map_micro` and so on.
-Without test images each training image is classified by all the others (leave-one-out), and nothing is chosen.
+Scores: the accuracies `knn10`, `knn20`, `knn100`, `knn200` of the class token of the last block; and `knn20_best`, with the
+better of class token and class token plus mean patch token, chosen with k = 20 on held-out training images for each seed.
+Multi-label: each neighbor votes for all of its labels, the score of a class is its fraction of the total weight, and the
+metrics are `knn20_map_micro`, `knn20_map_macro` and so on. Without test images the evaluation is leave-one-out on the training
+images, and nothing is chosen.
 
 Settings:
-  k: numbers of neighbours; those above the number of training images are left out.
+  k: numbers of neighbors; values above the number of training images are skipped.
   temperature: T.
-  held_out: share of the training images to choose on.
-  seeds: of the held-out parts; the first one also of the bootstrap intervals.
+  held_out: fraction of the training images held out to choose hyperparameters.
+  seeds: seeds of the held-out splits; the first one is also the seed of the bootstrap intervals.
 """
 
 import functools
@@ -28,21 +28,21 @@ import numpy as np
 from pera_jax.common.errors import UserError
 from pera_jax.encoder import extract as features
 from pera_jax.probes import scores, splits
-from pera_jax.probes.classification.labeled import Labelled
+from pera_jax.probes.classification.labeled import Labeled
 
 SETTINGS = {"k": (10, 20, 100, 200), "temperature": 0.07, "held_out": 0.2, "seeds": (0, 1, 2)}
 HEADLINE = 20  # the k of the comparison of variants
-_SIMILARITIES = 2**24  # that are held at once: 64 MiB
-_ROWS = 256  # queries of the online monitor at once
+_SIMILARITIES = 2**24  # held at once: 64 MiB
+_ROWS = 256  # queries per batch of the online monitor
 
 
-# ---------------------------------------------------------------- neighbours and votes
+# ---------------------------------------------------------------- neighbors and votes
 
 
 @functools.partial(jax.jit, static_argnames="k")
 def _nearest(train: jax.Array, queries: jax.Array, own: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     similarity = jnp.einsum("qd,nd->qn", queries, train, precision=jax.lax.Precision.HIGHEST)  # [q, N]
-    # The order of top_k is total and puts -0 behind 0, but equal similarities must keep the order of the index.
+    # top_k orders -0 behind 0, but equal similarities must be ordered by index.
     similarity = jnp.where(similarity == 0.0, 0.0, similarity)
     similarity = jnp.where(jnp.arange(len(train)) == own[:, None], -jnp.inf, similarity)
     return jax.lax.top_k(similarity, k)
@@ -54,7 +54,7 @@ def nearest(
     """The k most similar rows of `train` [N, D] for each row of `queries` [M, D].
 
     Args:
-      own: int [M], the row of `train` that a query is itself and that is no neighbour of it; then k < N.
+      own: int [M], the row of `train` that is the query itself, to be excluded; requires k < N.
 
     Returns:
       (cosine similarities float32 [M, k] descending, indices int32 [M, k]); equal similarities by ascending index.
@@ -65,7 +65,7 @@ def nearest(
     similarities, indices = [], []
     for first in range(0, len(queries), chunk):
         part = queries[first : first + chunk]
-        padding = chunk - len(part)  # one shape, compiled once; the padding is cut off below
+        padding = chunk - len(part)  # one shape, compiled once; the padding is removed below
         rows, selves = np.pad(part, ((0, padding), (0, 0))), np.pad(own[first : first + chunk], (0, padding))
         for result, values in zip((similarities, indices), _nearest(train, rows, selves, k), strict=True):
             result.append(np.asarray(values)[: len(part)])
@@ -73,25 +73,25 @@ def nearest(
 
 
 def unit(x: np.ndarray) -> np.ndarray:
-    """The rows of `x` [N, D] divided by their lengths, float32; a row of zeros stays."""
+    """The rows of `x` [N, D] normalized to unit length, float32; zero rows stay zero."""
     x = np.asarray(x, np.float32)
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), np.float32(1e-12))
 
 
-def votes(similarities: np.ndarray, neighbours: np.ndarray, classes: int, temperature: float) -> np.ndarray:
-    """The share of each class in the sum of `exp(similarity / temperature)`, float64 [M, classes].
+def votes(similarities: np.ndarray, neighbors: np.ndarray, classes: int, temperature: float) -> np.ndarray:
+    """The fraction of each class in the sum of weights `exp(similarity / temperature)`, float64 [M, classes].
 
     Args:
       similarities: [M, k], descending.
-      neighbours: the neighbours' labels in the same order, int [M, k] or, of several labels, bool [M, k, classes].
+      neighbors: labels of the neighbors in the same order, int [M, k], or bool [M, k, classes] for multi-label images.
     """
     similarities = similarities.astype(np.float64)
-    # In float64 and one after the other, as bincount adds: equal votes of two classes give equal sums.
-    weights = np.exp((similarities - similarities[:, :1]) / temperature)  # [M, k]; a common factor spares overflow
+    # Float64 sums in the fixed order of bincount: equal votes of two classes give equal sums.
+    weights = np.exp((similarities - similarities[:, :1]) / temperature)  # [M, k]; the common factor avoids overflow
     total = weights.sum(axis=1, keepdims=True)
-    if neighbours.ndim == 3:
-        return np.einsum("mk,mkc->mc", weights, neighbours) / total
-    cells = np.arange(len(weights))[:, None] * classes + neighbours  # [M, k]
+    if neighbors.ndim == 3:
+        return np.einsum("mk,mkc->mc", weights, neighbors) / total
+    cells = np.arange(len(weights))[:, None] * classes + neighbors  # [M, k]
     sums = np.bincount(cells.ravel(), weights.ravel(), minlength=len(weights) * classes)
     return sums.reshape(-1, classes) / total
 
@@ -105,7 +105,7 @@ def predict(
     temperature: float = SETTINGS["temperature"],
     own: np.ndarray | None = None,
 ) -> dict[int, np.ndarray]:
-    """What the neighbours say, for each k of `ks` that is not larger than their number.
+    """Classifies queries with each k of `ks` that does not exceed the number of neighbors.
 
     Args:
       train: features [N, D] with `labels` int [N] below `classes`, or bool [N, classes].
@@ -113,14 +113,14 @@ def predict(
       own: as in `nearest`.
 
     Returns:
-      By k the class of the largest vote, of equal ones the lowest, int64 [M]; of several labels all votes [M, classes].
+      By k: the class with the largest vote int64 [M], the lowest index among equals; for multi-label the votes [M, classes].
     """
     ks = [k for k in ks if k <= len(train) - (own is not None)]
     if not ks:
         return {}
     similarities, indices = nearest(train, queries, max(ks), own)
     found = {k: votes(similarities[:, :k], labels[indices[:, :k]], classes, temperature) for k in ks}
-    return found if labels.ndim == 2 else {k: np.argmax(shares, axis=1) for k, shares in found.items()}
+    return found if labels.ndim == 2 else {k: np.argmax(votes_, axis=1) for k, votes_ in found.items()}
 
 
 def leave_one_out(
@@ -130,13 +130,13 @@ def leave_one_out(
     k: int = HEADLINE,
     temperature: float = SETTINGS["temperature"],
 ) -> jax.Array:
-    """The accuracy of kNN where each image is classified by all the others: pure JAX, for use inside a training.
+    """Leave-one-out kNN accuracy in pure JAX, for use during training.
 
     Args:
       features: [N, D], N > k; labels: int [N] below `classes`; `classes` and `k` are static.
 
     Returns:
-      float32 []. The rows are worked on in pieces, so that no [N, N] array is held.
+      float32 []. Computed in batches of rows, without an [N, N] array.
     """
     features = features.astype(jnp.float32)
     units = features / jnp.maximum(jnp.linalg.norm(features, axis=1, keepdims=True), 1e-12)
@@ -155,19 +155,19 @@ def leave_one_out(
 
 
 def variants(tokens: features.Features) -> dict[str, np.ndarray]:
-    """Features [N, D] of the last block by the name of the variant, the plain one first."""
+    """Feature variants [N, D] of the last block by name; the class token comes first."""
     plain = tokens.concatenated(1, patch_means=False)
-    # Each part with length 1, so that the cosine of the pair is the mean of the two cosines.
+    # Both parts have unit length, so the cosine of the concatenation is the mean of the two cosines.
     both = np.concatenate([unit(plain), unit(tokens.patch_means[:, -1])], axis=1)
     return {"class": plain, "class_mean": both}
 
 
-def run(data: Labelled, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yields the scores above, and with `knn20_best` as details `chosen`, the variant of each seed, and `held_out`, the
-    score on the held-out part by seed, variant and k.
+def run(data: Labeled, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yields (name, score) for the scores above; with `knn20_best` also the details `chosen`, the variant of each seed, and
+    `held_out`, the score on held-out images by seed, variant and k.
 
     Raises:
-      UserError: fewer training images than any k, or labels and settings that `splits` refuses.
+      UserError: fewer training images than the smallest k; labels or settings rejected by `splits`.
     """
     splits.check(data)
     splits.check_settings(settings)
@@ -178,13 +178,12 @@ def run(data: Labelled, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     own = np.arange(len(labels)) if alone else None
 
     if not ks or min(ks) < 1:
-        raise UserError(f"k is {ks}; give at least one whole number above 0")
+        raise UserError(f"invalid k={ks}; expected at least one integer >= 1")
     if settings["temperature"] <= 0.0:
-        raise UserError(f"temperature is {settings['temperature']}; it must be above 0")
+        raise UserError(f"invalid temperature={settings['temperature']}; expected a number > 0")
     if min(ks) > len(labels) - alone:
         raise UserError(
-            f"the training split holds {len(labels)} images, and {min(ks)} nearest neighbours ask for more; give it "
-            "more images or set k to smaller numbers"
+            f"the training split has {len(labels)} images, too few for k={min(ks)}; add training images or reduce k"
         )
     several = {"_map_micro": scores.map_micro, "_map_macro": scores.map_macro}
     measures = {"": scores.accuracy} if labels.ndim == 1 else several
@@ -197,12 +196,12 @@ def run(data: Labelled, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     measure, chosen, tables, predictions = next(iter(measures.values())), [], [], []
     for seed in seeds:
         fit, held = splits.hold_out(labels, settings["held_out"], seed)
-        headline = min(HEADLINE, len(fit))  # a training set of just 20 has fewer to fit
+        headline = min(HEADLINE, len(fit))  # with only 20 training images fewer remain after the split
         table = {}
         for name, rows in train.items():
             found = vote(rows[fit], labels[fit], rows[held], ks=tuple(sorted({headline, *ks})))
             table[name] = {str(k): measure(predicted, labels[held]) for k, predicted in found.items()}
-        best = max(table, key=lambda name: table[name][str(headline)])  # of equal ones the first
+        best = max(table, key=lambda name: table[name][str(headline)])  # the first among equals
         predictions.append(vote(train[best], labels, test[best], ks=(HEADLINE,))[HEADLINE])
         chosen.append({"seed": seed, "variant": best})
         tables.append(table)

@@ -1,4 +1,4 @@
-"""What the classification tasks get: frozen features of whole images, and labels."""
+"""The input of the classification tasks: frozen features of whole images, and labels."""
 
 import dataclasses
 
@@ -8,11 +8,11 @@ from pera_jax.encoder.extract import Features
 
 
 @dataclasses.dataclass(frozen=True)
-class Labelled:
+class Labeled:
     """
     Attributes:
-      train, test: features of N and M images; `test` is None for a small set that has no split of its own.
-      train_labels, test_labels: int64 [N] below the number of classes, or bool [N, classes]: several labels for an image.
+      train, test: features of N training and M test images; `test` is None for leave-one-out on a small data set.
+      train_labels, test_labels: int64 [N] below `classes`, or bool [N, classes] for multi-label images; [M] likewise.
     """
 
     train: Features

@@ -1,24 +1,24 @@
-"""Logistic regression on frozen features, solved to convergence: the linear probe that no schedule can spoil.
+"""Logistic regression on frozen features, solved to convergence: a linear probe without a training schedule.
 
-The objective is scikit-learn's `LogisticRegression`: with the features standardised by the mean and deviation of the
-training images (constant ones are zero) it is `C sum_n loss_n + |W|^2 / 2`, the bias without penalty. The loss is the
-multinomial cross-entropy; with two classes the binomial one, as there; of several labels for an image the sum of a
-binomial loss for each class.
+The objective is that of scikit-learn's `LogisticRegression`, `C sum_n loss_n + |W|^2 / 2` without a penalty on the bias, on
+features standardized with the statistics of the training images (constant features become 0). The loss is the multinomial
+cross-entropy; with two classes the binomial one, as in scikit-learn; for multi-label images the sum of the binomial losses of
+the classes.
 
-Scores: `logistic` (accuracy) and `logistic_macro_f1`, or `logistic_map_micro` and `logistic_map_macro`; `supervised`
-tells what else. The variant of the features and C are chosen on a part of the training images that is held out: for
-each variant C rises by decades, each solution the start of the next, until `PATIENCE` further ones are no better though
-the training images are fitted; for the best variant then by `REFINEMENT` around its best decade. They are fitted where
-their loss is below `FITTED` times the one without features: as long as C is so small that it is not, predictions may not
-change over many decades and get better afterwards. Of equal choices the first variant and the smallest C count.
+Scores: `logistic` (accuracy) and `logistic_macro_f1`, or `logistic_map_micro` and `logistic_map_macro`; for details see
+`supervised`. Feature variant and C are chosen on held-out training images. For each variant C increases by decades, each
+solution warm-starting the next, until `PATIENCE` decades bring no improvement and the training images are fitted; for the
+best variant C is then refined by `REFINEMENT` around the best decade. Images count as fitted if their loss is below `FITTED`
+times the loss without features: for smaller C the predictions may stay the same over many decades and improve later. Ties go
+to the first variant and the smallest C.
 
 Settings:
-  smallest, largest: the decades of C, as powers of ten; those of the authors of DINOv2. `chosen` has an `end` and
-    `at_the_end` a sentence where one of the two was the best and others beyond it may be better.
-  tolerance: length of the gradient of `objective / (C N)` by the weights of the standardised features, at which a last
-    solution has converged; `chosen` and `unconverged` tell where it has not. On 4,800 images, 768 dimensions and 30
-    classes a tenth of it changed no prediction. The settings are chosen with `ROUGH`.
-  iterations: at most, of L-BFGS.
+  smallest, largest: range of C in powers of ten; default as in DINOv2. If the best C is at an end of the range, so that a
+    wider range may be better, `chosen` has the field `end` and `at_the_end` is a sentence.
+  tolerance: norm of the gradient of `objective / (C N)` with respect to the weights of the standardized features at which
+    the final solution counts as converged; otherwise see `chosen` and `unconverged`. On 4,800 images with 768 dimensions and
+    30 classes, a tenth of the default changed no prediction. Hyperparameters are chosen with the tolerance `ROUGH`.
+  iterations: maximum number of L-BFGS iterations.
   blocks, held_out, shares, seeds: see `supervised`.
 """
 
@@ -34,13 +34,13 @@ import scipy.special
 
 from pera_jax.common.errors import UserError
 from pera_jax.probes.classification import supervised
-from pera_jax.probes.classification.labeled import Labelled
+from pera_jax.probes.classification.labeled import Labeled
 
 SETTINGS = supervised.SETTINGS | {"smallest": -6, "largest": 5, "tolerance": 1e-5, "iterations": 2000}
 PATIENCE = 2
 FITTED = 0.5
-REFINEMENT = (-0.5, -0.25, 0.25, 0.5)  # in powers of ten
-ROUGH = 1e-3  # the tolerance while settings are chosen
+REFINEMENT = (-0.5, -0.25, 0.25, 0.5)  # powers of ten
+ROUGH = 1e-3  # the tolerance while hyperparameters are chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Solution:
     """
     Attributes:
       weights, bias: float64 [F, classes], [classes]: `x @ weights + bias` are the logits of raw features x.
-      gradient: the length of the gradient of `objective / (C N)` that was left.
-      loss: the mean loss of the training images, without the penalty.
+      gradient: final norm of the gradient of `objective / (C N)`.
+      loss: mean loss of the training images, without the penalty.
     """
 
     weights: np.ndarray
@@ -58,19 +58,19 @@ class Solution:
     loss: float
 
     def logits(self, features: np.ndarray) -> np.ndarray:
-        """Float64 [M, classes] of raw features [M, F]."""
-        found = [features[rows] @ self.weights for rows in supervised.pieces(len(features))]
+        """Logits float64 [M, classes] of raw features [M, F]."""
+        found = [features[rows] @ self.weights for rows in supervised.chunks(len(features))]
         return np.concatenate(found) + self.bias
 
 
 class Problem:
-    """The training images of one regression, for any number of C.
+    """Logistic regression on one set of training images, for any number of values of C.
+
+    A class without images, or a label that all images have, is not fitted: its weights are 0 and its bias is the log odds with
+    half an image added to both sides.
 
     Args:
       features: [N, F]; targets: int [N] below `classes`, or bool [N, classes].
-
-    A class without an image, or one of several labels that all images carry, is not fitted: its weights are 0 and its
-    bias is the logarithm of its odds, half an image added to both sides.
     """
 
     def __init__(self, features: np.ndarray, targets: np.ndarray, classes: int):
@@ -78,14 +78,14 @@ class Problem:
         truth = np.eye(classes, dtype=bool)[targets] if self.multinomial else targets  # [N, classes]
         images, self.number, self.classes = truth.sum(axis=0), len(truth), classes
         self.fitted = np.flatnonzero((images > 0) & (images < self.number))
-        # The softmax of two classes has two opposite columns, which share the penalty of the one that scikit-learn has.
-        self.share = 0.5 if self.multinomial and len(self.fitted) == 2 else 1.0
+        # A softmax over two classes has two opposite columns, which share the penalty of scikit-learn's single column.
+        self.penalty = 0.5 if self.multinomial and len(self.fitted) == 2 else 1.0
         self.truth = np.ascontiguousarray(truth[:, self.fitted].T, np.float64)  # [classes, N]
         self.absent = np.log((images + 0.5) / (self.number - images + 0.5))  # [classes]
-        self.mean, self.scale = supervised.standardisation(features)
-        standard = supervised.standardised(features, self.mean, self.scale, np.float64)  # [N, F]
-        # Neither the loss nor the penalty change under a rotation of the features: in their principal axes they are
-        # uncorrelated, and axes in which no image differs keep the weight 0, so that at most N are left.
+        self.mean, self.scale = supervised.standardization(features)
+        standard = supervised.standardized(features, self.mean, self.scale, np.float64)  # [N, F]
+        # Loss and penalty are invariant under rotations of the features. In the principal axes the features are
+        # uncorrelated, and axes without variance keep weight 0, so at most N axes remain.
         if standard.shape[1] <= self.number:
             self.squares, self.axes = scipy.linalg.eigh(standard.T @ standard)
         else:
@@ -93,27 +93,28 @@ class Problem:
             self.axes = standard.T @ (axes / np.sqrt(np.maximum(self.squares, 1e-300)))
         kept = self.squares > 1e-12 * max(self.squares.max(), 1e-300)
         self.squares, self.axes = self.squares[kept], self.axes[:, kept]
-        for rows in supervised.pieces(self.number):  # where they stand: in float64 they are the most that is held
+        for rows in supervised.chunks(self.number):  # in place: in float64 this is the largest array
             standard[rows, : len(self.squares)] = standard[rows] @ self.axes
         self.rotated = standard[:, : len(self.squares)]  # [N, A]
-        self.start = np.zeros((len(self.fitted), self.axes.shape[1] + 1))  # of weights in principal axes, then the bias
+        self.start = np.zeros((len(self.fitted), self.axes.shape[1] + 1))  # weights in principal axes, then the bias
 
     def solve(self, c: float, tolerance: float, iterations: int) -> Solution:
-        """The optimum for C = `c`, from the one found last.
+        """Solves for C = `c`, starting from the previous solution.
 
         Args:
-          tolerance: of the gradient; times C N where that is below 1, as the logits are then that small.
+          tolerance: of the norm of the gradient; multiplied by C N if that is below 1, since the logits are as small then.
+          iterations: maximum number of L-BFGS iterations.
         """
         tolerance *= min(1.0, c * self.number)
         if not len(self.fitted):
             return Solution(np.zeros((len(self.mean), self.classes)), self.absent, 0.0, 0.0)
-        strength = 1.0 / (c * self.share * self.number)  # of |W|^2 / 2, beside the mean loss
-        # Each axis is scaled by the curvature that the loss has there at most, times the spread of the probabilities.
+        strength = 1.0 / (c * self.penalty * self.number)  # factor of |W|^2 / 2 relative to the mean loss
+        # Preconditioning: each axis is scaled by an upper bound of the curvature of the loss, times the class variance.
         spread = np.mean(self.truth.mean(axis=1) * (1.0 - self.truth.mean(axis=1)))
         curvature = np.append(spread * self.squares / self.number + strength, spread)
         scale = 1.0 / np.sqrt(curvature)  # [A + 1]
 
-        latest = None  # the gradient at the last point that was tried, which is the one that an iteration accepts
+        latest = None  # gradient at the last evaluated point, which is the one that L-BFGS accepts
 
         def objective(flat):
             nonlocal latest
@@ -137,8 +138,8 @@ class Problem:
         return Solution(weights, bias, float(np.linalg.norm(gradient)), float(loss))
 
     @functools.cached_property
-    def loss_of_shares(self) -> float:
-        """The mean loss of a bias alone, which is the least without features: the entropy of the classes."""
+    def bias_only_loss(self) -> float:
+        """The mean loss of the best classifier without features, which is the entropy of the classes."""
         p = self.truth.mean(axis=1)
         terms = scipy.special.entr(p) if self.multinomial else scipy.special.entr(p) + scipy.special.entr(1.0 - p)
         return float(terms.sum())
@@ -162,35 +163,35 @@ class Problem:
 
 
 def choose(train, labels, fit, held, classes, seed, settings):
-    """See `supervised.Choose`: C and variant, and what each reached on the held-out part."""
+    """See `supervised.Choose`: chooses C and variant; the table has the held-out score of each."""
     several = labels.ndim == 2
     measure = next(iter(supervised.measures(several, classes).values()))
-    table, best = {}, (-np.inf,)  # value, variant, problem and held-out features of the best so far; one is kept
+    table, best = {}, (-np.inf,)  # value, variant, problem and held-out features of the best variant so far
 
-    def reached(name, problem, tests, power):
+    def evaluate(name, problem, tests, power):
         solution = problem.solve(10.0**power, ROUGH, settings["iterations"])
         table[name][power] = measure(solution.logits(tests), labels[held])
-        return solution.loss < FITTED * problem.loss_of_shares
+        return solution.loss < FITTED * problem.bias_only_loss
 
     for name in train:
         fitted, tests = train.cut(name, fit, held)
         problem, table[name] = Problem(fitted, labels[fit], classes), {}
         del fitted
         for power in range(settings["smallest"], settings["largest"] + 1):
-            fits = reached(name, problem, tests, power)
+            fits = evaluate(name, problem, tests, power)
             if fits and power - _best(table[name]) >= PATIENCE:
                 break
         value = max(table[name].values())
-        if value > best[0]:  # of equal ones the first
+        if value > best[0]:  # the first among equals
             best = value, name, problem, tests
-        del problem, tests  # before the next ones are put together
+        del problem, tests  # free memory before the next variant
     _, chosen, *best = best
     decade = _best(table[chosen])
     for step in REFINEMENT:
-        reached(chosen, *best, decade + step)
+        evaluate(chosen, *best, decade + step)
     power, end = _best(table[chosen]), {}
-    # Where a smaller C gives the same, nothing beyond the largest is better; a smallest one that is no better than the
-    # next lies where C no longer matters.
+    # If a smaller C ties with the largest, a larger range does not help; if the smallest ties with the next one, C no longer
+    # matters there.
     if settings["smallest"] < settings["largest"]:
         if power >= settings["largest"]:
             end = {"end": "largest"}
@@ -206,24 +207,24 @@ def _best(row: dict[float, float]) -> float:
 
 
 def predict(choice, train, labels, test, classes, seed, settings):
-    """See `supervised.Predict`; the notes tell the gradient that was left and whether that is convergence."""
+    """See `supervised.Predict`; the notes have the final norm of the gradient and whether it has converged."""
     solution = Problem(train, labels, classes).solve(choice["C"], settings["tolerance"], settings["iterations"])
     notes = {"converged": solution.gradient <= settings["tolerance"], "gradient": solution.gradient}
     return solution.logits(test), notes
 
 
-def run(data: Labelled, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yields the scores and details; `at_the_end` and `unconverged`, sentences, only where there is something to tell.
+def run(data: Labeled, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yields the scores and details; the sentences `at_the_end` and `unconverged` only if they apply.
 
     Raises:
       UserError: see `supervised.run`.
     """
     if settings["smallest"] > settings["largest"]:
-        raise UserError(f"smallest is {settings['smallest']} and largest {settings['largest']}; give them in order")
+        raise UserError(f"invalid range smallest={settings['smallest']}, largest={settings['largest']}; expected smallest <= largest")
     for name in ("tolerance", "iterations"):
         if settings[name] <= 0:
-            raise UserError(f"{name} is {settings[name]}; it must be above 0")
-    left, ends = [0.0], set()  # gradients of the final solutions, and where their C lies at an end
+            raise UserError(f"invalid {name}={settings[name]}; expected a number > 0")
+    left, ends = [0.0], set()  # gradients of the final solutions, and ends of the range of C that were chosen
     for name, value in supervised.run("logistic", data, settings, choose, predict, seeded=False):
         if name.startswith("chosen"):
             left += [choice["gradient"] for choice in value]
@@ -232,12 +233,12 @@ def run(data: Labelled, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for name in sorted(ends):
         power = settings[name]
         further = power + (2 if name == "largest" else -2)
-        yield "at_the_end", f"C = 1e{power} was the best, the {name} tried; set logistic.{name} to {further}"
+        yield "at_the_end", f"the best C = 1e{power} is the {name} in the range; set logistic.{name} to {further}"
     if max(left) > settings["tolerance"]:
         yield (
             "unconverged",
             (
-                f"a gradient of {max(left):.1e} was left after at most {settings['iterations']} iterations where "
-                f"{settings['tolerance']:.1e} was asked for; raise iterations"
+                f"not converged after at most {settings['iterations']} iterations: the gradient is {max(left):.1e}, above the "
+                f"tolerance {settings['tolerance']:.1e}; raise iterations"
             ),
         )

@@ -1,27 +1,26 @@
-"""The protocol that linear and logistic classifiers share: choose on a part of the training images, refit, test once.
+"""The protocol of linear and logistic classifiers: choose on held-out training images, refit on all, test once.
 
-Variants of the features: class tokens of the last {1, 4} blocks, alone or each with the mean of its patch tokens
-(Oquab et al., "DINOv2", arXiv:2304.07193, section 7). For each seed a part of the training images is held out, the
-classifier chooses the variant and its own settings there, is fitted to all training images and tested.
+Feature variants: class tokens of the last {1, 4} blocks, with or without the mean patch token of each block (Oquab et al.,
+"DINOv2", arXiv:2304.07193, section 7). For each seed, a part of the training images is held out, the variant and the
+hyperparameters are chosen on it, and the classifier is refitted to all training images and tested.
 
-A score is the mean over the seeds; its interval resamples the test images and takes the mean over the seeds each time.
-With `shares` the training and test images are pooled and split by class at random, the share to train on and the rest
-to test, once for each seed: the protocols 10/90, 20/80 and 50/50 of the remote sensing benchmarks. Such a score is the
-mean over these splits, each with a choice of its own on its own training part, and has no interval: the values of the
-seeds show how much it moves.
+A score is the mean over the seeds; its interval bootstraps the test images. With `shares`, training and test images are pooled
+and split at random by class, once per seed: the 10/90, 20/80 and 50/50 protocols of remote-sensing benchmarks. Such a score is
+the mean over these splits, each with its own choice of hyperparameters. It has no interval; the values of the seeds show the
+spread.
 
 Settings:
-  blocks: numbers of last blocks whose tokens are put side by side.
-  held_out: share of the training images to choose on.
-  shares: shares of all images to train on, besides the data set's own split; none by default.
-  seeds: of the held-out parts, the batches and the splits of `shares`; the first one also of the bootstrap intervals.
+  blocks: numbers of last blocks whose tokens are concatenated.
+  held_out: fraction of the training images held out to choose hyperparameters.
+  shares: fractions of all images to train on, in addition to the split of the data set; default: none.
+  seeds: seeds of held-out splits, batches and the splits of `shares`; the first one is also the seed of the intervals.
 
 Details:
-  chosen, chosen_20/80, ...: what was chosen, by seed. held_out: what each choice reached on the held-out part, by seed.
-  per_class: mean over the seeds of accuracy and F1 (of several labels of average precision) by class, and the number of
-    test images that are of it; null where there is none.
-  failed_20/80, ...: a sentence instead of the score of a share that leaves too few images.
-  confusion: of the first seed, [true class][predicted class] numbers of images; not of several labels.
+  chosen, chosen_20/80, ...: the chosen hyperparameters by seed. held_out: the held-out scores of all choices by seed.
+  per_class: accuracy and F1 (average precision for multi-label) of each class, means over the seeds, and its number of test
+    images; null for a class without test images.
+  failed_20/80, ...: an error message in place of the score, if a split leaves too few images.
+  confusion: confusion matrix [true class][predicted class] of the first seed; not for multi-label.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -32,11 +31,11 @@ import numpy as np
 from pera_jax.common.errors import UserError
 from pera_jax.encoder import extract as features
 from pera_jax.probes import scores, splits
-from pera_jax.probes.classification.labeled import Labelled
+from pera_jax.probes.classification.labeled import Labeled
 
 SETTINGS = {"blocks": (1, 4), "held_out": 0.2, "shares": (), "seeds": (0, 1, 2)}
 
-_ROWS = 2**13  # of which float64 copies are made at once
+_ROWS = 2**13  # copied to float64 at a time
 
 # (Variants of N images, labels, indices to fit, held out, classes, seed, settings) -> (choice, table); the choice has a
 # "variant"
@@ -46,9 +45,9 @@ Predict = Callable[..., tuple[np.ndarray, dict[str, Any]]]
 
 
 class Variants(Mapping[str, np.ndarray]):
-    """Features [N, F] by name: `class_1`, `class_mean_1`, `class_4`, `class_mean_4`; of fewer blocks if there are.
+    """Feature variants [N, F] by name: `class_1`, `class_mean_1`, `class_4`, `class_mean_4`; fewer for a shallow network.
 
-    Each is put together where it is asked for, and not kept: of 100,000 images the largest takes several GiB.
+    Each is concatenated on access and not cached: for 100,000 images the largest takes several GiB.
     """
 
     def __init__(self, tokens: features.Features, blocks: tuple[int, ...]):
@@ -69,40 +68,40 @@ class Variants(Mapping[str, np.ndarray]):
         return len(self._parts)
 
     def cut(self, name: str, *indices: np.ndarray) -> list[np.ndarray]:
-        """Some of the rows of one variant, for each of `indices`."""
+        """The rows `indices` of one variant, for each array of indices."""
         rows = self[name]
         return [rows[part] for part in indices]
 
 
-def pieces(rows: int) -> Iterator[slice]:
-    """So many rows, a few at a time: what is worked on in float64 is never copied whole."""
+def chunks(rows: int) -> Iterator[slice]:
+    """Slices that cover `rows` rows, so that float64 copies stay small."""
     return (slice(first, first + _ROWS) for first in range(0, rows, _ROWS))
 
 
-def standardisation(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(mean, 1 / deviation) of the columns of [N, F], float64 [F]; constants, which tell nothing, get 0."""
+def standardization(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(mean, 1 / standard deviation) of the columns of [N, F], float64 [F] each; the scale of constant columns is 0."""
     mean = features.mean(axis=0, dtype=np.float64)
     squares, largest = np.zeros_like(mean), np.zeros_like(mean)
-    for rows in pieces(len(features)):
+    for rows in chunks(len(features)):
         squares += np.square(features[rows] - mean).sum(axis=0)
         largest = np.maximum(largest, np.abs(features[rows]).max(axis=0))
     std = np.sqrt(squares / len(features))
-    varies = std > 1e-6 * largest  # below lies what float32 rounds
+    varies = std > 1e-6 * largest  # smaller is rounding of float32
     return mean, np.divide(1.0, std, out=np.zeros_like(std), where=varies)
 
 
-def standardised(features: np.ndarray, mean: np.ndarray, scale: np.ndarray, dtype: type) -> np.ndarray:
+def standardized(features: np.ndarray, mean: np.ndarray, scale: np.ndarray, dtype: type) -> np.ndarray:
     """`(features - mean) * scale` [N, F], computed in float64 and rounded to `dtype`."""
     standard = np.empty(features.shape, dtype)
-    for rows in pieces(len(features)):
+    for rows in chunks(len(features)):
         standard[rows] = (features[rows] - mean) * scale
     return standard
 
 
 def measures(several: bool, classes: int) -> dict[str, Callable]:
-    """What is measured, by the end of the score's name, each as (logits [M, classes], truth, counts) -> value.
+    """The metrics by suffix of the score's name, as functions (logits [M, classes], truth, counts) -> value.
 
-    The first one is what choices are made by.
+    Hyperparameters are chosen by the first metric.
     """
     if several:
         return {"_map_micro": scores.map_micro, "_map_macro": scores.map_macro}
@@ -117,20 +116,20 @@ def measures(several: bool, classes: int) -> dict[str, Callable]:
 
 
 def run(
-    task: str, data: Labelled, settings: dict[str, Any], choose: Choose, predict: Predict, *, seeded: bool
+    task: str, data: Labeled, settings: dict[str, Any], choose: Choose, predict: Predict, *, seeded: bool
 ) -> Iterator[tuple[str, Any]]:
     """Yields the scores of `task` and the details above.
 
     Args:
-      seeded: whether `predict` depends on the seed; otherwise seeds that choose the same are fitted once.
+      seeded: whether `predict` depends on the seed; if not, seeds with the same choice are fitted once.
 
     Raises:
-      UserError: no test images; labels and settings that `splits` refuses.
+      UserError: no test images; labels or settings rejected by `splits`.
     """
     if data.test is None:
-        raise UserError(f"{task} needs test images besides the training images; use knn for a set that has no split")
+        raise UserError(f"{task} needs a test split; use knn (leave-one-out) for a data set without one")
     if not settings["blocks"] or min(settings["blocks"]) < 1:
-        raise UserError(f"blocks is {settings['blocks']}; give at least one whole number above 0")
+        raise UserError(f"invalid blocks={settings['blocks']}; expected at least one integer >= 1")
     splits.check(data)
     splits.check_settings(settings)
     seeds, several, classes = settings["seeds"], data.train_labels.ndim == 2, data.classes
@@ -170,8 +169,8 @@ def run(
     ))  # fmt: skip
     everything = np.concatenate([labels, truth])
     for share in settings["shares"]:
-        name = splits.name_of(share)
-        try:  # a share that is too small for the classes leaves the scores above as they are
+        name = splits.split_name(share)
+        try:  # a fraction too small for the classes does not affect the scores above
             values, chosen = {suffix: [] for suffix in measures(several, classes)}, []
             for seed in seeds:
                 part, rest = splits.hold_out(everything, 1.0 - share, seed)

@@ -1,10 +1,10 @@
-"""Linear change detection on frozen patch tokens: the head sees `|f1 - f2|` of the two dates.
+"""Linear change detection on frozen patch tokens; the input of the head is `|f1 - f2|` of the two dates.
 
-Settings: as of `segmentation`, except that pairs are held out, and that they are what is resampled for the interval;
-`tile` (px) counts only where there is a single training pair, of which tiles are held out.
+Settings: as in `segmentation`, except that image pairs are held out and resampled for the interval; `tile` (px) is used only
+with a single training pair, of which tiles are held out.
 
-Scores, all of the class "changed", of the pooled pixels of all test pairs, means over seeds: `change_f1`, `change_iou`,
-`change_precision`, `change_recall`. Where nothing was to be found and nothing was found, they are 1.
+Scores of the class "changed", over the pooled pixels of all test pairs, means over the seeds: `change_f1`, `change_iou`,
+`change_precision`, `change_recall`. They are 1 if there is no change in truth and prediction.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ SCORES = {
 
 
 def run(data: Dense, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yields the scores, then details as `segmentation.run`; held_out is the F1 of "changed".
+    """Yields the scores, then the details as in `segmentation.run`; held_out is the F1 of "changed".
 
     Raises:
       UserError: see `dense.encode` and `pixel_probe.probe`.

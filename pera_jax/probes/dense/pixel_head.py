@@ -1,13 +1,13 @@
-"""Linear heads on patch tokens that label every pixel: trained on cells between token centres, a whole grid at once.
+"""Linear segmentation heads on patch tokens, with bilinear upsampling; a whole hyperparameter grid is trained at once.
 
-A pixel's logits are those of the four tokens around it, interpolated bilinearly (half-pixel centres). So the pixels
-between the same four token centres, a cell of `px` x `px`, need four tokens and one fixed matrix: training draws cells,
-exactly as they are in the whole map, and prediction goes through a scene by parts of its cells.
+The logits of a pixel are interpolated bilinearly from the four surrounding tokens (half-pixel centers). The `px` x `px` pixels
+between the same four token centers, a cell, share these tokens and one fixed interpolation matrix. Training samples cells, with
+exactly the logits of the full map, and prediction processes the cells of a scene in batches.
 
-The tokens of many scenes are more than a device may hold: they stay with the host, and a fit gets those of the cells
-that it draws, a prediction one part after the other.
+The tokens of many scenes may exceed device memory. They stay on the host; a fit transfers the tokens of the sampled cells, and
+a prediction transfers batches.
 
-All settings of the grid see the same cells, so that they are one matrix product, as in `probes.linear`.
+All heads of the grid see the same cells, so that a step is one matrix product, as in `probes.classification.linear`.
 """
 
 import functools
@@ -16,46 +16,47 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pera_jax.probes import sgd
 from pera_jax.probes.dense.overlap import IGNORE
 
 MOMENTUM = 0.9
-_LOGITS = 2**22  # that are held at once: 16 MiB
-_VALUES = 2**24  # of tokens that are worked on at once, where not all are needed: 64 MiB
+_LOGITS = 2**22  # held at once: 16 MiB
+_VALUES = 2**24  # of tokens processed at once: 64 MiB
 
-# ---------------------------------------------------------------- cells between token centres
+# ---------------------------------------------------------------- cells between token centers
 
 
 def _taps(px: int) -> np.ndarray:
-    """Weights float32 [px px, 4] of the four tokens around a cell for each of its pixels, all in raster order."""
+    """Interpolation weights float32 [px px, 4] of the four tokens around a cell for each of its pixels, in raster order."""
     after = (np.arange(px) + 0.5 - (px + 1) // 2) / px + 0.5
     axis = np.stack([1.0 - after, after], axis=1)  # [px, 2]
     return np.einsum("ya,xb->yxab", axis, axis).reshape(px * px, 4).astype(np.float32)
 
 
-def _neighbours(length: int) -> np.ndarray:
-    """The tokens before and after each of the `length` + 1 cells of an axis, int32 [length + 1, 2]; edges repeat."""
+def _neighbors(length: int) -> np.ndarray:
+    """The tokens before and after each of the `length` + 1 cells along an axis, int32 [length + 1, 2]; edge tokens repeat."""
     return np.clip(np.arange(length + 1, dtype=np.int32)[:, None] + (-1, 0), 0, length - 1).astype(np.int32)
 
 
 def corners(height: int, width: int) -> np.ndarray:
-    """The four tokens, in raster order of the map, around each cell: int32 [(height + 1) (width + 1), 4]."""
-    rows, columns = _neighbours(height), _neighbours(width)
+    """Indices (raster order) of the four tokens around each cell, int32 [(height + 1) (width + 1), 4]."""
+    rows, columns = _neighbors(height), _neighbors(width)
     return (rows[:, None, :, None] * width + columns[None, :, None, :]).reshape(-1, 4)
 
 
 def cells(mask: np.ndarray, height: int, width: int, px: int) -> np.ndarray:
-    """A mask uint8 [H, W] cut into the cells of a map of `height` x `width` tokens: uint8 [cells, px px].
+    """Cuts a mask uint8 [H, W] into the cells of a map of `height` x `width` tokens: uint8 [cells, px px].
 
-    What lies beyond the mask is IGNORE.
+    Pixels outside the mask are IGNORE.
     """
-    before = (px + 1) // 2  # the first cells' pixels that lie outside
+    before = (px + 1) // 2  # pixels of the first cells outside the mask
     whole = np.full(((height + 1) * px, (width + 1) * px), IGNORE, np.uint8)
     whole[before : before + mask.shape[0], before : before + mask.shape[1]] = mask
     return whole.reshape(height + 1, px, width + 1, px).transpose(0, 2, 1, 3).reshape(-1, px * px)
 
 
 def picture(found: np.ndarray, shape: tuple[int, int], width: int, px: int) -> np.ndarray:
-    """The inverse of `cells`: values [cells, px px] of a map `width` tokens wide -> [H, W] of `shape`."""
+    """The inverse of `cells`: values [cells, px px] of a map `width` tokens wide -> [H, W] with `shape`."""
     before = (px + 1) // 2
     whole = found.reshape(-1, width + 1, px, px).transpose(0, 2, 1, 3).reshape(-1, (width + 1) * px)
     return whole[before : before + shape[0], before : before + shape[1]]
@@ -69,54 +70,45 @@ def _product(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _logits(at_tokens: jax.Array, bias: jax.Array, px: int) -> jax.Array:
-    """Logits [K, px px, G, C] of the pixels of cells from those at their tokens [K, 4, G C]; bias [G, C]."""
+    """Logits of the pixels of cells [K, px px, G, C] from logits at their tokens [K, 4, G C] and bias [G, C]."""
     return _product(_taps(px), at_tokens).reshape(len(at_tokens), px * px, *bias.shape) + bias
 
 
 @functools.partial(jax.jit, static_argnames=("classes", "px"))
 def _train(tokens, corners, labels, order, mean, scale, rates, kept, classes, px):
-    """SGD with momentum and a cosine to zero from W = 0; returns W [F, G, C], b [G, C] for standardised tokens.
+    """Trains the heads with `sgd.minimize`; returns W [F, G, C], b [G, C] for standardized tokens.
 
     Args:
       tokens: [T, F]; corners: [K, 4]; labels: [K, px px]; order: [steps, B], cells of each step; mean, scale: [F].
-      rates: [G]; kept: [F, G], 1 where setting g uses the dimension, else 0.
+      rates: [G], learning rates; kept: [F, G], 1 where head g uses the dimension, else 0.
     """
-    steps, batch = order.shape
-    dims, grid = kept.shape
+    batch, (dims, grid) = order.shape[1], kept.shape
     taps = _taps(px)
 
-    def step(carry, inputs):
-        weights, bias, weights_speed, bias_speed = carry
-        chosen, decline = inputs
+    def gradients(weights, bias, chosen):
         x = (tokens[corners[chosen]] - mean) * scale  # [B, 4, F]
         y = labels[chosen][:, :, None, None]  # [B, P, 1, 1]
         at_tokens = _product(x.reshape(batch * 4, dims), weights.reshape(dims, grid * classes))
         logits = _logits(at_tokens.reshape(batch, 4, grid * classes), bias, px)  # [B, P, G, C]
-        labelled = y != IGNORE
-        error = jnp.where(labelled, jax.nn.softmax(logits) - (y == jnp.arange(classes)), 0.0) / labelled.sum()
+        labeled = y != IGNORE
+        error = jnp.where(labeled, jax.nn.softmax(logits) - (y == jnp.arange(classes)), 0.0) / labeled.sum()
         error = error.reshape(batch, px * px, grid * classes)  # the gradient of the mean cross-entropy
         error_at_tokens = _product(taps.T, error).reshape(batch * 4, grid * classes)
         gradient = _product(x.reshape(batch * 4, dims).T, error_at_tokens).reshape(dims, grid, classes) * kept[:, :, None]
-        weights_speed = MOMENTUM * weights_speed + gradient
-        bias_speed = MOMENTUM * bias_speed + error.sum(axis=(0, 1)).reshape(grid, classes)
-        rate = (rates * decline)[:, None]  # [G, 1]
-        return (weights - rate * weights_speed, bias - rate * bias_speed, weights_speed, bias_speed), None
+        return gradient, error.sum(axis=(0, 1)).reshape(grid, classes)
 
-    zeros = lambda: (jnp.zeros((dims, grid, classes)), jnp.zeros((grid, classes)))  # noqa: E731
-    decline = (1.0 + jnp.cos(jnp.pi * jnp.arange(steps) / steps)) / 2.0
-    (weights, bias, *_), _ = jax.lax.scan(step, zeros() + zeros(), (order, decline))
-    return weights, bias
+    return sgd.minimize(gradients, order, dims, classes, rates, MOMENTUM)
 
 
 def _padded(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """`values[rows]`, filled up with zeros to a power of two: few shapes, so that few programs are compiled."""
+    """`values[rows]`, padded with zeros to a power of two rows, to compile for few shapes."""
     padded = np.zeros((1 << (len(rows) - 1).bit_length(), *values.shape[1:]), values.dtype)
-    np.take(values, rows, axis=0, out=padded[: len(rows)], mode="clip")  # "raise" would make a copy first
+    np.take(values, rows, axis=0, out=padded[: len(rows)], mode="clip")  # mode "raise" would buffer a copy
     return padded
 
 
 def _statistics(tokens: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation, float64 [F], of the tokens [T, F] of these rows, without a copy of them all."""
+    """Mean and standard deviation, float64 [F] each, of these rows of the tokens [T, F], without copying them all."""
     size = max(_VALUES // tokens.shape[1], 1)
     parts = [rows[first : first + size] for first in range(0, len(rows), size)]
     mean = sum(tokens[part].sum(axis=0, dtype=np.float64) for part in parts) / len(rows)
@@ -134,17 +126,19 @@ def fit(
     batch: int,
     seed: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Trains G heads at once on cells each of which holds a label.
+    """Trains G heads at once on cells, each with at least one label.
 
     Args:
-      tokens: float32 [T, F]; each dimension is standardised by its mean and deviation over the tokens of these cells.
-        The device gets those of the cells that are drawn, at most `4 steps batch / px^2`.
+      tokens: float32 [T, F]; standardized internally with the statistics of the tokens of these cells. Only the tokens of
+        sampled cells are moved to the device, at most `4 steps batch / px^2`.
       corners: int32 [K, 4], rows of `tokens`; labels: uint8 [K, px px], below `classes` or IGNORE.
-      rates: [G], learning rates; kept: bool [F, G], the dimensions that head g uses.
-      batch: pixels of a step, in whole cells.
+      classes: C.
+      rates: [G], learning rates; kept: bool [F, G], the dimensions used by head g.
+      steps, batch: number of steps, and pixels per step (rounded down to whole cells).
+      seed: seed of the sampled cells.
 
     Returns:
-      (weights float32 [F, G, C], bias float32 [G, C]): for tokens as they are.
+      (weights float32 [F, G, C], bias float32 [G, C]), for raw tokens.
     """
     px = round(labels.shape[1] ** 0.5)
     number, size = len(corners), max(batch // (px * px), 1)
@@ -154,11 +148,11 @@ def fit(
     order = order[: steps * size].reshape(steps, size)
 
     mean, std = _statistics(tokens, np.unique(corners))
-    scale = np.where(std > 1e-6 * (1.0 + np.abs(mean)), 1.0 / np.maximum(std, 1e-12), 0.0)  # constants tell nothing
-    drawn, order = np.unique(order, return_inverse=True)  # cells, and each step's places among them
-    rows, places = np.unique(corners[drawn], return_inverse=True)  # tokens, and the corners' places among them
-    order, places = np.int32(order).reshape(steps, size), np.int32(places).reshape(-1, 4)
-    cells = _padded(places, np.arange(len(drawn))), _padded(labels, drawn)
+    scale = np.where(std > 1e-6 * (1.0 + np.abs(mean)), 1.0 / np.maximum(std, 1e-12), 0.0)  # constant dimensions get 0
+    drawn, order = np.unique(order, return_inverse=True)  # cells, and the indices of each step into them
+    rows, inverse = np.unique(corners[drawn], return_inverse=True)  # tokens, and the indices of the corners into them
+    order, inverse = np.int32(order).reshape(steps, size), np.int32(inverse).reshape(-1, 4)
+    cells = _padded(inverse, np.arange(len(drawn))), _padded(labels, drawn)
     arrays = _padded(tokens, rows), *cells, order, np.float32(mean), np.float32(scale)
     settings = np.float32(rates), np.float32(kept)
     weights, bias = (np.asarray(part, np.float64) for part in _train(*arrays, *settings, classes, px))
@@ -179,14 +173,14 @@ def _predict(at_tokens, bias, offsets, px):
 def predict(
     tokens: np.ndarray, corners: np.ndarray, weights: np.ndarray, bias: np.ndarray, offsets: np.ndarray, px: int
 ) -> np.ndarray:
-    """The class of each pixel of cells by each head with each offset, uint8 [K, px px, G, O]; of equal ones the lowest.
+    """Predicts the class of each pixel of cells by each head with each offset, uint8 [K, px px, G, O]; ties go to the lowest.
 
     Args:
-      tokens: float32 [T, F]; corners: int32 [K, 4]; weights, bias: of `fit`; offsets: float32 [O, C], added to the
-        logits.
+      tokens: float32 [T, F]; corners: int32 [K, 4]; weights, bias: from `fit`.
+      offsets: float32 [O, C], added to the logits.
     """
-    rows, places = np.unique(corners, return_inverse=True)
-    places = places.reshape(-1, 4)
+    rows, inverse = np.unique(corners, return_inverse=True)
+    inverse = inverse.reshape(-1, 4)
     size = max(_VALUES // tokens.shape[1], 1)
     matrix = jnp.asarray(weights.reshape(len(weights), -1))  # [F, G C]
     found = []
@@ -196,9 +190,9 @@ def predict(
     at_tokens = np.concatenate(found)  # [R, G C]
     chunk = max(_LOGITS // (px * px * bias.size * len(offsets)), 1)
     found = []
-    for first in range(0, len(places), chunk):
-        part = places[first : first + chunk]
-        padded = np.zeros((chunk, 4, at_tokens.shape[1]), np.float32)  # one shape, compiled once; cut off below
+    for first in range(0, len(inverse), chunk):
+        part = inverse[first : first + chunk]
+        padded = np.zeros((chunk, 4, at_tokens.shape[1]), np.float32)  # one shape, compiled once; the padding is removed below
         padded[: len(part)] = at_tokens[part]
         found.append(np.asarray(_predict(padded, bias, offsets, px))[: len(part)])
     return np.concatenate(found)

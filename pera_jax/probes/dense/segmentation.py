@@ -1,21 +1,21 @@
 """Linear semantic segmentation on frozen patch tokens.
 
-Settings (px are those of the enlarged image for window and stride, else those of the scene):
-  window, stride: px, multiples of the patch: the windows that the encoder sees, and how far apart they lie.
-  scale: whole number by which images are enlarged before the encoder; it divides the patch.
-  blocks: from how many last blocks tokens are concatenated, each number a variant to choose from.
-  learning_rates: to choose from.
-  steps, batch: steps of training, and pixels of each.
-  held_out: the share of the training scenes (of a single one: of its tiles) that settings are chosen on.
-  tile: px, side of the tiles of a scene that are held out, and that are resampled for the interval.
-  folds: in how many parts scenes without splits are tested, see `scenes.load`.
-  class_names: of a folder without classes.txt; (): "class 0" and so on.
-  seeds: of the held-out part, the batches and, the first one, the interval.
+Settings (window and stride in px of the enlarged image, tile in px of the scene):
+  window, stride: size and stride of the encoder's windows, multiples of the patch size.
+  scale: integer factor by which images are enlarged before the encoder; a divisor of the patch size.
+  blocks: numbers of last blocks whose tokens are concatenated; one is chosen.
+  learning_rates: candidates; one is chosen.
+  priors: strengths of the logit adjustment; one is chosen.
+  steps, batch: training steps, and pixels per step.
+  held_out: fraction of the training scenes (or of the tiles of a single scene) held out to choose hyperparameters.
+  tile: side of the tiles of a scene, which are held out from a single scene and resampled for the interval.
+  folds: number of cross-validation folds for scenes without splits, see `scenes.load`.
+  class_names: class names for a folder without classes.txt; () for "class 0" and so on.
+  seeds: seeds of the held-out split and the batches; the first one is also the seed of the interval.
 
-Scores: `segmentation_miou` (mean over the classes in truth or prediction of intersection over union),
-`segmentation_accuracy` (share of pixels) and `segmentation_macro_f1`; and `segmentation_miou_seen`, of only those test
-pixels whose class the fold's training scenes hold: without splits, no scene needs to hold all classes. All are of the
-pooled pixels of all test scenes, means over seeds.
+Scores, over the pooled pixels of all test scenes, means over the seeds: `segmentation_miou` (mean IoU over classes in truth or
+prediction), `segmentation_accuracy`, `segmentation_macro_f1`, and `segmentation_miou_seen`, the mean IoU over test pixels whose
+class occurs in the training scenes of the fold (with cross-validation a scene may have classes of its own).
 """
 
 from collections.abc import Iterator
@@ -30,8 +30,9 @@ SCORES = {"miou": overlap.mean_iou, "accuracy": overlap.accuracy, "macro_f1": ov
 
 
 def run(data: Dense, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yields the scores, then details: per_class (IoU by name, mean over seeds), confusion (pixels [true][predicted],
-    first seed), chosen, held_out (mean IoU by blocks and learning rate), pictures of the first seed.
+    """Yields the scores, then the details: per_class (IoU by class name, mean over seeds), confusion (pixels
+    [true][predicted] of the first seed), chosen, held_out (mean IoU by blocks, learning rate and prior), and the predictions
+    of the first seed.
 
     Raises:
       UserError: see `dense.encode` and `pixel_probe.probe`.

@@ -1,4 +1,4 @@
-"""A result of a probe as it is read back from its file: every field that the program uses has its type."""
+"""Reads probe results from their JSON files and checks the types of all fields that the program uses."""
 
 import dataclasses
 import pathlib
@@ -63,19 +63,19 @@ class _Entry:
 
 
 def read(file: pathlib.Path) -> dict[str, Any]:
-    """The entry in a file, see `results`. Raises UserError: the file cannot be read, or is no result; names the field."""
+    """Reads the entry in a result file, see `results`. Raises UserError if the file cannot be read or is not a probe result."""
     try:
         entry = json_files.loads(file.read_bytes())
         typed = json_files.convert(entry, _Entry)
         if len(typed.data.class_names) > _MOST_CLASSES:
             raise json_files.Invalid(f"data.class_names: {len(typed.data.class_names):,} names")
         if "failure" not in entry and "scores" not in entry:
-            raise json_files.Invalid("it has neither scores nor a failure")
+            raise json_files.Invalid("expected scores or a failure, got neither")
     except OSError as error:
-        raise UserError(f"{printable(file)} cannot be read: {error.strerror or error}") from error
+        raise UserError(f"{printable(file)} cannot be read: {error.strerror or error}; check its permissions") from error
     except json_files.Invalid as error:
         raise UserError(
-            f"{printable(file)} is no result of a probe ({error}); move it away or choose another --output"
+            f"{printable(file)} is not a probe result ({error}); move the file away or choose another --output"
         ) from error
     checkpoint = {"run": "", "saved": ""} | entry["checkpoint"]
     return entry | {"checkpoint": checkpoint, "data": {"class_names": []} | entry["data"]}

@@ -1,8 +1,8 @@
-"""Judges each checkpoint of a run that trains elsewhere, as it appears.
+"""Evaluates each new checkpoint of a run that trains in another process (`probe --follow`).
 
-What has been judged is known from the results beside the run, so a job that was killed goes on where it was: in the
-middle of a checkpoint's tasks, too. A task that fails leaves its failure as its result, and the others go on; where the
-machine failed (no memory, no threads), nothing is left, and the job ends with a status that says to start it again.
+Existing results beside the run say what has been evaluated, so an interrupted job resumes where it stopped, even between the
+tasks of a checkpoint. If a task fails, its failure is written as the result and the other tasks continue. If the machine fails
+(out of memory, no threads), no result is written, and the job ends with an exit status that says to re-run it.
 """
 
 import contextlib
@@ -24,131 +24,137 @@ from pera_jax.probes.runner.job import Job, Network, Result
 from pera_jax.probes.runner.specs import Spec
 from pera_jax.training.checkpoints import checkpoint
 
-_NOTHING = -1  # no checkpoint to judge
+_NOTHING = -1  # no checkpoint to evaluate
 
 
 def follow(
     run: str, specs: Sequence[Spec], base: pathlib.Path, batch_size: int, poll: float, patience: float,
     reading: folders.Reading = folders.Reading(),
 ) -> list[dict[str, Any]]:
-    """Returns the entries of this call when the run has ended and all of its checkpoints are judged.
+    """Evaluates checkpoints until the run has ended and all are evaluated; returns the entries written by this call.
 
     Args:
-      poll: seconds between two looks for a new checkpoint.
-      patience: seconds without one after which to give up.
-      reading: how folders of images and of scenes are read.
+      run: the run folder.
+      specs: the tasks.
+      base: folder for the results.
+      batch_size: images decoded at a time; does not change scores.
+      poll: seconds between checks for a new checkpoint.
+      patience: seconds without a new checkpoint before giving up.
+      reading: options for reading folders of images and of scenes.
 
     Raises:
-      UserError: bad data, before anything is judged; another job that follows the run; no new checkpoint for `patience`.
+      UserError: invalid data (before any evaluation); another job follows the run; no new checkpoint for `patience`.
+      EnvironmentFault: the machine failed in some tasks; re-run the job.
     """
     with lease.held(base, "--output", name=".follow.lease") if distributed.main_host() else contextlib.nullcontext():
         job = Job(specs, base, batch_size, reading)
         entries = _follow(run, job, poll, patience)
         if distributed.main_host():
-            results.write_table(base)  # of a job that was killed before it could
+            results.write_table(base)  # in case an earlier job was killed before it wrote the table
         return entries
 
 
 def _follow(run: str, job: Job, poll: float, patience: float) -> list[dict[str, Any]]:
     entries, network, idle, waits = [], None, time.monotonic(), False
-    passed_over: set[tuple[int, str]] = set()  # saves
-    unfinished: list[str] = []  # tasks that the machine has not let end
+    skipped: set[tuple[int, str]] = set()  # (step, save)
+    unfinished: list[str] = []  # tasks without a result because the machine failed
     while True:
-        # On one host, and the end before the look for checkpoints: else the last one could be missed.
-        ended = distributed.broadcast_from_main(int((pathlib.Path(run) / "FINISHED").exists()))
-        step = distributed.broadcast_from_main(_next(run, job, passed_over) if distributed.main_host() else _NOTHING)
+        # On the main process only, and FINISHED before the checkpoints: otherwise the last one could be missed.
+        ended = distributed.of_main_host(int((pathlib.Path(run) / "FINISHED").exists()))
+        step = distributed.of_main_host(_next(run, job, skipped) if distributed.main_host() else _NOTHING)
         if step == _NOTHING:
             if ended and unfinished:
-                raise EnvironmentFault(f"the machine failed in {several(unfinished)}; start this job again for them")
+                raise EnvironmentFault(f"the machine failed in {several(unfinished)}; re-run the same command to evaluate them")
             if ended:
                 return entries
             if distributed.any_host(time.monotonic() - idle > patience):
                 raise UserError(
-                    f"{run} has no new checkpoint for {patience / 3600:g} hours and has not ended; see what has become "
-                    "of the training, then start this job again"
+                    f"no new checkpoint in {run} for {patience / 3600:g} hours, and the run has not ended; check the "
+                    "training, then re-run the same command"
                 )
             if not waits:
                 distributed.say(f"waiting for a checkpoint in {run}")
             waits = True
             time.sleep(poll)
             continue
-        weights = _load(run, step, passed_over)
+        weights = _load(run, step, skipped)
         if weights is None:
             time.sleep(poll)
             continue
         job.prepare(weights.meta)
-        network = Network.of(weights, run, "teacher", checkpoint.identity(_folder(run, step)), network)
+        network = Network.from_weights(weights, run, "teacher", checkpoint.identity(_folder(run, step)), network)
         for spec in job.specs:
-            if distributed.broadcast_from_main(int(_judged(run, job, step, spec))):
+            if distributed.of_main_host(int(_is_evaluated(run, job, step, spec))):
                 continue
-            result = _judge(job, network, spec)
-            if distributed.any_host(result is None):
+            result = _evaluate(job, network, spec)
+            if distributed.anywhere(result is None):
                 unfinished.append(f"{printable(spec.name)} of step {step}")
-                passed_over.add((step, network.saved))
+                skipped.add((step, network.saved))
                 continue
             job.write(result)
             entries.append(result.entry)
             found = {name: f"{score['value']:.4f}" for name, score in result.entry.get("scores", {}).items()}
             said = result.entry.get("failure") or ", ".join(f"{name} {value}" for name, value in found.items())
             distributed.say(f"step {step}, {spec.name}: {said}")
-        job.forget()  # the next checkpoint has other features
+        job.clear_cache()  # the next checkpoint has other features
         idle, waits = time.monotonic(), False
 
 
-def _judge(job: Job, network: Network, spec: Spec) -> Result | None:
-    """What a task found, or that it failed; None where it may succeed another time, as the machine failed."""
+def _evaluate(job: Job, network: Network, spec: Spec) -> Result | None:
+    """The result or the failure of a task; None if the machine failed, so that the task may succeed later."""
     try:
-        return job.judge(network, spec)
-    except Exception as error:  # whatever it is: the other tasks and checkpoints are worth having
+        return job.evaluate(network, spec)
+    except Exception as error:  # of any kind: continue with the other tasks and checkpoints
         if passing(error) or isinstance(error, EnvironmentFault):
             distributed.say(f"step {network.step}, {printable(spec.name)}: no result yet ({printable(error)})")
             return None
         return job.failed(network, spec, error)
 
 
-def _next(run: str, job: Job, passed_over: set[tuple[int, str]]) -> int:
-    """The first checkpoint for which a result is missing."""
-    steps = (step for step in checkpoint.saved_steps(run) if _save(run, step) not in passed_over)
-    return next((step for step in steps if not all(_judged(run, job, step, spec) for spec in job.specs)), _NOTHING)
+def _next(run: str, job: Job, skipped: set[tuple[int, str]]) -> int:
+    """The step of the first checkpoint without all results."""
+    steps = (step for step in checkpoint.saved_steps(run) if _save(run, step) not in skipped)
+    return next((step for step in steps if not all(_is_evaluated(run, job, step, spec) for spec in job.specs)), _NOTHING)
 
 
-def _judged(run: str, job: Job, step: int, spec: Spec) -> bool:
-    """Whether a result is there of this very checkpoint and spec, on this very data."""
-    return any(_fits(entry, run, job, step, spec) for entry in results.read_place(job.base, "teacher", step, spec.name))
+def _is_evaluated(run: str, job: Job, step: int, spec: Spec) -> bool:
+    """Whether there is a result of this checkpoint and spec on this data."""
+    return any(_matches(entry, run, job, step, spec) for entry in results.read_place(job.base, "teacher", step, spec.name))
 
 
-def _fits(entry: dict[str, Any], run: str, job: Job, step: int, spec: Spec) -> bool:
-    of = entry["checkpoint"]
-    same_run = of["origin"] == keys.origin(job.base, run) if "origin" in of else of["run"] == run
-    if not same_run or entry["spec"] != spec.described():
+def _matches(entry: dict[str, Any], run: str, job: Job, step: int, spec: Spec) -> bool:
+    stored = entry["checkpoint"]
+    same_run = stored["origin"] == keys.origin(job.base, run) if "origin" in stored else stored["run"] == run
+    if not same_run or entry["spec"] != spec.to_dict():
         return False
     prints = job.fingerprints(spec)
     same_data = prints is None or [entry["data"].get(f"{part}_fingerprint") for part in ("train", "test")] == list(prints)
-    return same_data and of["saved"] == checkpoint.identity(_folder(run, step))
+    return same_data and stored["saved"] == checkpoint.identity(_folder(run, step))
 
 
 def _save(run: str, step: int) -> tuple[int, str]:
-    """A step and what tells its save from another one under the same step."""
+    """A step and the identity of its save, which differs if the step is saved again."""
     return step, checkpoint.identity(_folder(run, step))
 
 
-def _load(run: str, step: int, passed_over: set[tuple[int, str]]) -> Weights | None:
-    """The teacher of a checkpoint on every host, or None: for good where it is gone or damaged, else for now."""
+def _load(run: str, step: int, skipped: set[tuple[int, str]]) -> Weights | None:
+    """Loads the teacher of a checkpoint on every process. None if the checkpoint is gone or damaged, and then it is added to
+    `skipped`, or if it is not yet visible on some process."""
     weights = damaged = None
     save = _save(run, step)
     try:
         weights = load_if_kept(run, step)
     except checkpoint.Damaged as error:
         damaged = error
-    if distributed.any_host(damaged is not None):
-        distributed.say(str(damaged or f"the checkpoint of step {step} cannot be read on another host"))
-        passed_over.add(save)
+    if distributed.anywhere(damaged is not None):
+        distributed.say(str(damaged or f"the checkpoint of step {step} cannot be read on another process"))
+        skipped.add(save)
         return None
     if not distributed.any_host(weights is None):
         return weights
-    if not distributed.broadcast_from_main(int(_folder(run, step).is_dir())):  # else another host does not see it yet
+    if not distributed.of_main_host(int(_folder(run, step).is_dir())):  # otherwise another process does not see it yet
         distributed.say(f"the checkpoint of step {step} was removed before it could be read")
-        passed_over.add(save)
+        skipped.add(save)
     return None
 
 
@@ -157,10 +163,10 @@ def _folder(run: str, step: int) -> pathlib.Path:
 
 
 def load_if_kept(run: str, step: int) -> Weights | None:
-    """The teacher of a checkpoint, or None where training removes it before all of it is read.
+    """Loads the teacher of a checkpoint; None if training removes it while it is read.
 
     Raises:
-      Damaged: it is there and cannot be read.
+      Damaged: the checkpoint exists and cannot be read.
     """
     try:
         return checkpoint.while_kept(run, step, lambda chosen: load.load_weights(run, chosen))

@@ -1,4 +1,4 @@
-"""One network judged by several tasks: opens the data, encodes it once, runs each task, writes each result."""
+"""Evaluates one network on several tasks: opens the data, extracts features once, runs each task, writes each result."""
 
 import dataclasses
 import hashlib
@@ -19,7 +19,7 @@ from pera_jax.encoder import extract as features
 from pera_jax.encoder.cache import Cache, digest
 from pera_jax.encoder.load import Weights, load_weights
 from pera_jax.parallel import distributed
-from pera_jax.probes.classification.labeled import Labelled
+from pera_jax.probes.classification.labeled import Labeled
 from pera_jax.probes.dense import dense
 from pera_jax.probes.runner import keys, results
 from pera_jax.probes.runner.specs import DENSE, TASKS, Spec
@@ -32,13 +32,13 @@ _DATES = {"segmentation": 1, "change": 2}
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """What is judged.
+    """The evaluated network.
 
     Attributes:
-      encoder: "teacher", "untrained" (as it was before the first step) or "pixels" (the baseline).
-      meta: of the checkpoint.
-      weights: SHA-256 of the backbone, "" of pixels.
-      saved: SHA-256 of what Orbax says of the save: another one under the same step is another checkpoint.
+      encoder: "teacher", "untrained" (the initial weights) or "pixels" (the baseline without a network).
+      meta: metadata of the checkpoint.
+      weights: SHA-256 of the backbone; "" for pixels.
+      saved: identity of the save, SHA-256 of Orbax's metadata; it changes if the step is saved again.
     """
 
     encoder: str
@@ -50,13 +50,13 @@ class Network:
     extractor: features.Extractor | features.Pixels
 
     @classmethod
-    def of(
+    def from_weights(
         cls, weights: Weights, run: str, encoder: str, saved: str, before: "Network | None" = None
     ) -> "Network":
-        """The network of weights that are loaded.
+        """The network of loaded weights.
 
         Args:
-          before: another checkpoint of the same run, whose compiled programs this one takes over; it is of no use then.
+          before: an earlier checkpoint of the same run; its compiled extractor is reused, so it must not be used afterwards.
         """
         if encoder == "pixels":
             return cls(encoder, run, 0, weights.meta, "", saved, features.Pixels(weights.meta))
@@ -67,7 +67,8 @@ class Network:
             extractor = features.Extractor(weights.backbone, weights.meta)
         return cls(encoder, run, weights.step, weights.meta, digest(weights.backbone), saved, extractor)
 
-    def described(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
+        """The checkpoint fields of a result."""
         return {
             "run": self.run, "step": self.step, "encoder": self.encoder, "weights": self.weights, "saved": self.saved,
             "git": self.meta["git"], "trained_on": self.meta["data"]["fingerprint"],
@@ -75,16 +76,16 @@ class Network:
 
 
 def load_network(run: str, step: int | None, encoder: str, verify: bool = True) -> Network:
-    """Raises UserError: no such run, step or encoder; weights that are not what was saved."""
+    """Loads a network of a run. Raises UserError: a run, step or encoder that does not exist; damaged weights."""
     if encoder not in ENCODERS:
-        raise UserError(f"there is no encoder {encoder!r}; choose from {', '.join(ENCODERS)}")
+        raise UserError(f"unknown encoder {encoder!r}; expected one of {', '.join(ENCODERS)}")
 
     def read(chosen: int) -> tuple[Weights, str]:
         weights = _weights(run, chosen, encoder, verify)
         return weights, checkpoint.identity(checkpoint.folder_of(run, chosen)[0])
 
     weights, saved = checkpoint.while_kept(run, step, read)
-    return Network.of(weights, run, encoder, saved)
+    return Network.from_weights(weights, run, encoder, saved)
 
 
 def _weights(run: str, step: int, encoder: str, verify: bool) -> Weights:
@@ -97,31 +98,32 @@ def _weights(run: str, step: int, encoder: str, verify: bool) -> Weights:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a task found: the entry of `results`, and its pictures."""
+    """The result of a task: the entry, see `results`, and its pictures."""
 
     entry: dict[str, Any]
     pictures: dict[str, np.ndarray]
 
 
 class Job:
-    """The data of all specs, opened and checked; what networks may be judged on.
+    """The opened and checked data of all specs, to evaluate networks on.
 
-    With several hosts all hold one and call the same. Each encodes a part of the whole images, and all the scenes of
-    dense tasks; every host computes the scores, and the first one writes.
+    With several processes, all create a job and call the same methods. Each extracts features for a part of the whole images,
+    and for all scenes of dense tasks; all compute the scores, and the main process writes.
     """
 
     def __init__(
         self, specs: Sequence[Spec], base: pathlib.Path, batch_size: int = 256, reading: folders.Reading = folders.Reading()
     ):
-        """Opens what needs no checkpoint.
+        """Opens all data that can be opened without a checkpoint.
 
         Args:
-          base: folder for results.
-          batch_size: images decoded at a time; changes no score.
-          reading: how folders of images and of scenes are read.
+          specs: the tasks.
+          base: folder for the results.
+          batch_size: images decoded at a time; does not change scores.
+          reading: options for reading folders of images and of scenes.
 
         Raises:
-          UserError: data that cannot be opened, labels that do not fit, a folder of results that holds something else.
+          UserError: data that cannot be opened; inconsistent labels; a results folder with other files.
         """
         self.specs, self.base, self._batch_size = specs, base, batch_size
         self._reading = reading
@@ -134,28 +136,28 @@ class Job:
             if spec.task not in DENSE:
                 self._open(spec)
             elif not pathlib.Path(spec.data).is_dir():
-                raise UserError(f"{spec.name}: the folder of scenes {spec.data} does not exist; name one with --data")
+                raise UserError(f"{spec.name}: the folder of scenes {spec.data} does not exist; give one with --data")
 
     def prepare(self, meta: dict[str, Any]) -> None:
-        """Checks the data against the `meta` of a checkpoint; those of one run have the same bands and patch.
+        """Checks the data against the metadata of a checkpoint; all checkpoints of a run have the same bands and patch size.
 
         Raises:
-          UserError: other bands, sizes that the patch does not divide, scenes that do not fit.
+          UserError: other bands; sizes that are not multiples of the patch size; scenes that do not fit.
         """
         bands = Bands.from_metadata(meta)
         for spec in self.specs:
             if spec.task not in DENSE:
                 features.check_image_size(_image_size(spec, meta), meta)
                 for samples in filter(None, self._open(spec)):
-                    bands.indices_in(samples.suited_to(bands), samples.path)  # raises where a band is missing
+                    bands.places(samples.suited_to(bands), samples.path)  # raises if a band is missing
             elif spec.name not in self._scenes:
                 self._scenes[spec.name] = scenes.load(
                     spec.data, _DATES[spec.task], bands, spec.settings["folds"], spec.settings.get("class_names", ()),
                     (spec.train_split, spec.test_split), self._reading.max_corrupt_share,
                 )  # fmt: skip
 
-    def judge(self, network: Network, spec: Spec) -> Result:
-        """Runs one task. Raises UserError: data that the task cannot work on; features that are not finite."""
+    def evaluate(self, network: Network, spec: Spec) -> Result:
+        """Runs one task. Raises UserError: data that the task cannot use; NaN or infinite features."""
         began = time.perf_counter()
         data = self._data(network, spec)
         scores, details, pictures = {}, {}, {}
@@ -167,31 +169,31 @@ class Job:
             else:
                 details[name] = value
         found = {"scores": scores, "details": details, "seconds": round(time.perf_counter() - began, 1)}
-        return Result(self._described(network, spec) | found, pictures)
+        return Result(self._metadata(network, spec) | found, pictures)
 
     def failed(self, network: Network, spec: Spec, error: Exception) -> Result:
-        """That a task has failed."""
+        """The result of a failed task: its error message."""
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        return Result(self._described(network, spec) | {"failure": printable(" ".join(text.split()), limit=2000)}, {})
+        return Result(self._metadata(network, spec) | {"failure": printable(" ".join(text.split()), limit=2000)}, {})
 
     def write(self, result: Result) -> None:
-        """Writes what was found. Raises UserError on all hosts where the first one cannot, which prints it then."""
+        """Writes a result. If that fails, prints the result and raises UserError on all processes."""
         try:
             distributed.on_main_host(lambda: results.write(self.base, result.entry, result.pictures))
         except UserError:
-            distributed.say(results.markdown([result.entry]))  # it may have taken hours
+            distributed.say(results.markdown([result.entry]))  # computing it may have taken hours
             raise
 
     def fingerprints(self, spec: Spec) -> tuple[str, str] | None:
-        """Of the training and the test split; None as long as they are not known."""
+        """Fingerprints of the training and the test split; None before `prepare` has loaded the scenes."""
         if spec.task in DENSE:
             folder = self._scenes.get(spec.name)
             return folder and folder.fingerprints
         train, test = self._open(spec)
         return train.fingerprint, (test or train).fingerprint
 
-    def forget(self) -> None:
-        """Removes the features that this job has kept."""
+    def clear_cache(self) -> None:
+        """Removes the features cached by this job."""
         self._cache.clear()
 
     # ---------------------------------------------------------------- data
@@ -202,26 +204,26 @@ class Job:
             if split and place not in self._samples:
                 self._samples[place] = open_samples(*place, self._reading)
         if spec.train_split == spec.test_split:
-            raise UserError(f"the training and the test split are both {spec.train_split!r}; a test needs images of its own")
+            raise UserError(f"the training and the test split are both {spec.train_split!r}; use a separate test split")
         train = self._samples[spec.data, spec.train_split, spec.labels]
         test = self._samples[spec.data, spec.test_split, spec.labels] if spec.test_split else None
         check_labels(train, test)
         return train, test
 
-    def _data(self, network: Network, spec: Spec) -> Labelled | scenes.Dense:
+    def _data(self, network: Network, spec: Spec) -> Labeled | scenes.Dense:
         if spec.task in DENSE:
             return self._scenes[spec.name].dense(network.extractor.patch, self._tokens(network, spec))
         train, test = self._open(spec)
         size = _image_size(spec, network.meta)
-        return Labelled(
+        return Labeled(
             self._features(network, train, size), self._features(network, test, size) if test else None,
             train.labels, test.labels if test else None, train.class_names,
         )  # fmt: skip
 
     def _features(self, network: Network, samples: Samples, image_size: int) -> features.Features:
-        described = _of(network) | {"data": samples.fingerprint, "split": samples.split, "image_size": image_size}
+        key = _cache_key(network) | {"data": samples.fingerprint, "split": samples.split, "image_size": image_size}
         make = lambda: vars(features.extract(network.extractor, samples, image_size, self._batch_size))  # noqa: E731
-        return features.Features(**self._cache.arrays(described, make))
+        return features.Features(**self._cache.arrays(key, make))
 
     def _tokens(self, network: Network, spec: Spec) -> Callable[[np.ndarray, int, int], np.ndarray]:
         extractor, blocks = network.extractor, max(spec.settings["blocks"])
@@ -232,43 +234,43 @@ class Job:
         def tokens(image, window, stride):
             image = np.ascontiguousarray(image)
             content = hashlib.sha256(image).hexdigest()
-            described = _of(network) | {
+            key = _cache_key(network) | {
                 "image": content, "shape": image.shape, "window": window, "stride": stride, "blocks": blocks,
             }  # fmt: skip
             make = lambda: {"tokens": dense.encode(maps, image, extractor.patch, window, stride)}  # noqa: E731
-            return self._cache.arrays(described, make)["tokens"]
+            return self._cache.arrays(key, make)["tokens"]
 
         return tokens
 
-    def _described(self, network: Network, spec: Spec) -> dict[str, Any]:
-        """What an entry says of the checkpoint and the data."""
+    def _metadata(self, network: Network, spec: Spec) -> dict[str, Any]:
+        """The fields of an entry that describe the checkpoint and the data."""
         prints = self.fingerprints(spec)
         if spec.task in DENSE:
             folder = self._scenes[spec.name]
-            trained, tested = ({place for fold in folder.folds for place in fold[part]} for part in (0, 1))
+            trained, tested = ({index for fold in folder.folds for index in fold[part]} for part in (0, 1))
             numbers, names = (len(trained), len(tested)), folder.class_names
             size, data_name = 0, pathlib.Path(spec.data).resolve().name
         else:
             train, test = self._open(spec)
             numbers, names = (len(train), len(test) if test else len(train)), train.class_names
             size, data_name = _image_size(spec, network.meta), train.name
-        described = spec.described()
+        fields = spec.to_dict()
         return {
             "name": spec.name,
             "task": spec.task,
-            "checkpoint": network.described() | {"image_size": size, "origin": keys.origin(self.base, network.run)},
+            "checkpoint": network.to_dict() | {"image_size": size, "origin": keys.origin(self.base, network.run)},
             "data": {
                 "path": spec.data, "name": data_name, "train_split": spec.train_split, "test_split": spec.test_split,
                 "labels": spec.labels, "train_images": numbers[0], "test_images": numbers[1],
                 "train_fingerprint": prints[0], "test_fingerprint": prints[1], "class_names": list(names),
             },
-            "settings": described["settings"],
-            "spec": described,
+            "settings": fields["settings"],
+            "spec": fields,
         }  # fmt: skip
 
 
-def _of(network: Network) -> dict[str, Any]:
-    """What features depend on beside the images."""
+def _cache_key(network: Network) -> dict[str, Any]:
+    """What features depend on, apart from the images."""
     return {"weights": network.weights, "encoder": network.encoder, "model": network.meta["model"],
             **network.extractor.bands.to_dict()}  # fmt: skip
 

@@ -1,13 +1,14 @@
-"""What the probes found, written beside the run: a JSON file for each result, one table of all, TensorBoard, pictures.
+"""Probe results, written beside the run: one JSON file per result, a table, TensorBoard events and pictures.
 
-    BASE/step_000640/NAME-KEY.json     one result: an entry, below; BASE is RUN/probe or --output
-    BASE/step_000640/NAME-KEY/*.png    pictures of it
-    BASE/results.csv                   a row for each score of all results
+    BASE/step_000640/NAME-KEY.json     one result (see below); BASE is RUN/probe or --output
+    BASE/step_000640/NAME-KEY/*.png    its pictures
+    BASE/results.csv                   one row per score of all results
     BASE/tb                            TensorBoard: `probe/NAME-KEY/SCORE` at the checkpoint's step
 
-KEY stands for the run and what was measured, see `keys`: other data, splits, sizes or settings are another result. Files
-of earlier versions, NAME.json, are read as well. An entry holds name, task, checkpoint, data, settings, spec (all that was asked for), seconds, and scores {name: {value, low, high, seeds}} with details
-{name: ...}; or, where the task failed, a failure: one sentence.
+KEY is a hash of the run and of what was measured, see `keys`: results with other data, splits, sizes or settings have other
+keys. Files of earlier versions, NAME.json, are read too. An entry has name, task, checkpoint, data, settings, spec (all
+requested fields), seconds, scores {name: {value, low, high, seeds}} and details {name: ...}; or, if the task failed, `failure`
+with the error message in place of scores, details and seconds.
 """
 
 import contextlib
@@ -38,28 +39,28 @@ COLUMNS = ("name", "task", "score", "value", "low", "high", "seeds", "step", "en
            "image_size", "settings", "train_fingerprint", "test_fingerprint", "weights", "git", "run", "failure",
            "replaced")  # fmt: skip
 
-_LONGEST_WRITE = 600.0  # seconds that another job may take to write its results
+_WRITE_TIMEOUT = 600.0  # seconds to wait for another job that writes results
 _PLACES = ("step_*", "untrained", "pixels")
 
 
 def folder_of(encoder: str, step: int) -> str:
-    """The name of the folder of a checkpoint's results."""
+    """The folder name for the results of a checkpoint."""
     return f"step_{step:06d}" if encoder == "teacher" else encoder
 
 
 def _writing(base: pathlib.Path) -> contextlib.AbstractContextManager:
-    """While entered, no other process writes results into `base`. Raises UserError: the folder cannot be written."""
-    return lease.held(base, "--output", name=".write.lease", wait=_LONGEST_WRITE)
+    """A lock on writing results into `base`. Raises UserError if the folder cannot be written."""
+    return lease.held(base, "--output", name=".write.lease", wait=_WRITE_TIMEOUT)
 
 
 def write(base: pathlib.Path, entry: dict[str, Any], pictures: dict[str, np.ndarray]) -> None:
-    """Writes one result and its pictures, and the table anew; a result of the same place and key gives way.
+    """Writes one result with its pictures, and updates the table; replaces a result with the same checkpoint and key.
 
     Args:
       pictures: uint8 [H, W] by "FOLDER/KEY" or "KEY".
 
     Raises:
-      UserError: the folder cannot be written, or holds a file that is no result.
+      UserError: the folder cannot be written, or has a file that is not a result.
     """
     place = base / folder_of(entry["checkpoint"]["encoder"], entry["checkpoint"]["step"])
     content, stem = json.dumps(entry, indent=1, allow_nan=False), keys.stem(entry)
@@ -70,9 +71,9 @@ def write(base: pathlib.Path, entry: dict[str, Any], pictures: dict[str, np.ndar
                 encoded = io.BytesIO()
                 Image.fromarray(values).save(encoded, "PNG")
                 files.write(place / stem / f"{key.split('/')[-1]}.png", encoded.getvalue())
-            _write_events(base / "tb", entry, stem)  # before the sign that it is done: twice does not matter
+            _write_events(base / "tb", entry, stem)  # before the JSON file, which marks completion; duplicate events are harmless
             files.write(place / f"{stem}.json", content.encode() + b"\n")
-            for file in _files(place, entry["name"]):  # of an earlier version, which named it otherwise
+            for file in _files(place, entry["name"]):  # written by an earlier version under another name
                 if file.stem != stem and keys.stem(entries.read(file)) == stem:
                     file.unlink()
                     shutil.rmtree(file.with_suffix(""), ignore_errors=True)
@@ -82,7 +83,7 @@ def write(base: pathlib.Path, entry: dict[str, Any], pictures: dict[str, np.ndar
 
 
 def check_writable(base: pathlib.Path) -> None:
-    """Raises UserError where results could not be written, before any is computed; leaves nothing behind."""
+    """Raises UserError if results could not be written; leaves no files behind."""
     owned.check(base / "results.csv")
     there = next(place for place in (base.absolute(), *base.absolute().parents) if place.exists())
     try:
@@ -93,7 +94,7 @@ def check_writable(base: pathlib.Path) -> None:
 
 
 def write_table(base: pathlib.Path) -> None:
-    """Writes results.csv anew from the results that are there. Raises UserError as `write`."""
+    """Rewrites results.csv from the existing results. Raises UserError as `write`."""
     with _writing(base):
         _write_table(base)
 
@@ -106,28 +107,28 @@ def _write_table(base: pathlib.Path) -> None:
 
 
 def _unwritable(base: pathlib.Path, error: OSError) -> UserError:
-    return UserError(f"cannot write to {base}: {error.strerror}; make room or choose another --output")
+    return UserError(f"cannot write to {base}: {error.strerror}; free disk space or choose another --output")
 
 
 def read(base: pathlib.Path) -> list[dict[str, Any]]:
-    """All entries below `base`, by step, encoder and name, each with whether it is `replaced`. Raises UserError for a file
-    that is no result."""
+    """All entries below `base`, sorted by step, encoder and name, each with a field `replaced`. Raises UserError for a file
+    that is not a result."""
     found = [_read(base, file) for place in _PLACES for file in base.glob(f"{place}/*.json")]
     return sorted(found, key=lambda e: (e["checkpoint"]["step"], e["checkpoint"]["encoder"], e["name"]))
 
 
 def replaced(base: pathlib.Path, entry: Mapping[str, Any]) -> bool:
-    """Whether an entry below `base` is of another save than the one that lies under its step now; False where none does."""
-    of = entry["checkpoint"]
-    if of["encoder"] != "teacher" or not of["saved"]:
+    """Whether the checkpoint of an entry was saved again since; False if it no longer exists."""
+    stored = entry["checkpoint"]
+    if stored["encoder"] != "teacher" or not stored["saved"]:
         return False
-    run = pathlib.Path(os.path.realpath(base)) / of["origin"] if "origin" in of else pathlib.Path(of["run"])
-    now = checkpoint.identity(run / checkpoint.FOLDER / str(of["step"]))
-    return now not in ("", of["saved"])
+    run = pathlib.Path(os.path.realpath(base)) / stored["origin"] if "origin" in stored else pathlib.Path(stored["run"])
+    now = checkpoint.identity(run / checkpoint.FOLDER / str(stored["step"]))
+    return now not in ("", stored["saved"])
 
 
 def read_place(base: pathlib.Path, encoder: str, step: int, name: str) -> list[dict[str, Any]]:
-    """The entries of this name of one checkpoint. Raises UserError for a file that is no result."""
+    """The entries with this name of one checkpoint. Raises UserError for a file that is not a result."""
     found = [_read(base, file) for file in _files(base / folder_of(encoder, step), name)]
     return [entry for entry in found if entry["name"] == name]
 
@@ -138,19 +139,19 @@ def _read(base: pathlib.Path, file: pathlib.Path) -> dict[str, Any]:
 
 
 def _files(place: pathlib.Path, name: str) -> list[pathlib.Path]:
-    """The files that may hold results of this name."""
+    """The files that may have results with this name."""
     prefix = glob.escape(keys.prefix(name))
     return [*place.glob(f"{prefix}.json"), *place.glob(f"{prefix}-*.json")]
 
 
 def markdown(entries: Sequence[dict[str, Any]]) -> str:
-    """The scores as a Markdown table, aligned to be read as it is."""
-    rows = [("result", "data", "network", "step", "run", "score", "value", "95 % interval", "seeds")]
-    data = keys.told_apart(entries)
+    """The scores as an aligned Markdown table."""
+    rows = [("result", "data", "network", "step", "run", "score", "value", "95% interval", "seeds")]
+    data = keys.data_labels(entries)
     several = len({entry["checkpoint"].get("origin", keys.OWN) for entry in entries}) > 1
     for entry in entries:
         network = entry["checkpoint"]
-        step = f"{network['step']}, saved anew since" if entry.get("replaced") else str(network["step"])
+        step = f"{network['step']}, saved again since" if entry.get("replaced") else str(network["step"])
         where = (entry["name"], data[keys.row(entry)], network["encoder"], step,
                  network["run"] if several else "")  # fmt: skip
         if "failure" in entry:
@@ -169,7 +170,7 @@ def markdown(entries: Sequence[dict[str, Any]]) -> str:
 
 
 def failed_shares(entry: Mapping[str, Any]) -> dict[str, str]:
-    """A sentence for each share of the images, "20/80", whose score failed where the others did not."""
+    """The error message of each split of `shares` that failed, by name, such as "20/80"."""
     details = (entry.get("details") or {}).items()
     return {name.removeprefix("failed_"): str(said) for name, said in details if name.startswith("failed_")}
 
@@ -181,7 +182,7 @@ def _csv(entries: Sequence[dict[str, Any]]) -> str:
     for entry in entries:
         fields = entry["data"] | entry["checkpoint"] | {key: entry[key] for key in ("name", "task")}
         fields |= {"data": entry["data"]["path"], "settings": json.dumps(entry.get("settings"))}
-        fields |= {"replaced": "saved anew since" if entry.get("replaced") else ""}
+        fields |= {"replaced": "saved again since" if entry.get("replaced") else ""}
         if "failure" in entry:
             writer.writerow(fields | {"failure": entry["failure"]})
         for name, score in entry.get("scores", {}).items():
@@ -198,7 +199,7 @@ def _write_events(folder: pathlib.Path, entry: dict[str, Any], stem: str) -> Non
         for name, score in scores.items()
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    # tensorboardX names files by the second and writes over one that is there.
+    # tensorboardX names files by the second and would overwrite an existing one.
     events = EventsWriter(str(folder / "events"), f".step{step}.{os.getpid()}.{time.time_ns()}")
     events.write_event(event_pb2.Event(step=step, wall_time=time.time(), summary=summary_pb2.Summary(value=values)))
     events.close()

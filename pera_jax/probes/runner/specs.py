@@ -1,4 +1,4 @@
-"""Which tasks are run on which data: what a config or the command line asks for, checked before anything is opened."""
+"""Specs of probes, which task runs on which data, from a config or the command line; checked before data is opened."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -23,12 +23,13 @@ class Spec:
     """One task on one data set.
 
     Attributes:
-      name: of its result.
-      data: where the labelled images lie, see `probes.samples` and `probes.scenes`.
-      test_split: "" where there is none: leave-one-out.
-      labels: the file of a table of labels, or "".
-      image_size: px, to which whole images are resized; 0: the size of the global crops in training. Not for dense tasks.
-      settings: all of the task's.
+      name: name of the result.
+      task: one of `TASKS`.
+      data: path of the labeled images, see `data.labelled.samples` and `data.labelled.scenes`.
+      test_split: "" for leave-one-out.
+      labels: CSV file of labels, or "".
+      image_size: px, to which images are resized; 0 for the size of the global crops in training. Not for dense tasks.
+      settings: all settings of the task.
     """
 
     name: str
@@ -40,8 +41,8 @@ class Spec:
     image_size: int = 0
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def described(self) -> dict[str, Any]:
-        """As JSON."""
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
         return dataclasses.asdict(self) | {"settings": {name: _plain(value) for name, value in self.settings.items()}}
 
 
@@ -49,21 +50,21 @@ _FIELDS = {field.name: field.type for field in dataclasses.fields(Spec) if field
 
 
 def make(name: str, fields: Mapping[str, Any]) -> Spec:
-    """The spec of these fields: those of `Spec`, and settings of the task beside them.
+    """A spec from fields of `Spec` and settings of the task.
 
     Raises:
-      UserError: no such task or setting, a value of another type.
+      UserError: an unknown task or setting, or a value of the wrong type.
     """
     task = fields.get("task")
     if task not in TASKS:
-        raise UserError(f"{name} has the task {task!r}; choose from {', '.join(TASKS)}")
+        raise UserError(f"unknown task {task!r} in {name}; expected one of {', '.join(TASKS)}")
     if not fields.get("data"):
-        raise UserError(f"{name} names no data; give --data, or {name}.data in the config")
+        raise UserError(f"{name} has no data; give --data, or {name}.data in the config")
     known = TASKS[task].SETTINGS
     own = {key: value for key, value in fields.items() if key in _FIELDS}
     for key, value in own.items():
         if not isinstance(value, _FIELDS[key]) or isinstance(value, bool):
-            raise UserError(f"{name}.{key} is {value!r}, which is no {_FIELDS[key].__name__}")
+            raise UserError(f"expected {name}.{key} as {_FIELDS[key].__name__}, got {value!r}; change its value")
     for field in ("data", "labels"):
         paths.local(own.get(field, ""), f"{name}.{field}")
     settings = dict(known)
@@ -71,23 +72,23 @@ def make(name: str, fields: Mapping[str, Any]) -> Spec:
         if key in _FIELDS:
             continue
         if key not in known:
-            raise UserError(f"{name} has no setting {key!r}; the task {task} has {', '.join(known)}")
+            raise UserError(f"unknown setting {key!r} in {name}; the settings of {task} are {', '.join(known)}")
         settings[key] = _like(value, known[key], f"{name}.{key}")
     for field in ("image_size", "labels") if task in DENSE else ():
         if own.get(field):
-            raise UserError(f"{name}.{field} is for whole images; the task {task} has masks and a window")
+            raise UserError(f"{name}.{field} does not apply to the dense task {task}; remove it")
     if own.get("train_split") == "" and task in WHOLE_IMAGES:
-        raise UserError(f"{name}.train_split is empty; name the split to fit on")
+        raise UserError(f"{name}.train_split is empty; give the name of the training split")
     return Spec(name=name, settings=settings, **own)
 
 
 def _like(value: Any, default: Any, name: str) -> Any:
-    """A setting's value in the type of its default."""
+    """A setting's value, converted to the type of its default."""
     value = tuple(value) if isinstance(value, list) else value
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not type(default):
-        raise UserError(f"{name}={value!r} is of another type than its default {default!r}")
+        raise UserError(f"expected {name} as {type(default).__name__}, such as the default {default!r}, got {value!r}")
     if isinstance(default, tuple) and default:
         return tuple(_like(one, default[0], name) for one in value)
     return value
@@ -100,48 +101,48 @@ def _plain(value: Any) -> Any:
 def chosen(
     tasks: Sequence[str], fields: Mapping[str, Any], config: str | None, changes: Sequence[str] | Mapping[str, Any]
 ) -> list[Spec]:
-    """`from_config` where a config is given, else `from_names`.
+    """The specs of a config if one is given, or else of `tasks`; see `from_config` and `from_names`.
 
     Args:
-      fields: None of those that are not given.
+      fields: fields of `Spec`; None for the default.
 
     Raises:
-      UserError: as these; fields beside a config.
+      UserError: as these functions; fields combined with a config.
     """
     given = {name: value for name, value in fields.items() if value is not None}
     if not config:
         return from_names([tasks] if isinstance(tasks, str) else tasks, given, changes)
     if given:
         field = next(iter(given))
-        raise UserError(f"{field} cannot be combined with a config of probes; change NAME.{field} of its tasks (--set)")
+        raise UserError(f"{field} cannot be combined with a probe config; change NAME.{field} of its tasks with --set")
     return from_config(config, changes)
 
 
 def from_config(path: str, changes: Sequence[str] | Mapping[str, Any]) -> list[Spec]:
-    """The specs of a config, whose field `tasks` holds the fields of each by its name.
+    """The specs in the field `tasks` of a config, which maps names to fields.
 
     Args:
-      path: or its name.
-      changes: {"NAME.FIELD": value}, or "NAME.FIELD=VALUE" each.
+      path: name or path of the config.
+      changes: overrides, {"NAME.FIELD": value} or a list of "NAME.FIELD=VALUE".
 
     Raises:
-      UserError: as `make`; no such config.
+      UserError: as `make`; a config that does not exist.
     """
     config = configs.load(path)
     tasks = config.get("tasks")
     if not isinstance(tasks, ConfigDict) or not tasks:
-        raise UserError(f"the config {path} names no tasks; it is no config of probes")
+        raise UserError(f"{path} is not a probe config: it has no tasks; give a config with a field tasks")
     return _changed({name: dict(fields) for name, fields in tasks.items()}, changes)
 
 
 def from_names(
     tasks: Sequence[str], fields: Mapping[str, Any], changes: Sequence[str] | Mapping[str, Any]
 ) -> list[Spec]:
-    """A spec for each task, all of the same fields. Raises UserError as `make`."""
+    """One spec per task, all with the same fields. Raises UserError as `make`."""
     unknown = [task for task in tasks if task not in TASKS]
     if unknown or not tasks:
-        raise UserError(f"there is no task {several(unknown)!r}; choose from {', '.join(TASKS)}")
-    others = {} if set(tasks) <= set(DENSE) else {"image_size", "labels"}  # what dense tasks have no use for
+        raise UserError(f"unknown task {several(unknown)!r}; expected any of {', '.join(TASKS)}")
+    others = {} if set(tasks) <= set(DENSE) else {"image_size", "labels"}  # fields that dense tasks do not have
     return _changed({
         task: {"task": task} | {k: v for k, v in fields.items() if task in WHOLE_IMAGES or k not in others}
         for task in tasks
@@ -149,11 +150,11 @@ def from_names(
 
 
 def _changed(tasks: dict[str, dict[str, Any]], changes: Sequence[str] | Mapping[str, Any]) -> list[Spec]:
-    for place, value in changes.items() if isinstance(changes, Mapping) else map(configs.assignment, changes):
-        name, dot, field = place.partition(".")
+    for path, value in changes.items() if isinstance(changes, Mapping) else map(configs.assignment, changes):
+        name, dot, field = path.partition(".")
         if not dot:
-            raise UserError(f"the change {place!r} is not of the form NAME.FIELD=VALUE")
+            raise UserError(f"expected NAME.FIELD=VALUE, got {path!r}; name the task and the field")
         if name not in tasks:
-            raise UserError(f"there is no {name!r} to change; there are {several(tasks, 10)}")
+            raise UserError(f"unknown name {name!r} in NAME.FIELD=VALUE; expected one of {several(tasks, 10)}")
         tasks[name][field] = value
     return [make(name, fields) for name, fields in tasks.items()]

@@ -8,7 +8,7 @@ import numpy as np
 
 from pera_jax.common import html
 
-# Okabe and Ito's colours, which colour-blind readers tell apart.
+# Okabe and Ito's colors, which color-blind readers tell apart.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MOST_POINTS = 500
 _WIDTH, _HEIGHT = 288, 196
@@ -140,8 +140,8 @@ def svg(chart: Chart) -> str:
     for place, series in enumerate(chart.series):
         parts += _lines(series, PALETTE[place % len(PALETTE)], across, down)
     for place, (_, level) in enumerate(chart.levels):
-        y, colour = float(down(level)), PALETTE[(place + len(chart.series)) % len(PALETTE)]
-        parts.append(f'<path stroke="{colour}" stroke-dasharray="5 4" d="M{_LEFT},{y:.1f}H{_WIDTH - _RIGHT}"/>')
+        y, color = float(down(level)), PALETTE[(place + len(chart.series)) % len(PALETTE)]
+        parts.append(f'<path stroke="{color}" stroke-dasharray="5 4" d="M{_LEFT},{y:.1f}H{_WIDTH - _RIGHT}"/>')
     parts += _names(chart)
     return (
         f'<svg width="{_WIDTH}" height="{_HEIGHT}" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
@@ -157,24 +157,24 @@ def _limits(values: np.ndarray, log: bool) -> tuple[float, float]:
     return (0.0 if 0.0 <= low < 0.25 * high else low - room), high + room
 
 
-def _lines(series: Series, colour: str, across, down) -> list[str]:
+def _lines(series: Series, color: str, across, down) -> list[str]:
     parts, values = [], series.values
     if series.smooth and len(values) > 2:
         faint = _path(*decimated(series.steps, values), across, down)
-        parts.append(f'<path fill="none" stroke="{colour}" stroke-width="0.8" stroke-opacity="0.4" d="{faint}"/>')
+        parts.append(f'<path fill="none" stroke="{color}" stroke-width="0.8" stroke-opacity="0.4" d="{faint}"/>')
         values = smoothed(values, half_life(len(values)))
     line = _path(*decimated(series.steps, values), across, down)
-    parts.append(f'<path fill="none" stroke="{colour}" stroke-width="1.6" stroke-linejoin="round" d="{line}"/>')
+    parts.append(f'<path fill="none" stroke="{color}" stroke-width="1.6" stroke-linejoin="round" d="{line}"/>')
     if series.bars is not None or len(values) == 1:
         bars = np.full((len(values), 2), np.nan) if series.bars is None else series.bars
         for step, value, (low, high) in zip(series.steps, values, bars, strict=True):
             x = float(across(step))
             if math.isfinite(value):
-                parts.append(f'<circle cx="{x:.1f}" cy="{float(down(value)):.1f}" r="3" fill="{colour}"/>')
+                parts.append(f'<circle cx="{x:.1f}" cy="{float(down(value)):.1f}" r="3" fill="{color}"/>')
             if math.isfinite(low) and math.isfinite(high):
                 top, bottom = float(down(high)), float(down(low))
                 whisker = f"M{x:.1f},{top:.1f}V{bottom:.1f}M{x - 4:.1f},{top:.1f}h8M{x - 4:.1f},{bottom:.1f}h8"
-                parts.append(f'<path stroke="{colour}" stroke-width="1.3" d="{whisker}"/>')
+                parts.append(f'<path stroke="{color}" stroke-width="1.3" d="{whisker}"/>')
     return parts
 
 
@@ -198,8 +198,8 @@ def _names(chart: Chart) -> list[str]:
         return [f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{y}" text-anchor="middle">step</text>']
     parts, x = [], _LEFT
     for place, (name, dash) in enumerate(entries):
-        colour, dashed = PALETTE[place % len(PALETTE)], f' stroke-dasharray="{dash}"' if dash else ""
-        parts.append(f'<path stroke="{colour}" stroke-width="2"{dashed} d="M{x},{y - 4}h18"/>')
+        color, dashed = PALETTE[place % len(PALETTE)], f' stroke-dasharray="{dash}"' if dash else ""
+        parts.append(f'<path stroke="{color}" stroke-width="2"{dashed} d="M{x},{y - 4}h18"/>')
         parts.append(f'<text x="{x + 22}" y="{y}">{html.escaped(name)}</text>')
         x += 22 + 6.2 * len(name) + 14
     return parts

@@ -29,8 +29,8 @@ class Tile:
     Attributes:
       pixels: uint8 [H, W, 3].
       text: what stands below it.
-      frame: colour of a frame around it, or None.
-      exact: a map or a few colours, kept to the value; else a photograph, which the page holds as JPEG.
+      frame: color of a frame around it, or None.
+      exact: a map or a few colors, kept to the value; else a photograph, which the page holds as JPEG.
     """
 
     pixels: np.ndarray
@@ -46,7 +46,7 @@ class Grid:
       names: of the columns.
       rows: each of one tile per column at most; None leaves a place empty.
       side: px, the width of a tile; the height follows.
-      legend: names and colours.
+      legend: names and colors.
     """
 
     names: tuple[str, ...]
@@ -97,8 +97,8 @@ def picture(grid: Grid, caption: str = "") -> Image.Image:
             pen.text((left, top + image.height + _LINE // 2), text, INK, font, anchor="lm")
         top += height + _GAP
     left, middle = _GAP, bottom + _HEAD // 2 - _GAP // 2
-    for name, colour in grid.legend:
-        pen.rectangle((left, middle - 6, left + 12, middle + 6), fill=colour)
+    for name, color in grid.legend:
+        pen.rectangle((left, middle - 6, left + 12, middle + 6), fill=color)
         pen.text((left + 18, middle), name, INK, font, anchor="lm")
         left += 36 + int(pen.textlength(name, font))
     pen.text((left, middle), caption, INK, font, anchor="lm")
@@ -131,10 +131,10 @@ def figures(grid: Grid) -> str:
 
 
 def legend(entries: Sequence[tuple[str, tuple[int, int, int]]]) -> str:
-    """Names beside their colours."""
+    """Names beside their colors."""
     if not entries:
         return ""
-    spans = (f'<span><i style="background:rgb{colour}"></i>{html.escaped(name)}</span> ' for name, colour in entries)
+    spans = (f'<span><i style="background:rgb{color}"></i>{html.escaped(name)}</span> ' for name, color in entries)
     return f'<div class="legend">{"".join(spans)}</div>'
 
 

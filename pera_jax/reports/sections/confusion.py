@@ -40,7 +40,7 @@ def svg(counts: np.ndarray, names: list[str]) -> str:
     margin = 16 + label * 0.64 * min(max(len(name) for name in names), 28)
     size = margin + number * cell + 2
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1e-12)
-    colours = tokens.heat(shares)
+    colors = tokens.heat(shares)
     parts = []
     for row, name in enumerate(names):
         middle = margin + (row + 0.5) * cell
@@ -51,7 +51,7 @@ def svg(counts: np.ndarray, names: list[str]) -> str:
             f'<text transform="translate({below},{edge}) rotate(-90)" class="label">{short}</text>'
         )
         for column in range(number):
-            share, (red, green, blue) = shares[row, column], colours[row, column]
+            share, (red, green, blue) = shares[row, column], colors[row, column]
             left, top = margin + column * cell, margin + row * cell
             title = f"<title>{short} taken for {html.escaped(names[column])}: {counts[row, column]:,.0f}</title>"
             parts.append(

@@ -10,7 +10,7 @@ from pera_jax.reports.drawing import images
 from pera_jax.reports.drawing.grid import Grid, Tile
 
 RIGHT, WRONG = (30, 140, 70), (200, 50, 40)
-NUMBER = 7  # neighbours of each query
+NUMBER = 7  # neighbors of each query
 MOST = 10_000  # images that are searched
 SHOWN = 192  # px, the side at which images are drawn
 READING = (
@@ -26,7 +26,7 @@ def nearest(
     """The most similar rows of `train` [N, D] for each of `queries` [M, D].
 
     Args:
-      own: where the queries themselves stand in `train`, if they do: no query is its own neighbour.
+      own: where the queries themselves stand in `train`, if they do: no query is its own neighbor.
 
     Returns:
       (cosines float32 [M, number] descending, indices [M, number]); fewer where `train` has no more.
@@ -48,12 +48,12 @@ def grid(
         return Tile(as_bytes(bands.mapped(entry.pixels), channels), text, frame)
 
     rows = []
-    for query, neighbours, values in zip(queries, found, cosines, strict=True):
+    for query, neighbors, values in zip(queries, found, cosines, strict=True):
         tiles = [tile(query, images.name_of(query.label, class_names) or query.key)]
-        for neighbour, value in zip(neighbours, values, strict=True):
-            frame = (RIGHT if neighbour.label == query.label else WRONG) if class_names else None
-            name = images.name_of(neighbour.label, class_names) or neighbour.key
-            tiles.append(tile(neighbour, f"{value:.2f} {name}", frame))
+        for neighbor, value in zip(neighbors, values, strict=True):
+            frame = (RIGHT if neighbor.label == query.label else WRONG) if class_names else None
+            name = images.name_of(neighbor.label, class_names) or neighbor.key
+            tiles.append(tile(neighbor, f"{value:.2f} {name}", frame))
         rows.append(tuple(tiles))
     names = ("query", *(f"{place + 1}" for place in range(max((len(row) - 1 for row in rows), default=0))))
     legend = (("same class", RIGHT), ("another class", WRONG)) if class_names else ()

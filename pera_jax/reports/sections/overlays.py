@@ -14,38 +14,38 @@ from pera_jax.reports.drawing.grid import Grid, Tile
 
 READING = (
     "Scenes that the probe was tested on, not trained on: the image (of change: both dates), the labels, what a probe "
-    "on frozen features predicts, and where it is wrong (red) over the image in dark grey. Light grey has no "
+    "on frozen features predicts, and where it is wrong (red) over the image in dark gray. Light gray has no "
     "label and counts nowhere."
 )
 _MOST = 6  # scenes of a result
-_UNLABELLED, _WRONG = (205, 205, 205), (225, 40, 40)
+_UNLABELED, _WRONG = (205, 205, 205), (225, 40, 40)
 _DISTINCT = (
     (0, 114, 178), (213, 94, 0), (0, 158, 115), (240, 228, 66), (204, 121, 167), (86, 180, 233), (120, 80, 40),
     (150, 60, 190), (70, 70, 70), (160, 210, 60),
 )  # fmt: skip
 
 
-def colours_of(classes: int) -> tuple[tuple[int, int, int], ...]:
-    """A colour for each class; of two classes (no and yes) a dark and a bright one."""
+def colors_of(classes: int) -> tuple[tuple[int, int, int], ...]:
+    """A color for each class; of two classes (no and yes) a dark and a bright one."""
     if classes == 2:
         return (40, 44, 52), (255, 196, 0)
     more = [colorsys.hsv_to_rgb(i * 0.618 % 1.0, 0.55, 0.9) for i in range(classes - len(_DISTINCT))]
-    return (*_DISTINCT, *(tuple(round(255 * part) for part in colour) for colour in more))[:classes]
+    return (*_DISTINCT, *(tuple(round(255 * part) for part in color) for color in more))[:classes]
 
 
-def coloured(mask: np.ndarray, colours: tuple[tuple[int, int, int], ...]) -> np.ndarray:
-    """Class indices uint8 [H, W] as colours [H, W, 3]; what is no class is grey."""
-    table = np.full((256, 3), _UNLABELLED, np.uint8)
-    table[: len(colours)] = colours
+def colored(mask: np.ndarray, colors: tuple[tuple[int, int, int], ...]) -> np.ndarray:
+    """Class indices uint8 [H, W] as colors [H, W, 3]; what is no class is gray."""
+    table = np.full((256, 3), _UNLABELED, np.uint8)
+    table[: len(colors)] = colors
     return table[mask]
 
 
 def errors(image: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """The image [H, W, 3] in a dark grey, wrong pixels in red, those without a label as in the labels."""
+    """The image [H, W, 3] in a dark gray, wrong pixels in red, those without a label as in the labels."""
     result = np.repeat(40.0 + 0.45 * image.mean(axis=2, keepdims=True), 3, axis=2)
-    wrong, unlabelled = (truth != predicted) & (truth != IGNORE), truth == IGNORE
+    wrong, unlabeled = (truth != predicted) & (truth != IGNORE), truth == IGNORE
     result[wrong] = 0.2 * result[wrong] + 0.8 * np.array(_WRONG)
-    result[unlabelled] = _UNLABELLED
+    result[unlabeled] = _UNLABELED
     return np.round(result).astype(np.uint8)
 
 
@@ -53,13 +53,13 @@ def grid(entry: dict[str, Any], bands: Bands, rgb: tuple[str, ...]) -> tuple[Gri
     """The scenes of a result of segmentation or change, and a sentence for each that cannot be shown."""
     pictures = sorted(pathlib.Path(entry["file"]).with_suffix("").rglob("*.png"))
     names = tuple(entry["data"]["class_names"])
-    colours, change = colours_of(len(names)), entry["task"] == "change"
+    colors, change = colors_of(len(names)), entry["task"] == "change"
     rows, faults = [], []
     try:
         found = _found(entry["data"], change)
         for picture in pictures[:_MOST]:
             try:
-                rows.append(_row(found, picture, names, colours, bands, rgb))
+                rows.append(_row(found, picture, names, colors, bands, rgb))
             except UserError as error:
                 faults.append(f"{picture.name} is not shown: {error}.")
     except UserError as error:
@@ -67,7 +67,7 @@ def grid(entry: dict[str, Any], bands: Bands, rgb: tuple[str, ...]) -> tuple[Gri
     looks = ("first date", "second date") if change else ("image",)
     columns = (*looks, "truth", "prediction", "errors")
     side = 1130 // len(columns) - 8
-    kinds = (*zip(names, colours, strict=True), ("no label", _UNLABELLED), ("wrong", _WRONG))
+    kinds = (*zip(names, colors, strict=True), ("no label", _UNLABELED), ("wrong", _WRONG))
     left = len(pictures) - _MOST
     faults += [f"{left} more scenes lie in {pathlib.Path(entry['file']).with_suffix('')}."] if left > 0 else []
     return (Grid(columns, tuple(rows), side, kinds) if rows else None), faults
@@ -80,7 +80,7 @@ def _found(data: dict[str, Any], change: bool) -> dict[str, dict[str, pathlib.Pa
     return scene_files.files(tested, 2 if change else 1)
 
 
-def _row(found, picture: pathlib.Path, names, colours, bands: Bands, rgb) -> tuple[Tile, ...]:
+def _row(found, picture: pathlib.Path, names, colors, bands: Bands, rgb) -> tuple[Tile, ...]:
     if picture.stem not in found["label"]:
         raise UserError("the folder of scenes no longer holds it")
     scene = scene_files.read(found, picture.stem, bands, names)
@@ -88,7 +88,7 @@ def _row(found, picture: pathlib.Path, names, colours, bands: Bands, rgb) -> tup
     if predicted.shape != scene.mask.shape:
         raise UserError("the labels are of another size than the prediction")
     looks = [as_bytes(bands.mapped(image), visible(bands, rgb)) for image in scene.images]
-    maps = (coloured(scene.mask, colours), coloured(predicted, colours))
+    maps = (colored(scene.mask, colors), colored(predicted, colors))
     tiles = [Tile(look) for look in looks] + [Tile(of, exact=True) for of in maps]
     tiles[0] = Tile(looks[0], picture.stem)
     return (*tiles, Tile(errors(looks[-1], scene.mask, predicted)))

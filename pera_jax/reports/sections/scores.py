@@ -50,7 +50,7 @@ def table(results: Sequence[dict[str, Any]], step: int | None) -> str:
     }
     order = list(dict.fromkeys(place for of in reversed(values.values()) for place in of))
     names = {entry["row"]: entry["name"] for _, entries in columns for entry in entries}
-    data = keys.told_apart([entry for _, entries in columns for entry in entries])
+    data = keys.data_labels([entry for _, entries in columns for entry in entries])
     rows = [["score", "result", *values, "test data"]]
     for row, score in order:
         rows.append([score, names[row], *(text(of.get((row, score))) for of in values.values()), data[row]])
@@ -67,7 +67,7 @@ def _of(results, encoder):
 
 def titles(results: Sequence[dict[str, Any]]) -> dict[str, str]:
     """A title for each `row`: the result's name, and the data where results of one name were measured differently."""
-    names, data = {entry["row"]: entry["name"] for entry in results}, keys.told_apart(results)
+    names, data = {entry["row"]: entry["name"] for entry in results}, keys.data_labels(results)
     several = collections.Counter(names.values())
     return {row: f"{name} ({data[row]})" if several[name] > 1 else name for row, name in names.items()}
 

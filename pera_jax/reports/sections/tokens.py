@@ -1,4 +1,4 @@
-"""What the last block makes of whole images: patch tokens as colours, and where the class token attends."""
+"""What the last block makes of whole images: patch tokens as colors, and where the class token attends."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ from pera_jax.reports.drawing.grid import Grid, Tile
 from pera_jax.reports.drawing.images import Shown, name_of
 
 PCA_READING = (
-    "The colour of a patch is its token after the last block: the first three principal components of the tokens of "
-    "all these images, as red, green and blue. The axes are the same in all images, so patches of one colour are alike "
-    "to the network wherever they lie. A trained network gives what belongs together one colour, the untrained one "
+    "The color of a patch is its token after the last block: the first three principal components of the tokens of "
+    "all these images, as red, green and blue. The axes are the same in all images, so patches of one color are alike "
+    "to the network wherever they lie. A trained network gives what belongs together one color, the untrained one "
     "(with axes of its own) mostly repeats brightness and edges."
 )
 ATTENTION_READING = (
@@ -28,7 +28,7 @@ ATTENTION_READING = (
 _MOST_HEADS, _HEADS_IN_A_ROW = 12, 6  # shown
 _PATCHES = 32  # along a side of a shown image
 BRIGHT = 2.0  # percent of the patches that are yellow
-_FULL = (2.0, 98.0)  # percentiles of a component that are black and full colour
+_FULL = (2.0, 98.0)  # percentiles of a component that are black and full color
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,16 +78,16 @@ def components(tokens: np.ndarray, number: int = 3) -> tuple[np.ndarray, np.ndar
       cubes of its scores add up to more than zero: its longer tail is bright.
     """
     tokens = np.asarray(tokens, np.float64)
-    centred = tokens - tokens.mean(axis=0)
-    variances, axes = np.linalg.eigh(centred.T @ centred)  # ascending
-    scores = centred @ axes[:, ::-1][:, :number]
+    centered = tokens - tokens.mean(axis=0)
+    variances, axes = np.linalg.eigh(centered.T @ centered)  # ascending
+    scores = centered @ axes[:, ::-1][:, :number]
     signs = np.where(np.sum(scores**3, axis=0) < 0.0, -1.0, 1.0)
     shares = variances[::-1][:number] / max(variances.sum(), np.finfo(np.float64).tiny)
     return scores * signs, shares
 
 
-def colours(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [N, h, w, D] as colours uint8 [N, h, w, 3], on axes that all N images share; the share of each axis."""
+def colors(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [N, h, w, D] as colors uint8 [N, h, w, 3], on axes that all N images share; the share of each axis."""
     number = min(3, patches.shape[-1])
     scores, shares = components(patches.reshape(-1, patches.shape[-1]), number)
     low, high = np.percentile(scores, _FULL, axis=0)
@@ -109,12 +109,12 @@ def pca_grid(shown: Sequence[Shown], rgb: np.ndarray, maps: dict[str, np.ndarray
 
     Args:
       rgb: uint8 [N, S, S, 3].
-      maps: by name, colours uint8 [N, h, w, 3].
+      maps: by name, colors uint8 [N, h, w, 3].
     """
     cells = []
-    for entry, image, *colours_of in zip(shown, rgb, *maps.values(), strict=True):
+    for entry, image, *colors_of in zip(shown, rgb, *maps.values(), strict=True):
         named = Tile(image, name_of(entry.label, class_names) or entry.key)
-        cells.append((named, *(Tile(of, exact=True) for of in colours_of)))
+        cells.append((named, *(Tile(of, exact=True) for of in colors_of)))
     each = 2 if len(cells) > 1 else 1
     rows = tuple(sum(cells[first : first + each], ()) for first in range(0, len(cells), each))
     return Grid(("image", *maps) * each, rows, 1176 // (each * (1 + len(maps))) - 8)
@@ -145,9 +145,9 @@ def attention_grid(shown: Sequence[Shown], rgb: np.ndarray, attention: np.ndarra
     return Grid(names, tuple(rows), min(1176 // len(names) - 8, 220))
 
 
-def _over(image: np.ndarray, colour: np.ndarray) -> np.ndarray:
-    """A map [h, w, 3] over the grey image [S, S, 3], a patch as a square."""
-    factor = len(image) // len(colour)
-    wide = colour.repeat(factor, axis=0).repeat(factor, axis=1).astype(np.float64)
-    grey = image.mean(axis=2, keepdims=True)  # 0 to 255; half as bright at the darkest
-    return np.round(wide * (0.45 + 0.55 * grey / 255.0)).astype(np.uint8)
+def _over(image: np.ndarray, color: np.ndarray) -> np.ndarray:
+    """A map [h, w, 3] over the gray image [S, S, 3], a patch as a square."""
+    factor = len(image) // len(color)
+    wide = color.repeat(factor, axis=0).repeat(factor, axis=1).astype(np.float64)
+    gray = image.mean(axis=2, keepdims=True)  # 0 to 255; half as bright at the darkest
+    return np.round(wide * (0.45 + 0.55 * gray / 255.0)).astype(np.uint8)
