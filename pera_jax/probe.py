@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--poll", type=float, default=10.0, help="seconds between checks for a new checkpoint (default 10)")
     parser.add_argument("--patience", type=float, default=24.0, help="hours without a new checkpoint before giving up (default 24)")
     parser.add_argument("--show", action="store_true", help="print existing results and exit")
-    distributed.add_options(parser)
+    cluster.add_options(parser)
     options = parser.parse_args(argv)
 
     if options.show:
@@ -113,10 +113,10 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("--follow evaluates the teacher of every checkpoint; remove --encoder, --step and --no-verify")
     elif not pathlib.Path(options.run).is_dir():
         raise UserError(f"the run folder {options.run} does not exist; give the --workdir of a training")
-    cluster = distributed.cluster_of(options.coordinator, options.num_processes, options.process_id, os.environ)
-    distributed.initialize(cluster, options.join_seconds)
+    arguments = cluster.from_flags(options.coordinator, options.num_processes, options.process_id, os.environ)
+    cluster.initialize(arguments, options.join_seconds)
     base, reading = output_folder(options.run, options.output), folders.reading_of(options)
-    with distributed.ends_alone():
+    with distributed.exit_on_error():
         if options.follow:
             follow(options.run, chosen, base, options.batch_size, options.poll, 3600 * options.patience, reading)
             entries = results.read(base)

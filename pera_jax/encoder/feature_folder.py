@@ -80,7 +80,7 @@ def write(
     size = weights.meta["model"]["image_size"] if image_size is None else image_size
     features.check_image_size(size, weights.meta)
     samples = samples.suited_to(model.bands)
-    model.bands.places(samples, samples.path)  # raises if a band is missing
+    model.bands.indices_in(samples, samples.path)  # raises if a band is missing
     encode = _encoder(model, blocks, maps)
     image = jax.ShapeDtypeStruct((1, size, size, len(model.bands)), model.bands.dtype)
     arrays = {name: list(each.shape[1:]) for name, each in jax.eval_shape(encode, model.params, image).items()}

@@ -63,7 +63,7 @@ class Model:
     @classmethod
     def from_metadata(cls, backbone: dict[str, Any], meta: dict[str, Any]) -> "Model":
         """A model from the parameters of a ViT and the metadata of its checkpoint; computes in float32."""
-        return cls(backbone, vit.build(meta["model"]), Bands.of(meta))
+        return cls(backbone, vit.build(meta["model"]), Bands.from_metadata(meta))
 
     def __call__(self, images, *, blocks: int | Sequence[int] = (), size: str = "refuse") -> Tokens:
         """`apply` with the model's own parameters, compiled once per input shape."""

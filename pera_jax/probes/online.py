@@ -45,7 +45,7 @@ def labeled_subset(settings, bands: Bands, side: int) -> tuple[np.ndarray, np.nd
     classes = len(source.info.class_names or ())
     if classes < 2:
         raise UserError(f"monitor.data={settings.data} needs at least two classes; give a labeled data set, or \"\" to disable the monitor")
-    places = bands.places(source.info, source.path)
+    places = bands.indices_in(source.info, source.path)
     order = np.random.default_rng(0).permutation(len(source))[: _SEARCHED * settings.images]
     quota, taken, images, labels = -(-settings.images // classes), np.zeros(classes, int), [], []
     for index in order:

@@ -189,7 +189,7 @@ def to_timm(backbone: dict[str, Any], shape: dict[str, Any], height: int, width:
 
 def config(meta: dict[str, Any], step: int, which: str, height: int, width: int) -> dict[str, Any]:
     """The contents of config.json, as read by timm and the Hugging Face Hub, with an additional entry for this program."""
-    shape, bands = meta["model"], Bands.of(meta)
+    shape, bands = meta["model"], Bands.from_metadata(meta)
     return {
         "architecture": ARCHITECTURE,
         "num_classes": 0,

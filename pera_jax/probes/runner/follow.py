@@ -60,8 +60,8 @@ def _follow(run: str, job: Job, poll: float, patience: float) -> list[dict[str, 
     unfinished: list[str] = []  # tasks without a result because the machine failed
     while True:
         # On the main process only, and FINISHED before the checkpoints: otherwise the last one could be missed.
-        ended = distributed.of_main_host(int((pathlib.Path(run) / "FINISHED").exists()))
-        step = distributed.of_main_host(_next(run, job, skipped) if distributed.main_host() else _NOTHING)
+        ended = distributed.broadcast_from_main(int((pathlib.Path(run) / "FINISHED").exists()))
+        step = distributed.broadcast_from_main(_next(run, job, skipped) if distributed.main_host() else _NOTHING)
         if step == _NOTHING:
             if ended and unfinished:
                 raise EnvironmentFault(f"the machine failed in {several(unfinished)}; re-run the same command to evaluate them")
@@ -84,10 +84,10 @@ def _follow(run: str, job: Job, poll: float, patience: float) -> list[dict[str, 
         job.prepare(weights.meta)
         network = Network.from_weights(weights, run, "teacher", checkpoint.identity(_folder(run, step)), network)
         for spec in job.specs:
-            if distributed.of_main_host(int(_is_evaluated(run, job, step, spec))):
+            if distributed.broadcast_from_main(int(_is_evaluated(run, job, step, spec))):
                 continue
             result = _evaluate(job, network, spec)
-            if distributed.anywhere(result is None):
+            if distributed.any_host(result is None):
                 unfinished.append(f"{printable(spec.name)} of step {step}")
                 skipped.add((step, network.saved))
                 continue
@@ -146,13 +146,13 @@ def _load(run: str, step: int, skipped: set[tuple[int, str]]) -> Weights | None:
         weights = load_if_kept(run, step)
     except checkpoint.Damaged as error:
         damaged = error
-    if distributed.anywhere(damaged is not None):
+    if distributed.any_host(damaged is not None):
         distributed.say(str(damaged or f"the checkpoint of step {step} cannot be read on another process"))
         skipped.add(save)
         return None
     if not distributed.any_host(weights is None):
         return weights
-    if not distributed.of_main_host(int(_folder(run, step).is_dir())):  # otherwise another process does not see it yet
+    if not distributed.broadcast_from_main(int(_folder(run, step).is_dir())):  # otherwise another process does not see it yet
         distributed.say(f"the checkpoint of step {step} was removed before it could be read")
         skipped.add(save)
     return None

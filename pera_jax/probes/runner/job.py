@@ -149,7 +149,7 @@ class Job:
             if spec.task not in DENSE:
                 features.check_image_size(_image_size(spec, meta), meta)
                 for samples in filter(None, self._open(spec)):
-                    bands.places(samples.suited_to(bands), samples.path)  # raises if a band is missing
+                    bands.indices_in(samples.suited_to(bands), samples.path)  # raises if a band is missing
             elif spec.name not in self._scenes:
                 self._scenes[spec.name] = scenes.load(
                     spec.data, _DATES[spec.task], bands, spec.settings["folds"], spec.settings.get("class_names", ()),
