@@ -1,4 +1,4 @@
-"""What lies in a run's folder: what the run is, its numbers, its alarms and the results of probes."""
+"""Reads a run folder: metadata, metrics, alarms and probe results."""
 
 import contextlib
 import dataclasses
@@ -20,14 +20,15 @@ UNTRAINED, PIXELS = "untrained", "pixels"
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """
+    """The contents of a run folder.
+
     Attributes:
-      meta: what `run_meta.describe` wrote, of the checkpoint or, without one, of config.json.
-      step: of the checkpoint that is shown; None without one.
-      metrics: the lines of metrics.jsonl, numbers only; alarms: those of alarms.jsonl.
-      finished: whether the run has come to its end.
-      results: entries of the probe on this run, each with its `file` and the `row` of `keys`; faults: sentences on files
-        that are none.
+      meta: metadata from `run_meta.describe`, of the checkpoint or else of config.json.
+      step: step of the shown checkpoint; None without one.
+      metrics: lines of metrics.jsonl, numbers only; alarms: lines of alarms.jsonl.
+      finished: whether the run has finished.
+      results: probe results of this run, each with its `file` and `row` (see `keys.row`).
+      faults: warnings about skipped files and lines.
     """
 
     path: pathlib.Path
@@ -41,15 +42,15 @@ class Folder:
 
     @property
     def last_step(self) -> int:
-        """The last step that is known of."""
+        """The last logged or saved step."""
         return int(max([self.step or 0, *(line["step"] for line in self.metrics)]))
 
 
 def read(run: str, step: int | None) -> Folder:
-    """Raises UserError: no such folder or step, no folder of a run, a checkpoint that cannot be read."""
+    """Reads a run folder. Raises UserError: a folder or step that does not exist; not a run folder; an unreadable checkpoint."""
     path = pathlib.Path(run)
     if not path.is_dir():
-        raise UserError(f"the run's folder {run} does not exist; name the --workdir of a training")
+        raise UserError(f"the run folder {run} does not exist; give the --workdir of a training")
     config = path / "config.json"
     if step is not None or checkpoint.saved_steps(path):
         place, step = checkpoint.folder_of(path, step)
@@ -60,9 +61,9 @@ def read(run: str, step: int | None) -> Folder:
             meta_fields.check_meta(meta)
             objectives.from_metadata(meta)
         except (OSError, json_files.Invalid, UserError) as error:
-            raise UserError(f"{config} does not describe a run ({error}); restore it, or name another run") from error
+            raise UserError(f"{config} is not the config of a run ({error}); restore it, or give another run folder") from error
     else:
-        raise UserError(f"{run} is not the folder of a run: it holds neither a checkpoint nor {config.name}")
+        raise UserError(f"{run} is not a run folder: it has neither a checkpoint nor {config.name}; give the --workdir of a training")
     results, faults = _results(path)
     metrics = [_numbers(line) for line in _lines(path / "metrics.jsonl", faults)]
     alarms = [line for line in _lines(path / "alarms.jsonl", faults) if "alarm" in line]
@@ -70,14 +71,14 @@ def read(run: str, step: int | None) -> Folder:
     metrics = [line for line in metrics if "step" in line]
     by_step = {line["step"]: line for line in metrics}
     if len(by_step) < len(metrics):
-        faults.append(f"{path / 'metrics.jsonl'} holds {len(metrics) - len(by_step)} step(s) twice; the later line counts.")
+        faults.append(f"{path / 'metrics.jsonl'} has {len(metrics) - len(by_step)} duplicate step(s); the later line is used.")
     return Folder(path, meta, step, [by_step[step] for step in sorted(by_step)], alarms, finished, results, faults)
 
 
 def _lines(file: pathlib.Path, faults: list[str]) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines; none without the file. The last line may be one that a run is writing just now.
+    """The objects of a JSON lines file; none without the file. The last line may be incomplete, if a run is writing it.
 
-    Sentences on lines that are none are added to `faults`.
+    Warnings about invalid lines are appended to `faults`.
     """
     if not file.is_file():
         return
@@ -89,11 +90,11 @@ def _lines(file: pathlib.Path, faults: list[str]) -> Iterator[dict[str, Any]]:
         except json_files.Invalid:
             broken += [number] * (number < len(lines))
     if broken:
-        faults.append(f"Left out of {printable(file)}: what is no JSON in line {several(broken, 5)}.")
+        faults.append(f"Skipped in {printable(file)}: invalid JSON in line {several(broken, 5)}.")
 
 
 def _numbers(line: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a line of metrics; "nan" and "inf" are such. {} where the step is no number of steps."""
+    """The numbers in a line of metrics, including "nan" and "inf"; {} if the step is invalid."""
     found = {}
     for name, value in line.items():
         with contextlib.suppress(TypeError, ValueError, OverflowError):
@@ -107,12 +108,12 @@ def _results(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[str]]:
         try:
             entry = entries.read(file)
         except UserError as error:
-            faults.append(f"Left out: {error}.")
+            faults.append(f"Skipped: {error}.")
             continue
         if probes.replaced(path / "probe", entry):
             step = f"step {entry['checkpoint']['step']:,}"
-            faults.append(f"Left out: {printable(file)} is of an earlier checkpoint of {step}, which was saved anew since; "
-                          "probe it again.")  # fmt: skip
+            faults.append(f"Skipped: {printable(file)} is a result of an earlier checkpoint of {step}, which was saved again "
+                          "since; probe it again.")  # fmt: skip
         elif entry["checkpoint"].get("origin", keys.OWN) == keys.OWN:
             scores = {} if "failure" in entry else entry["scores"]
             details, failure = entry.get("details", {}), entry.get("failure", "")
@@ -121,18 +122,18 @@ def _results(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[str]]:
         else:
             others.add(entry["checkpoint"]["run"])
     if others:
-        faults.append(f"Results of other runs lie in {path / 'probe'} and are left out: {several(sorted(others))}.")
+        faults.append(f"Skipped: results of other runs in {path / 'probe'}: {several(sorted(others))}.")
     return results, faults
 
 
-def who(entry: dict[str, Any]) -> str:
-    """Whose result it is: "untrained", "pixels" or the step of the teacher."""
+def source(entry: dict[str, Any]) -> str:
+    """The evaluated network: "untrained", "pixels" or the step of the checkpoint."""
     encoder = entry["checkpoint"]["encoder"]
     return encoder if encoder in (UNTRAINED, PIXELS) else f"step {entry['checkpoint']['step']:,}"
 
 
-def of_the_trained(results: list[dict[str, Any]], step: int | None) -> list[dict[str, Any]]:
-    """The results of the checkpoint that is shown; where it has none, of the latest one that has."""
+def trained_results(results: list[dict[str, Any]], step: int | None) -> list[dict[str, Any]]:
+    """The results of the shown checkpoint, or else of the latest checkpoint with results."""
     trained = [entry for entry in results if entry["checkpoint"]["encoder"] not in (UNTRAINED, PIXELS)]
     steps = sorted({entry["checkpoint"]["step"] for entry in trained})
     chosen = step if step in steps else (steps[-1] if steps else None)

@@ -1,4 +1,4 @@
-"""The report as one page of HTML: sections with a sentence on how to read each, at the end why others are missing."""
+"""The report as one HTML page: sections with an explanation each, and at the end the reasons for missing sections."""
 
 import dataclasses
 import json
@@ -30,19 +30,20 @@ summary { cursor: pointer; }
 }
 """
 )
-NO_DATA = "no images were given; name a data set folder with --data."
-NO_CHECKPOINT = "the run holds no finished checkpoint yet."
-NO_RESULTS = "nothing has probed this run yet; python -m pera_jax.probe does."
+NO_DATA = "no images; give a data set folder with --data."
+NO_CHECKPOINT = "the run has no complete checkpoint yet."
+NO_RESULTS = "the run has not been probed yet; use python -m pera_jax.probe."
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """
+    """A section of the page.
+
     Attributes:
-      place: its anchor; title: its heading.
-      reading: what one sees and how to read it.
-      body: HTML; "" where the section is left out.
-      missing: why, a sentence.
+      place: HTML anchor; title: heading.
+      reading: explanation of the content.
+      body: HTML; "" if the section is missing.
+      missing: reason why the section is missing.
     """
 
     place: str
@@ -53,14 +54,14 @@ class Section:
 
 
 def pictured(place: str, title: str, reading: str, shown: Grid, caption: str) -> Section:
-    """A section of one grid."""
+    """A section with one grid."""
     return Section(place, title, reading, f"{grid.figures(shown)}<p><b>{html.escaped(caption)}</b></p>")
 
 
-def of_the_folder(run: Folder) -> tuple[list[Section], list[Section], dict[str, Grid]]:
-    """The sections that need no images of the data: those before the pictures, those after them, and the grids of
-    scenes, by the stem of the result's file."""
-    trained = [entry for entry in folder.of_the_trained(run.results, run.step) if not entry["failure"]]
+def folder_sections(run: Folder) -> tuple[list[Section], list[Section], dict[str, Grid]]:
+    """The sections that need no images: those before the figures, those after them, and the grids of scenes by the stem
+    of the result's file."""
+    trained = [entry for entry in folder.trained_results(run.results, run.step) if not entry["failure"]]
     titles = scores.titles(trained)
     faults = "".join(f'<p class="warn">{html.escaped(fault)}</p>' for fault in run.faults)
     table = scores.table(run.results, run.step) + faults
@@ -73,7 +74,7 @@ def of_the_folder(run: Folder) -> tuple[list[Section], list[Section], dict[str, 
     for entry in sorted(trained, key=lambda entry: entry["task"] in confusion.DENSE):
         if content := confusion.section(entry):
             opened = "" if parts else " open"
-            heading = f"{html.escaped(titles[entry['row']])}, {folder.who(entry)}"
+            heading = f"{html.escaped(titles[entry['row']])}, {folder.source(entry)}"
             parts.append(f"<details{opened}><summary><b>{heading}</b></summary>{content}</details>")
     drawn, scenes = [], {}
     for entry in trained:
@@ -87,19 +88,19 @@ def of_the_folder(run: Folder) -> tuple[list[Section], list[Section], dict[str, 
     config = html.escaped(json.dumps(run.meta, indent=1, ensure_ascii=False))
     after = [
         Section("classes", "Classes", confusion.READING, "".join(parts),
-                "no result of this run tells what its classes are taken for."),
+                "no probe result of this run has a confusion matrix."),
         Section("scenes", "Segmentation and change", overlays.READING, "".join(drawn),
-                "no segmentation or change has been probed on this run."),
+                "the run has not been probed for segmentation or change detection."),
         Section("curves", "Training", curves.READING, curves.section(run.metrics, _own_curves(run.meta)),
-                "the run has no metrics.jsonl, or nothing was logged in it yet."),
-        Section("config", "Config", "Everything that the run was started with, as it is stored with the weights.",
+                "the run has no metrics.jsonl, or it is still empty."),
+        Section("config", "Config", "The complete configuration of the run, as stored with the weights.",
                 f"<details><summary>config.json</summary><pre>{config}</pre></details>"),
     ]  # fmt: skip
     return before, after, scenes
 
 
 def assembled(run: Folder, sections: list[Section]) -> bytes:
-    """The page."""
+    """The page, UTF-8 encoded."""
     name = run.meta["config"]["name"]
     step = f"step {run.last_step if run.step is None else run.step:,}"
     present = "".join(f'<a href="#{s.place}">{html.escaped(s.title)}</a> ' for s in sections if s.body)
@@ -109,12 +110,12 @@ def assembled(run: Folder, sections: list[Section]) -> bytes:
         heading = f"<h2>{html.escaped(section.title)}</h2>"
         parts.append(f'<section id="{section.place}">{heading}{reading}{section.body}</section>')
     if left := [(section.title, section.missing) for section in sections if not section.body]:
-        parts.append(f'<section id="missing"><h2>Left out</h2>{html.facts(left)}</section>')
+        parts.append(f'<section id="missing"><h2>Missing sections</h2>{html.facts(left)}</section>')
     return html.document(f"{name}, {step}", parts, STYLE)
 
 
 def _own_curves(meta: dict[str, Any]):
-    """The charts of the run's method; none where it is not there."""
+    """The charts of the run's method; () if the method is unknown."""
     try:
         return objectives.method(meta["config"]["objective"]).curves
     except UserError:

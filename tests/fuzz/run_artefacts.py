@@ -58,7 +58,7 @@ def show_results(place: pathlib.Path) -> None:
 
 def read_run(place: pathlib.Path) -> None:
     found = run_folder.read(str(place / "run"), None)
-    before, after, _ = page.of_the_folder(found)
+    before, after, _ = page.folder_sections(found)
     page.assembled(found, [*before, *after])
 
 

@@ -159,8 +159,8 @@ def test_the_page_of_a_run_with_everything(run, data, tmp_path, capsys):
     pictures = ["pairs", "tokens", "attention", "neighbors", "scenes_segmentation_s", "scenes_change_s"]
     assert {path.name for path in output.iterdir()} == {"index.html", *(f"{name}.png" for name in pictures)}
     for said in (
-        "finished at step 4", "An alarm of the training", "step 3, collapse: &lt;script&gt;", "0.750 (0.700 – 0.800)",
-        "<td>0.250</td>", "Results of other runs lie in", "knn_small (small, 12 images, 48 px, no temperature, fingerprints None and None): knn", "linear_small of step 4 failed: &lt;script&gt;", "odd.json is no result",
+        "finished at step 4", "1 training alarm", "step 3, collapse: &lt;script&gt;", "0.750 (0.700 – 0.800)",
+        "<td>0.250</td>", "Skipped: results of other runs in", "knn_small (small, 12 images, 48 px, no temperature, fingerprints None and None): knn", "linear_small of step 4 failed: &lt;script&gt;", "odd.json is not a probe result",
         "trained, step 4", "small, 12 images, 48 px", "fields &amp; woods", "Searched: 20 of 20 images of split",
         "resized to 256 x 256 px: 32 x 32 patches", "kNN accuracy in training", "first date", "nir",
     ):  # fmt: skip
@@ -198,11 +198,11 @@ def test_the_page_of_a_run_that_has_just_begun(run, tmp_path, capsys):
     assert sections_of(text) == ["config", "missing"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["index.html"]
     for title, why in (
-        ("Scores", "nothing has probed this run yet"), ("Pairs", "the run holds no finished checkpoint yet"),
-        ("Nearest neighbors", "the run holds no finished"), ("Training", "no metrics.jsonl"), ("Classes", "no result"),
+        ("Scores", "the run has not been probed yet"), ("Pairs", "the run has no complete checkpoint yet"),
+        ("Nearest neighbors", "the run has no complete"), ("Training", "no metrics.jsonl"), ("Classes", "no probe result"),
     ):  # fmt: skip
         assert re.search(rf"<td>{title}</td><td class=\"text\">[^<]*{why}", text), title
-    assert "not finished: step 0 is the last logged" in text
+    assert "not finished: step 0 is the last logged step" in text
 
 
 def test_images_that_the_run_was_not_trained_on_are_told_and_damage_is_passed_only_if_asked(run, data, tmp_path, capsys):
@@ -216,7 +216,7 @@ def test_images_that_the_run_was_not_trained_on_are_told_and_damage_is_passed_on
     content[len(content) // 2] ^= 1
     command = ["--run", str(work), "--data", str(changed), "--output", str(tmp_path / "out"), "--images", "2", "--pairs", "1"]
     report.main(command)
-    told = f"The images of {changed} are not those that the run was trained on: their fingerprint is another."
+    told = f"The images of {changed} are not the training data of this run: their fingerprint differs."
     assert told in capsys.readouterr().err.splitlines() and told in (tmp_path / "out/index.html").read_text()
     arrays.write_bytes(content)
     with pytest.raises(errors.UserError, match="teacher do.es. not hold the values that were saved"):
@@ -244,7 +244,7 @@ def test_broken_lines_doubled_steps_and_results_of_a_checkpoint_that_was_saved_a
     assert [(line["step"], line["loss"]) for line in found.metrics] == [(1, 5), (2, 3), (3, 2), (4, 1)]
     assert [entry["name"] for entry in found.results] == ["knn"]
     told = " ".join(found.faults)
-    for text in ("linear.json is of an earlier checkpoint of step 4", "no JSON in line 2.", "holds 1 step(s) twice"):
+    for text in ("linear.json is of an earlier checkpoint of step 4", "invalid JSON in line 2.", "has 1 duplicate step(s)"):
         assert text in told
     assert len(found.faults) == 3
 
@@ -253,15 +253,15 @@ def test_broken_lines_doubled_steps_and_results_of_a_checkpoint_that_was_saved_a
     ("arguments", "sentence"),
     [
         (["--run", "{tmp}/nothing"], "nothing does not exist"),
-        (["--run", "{tmp}"], "is not the folder of a run: it holds neither a checkpoint nor config.json"),
-        (["--run", "{odd}"], "config.json does not describe a run"),
+        (["--run", "{tmp}"], "is not a run folder: it has neither a checkpoint nor config.json"),
+        (["--run", "{odd}"], "config.json is not the config of a run"),
         (["--step", "5"], "has no checkpoint of step 5; there are 4"),
         (["--data", "{tmp}/nothing"], "nothing does not exist"),
         (["--split", "val"], "has no split 'val'; it has empty, test, train"),
-        (["--split", "empty"], "the split 'empty' of .* holds no image"),
-        (["--image-size", "50"], "image size 50 is not a multiple of the checkpoint's patch of 8 px"),
-        (["--images", "0"], "--images is 0; it must be at least 1"),
-        (["--pairs", "0"], "--pairs is 0; it must be at least 1"),
+        (["--split", "empty"], "the split 'empty' of .* has no images"),
+        (["--image-size", "50"], "image size 50 is not a multiple of the checkpoint's patch size 8 px"),
+        (["--images", "0"], "--images is 0; it must be >= 1"),
+        (["--pairs", "0"], "--pairs is 0; it must be >= 1"),
         (["--seed", "-1"], "--seed is -1"),
         (["--output", "{tmp}/file"], "cannot write to .*file: it is a file"),
     ],
@@ -343,10 +343,10 @@ def test_attention_is_that_of_a_plain_forward_pass(run, data):
     backbone = jax.tree.map(lambda leaf: np.float32(4.0 * leaf), weights.backbone)
     bands, size = Bands.from_metadata(weights.meta), weights.meta["model"]["image_size"]
     shown = [images.read(source, bands, index, size).pixels for index in (0, 1)]
-    (looked,) = tokens.look(weights.meta, [backbone], shown)
-    assert looked.attention.shape == (2, 2, 1 + 36) and looked.patches.shape == (2, 6, 6, 32)
-    np.testing.assert_allclose(looked.attention.sum(axis=2), 1.0, rtol=1e-6)
-    for image, attention, patches in zip(shown, looked.attention, looked.patches, strict=True):
+    (encoded,) = tokens.encode(weights.meta, [backbone], shown)
+    assert encoded.attention.shape == (2, 2, 1 + 36) and encoded.patches.shape == (2, 6, 6, 32)
+    np.testing.assert_allclose(encoded.attention.sum(axis=2), 1.0, rtol=1e-6)
+    for image, attention, patches in zip(shown, encoded.attention, encoded.patches, strict=True):
         normalized = (image / 5000.0 - 0.4) / 0.1
         wanted, after = plain_attention(jax.tree.map(np.float64, backbone), 2, normalized, 8)
         assert wanted.max() > 2.0 * wanted.min()
@@ -435,7 +435,7 @@ def test_heads_stand_in_rows_and_maps_over_their_image():
     assert len(grid.names) == 8 and [len(row) for row in grid.rows] == [8, 8] and grid.rows[1][:2] == (None, None)
     assert [tile.text.split(":")[0] for tile in grid.rows[1][2:]] == [f"head {head}" for head in range(7, 13)]
     tile, values = grid.rows[0][2], attention[0, 0, 1:].reshape(4, 4)
-    assert tile.text == f"head 1: at most {values.max():.1%}"
+    assert tile.text == f"head 1: max {values.max():.1%}"
     row, column = np.unravel_index(np.argmax(values), (4, 4))
     np.testing.assert_array_equal(tile.pixels[2 * row, 2 * column], tokens.heat(np.ones(())))  # white keeps the color
     darker = tokens.attention_grid([images.Shown(rgb[0], "k", -1)], rgb // 4, attention, None).rows[0][2]
@@ -466,11 +466,11 @@ def test_few_points_are_drawn_and_no_spike_is_lost():
     values[[100, 9_000]] = 50.0, -50.0
     values[2_000:4_000] = np.nan
     x, y = charts.decimated(steps, values)
-    assert len(x) <= charts.MOST_POINTS and (np.diff(x) > 0).all()
+    assert len(x) <= charts.MAX_POINTS and (np.diff(x) > 0).all()
     assert {50.0, -50.0} <= set(y) and np.isnan(y).any()
     np.testing.assert_array_equal(values[x.astype(int)], y)
     drawn = charts.svg(charts.Chart("t", (charts.Series("a", steps, values, smooth=True),)))
-    assert max(len(re.findall("[ML]", path)) for path in re.findall(r' d="([^"]*)"', drawn)) <= charts.MOST_POINTS
+    assert max(len(re.findall("[ML]", path)) for path in re.findall(r' d="([^"]*)"', drawn)) <= charts.MAX_POINTS
     assert "nan" not in drawn
     assert charts.svg(charts.Chart("t", (charts.Series("a", steps[:3], np.full(3, np.nan)),))) == ""
 

@@ -1,4 +1,4 @@
-"""Small line charts as SVG: ticks at round numbers, raw values faint behind smoothed ones, few points."""
+"""Small line charts as SVG, with round ticks, and raw values drawn faintly behind smoothed ones."""
 
 import dataclasses
 import math
@@ -8,9 +8,9 @@ import numpy as np
 
 from pera_jax.common import html
 
-# Okabe and Ito's colors, which color-blind readers tell apart.
+# The color-blind safe palette of Okabe and Ito.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-MOST_POINTS = 500
+MAX_POINTS = 500
 _WIDTH, _HEIGHT = 288, 196
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 10, 26, 38  # px around the plot
 
@@ -25,11 +25,12 @@ svg .axis { stroke: #aab2ba; } svg .rule { stroke: #e6e9ec; }
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """
+    """A line of a chart.
+
     Attributes:
-      steps, values: [N] each; values that are not finite break the line.
-      bars: (low, high) of each point, float [N, 2], NaN where there is none; drawn with the points marked.
-      smooth: whether the raw line is faint behind a smoothed one.
+      steps, values: [N] each; NaN and infinite values break the line.
+      bars: error bars (low, high), float [N, 2], NaN for none; points with bars are marked.
+      smooth: draw a smoothed line, and the raw one faintly.
     """
 
     name: str
@@ -41,7 +42,7 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """`levels`: names and values of dashed horizontal lines; `log`: logarithmic where all values allow it."""
+    """A chart. `levels`: names and values of dashed horizontal lines; `log`: logarithmic axis if all values allow it."""
 
     title: str
     series: tuple[Series, ...]
@@ -50,25 +51,25 @@ class Chart:
 
 
 def half_life(points: int) -> float:
-    """Points after which a value counts half: a hundredth of them, at least one."""
+    """The half-life of the smoothing in points: a hundredth of all points, at least 1."""
     return max(points / 100.0, 1.0)
 
 
 def smoothed(values: np.ndarray, life: float) -> np.ndarray:
-    """The exponentially weighted mean of each value and those before it, a value's weight halved every `life` points:
-    sum_i 2^((i - t) / life) x_i / sum_i 2^((i - t) / life). What is not finite counts nowhere and stays."""
+    """The exponential moving average with half-life `life`: sum_i 2^((i - t) / life) x_i / sum_i 2^((i - t) / life).
+    NaN and infinite values are ignored and kept."""
     decay, total, weight = 0.5 ** (1.0 / life), 0.0, 0.0
     result = np.array(values, np.float64)
-    for place, value in enumerate(result):
+    for index, value in enumerate(result):
         total, weight = total * decay, weight * decay
         if math.isfinite(value):
             total, weight = total + value, weight + 1.0
-            result[place] = total / weight
+            result[index] = total / weight
     return result
 
 
-def decimated(steps: np.ndarray, values: np.ndarray, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """At most `most` points: the lowest and the highest of equal stretches, so that no spike is lost."""
+def decimated(steps: np.ndarray, values: np.ndarray, most: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """Downsamples to at most `most` points: minimum and maximum of equal intervals, which keeps spikes."""
     if len(steps) <= most:
         return steps, values
     keep = []
@@ -80,7 +81,7 @@ def decimated(steps: np.ndarray, values: np.ndarray, most: int = MOST_POINTS) ->
 
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
-    """Round numbers (1, 2, 2.5 or 5 times a power of ten apart) from `low` to `high`, about `wanted` of them."""
+    """About `wanted` round numbers from `low` to `high`, spaced by 1, 2, 2.5 or 5 times a power of ten."""
     raw = (high - low) / max(wanted - 1, 1)
     power = 10.0 ** math.floor(math.log10(raw))
     step = power * min((1, 2, 2.5, 5, 10), key=lambda factor: abs(math.log(factor * power / raw)))
@@ -88,7 +89,7 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten from `low` to `high`, with 2 and 5 times them where there are few, fewer where many."""
+    """Powers of ten from `low` to `high`, with multiples by 2 and 5 for small ranges, and fewer for large ones."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     factors = (1, 2, 5) if last - first <= 2 else (1, 3) if last - first == 3 else (1,)
     every = max(math.ceil((last - first) / 6), 1)
@@ -97,7 +98,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def number(value: float) -> str:
-    """A tick's text, at most seven letters: 1,500, 0.0008, 7.5e-4, 2e6."""
+    """The text of a tick, at most seven characters: 1,500, 0.0008, 7.5e-4, 2e6."""
     plain = f"{value:,.6g}"
     short = f"{value:.3e}".replace("e-0", "e-").replace("e+0", "e")
     digits, exponent = short.split("e")
@@ -105,7 +106,7 @@ def number(value: float) -> str:
 
 
 def svg(chart: Chart) -> str:
-    """The chart, or "" without a finite value."""
+    """The chart as SVG; "" without finite values."""
     finite = [v[np.isfinite(v)] for s in chart.series for v in ([s.values] if s.bars is None else [s.values, s.bars])]
     values = np.concatenate([*finite, [level for _, level in chart.levels]])
     if not any(np.isfinite(series.values).any() for series in chart.series):
@@ -122,8 +123,8 @@ def svg(chart: Chart) -> str:
 
     def down(value):
         value = np.asarray(value, float)
-        part = (np.log(value) - np.log(low)) / (np.log(high) - np.log(low)) if log else (value - low) / (high - low)
-        return _TOP + (1.0 - part) * (_HEIGHT - _TOP - _BOTTOM)
+        fraction = (np.log(value) - np.log(low)) / (np.log(high) - np.log(low)) if log else (value - low) / (high - low)
+        return _TOP + (1.0 - fraction) * (_HEIGHT - _TOP - _BOTTOM)
 
     parts = [f'<text class="title" x="{_LEFT}" y="14">{html.escaped(chart.title)}{" (log)" if log else ""}</text>']
     for tick in log_ticks(low, high) if log else ticks(low, high):
@@ -179,7 +180,7 @@ def _lines(series: Series, color: str, across, down) -> list[str]:
 
 
 def _path(steps: np.ndarray, values: np.ndarray, across, down) -> str:
-    """The line through the points; after one that is not finite it begins anew."""
+    """The SVG path through the points, interrupted at NaN and infinite values."""
     words, pen_down = [], False
     for x, y in zip(across(steps), down(values), strict=True):
         if not math.isfinite(y):
@@ -191,7 +192,7 @@ def _path(steps: np.ndarray, values: np.ndarray, across, down) -> str:
 
 
 def _names(chart: Chart) -> list[str]:
-    """Below the axis: the word "step", and a name for each line where there are several."""
+    """The legend below the axis: "step" for a single line, or else the names of the lines."""
     entries = [(series.name, "") for series in chart.series] + [(name, "5 4") for name, _ in chart.levels]
     y = _HEIGHT - 6
     if len(entries) == 1:

@@ -1,4 +1,4 @@
-"""Pictures in rows and columns: one description, drawn as a PNG to pass on and as a part of the page."""
+"""Grids of images: one description, drawn as a PNG and as HTML."""
 
 import dataclasses
 import io
@@ -25,12 +25,13 @@ STYLE = """
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """
+    """An image of a grid.
+
     Attributes:
       pixels: uint8 [H, W, 3].
-      text: what stands below it.
-      frame: color of a frame around it, or None.
-      exact: a map or a few colors, kept to the value; else a photograph, which the page holds as JPEG.
+      text: caption.
+      frame: color of the frame, or None.
+      exact: keep exact values, for maps and masks; otherwise the page stores a JPEG.
     """
 
     pixels: np.ndarray
@@ -41,11 +42,12 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """
+    """Rows and columns of tiles.
+
     Attributes:
-      names: of the columns.
-      rows: each of one tile per column at most; None leaves a place empty.
-      side: px, the width of a tile; the height follows.
+      names: names of the columns.
+      rows: at most one tile per column each; None for an empty cell.
+      side: width of a tile in px; the height keeps the aspect ratio.
       legend: names and colors.
     """
 
@@ -56,7 +58,7 @@ class Grid:
 
 
 def enlarged(tile: Tile, side: int) -> Image.Image:
-    """The tile `side` px wide at least: small ones by whole factors with square pixels, large ones reduced."""
+    """The tile, resized to a width of `side` px or more: small ones by an integer factor, large ones downsampled."""
     height, width = tile.pixels.shape[:2]
     if width <= side:
         factor = -(-side // width)
@@ -66,7 +68,7 @@ def enlarged(tile: Tile, side: int) -> Image.Image:
 
 
 def picture(grid: Grid, caption: str = "") -> Image.Image:
-    """One image: names of the columns, the tiles with their texts, the legend and a caption."""
+    """Draws the grid as one image, with column names, captions, legend and a caption of the whole."""
     font = ImageFont.load_default(size=14)
     places = [[(column, tile) for column, tile in enumerate(row) if tile is not None] for row in grid.rows]
     drawn = [[enlarged(tile, grid.side) for _, tile in row] for row in places]
@@ -106,7 +108,7 @@ def picture(grid: Grid, caption: str = "") -> Image.Image:
 
 
 def _fitted(text: str, width: int, font, pen: ImageDraw.ImageDraw) -> str:
-    """`text` cut so that it is at most `width` px wide."""
+    """`text`, truncated to a width of `width` px."""
     if pen.textlength(text, font) <= width:
         return text
     while text and pen.textlength(text + "…", font) > width:

@@ -1,4 +1,4 @@
-"""Which classes are taken for which: the confusion matrix as a heat map, and numbers for each class."""
+"""Confusion matrices as heat maps, and scores of each class."""
 
 from typing import Any
 
@@ -8,20 +8,20 @@ from pera_jax.common import html
 from pera_jax.reports.sections import tokens
 
 READING = (
-    "A row is a true class, a column a predicted one; a cell holds how many percent of the row's images (or pixels) "
-    "were given the column's class, and is the brighter the more. What is right lies on the diagonal; a bright cell "
-    "beside it are two classes that the features do not tell apart."
+    "Rows are true classes, columns predicted classes. A cell shows the percentage of the row's images (or pixels) that were "
+    "predicted as the column's class; brighter is more. Correct predictions are on the diagonal; a bright cell off the "
+    "diagonal marks two classes that the features do not separate."
 )
 STYLE = """
 .beside { display: flex; flex-wrap: wrap; gap: 0 56px; } svg .light { fill: #fff; } svg .dark { fill: #000; }
 """
 DENSE = ("segmentation", "change")  # tasks whose units are pixels
-_CELLS = 840  # px, width of a matrix of many classes
-_MOST = 12  # confusions that are listed
+_CELLS = 840  # px, width of a matrix with many classes
+_MOST = 12  # confusions listed at most
 
 
 def matrix(entry: dict[str, Any]) -> np.ndarray | None:
-    """The counts [classes, classes] of an entry, true by predicted; None where it has none that fits its classes."""
+    """The confusion matrix [true, predicted] of an entry; None if it has none that fits its classes."""
     found, names = entry["details"].get("confusion"), entry["data"]["class_names"]
     try:
         counts = np.array(found, np.float64)
@@ -32,7 +32,7 @@ def matrix(entry: dict[str, Any]) -> np.ndarray | None:
 
 
 def svg(counts: np.ndarray, names: list[str]) -> str:
-    """The heat map; cells grow with fewer classes, numbers stand in those that are no less than half a percent."""
+    """The heat map as SVG; cells of 0.5% or more have their percentage as text."""
     number = len(names)
     cell = min(max(_CELLS / number, 14.0), 46.0)
     font = min(max(cell * 0.5, 8.0), 13.0)
@@ -53,7 +53,7 @@ def svg(counts: np.ndarray, names: list[str]) -> str:
         for column in range(number):
             share, (red, green, blue) = shares[row, column], colors[row, column]
             left, top = margin + column * cell, margin + row * cell
-            title = f"<title>{short} taken for {html.escaped(names[column])}: {counts[row, column]:,.0f}</title>"
+            title = f"<title>{short} predicted as {html.escaped(names[column])}: {counts[row, column]:,.0f}</title>"
             parts.append(
                 f'<rect x="{left:.1f}" y="{top:.1f}" width="{cell:.1f}" height="{cell:.1f}" '
                 f'fill="#{red:02x}{green:02x}{blue:02x}">{title}</rect>'
@@ -71,10 +71,10 @@ def svg(counts: np.ndarray, names: list[str]) -> str:
 
 
 def confused(counts: np.ndarray, names: list[str]) -> str:
-    """The pairs of classes with the most errors, as a table; "" without errors."""
+    """The most frequent confusions as an HTML table; "" without errors."""
     wrong = counts - np.diag(np.diag(counts))
     order = np.argsort(-wrong, axis=None, kind="stable")[:_MOST]
-    rows = [["true class", "taken for", "how many", "of the class"]]
+    rows = [["true class", "predicted class", "count", "fraction of the class"]]
     for place in order:
         row, column = np.unravel_index(place, wrong.shape)
         if wrong[row, column] > 0:
@@ -84,7 +84,7 @@ def confused(counts: np.ndarray, names: list[str]) -> str:
 
 
 def by_class(counts: np.ndarray, names: list[str], units: str) -> str:
-    """Recall, precision, F1 and intersection over union of each class, worst recall first."""
+    """Recall, precision, F1 and IoU of each class as an HTML table, lowest recall first."""
     right, true, predicted = np.diag(counts), counts.sum(axis=1), counts.sum(axis=0)
 
     def share(part, whole):
@@ -95,15 +95,15 @@ def by_class(counts: np.ndarray, names: list[str], units: str) -> str:
     for place in np.argsort(recall, kind="stable"):
         r, t, p = right[place], true[place], predicted[place]
         rows.append([names[place], f"{t:,.0f}", share(r, t), share(r, p), share(2 * r, t + p), share(r, t + p - r)])
-    return "<h3>By class, worst recall first</h3>" + html.table(rows)
+    return "<h3>Scores by class, lowest recall first</h3>" + html.table(rows)
 
 
 def listed(entry: dict[str, Any]) -> str:
-    """The detail "per_class" of an entry without a matrix, a number or several by name of the class; "" without."""
+    """The detail "per_class" of an entry as an HTML table, one or more scores per class; "" without it."""
     found, names = entry["details"].get("per_class"), entry["data"]["class_names"]
     if not isinstance(found, dict):
         return ""
-    rows = {name: of if isinstance(of := found[name], dict) else {"score": of} for name in names if name in found}
+    rows = {name: value if isinstance(value := found[name], dict) else {"score": value} for name in names if name in found}
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     cells = [[name, *(_cell(row.get(column)) for column in columns)] for name, row in rows.items()]
     return html.table([["class", *(column.replace("_", " ") for column in columns)], *cells]) if cells else ""
@@ -116,7 +116,7 @@ def _cell(value: Any) -> str:
 
 
 def section(entry: dict[str, Any]) -> str:
-    """All that one result says of classes; "" where it says nothing."""
+    """The class section of one result as HTML; "" if it has no scores by class."""
     counts, names = matrix(entry), entry["data"]["class_names"]
     if counts is None:
         return listed(entry)

@@ -1,4 +1,4 @@
-"""Which of a run's numbers are drawn together."""
+"""Charts of the training metrics."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,13 +11,12 @@ from pera_jax.reports.drawing import charts
 from pera_jax.reports.drawing.charts import Chart, Series
 
 READING = (
-    "All that training logged, against the step. Faint: the values as they are; strong: their exponentially weighted "
-    "mean, in which a value counts half after a hundredth of the run. "
-    "Scales with (log) are logarithmic."
+    "All logged training metrics over steps. Faint: raw values; strong: exponential moving average with a half-life of 1% of "
+    "the run. Axes marked (log) are logarithmic."
 )
-# Common groups of charts; an objective adds charts to them, and groups of its own.
+# Common groups of charts; an objective adds charts and groups of its own.
 _GROUPS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
-    ("Loss terms", (Panel("Whole loss", False, True, {"loss": "loss"}),)),
+    ("Loss terms", (Panel("Total loss", False, True, {"loss": "loss"}),)),
     ("Teacher", ()),
     ("Norms", (
         Panel("Gradient", True, True, {"norm/gradient": "gradient"}),
@@ -30,8 +29,8 @@ _GROUPS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
     )),
     ("Speed", (
         Panel("Images per second", False, True, {"time/images_per_second": "all devices"}),
-        Panel("Share of time waiting for data", False, True, {"time/data_wait_share": "share"}),
-        Panel("Share of the devices' peak FLOP/s", False, True, {"time/mfu": "share"}),
+        Panel("Fraction of time waiting for data", False, True, {"time/data_wait_share": "fraction"}),
+        Panel("MFU (fraction of peak FLOP/s)", False, True, {"time/mfu": "MFU"}),
     )),
     ("Monitor", (Panel("kNN accuracy in training, k = 20", False, False, {"monitor/knn20": "knn20"}),)),
 )  # fmt: skip
@@ -39,7 +38,7 @@ _NOT_DRAWN = ("step", "data/images", "data/replaced", "time/images_per_second_pe
 
 
 def column(metrics: Sequence[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values) of the lines that hold a metric, float64."""
+    """(steps, values) of the lines with a metric, float64 each."""
     held = [(line["step"], float(line[name])) for line in metrics if name in line]
     return tuple(np.array(values, np.float64) for values in (zip(*held, strict=True) if held else ((), ())))
 
@@ -53,11 +52,11 @@ def groups(own: Sequence[tuple[str, Sequence[Panel]]]) -> list[tuple[str, tuple[
 
 
 def drawn(metrics: Sequence[dict[str, Any]], own: Sequence[tuple[str, Sequence[Panel]]]) -> list[tuple[str, str]]:
-    """(title of a group, its charts as HTML) of all metrics that are there; those without a chart of their own last."""
+    """(group title, charts as HTML) for all logged metrics; metrics without a defined chart come last."""
     shown = groups(own)
     known = {metric for _, panels in shown for panel in panels for metric in panel.metrics}
     others = sorted({name for line in metrics for name in line} - known - set(_NOT_DRAWN))
-    last = ("Others", tuple(Panel(name, False, True, {name: name}) for name in others))
+    last = ("Other", tuple(Panel(name, False, True, {name: name}) for name in others))
     result = []
     for title, panels in (*shown, last):
         found = []

@@ -1,4 +1,4 @@
-"""What a run is, how far it has come, what it cost: facts at the head of the page."""
+"""The head of the page: configuration, progress and cost of the run."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from pera_jax.common import html
 from pera_jax.reports.folder import Folder
 from pera_jax.reports.sections.curves import column
 
-_ALARMS = 20  # that are listed
+_ALARMS = 20  # listed at most
 
 
 def alarms(folder: Folder) -> str:
-    """The alarms of the training, in red; "" without."""
+    """The alarms of the training as HTML; "" without alarms."""
     if not folder.alarms:
         return ""
     lines = "".join(
@@ -23,7 +23,7 @@ def alarms(folder: Folder) -> str:
         for alarm in folder.alarms[-_ALARMS:]
     )
     number = len(folder.alarms)
-    title = f"{number} alarms of the training" if number > 1 else "An alarm of the training"
+    title = f"{number} training alarms" if number > 1 else "1 training alarm"
     last = f", the last {_ALARMS}" if number > _ALARMS else ""
     return f'<div class="warn alarms"><b>{title}{last}:</b><ul>{lines}</ul></div>'
 
@@ -31,7 +31,7 @@ def alarms(folder: Folder) -> str:
 def run_facts(folder: Folder) -> list[tuple[str, object]]:
     config = folder.meta["config"]
     last, total = folder.last_step, config["total"]
-    state = f"finished at step {last:,}" if folder.finished else f"not finished: step {last:,} is the last logged"
+    state = f"finished at step {last:,}" if folder.finished else f"not finished: step {last:,} is the last logged step"
     shown = "none" if folder.step is None else f"step {folder.step:,}"
     return [
         ("folder", folder.path.resolve()), ("state", f"{state}, planned: {total}"), ("checkpoint shown", shown),
@@ -47,8 +47,8 @@ def model_facts(meta: dict[str, Any]) -> list[tuple[str, object]]:
     crops = [f"{spec.number} {name} of {spec.size} px" for name, spec in objective.crops.items()]
     return [
         ("transformer", "width {width}, depth {depth}, {heads} heads, patch {patch} px".format(**model)),
-        ("parameters", f"{count['backbone'] / 1e6:,.2f} M of the transformer, {heads / 1e6:,.2f} M of the rest"),
-        ("crops of an image", ", ".join(crops)),
+        ("parameters", f"{count['backbone'] / 1e6:,.2f} M of the encoder, {heads / 1e6:,.2f} M of heads and other parts"),
+        ("crops per image", ", ".join(crops)),
         ("batch", f"{meta['config']['batch_size']:,} images"),
     ]
 
@@ -61,8 +61,8 @@ def data_facts(meta: dict[str, Any]) -> list[tuple[str, object]]:
         ("fingerprint", data["fingerprint"][:16]), ("values", meta["dtype"]),
     ]  # fmt: skip
     for part in data.get("sets", []):
-        facts.append((f"of it {part['name']}", f"{part['records']:,} records, {part['share']:.1%} of what is drawn"))
-    return facts + ([("classes", f"{len(names)}, which training does not use")] if names else [])
+        facts.append((f"part {part['name']}", f"{part['records']:,} records, sampled with {part['share']:.1%}"))
+    return facts + ([("classes", f"{len(names)}, not used in training")] if names else [])
 
 
 def band_table(meta: dict[str, Any]) -> str:
@@ -73,29 +73,29 @@ def band_table(meta: dict[str, Any]) -> str:
 
 
 def cost_facts(folder: Folder) -> list[tuple[str, object]]:
-    """Images, time and FLOPs as far as they were logged; time is that of steps, without start-up and interruptions."""
+    """Images, time and FLOPs from the logged metrics; time excludes start-up and interruptions."""
     meta, batch = folder.meta, folder.meta["config"]["batch_size"]
     per_image = sum(objectives.from_metadata(meta).flops_per_image().values())
     images = folder.last_step * batch
     facts: list[tuple[str, object]] = [
         ("images seen", f"{images:,}, {images / meta['data']['records']:,.1f} epochs"),
-        ("work", f"{_flop(per_image)} an image (matrix products of the method)"),
+        ("compute", f"{_flop(per_image)} per image (matrix products)"),
     ]
     replaced = column(folder.metrics, "data/replaced")[1]
     if len(replaced):
-        facts.append(("unreadable images", f"{replaced[-1]:,.0f}, which others replaced"))
+        facts.append(("unreadable images", f"{replaced[-1]:,.0f}, replaced by others"))
     steps, rates = column(folder.metrics, "time/images_per_second")
     if not len(steps) or not (rates > 0).all():
         return facts
     seconds = float(np.sum(np.diff(steps, prepend=0.0) * batch / rates))
-    facts.append(("time", f"{seconds / 3600:,.2f} hours of steps, {steps[-1] * batch / seconds:,.1f} images/s"))
+    facts.append(("time", f"{seconds / 3600:,.2f} hours in training steps, {steps[-1] * batch / seconds:,.1f} images/s"))
     each = column(folder.metrics, "time/images_per_second_per_chip")[1]
     if len(each) == len(rates):
         facts.append(("devices", f"{round(float(rates[-1] / each[-1]))}"))
-    facts.append(("work so far", f"{_flop(per_image * images)}, {_flop(per_image * images / seconds)}/s"))
-    share = column(folder.metrics, "time/mfu")[1]
-    if len(share):
-        facts.append(("share of peak", f"{share.mean():.1%} of the devices' bf16 FLOP/s"))
+    facts.append(("total compute", f"{_flop(per_image * images)}, {_flop(per_image * images / seconds)}/s"))
+    mfu = column(folder.metrics, "time/mfu")[1]
+    if len(mfu):
+        facts.append(("MFU", f"{mfu.mean():.1%} of the devices' peak bf16 FLOP/s"))
     waiting = column(folder.metrics, "time/data_wait_share")[1]
     if len(waiting):
         facts.append(("waiting for data", f"{waiting.mean():.1%} of the time"))

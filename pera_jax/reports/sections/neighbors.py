@@ -1,4 +1,4 @@
-"""Nearest training images of some queries: what is alike to the network."""
+"""Nearest neighbors of query images among the training images, in feature space."""
 
 from collections.abc import Sequence
 
@@ -14,10 +14,10 @@ NUMBER = 7  # neighbors of each query
 MOST = 10_000  # images that are searched
 SHOWN = 192  # px, the side at which images are drawn
 READING = (
-    "Left the query, beside it the images whose class tokens point most nearly the same way, the nearest first; below "
-    "each its cosine."
+    "Left: the query. Right: the images with the highest cosine similarity of the class token, the nearest first, with their "
+    "similarity."
 )
-FRAMES = " The frame says whether its class is the query's."
+FRAMES = " The color of the frame shows whether the class is that of the query."
 
 
 def nearest(
@@ -26,10 +26,10 @@ def nearest(
     """The most similar rows of `train` [N, D] for each of `queries` [M, D].
 
     Args:
-      own: where the queries themselves stand in `train`, if they do: no query is its own neighbor.
+      own: indices of the queries in `train`, to exclude each query from its own neighbors; None if they are not in `train`.
 
     Returns:
-      (cosines float32 [M, number] descending, indices [M, number]); fewer where `train` has no more.
+      (cosines float32 [M, number] descending, indices [M, number]); fewer if `train` is smaller.
     """
     return knn.nearest(train, queries, min(number, len(train) - (own is not None)), own)
 

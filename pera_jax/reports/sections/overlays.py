@@ -1,4 +1,4 @@
-"""Truth and prediction over scenes: what segmentation and change probes saw."""
+"""Labels, predictions and errors of segmentation and change probes on test scenes."""
 
 import colorsys
 import pathlib
@@ -13,11 +13,10 @@ from pera_jax.probes.dense.overlap import IGNORE
 from pera_jax.reports.drawing.grid import Grid, Tile
 
 READING = (
-    "Scenes that the probe was tested on, not trained on: the image (of change: both dates), the labels, what a probe "
-    "on frozen features predicts, and where it is wrong (red) over the image in dark gray. Light gray has no "
-    "label and counts nowhere."
+    "Test scenes of the probe: the image (for change detection both dates), the labels, the prediction from frozen features, "
+    "and the errors in red over the darkened image. Light gray pixels have no label and are ignored."
 )
-_MOST = 6  # scenes of a result
+_MOST = 6  # scenes per result
 _UNLABELED, _WRONG = (205, 205, 205), (225, 40, 40)
 _DISTINCT = (
     (0, 114, 178), (213, 94, 0), (0, 158, 115), (240, 228, 66), (204, 121, 167), (86, 180, 233), (120, 80, 40),
@@ -26,7 +25,7 @@ _DISTINCT = (
 
 
 def colors_of(classes: int) -> tuple[tuple[int, int, int], ...]:
-    """A color for each class; of two classes (no and yes) a dark and a bright one."""
+    """One color per class; for two classes a dark and a bright one."""
     if classes == 2:
         return (40, 44, 52), (255, 196, 0)
     more = [colorsys.hsv_to_rgb(i * 0.618 % 1.0, 0.55, 0.9) for i in range(classes - len(_DISTINCT))]
@@ -34,14 +33,14 @@ def colors_of(classes: int) -> tuple[tuple[int, int, int], ...]:
 
 
 def colored(mask: np.ndarray, colors: tuple[tuple[int, int, int], ...]) -> np.ndarray:
-    """Class indices uint8 [H, W] as colors [H, W, 3]; what is no class is gray."""
+    """Class indices uint8 [H, W] as colors uint8 [H, W, 3]; unlabeled pixels are gray."""
     table = np.full((256, 3), _UNLABELED, np.uint8)
     table[: len(colors)] = colors
     return table[mask]
 
 
 def errors(image: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """The image [H, W, 3] in a dark gray, wrong pixels in red, those without a label as in the labels."""
+    """The darkened gray image [H, W, 3] with errors in red and unlabeled pixels in light gray."""
     result = np.repeat(40.0 + 0.45 * image.mean(axis=2, keepdims=True), 3, axis=2)
     wrong, unlabeled = (truth != predicted) & (truth != IGNORE), truth == IGNORE
     result[wrong] = 0.2 * result[wrong] + 0.8 * np.array(_WRONG)
@@ -50,7 +49,7 @@ def errors(image: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> np.nd
 
 
 def grid(entry: dict[str, Any], bands: Bands, rgb: tuple[str, ...]) -> tuple[Grid | None, list[str]]:
-    """The scenes of a result of segmentation or change, and a sentence for each that cannot be shown."""
+    """The scenes of a segmentation or change result, and a message for each scene that cannot be shown."""
     pictures = sorted(pathlib.Path(entry["file"]).with_suffix("").rglob("*.png"))
     names = tuple(entry["data"]["class_names"])
     colors, change = colors_of(len(names)), entry["task"] == "change"
@@ -64,17 +63,17 @@ def grid(entry: dict[str, Any], bands: Bands, rgb: tuple[str, ...]) -> tuple[Gri
                 faults.append(f"{picture.name} is not shown: {error}.")
     except UserError as error:
         faults.append(f"The scenes are not shown: {error}.")
-    looks = ("first date", "second date") if change else ("image",)
-    columns = (*looks, "truth", "prediction", "errors")
+    images = ("first date", "second date") if change else ("image",)
+    columns = (*images, "truth", "prediction", "errors")
     side = 1130 // len(columns) - 8
     kinds = (*zip(names, colors, strict=True), ("no label", _UNLABELED), ("wrong", _WRONG))
     left = len(pictures) - _MOST
-    faults += [f"{left} more scenes lie in {pathlib.Path(entry['file']).with_suffix('')}."] if left > 0 else []
+    faults += [f"{left} more scenes are in {pathlib.Path(entry['file']).with_suffix('')}."] if left > 0 else []
     return (Grid(columns, tuple(rows), side, kinds) if rows else None), faults
 
 
 def _found(data: dict[str, Any], change: bool) -> dict[str, dict[str, pathlib.Path]]:
-    """The files of the scenes that were tested, see `scene_files.files`."""
+    """The files of the test scenes, see `scene_files.files`."""
     splits = tuple(str(data.get(name) or "") for name in ("train_split", "test_split"))
     tested = scenes.folders(pathlib.Path(str(data.get("path") or "")), splits)[-1]
     return scene_files.files(tested, 2 if change else 1)
@@ -82,13 +81,13 @@ def _found(data: dict[str, Any], change: bool) -> dict[str, dict[str, pathlib.Pa
 
 def _row(found, picture: pathlib.Path, names, colors, bands: Bands, rgb) -> tuple[Tile, ...]:
     if picture.stem not in found["label"]:
-        raise UserError("the folder of scenes no longer holds it")
+        raise UserError("the scene no longer exists in the data folder")
     scene = scene_files.read(found, picture.stem, bands, names)
     predicted = scene_files.read_mask(picture, False, names)
     if predicted.shape != scene.mask.shape:
-        raise UserError("the labels are of another size than the prediction")
-    looks = [as_bytes(bands.mapped(image), visible(bands, rgb)) for image in scene.images]
+        raise UserError("labels and prediction have different sizes")
+    views = [as_bytes(bands.mapped(image), visible(bands, rgb)) for image in scene.images]
     maps = (colored(scene.mask, colors), colored(predicted, colors))
-    tiles = [Tile(look) for look in looks] + [Tile(of, exact=True) for of in maps]
-    tiles[0] = Tile(looks[0], picture.stem)
-    return (*tiles, Tile(errors(looks[-1], scene.mask, predicted)))
+    tiles = [Tile(view) for view in views] + [Tile(each, exact=True) for each in maps]
+    tiles[0] = Tile(views[0], picture.stem)
+    return (*tiles, Tile(errors(views[-1], scene.mask, predicted)))

@@ -1,4 +1,4 @@
-"""What the networks see of a few images in training, and make of it: the objective's own picture."""
+"""The views of a few images in training, and what the networks make of them: the objective's own figure."""
 
 import jax
 import numpy as np
@@ -16,14 +16,14 @@ _SIDE = 188  # px of a tile
 
 
 def preview(networks: dict[str, Weights], source: records.RecordSource, number: int, seed: int) -> Preview | None:
-    """The objective's picture of `number` images, cropped as in training; None where it has none.
+    """The objective's figure of `number` images, cropped as in training; None if the objective has none.
 
     Args:
-      networks: "teacher" and "student", as far as the checkpoint has them.
+      networks: by name, "teacher" and "student" as far as the checkpoint has them.
     """
     meta = next(iter(networks.values())).meta
     objective, config = objectives.from_metadata(meta), meta["config"]
-    # Grain's endless stream has more batches of one image than it can count.
+    # With batches of one image the length of Grain's endless stream would overflow.
     crops = pipeline.Crops(objective.crops, config["crops"]["aspect"], config["crops"]["flip"])
     stream = pipeline.make_pipeline(Mixture.of(source, objective.bands), crops, batch_size=max(number, 2), seed=seed)
     batch = next(stream)

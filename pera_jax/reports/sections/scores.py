@@ -1,4 +1,4 @@
-"""Scores of probes: trained beside untrained and pixels, and against the step."""
+"""Probe scores: a table with baselines, and charts over training steps."""
 
 import collections
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ from pera_jax.reports.drawing import charts
 from pera_jax.reports.drawing.charts import Chart, Series
 
 READING = (
-    "Frozen features judged on test images that nothing was chosen on; in brackets the bootstrap interval of 95 % "
-    "over them. “Untrained” is the network before its first step, “pixels” the mean and deviation of raw patches: what "
-    "training has added is the distance from these."
+    "Scores of frozen features on test images, which were not used to choose hyperparameters; in brackets the 95% bootstrap "
+    "interval. Baselines: “untrained” is the network at initialization, “pixels” the mean and standard deviation of raw "
+    "patches."
 )
 STEPS_READING = (
-    "The same scores for each checkpoint that was probed, with their intervals; step 0 is the untrained network, the "
-    "dashed line are raw pixels."
+    "The same scores for every probed checkpoint, with their intervals; step 0 is the untrained network, the dashed line the "
+    "pixel baseline."
 )
 
 
@@ -33,14 +33,14 @@ def text(score: dict[str, Any] | None) -> str:
 
 
 def table(results: Sequence[dict[str, Any]], step: int | None) -> str:
-    """A row for each score on the same data, splits, size and settings; a column for each of pixels, untrained and
-    trained; failures below."""
-    trained = folder.of_the_trained(results, step)
+    """The scores as an HTML table: a row for each score on the same data, splits, size and settings, and columns for
+    pixels, untrained and trained; failures below."""
+    trained = folder.trained_results(results, step)
     columns = [
         (title, entries)
         for title, entries in (
             ("pixels", _of(results, folder.PIXELS)), ("untrained", _of(results, folder.UNTRAINED)),
-            (f"trained, {folder.who(trained[0])}" if trained else "trained", trained),
+            (f"trained, {folder.source(trained[0])}" if trained else "trained", trained),
         )
         if entries
     ]  # fmt: skip
@@ -48,15 +48,15 @@ def table(results: Sequence[dict[str, Any]], step: int | None) -> str:
         title: {(entry["row"], name): score for entry in entries for name, score in entry["scores"].items()}
         for title, entries in columns
     }
-    order = list(dict.fromkeys(place for of in reversed(values.values()) for place in of))
+    order = list(dict.fromkeys(place for column in reversed(values.values()) for place in column))
     names = {entry["row"]: entry["name"] for _, entries in columns for entry in entries}
     data = keys.data_labels([entry for _, entries in columns for entry in entries])
     rows = [["score", "result", *values, "test data"]]
     for row, score in order:
-        rows.append([score, names[row], *(text(of.get((row, score))) for of in values.values()), data[row]])
-    failed = [f"{of['name']} of {folder.who(of)} failed: {of['failure']}" for of in results if of["failure"]]
-    failed += [f"{of['name']} {share} of {folder.who(of)} failed: {said}" for of in results
-               for share, said in failed_shares(of).items()]  # fmt: skip
+        rows.append([score, names[row], *(text(column.get((row, score))) for column in values.values()), data[row]])
+    failed = [f"{entry['name']} of {folder.source(entry)} failed: {entry['failure']}" for entry in results if entry["failure"]]
+    failed += [f"{entry['name']} {split} of {folder.source(entry)} failed: {error}" for entry in results
+               for split, error in failed_shares(entry).items()]  # fmt: skip
     sentences = "".join(f'<p class="warn">{html.escaped(sentence)}</p>' for sentence in failed)
     return (html.table(rows) if order else "") + sentences
 
@@ -66,14 +66,14 @@ def _of(results, encoder):
 
 
 def titles(results: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """A title for each `row`: the result's name, and the data where results of one name were measured differently."""
+    """A title for each `row`: the name of the result, with the data if several rows have the same name."""
     names, data = {entry["row"]: entry["name"] for entry in results}, keys.data_labels(results)
     several = collections.Counter(names.values())
     return {row: f"{name} ({data[row]})" if several[name] > 1 else name for row, name in names.items()}
 
 
 def over_steps(results: Sequence[dict[str, Any]]) -> str:
-    """A chart for each score that several checkpoints have; "" where there is none."""
+    """A chart for each score with several checkpoints; "" if there is none."""
     found: dict[tuple[str, str], dict[int, dict]] = {}
     levels: dict[tuple[str, str], float] = {}
     for entry in results:
