@@ -89,7 +89,7 @@ def test_cut_files_and_other_files_are_refused(tmp_path):
     file = tmp_path / "cut.safetensors"
     for cut in (whole[:-1], whole[: len(whole) // 2], whole[:100], whole[:5], b"", b"\xff" * 8 + whole[8:]):
         file.write_bytes(cut)
-        assert "no safetensors file, or is cut off" in refused(file, tmp_path)
+        assert "not a safetensors file, or is truncated" in refused(file, tmp_path)
     assert "cannot read" in refused(tmp_path / "nowhere.params", tmp_path)
 
 

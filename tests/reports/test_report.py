@@ -161,7 +161,7 @@ def test_the_page_of_a_run_with_everything(run, data, tmp_path, capsys):
     for said in (
         "finished at step 4", "1 training alarm", "step 3, collapse: &lt;script&gt;", "0.750 (0.700 – 0.800)",
         "<td>0.250</td>", "Skipped: results of other runs in", "knn_small (small, 12 images, 48 px, no temperature, fingerprints None and None): knn", "linear_small of step 4 failed: &lt;script&gt;", "odd.json is not a probe result",
-        "trained, step 4", "small, 12 images, 48 px", "fields &amp; woods", "Searched: 20 of 20 images of split",
+        "trained, step 4", "small, 12 images, 48 px", "fields &amp; woods", "Searched: 20 of 20 images of the split",
         "resized to 256 x 256 px: 32 x 32 patches", "kNN accuracy in training", "first date", "nir",
     ):  # fmt: skip
         assert said in text, said
