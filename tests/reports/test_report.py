@@ -244,7 +244,7 @@ def test_broken_lines_doubled_steps_and_results_of_a_checkpoint_that_was_saved_a
     assert [(line["step"], line["loss"]) for line in found.metrics] == [(1, 5), (2, 3), (3, 2), (4, 1)]
     assert [entry["name"] for entry in found.results] == ["knn"]
     told = " ".join(found.faults)
-    for text in ("linear.json is of an earlier checkpoint of step 4", "invalid JSON in line 2.", "has 1 duplicate step(s)"):
+    for text in ("linear.json is a result of an earlier checkpoint of step 4", "invalid JSON in line 2.", "has 1 duplicate step(s)"):
         assert text in told
     assert len(found.faults) == 3
 

@@ -140,7 +140,7 @@ def test_a_bad_monitor_leaves_nothing_behind(data, tmp_path):
         (dict(data=str(tmp_path / "none")), "does not exist"),
         (dict(split="test"), "has no split 'test'"),
         (dict(every="0 steps"), "the interval of monitor is zero steps"),
-        (dict(images=8), "found 8 labelled images"),
+        (dict(images=8), "needs at least 21 labeled images .*, got 8"),
     ):
         with pytest.raises(UserError, match=wrong):
             train.train(with_monitor(data, **changes), str(tmp_path / "run"))
