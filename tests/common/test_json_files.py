@@ -110,7 +110,7 @@ def test_a_meta_that_no_run_has_is_refused():
 
 def test_results_plans_and_parts_name_the_file_and_the_field(tmp_path, capsys):
     (tmp_path / "a.json").write_text('{"name": "knn", "task": "knn", "checkpoint": {"step": "4"}}')
-    with pytest.raises(UserError, match=r"a.json is not a probe result \(checkpoint.step: expected int, got str\); move it away"):
+    with pytest.raises(UserError, match=r"a.json is not a probe result \(checkpoint.step: expected int, got str\); move the file away"):
         entries.read(tmp_path / "a.json")
     split = shard_folders.Split(tmp_path, "set", "train", list(records.RGB), "uint8", None, False, [], 1, "f")
     split.partial.mkdir()
