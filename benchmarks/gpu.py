@@ -82,7 +82,7 @@ def relative(ours, wanted) -> float:
 
 def kernels(crops: int = 64, heads: int = 12, width: int = 64) -> list[dict]:
     """Errors and times of attention, forward and backward, by length; errors relative to float32 on the same bf16 values."""
-    half, single = Precision.of("bfloat16"), Precision()
+    half, single = Precision.from_names("bfloat16"), Precision()
     rows = []
     for tokens in LENGTHS:
         keys = jax.random.split(jax.random.key(tokens), 4)
@@ -274,7 +274,7 @@ def main() -> None:
             files.write_json(options.json, result)
 
     print(f"{result['device']}, jax {result['jax']}", flush=True)
-    refusal = attention.cudnn_refusal(Precision.of("bfloat16"), 64, jax.devices()[0])
+    refusal = attention.cudnn_refusal(Precision.from_names("bfloat16"), 64, jax.devices()[0])
     print(f"attention by cuDNN: {refusal or 'yes'}", flush=True)
     if "kernels" in parts and not refusal:
         done("kernels", kernels())

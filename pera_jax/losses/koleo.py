@@ -1,7 +1,7 @@
-"""KoLeo, the term that spreads embeddings (Sablayrolles et al., arXiv:1806.03198), on prototype outputs `z = W u`.
+"""The KoLeo regularizer (Sablayrolles et al., arXiv:1806.03198), which spreads the prototype outputs `z = W u`.
 
-Written for one device (`shard_map`): `W^T W` is made once a step, and where a group is larger than what a device holds, the
-rows of the others are gathered. The docstring is the plain loop; the code makes no array of batch x prototypes.
+Written per device (`shard_map`): `W^T W` is computed once a step, and a group that spans devices gathers the rows of the
+others. The docstring shows the naive loop; the code materializes no array of batch x prototypes.
 """
 
 import functools
@@ -22,7 +22,7 @@ def _gram(precision: Precision, weights: jax.Array) -> jax.Array:
     return precision.wide_einsum("kd,ke->de", weights, weights)
 
 
-# One product over the prototypes instead of the two that the product rule gives.
+# One product over the prototypes instead of the two of the product rule.
 _gram.defvjp(
     lambda precision, weights: (_gram(precision, weights), weights),
     lambda precision, weights, cotangent: (precision.wide_einsum("kd,de->ke", weights, cotangent + cotangent.T),),
@@ -31,7 +31,7 @@ _gram.defvjp(
 
 @jax.named_scope("koleo")
 def koleo(units: jax.Array, weights: jax.Array, group: int, precision: Precision) -> jax.Array:
-    """The spreading term, summed over crops: minus the mean log distance to the nearest other sample of the group.
+    """The KoLeo term, summed over crops: minus the mean log distance to the nearest other sample of the group.
 
         for v in range(V):
             x = [z / norm(z) for z in units[:, v] @ weights.T]
@@ -39,13 +39,14 @@ def koleo(units: jax.Array, weights: jax.Array, group: int, precision: Precision
                 j = the other sample of the group with the largest inner product x[i] @ x[j]
                 loss -= log(norm(x[i] - x[j] + 1e-8) + 1e-8) / B
 
-    Inner products of `z = W u` are `u^T (W^T W) v`, so no array of batch x prototypes is made.
+    Inner products of `z = W u` are `u^T (W^T W) v`, so no array of batch x prototypes is materialized. Gradients flow
+    through both samples.
 
     Args:
-      units: [B, V, D]; weights: [K, D]; group: samples per group, a divisor of B. Gradients flow through both samples.
+      units: [B, V, D]. weights: [K, D]. group: number of samples per group, a divisor of B.
 
     Returns:
-      A scalar; 0 for groups of one sample, which have no neighbour.
+      A scalar; 0 for groups of one sample, which have no neighbor.
     """
     if group == 1:
         return jnp.zeros((), units.dtype)
@@ -55,8 +56,8 @@ def koleo(units: jax.Array, weights: jax.Array, group: int, precision: Precision
     def local(units, gram, total):
         scaled = _unit_outputs(units, gram, precision)  # [B, V, D]
         own = min(group, len(scaled))
-        first, others = jnp.zeros(len(scaled) // own, jnp.int32), scaled  # [G], place of the first row in its group
-        if group > len(scaled):  # the group takes in rows of other devices
+        first, others = jnp.zeros(len(scaled) // own, jnp.int32), scaled  # [G], index of the first row within its group
+        if group > len(scaled):  # the group includes rows of other devices
             begin = jax.lax.axis_index(rows) * len(scaled)
             others = jax.lax.all_gather(scaled, rows, axis=0, tiled=True)  # [B, V, D]
             others = jax.lax.dynamic_slice_in_dim(others, begin // group * group, group)
@@ -72,18 +73,18 @@ def koleo(units: jax.Array, weights: jax.Array, group: int, precision: Precision
 
 
 def _unit_outputs(units: jax.Array, gram: jax.Array, precision: Precision) -> jax.Array:
-    """`u` [B, V, D] such that `W u` has length 1."""
+    """`units` [B, V, D], scaled so that `W u` has norm 1."""
     square = precision.wide_einsum("bvd,de,bve->bv", units, gram, units)
     return units * jax.lax.rsqrt(jnp.maximum(square, precision.norm_floor**2))[..., None]
 
 
 def _gap_to_nearest(scaled, others, gram, first, precision: Precision) -> jax.Array:
-    """`scaled` [G, o, V, D] less the nearest of `others` [G, g, V, D]; row i of group G is itself number first[G] + i."""
+    """`scaled` [G, o, V, D] minus the nearest of `others` [G, g, V, D], except itself, which has index `first[G] + i`."""
     inner = precision.wide_einsum("givd,de,gjve->gvij", *map(jax.lax.stop_gradient, (scaled, gram, others)))  # [G, V, o, g]
     itself = first[:, None] + jnp.arange(scaled.shape[1])  # [G, o]
     inner = jnp.where(itself[:, None, :, None] == jnp.arange(others.shape[1]), -jnp.inf, inner)
     nearest = jnp.argmax(inner, axis=-1).swapaxes(1, 2)  # [G, o, V]
-    # The difference is taken before the map: 2 - 2 cos would lose near neighbours to rounding.
+    # Subtract before applying W: 2 - 2 cos would lose precision for near neighbors.
     return scaled - jnp.take_along_axis(others, nearest[..., None], axis=1)  # [G, o, V, D]
 
 

@@ -6,13 +6,13 @@ import jax.numpy as jnp
 
 @jax.named_scope("pixel_term")
 def pixel_term(predicted: jax.Array, target: jax.Array) -> jax.Array:
-    """Squared error, summed over the values of a patch, mean over patches and samples.
+    """Squared error, summed over the values of a patch and averaged over patches and samples.
 
         for n in range(N):
             for t in range(T):
                 loss += sum((predicted[n, t] - target[n, t]) ** 2) / (N * T)
 
     Args:
-      predicted, target: [N, T, p p C], values by row, column, channel.
+      predicted, target: [N, T, p p C], pixel values ordered by row, column, channel.
     """
     return jnp.mean(jnp.sum(jnp.square(predicted - target), axis=-1))

@@ -1,11 +1,12 @@
-"""The class term on unit vectors `u` and last layers `W`, where the prototype output is `z = W u`, and its statistics.
+"""The class term (cross-entropy between prototype outputs `z = W u`) on unit vectors `u` and weights `W`, and its statistics.
 
-Shen et al., arXiv:2505.19447, section III-D. The docstring of a term is the plain loop; the code computes the same without
-arrays of crops x prototypes all alive at once.
+Shen et al., arXiv:2505.19447, section III-D. The docstring of a term shows the naive loop; the code computes the same without
+holding the logits of all crops at once.
 
-On a mesh the rows of `u` lie over `data` and `fsdp` and those of `W` over `tensor` and `fsdp`. The term is written for one device (`shard_map`), so that what crosses between devices stands here: `W` stays where it is;
-each device takes the unit vectors of all of its `fsdp` group, gathered once, to its own prototypes, and sums over
-prototypes go over `tensor` and `fsdp`. Gradients are summed once, after the loop over pairs.
+On a mesh, the rows of `u` are sharded over `data` and `fsdp`, and those of `W` over `tensor` and `fsdp`. The term is written
+per device (`shard_map`), which makes all communication explicit: `W` is not moved; each device gathers the unit vectors of
+its `fsdp` group once and multiplies them with its own prototypes; sums over prototypes are reduced over `tensor` and
+`fsdp`. Gradients are reduced once, after the loop over pairs.
 """
 
 import dataclasses
@@ -22,9 +23,9 @@ from pera_jax.parallel import sharding
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prototypes:
-    """One network's class outputs in factored form: `z[b, v] = weights @ units[b, v]`."""
+    """One network's prototype outputs in factored form: `z[b, v] = weights @ units[b, v]`."""
 
-    units: jax.Array  # [B, V, D], L2-normalised
+    units: jax.Array  # [B, V, D], L2-normalized
     weights: jax.Array  # [K, D]
 
 
@@ -37,7 +38,7 @@ def class_term(
     teacher_temperature: jax.Array,
     precision: Precision,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Cross-entropy of each pair's student to the same pair's teacher, mean over pairs and batch.
+    """Cross-entropy between the teacher's and the student's output of each pair, averaged over pairs and batch.
 
         loss = 0
         for v in range(V):                                     # pairs: all global, then all local crops
@@ -51,8 +52,8 @@ def class_term(
       student_temperature, teacher_temperature: scalars.
 
     Returns:
-      The loss [V] of each pair of crops (its mean is the term), and of the teacher's probabilities over all pairs and
-      samples `entropy` (mean), `mean` [K], `used` [K] (1 where a crop's most probable prototype is this one, else 0).
+      The loss [V] of each pair (its mean is the term), and statistics of the teacher's probabilities over all pairs and
+      samples: `entropy` (mean), `mean` [K], `used` [K] (1 if the prototype is the most probable one of any crop, else 0).
     """
     teacher, center = jax.lax.stop_gradient((teacher, center))
     rows, columns = sharding.axes_in_use()
@@ -63,7 +64,7 @@ def class_term(
         student_weights = _vary(student_weights, data)  # [K / (tensor fsdp), D]; its gradient is summed over `data` once
         ts, tt = temperatures
 
-        # One pair at a time, recomputed in the backward pass: the probabilities of one pair are alive, not of all.
+        # One pair at a time, recomputed in the backward pass, so that only the probabilities of one pair are in memory.
         @jax.checkpoint
         def pair(student_weights, student_units, teacher_units):
             z_s = precision.logits(student_units, student_weights) / ts  # [B, K]
@@ -71,7 +72,7 @@ def class_term(
             log_sum_t, highest = _log_sum_exp(z_t, columns)  # [B] each
             log_p_t = z_t - log_sum_t[:, None]  # [B, K]
             p_t = jnp.exp(log_p_t)
-            # sum_k p_t log p_s with p_t summing to 1: the log-partition comes out of the sum.
+            # sum_k p_t log p_s, where p_t sums to 1: the log-partition can be taken out of the sum.
             loss = jnp.mean(_log_sum_exp(z_s, columns)[0] - _sum(jnp.sum(p_t * z_s, axis=-1), columns))
             entropy = -jnp.mean(_sum(jnp.sum(p_t * log_p_t, axis=-1), columns))
             best = jnp.where(jnp.max(z_t, axis=-1) == highest, jnp.argmax(z_t, axis=-1), len(center))  # or on no row
@@ -98,11 +99,11 @@ def class_term(
 
 
 def teacher_statistics(loss: jax.Array, statistics: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """What is logged of the teacher's probabilities, from the results of `class_term`, means over parts of a batch.
+    """The logged statistics of the teacher's probabilities, from the results of `class_term` (averaged over microbatches).
 
     Returns:
-      `teacher_entropy` (mean over samples), `teacher_entropy_of_mean` (of the mean distribution), `kl` (teacher to
-      student), `prototypes_in_use` (that are the most probable of at least one crop).
+      `teacher_entropy` (mean over samples), `teacher_entropy_of_mean` (of the mean distribution), `kl` (student from
+      teacher), `prototypes_in_use` (number of prototypes that are the most probable one of at least one crop).
     """
     mean_p = statistics["mean"]
     return {
@@ -122,12 +123,12 @@ def _mean(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 
 
 def _vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """`x`, which is the same along `axes` of the mesh, as a value of each device's own."""
+    """Marks `x`, which is replicated along the mesh `axes`, as varying along them."""
     return jax.lax.pcast(x, axes, to="varying") if axes else x
 
 
 def _log_sum_exp(z: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:
-    """log sum exp over the last axis, which is cut over `axes`, and its largest value; [B, K] -> [B], [B]."""
+    """log sum exp over the last axis, which is sharded over `axes`, and its maximum; [B, K] -> [B], [B]."""
     highest = jnp.max(jax.lax.stop_gradient(z), axis=-1)
     highest = jax.lax.pmax(highest, axes) if axes else highest
     return highest + jnp.log(_sum(jnp.sum(jnp.exp(z - highest[:, None]), axis=-1), axes)), highest
@@ -135,10 +136,9 @@ def _log_sum_exp(z: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, jax.Ar
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather_units(units: jax.Array, rows: tuple[str, ...], precision: Precision) -> jax.Array:
-    """This device's [B / (data fsdp), V, D] -> the [B / data, V, D] of all of `fsdp`, rounded to what products take.
+    """All-gathers this device's [B / (data fsdp), V, D] over `fsdp` to [B / data, V, D], in `compute` precision.
 
-    They travel in the precision of products; their gradient, which every device has for its own prototypes, is summed in
-    `wide`, once.
+    The gradient, of which each device has the part of its own prototypes, is reduced once, in `wide` precision.
     """
     narrow = units.astype(precision.compute)
     if rows:
@@ -160,7 +160,7 @@ _gather_units.defvjp(
 
 
 def mean_output(teacher: Prototypes, precision: Precision) -> jax.Array:
-    """`mean(z)` over all crops and samples, [K]: what the centre moves towards; the mean of `W u` is `W mean(u)`."""
+    """`mean(z)` over all crops and samples, [K], towards which the center moves; computed as `W mean(u)`."""
     mean_unit = jnp.mean(teacher.units, axis=(0, 1))  # [D]
     return precision.wide_einsum("kd,d->k", teacher.weights, mean_unit)
 
@@ -168,8 +168,8 @@ def mean_output(teacher: Prototypes, precision: Precision) -> jax.Array:
 def mean_direction(tokens: jax.Array) -> jax.Array:
     """Mean of `tokens / ||tokens||` over all crops and samples: [B, V, D] -> [D].
 
-    The square of its length is the mean cosine similarity of two of them, so 1 minus it is their variance: 0 where all
-    are the same, near 1 where they point everywhere.
+    Its squared norm is the mean cosine similarity of all pairs of tokens, so 1 minus it is the variance of their
+    directions: 0 if all are equal, near 1 if they are spread out.
     """
     length = jnp.linalg.norm(tokens, axis=-1, keepdims=True)
     return jnp.mean(tokens / jnp.maximum(length, 1e-12), axis=(0, 1))

@@ -1,4 +1,4 @@
-"""Multi-head attention, by cuDNN's fused kernel where there is one, else by plain products that XLA compiles."""
+"""Multi-head attention, with cuDNN's fused kernel if available, else with plain matrix products compiled by XLA."""
 
 import functools
 
@@ -12,43 +12,43 @@ from pera_jax.models.precision import Precision
 from pera_jax.parallel import sharding
 
 IMPLEMENTATIONS = ("auto", "cudnn", "xla")
-_SCORES = 128 * 2**20  # bytes of scores on one device at a time
-_FUSED_FROM = 64  # tokens; on shorter sequences plain products are up to three times as fast (H200: docs/cost.md)
+_SCORES = 128 * 2**20  # maximum bytes of attention scores on one device at a time
+_FUSED_FROM = 64  # minimum tokens; on shorter sequences plain products are up to three times as fast (H200: docs/cost.md)
 
 
 def choose(name: str, precision: Precision, head_width: int, device: jax.Device | None = None) -> str:
-    """"cudnn" or "xla" for the config's field `model.attention`; "auto" takes cuDNN where `cudnn_refusal` has no objection.
+    """"cudnn" or "xla" for the config field `model.attention`; "auto" chooses cuDNN if `cudnn_refusal` returns "".
 
     Args:
-      device: one of those that the program is for, which need not be there; None: the first of this process.
+      device: one of the devices that the program is compiled for, which may be absent; None: this process's first device.
 
     Raises:
-      UserError: cuDNN is asked for where it cannot work.
+      UserError: cuDNN is requested but not supported.
     """
     if name not in ("auto", "cudnn"):
         return name
     refusal = cudnn_refusal(precision, head_width, jax.local_devices()[0] if device is None else device)
     if name == "cudnn" and refusal:
-        raise UserError(f"model.attention=cudnn cannot run here: {refusal}; use model.attention=auto")
+        raise UserError(f"model.attention=cudnn is not supported here: {refusal}; use model.attention=auto")
     return "xla" if refusal else "cudnn"
 
 
 def cudnn_refusal(precision: Precision, head_width: int, device: jax.Device) -> str:
-    """Why cuDNN's kernel cannot run in training on a device, or "" where it can.
+    """The reason why cuDNN's kernel cannot be used for training on a device, or "" if it can.
 
-    The kernel wants an NVIDIA GPU of compute capability 8.0 or more, bfloat16 products, and heads of at most 128 values,
-    a multiple of 8. What else JAX asks of it (cuDNN itself, its version) is found out by tracing `_fused`, forward and
-    backward.
+    The kernel needs an NVIDIA GPU with compute capability 8.0 or more, bfloat16 products, and a head width of at most 128
+    that is a multiple of 8. JAX's other requirements (cuDNN itself, its version) are checked by tracing `_fused`, forward
+    and backward.
     """
     if device.platform not in ("gpu", "cuda"):
-        return f"the device is a {device.platform.upper()} and not an NVIDIA GPU"
+        return f"expected an NVIDIA GPU, got a {device.platform.upper()}"
     capability = str(getattr(device, "compute_capability", "0"))
     if not capability.split(".")[0].isdigit() or int(capability.split(".")[0]) < 8:
-        return f"{device.device_kind} has compute capability {capability}, and it needs 8.0 or more"
+        return f"expected compute capability 8.0 or more, got {capability} ({device.device_kind})"
     if not precision.half:
-        return f"it needs precision=bfloat16, and the products are {precision.compute.name}"
+        return f"expected precision=bfloat16, got {precision.compute.name}"
     if head_width % 8 or head_width > 128:
-        return f"a head has {head_width} values, and it needs a multiple of 8 up to 128"
+        return f"expected a head width that is a multiple of 8 up to 128, got {head_width}"
     like = jax.ShapeDtypeStruct((1, padded_length(3), 1, head_width), precision.compute)
     try:
         jax.eval_shape(jax.grad(lambda x: jnp.sum(_fused(x, x, x, 3), dtype=jnp.float32)), like)
@@ -58,23 +58,23 @@ def cudnn_refusal(precision: Precision, head_width: int, device: jax.Device) -> 
 
 
 def _weights(query: jax.Array, key: jax.Array, precision: Precision) -> jax.Array:
-    """softmax(query key^T / sqrt(E)) over the keys: [B, n, H, E] and [B, N, H, E] -> [B, H, n, N], wide."""
+    """softmax(query key^T / sqrt(E)) over the keys: [B, n, H, E] and [B, N, H, E] -> [B, H, n, N], in `wide`."""
     return jax.nn.softmax(precision.product("bqhe,bkhe->bhqk", query, key) * query.shape[-1] ** -0.5)
 
 
-# Recomputed in the backward pass: the arrays of tokens x tokens would be most of what a block keeps, and their first
-# product is a small part of its work.
+# Recomputed in the backward pass: the arrays of tokens x tokens would be most of a block's stored activations, and
+# computing them is a small part of its FLOPs.
 @functools.partial(jax.checkpoint, static_argnums=3)
 def _mix(query: jax.Array, key: jax.Array, value: jax.Array, precision: Precision) -> jax.Array:
-    """softmax(query key^T / sqrt(E)) value, each [B, N, H, E]; the result is wide.
+    """softmax(query key^T / sqrt(E)) value, each [B, N, H, E]; the result is in `wide`.
 
-    Not `jax.nn.dot_product_attention`: it would round float32 operands to TF32, and its softmax is never float64.
+    Not `jax.nn.dot_product_attention`, which rounds float32 operands to TF32 and never computes the softmax in float64.
     """
     return precision.product("bhqk,bkhe->bqhe", _weights(query, key, precision), value)
 
 
 def _mix_in_parts(query: jax.Array, key: jax.Array, value: jax.Array, precision: Precision) -> jax.Array:
-    """`_mix` on some crops of each device after the other, where the scores of all would take much memory."""
+    """`_mix` on a part of each device's crops at a time, if the scores of all would need too much memory."""
     crops, tokens, heads, _ = query.shape
     own, rest = divmod(crops, sharding.shards_in_use())
     size = own * heads * tokens**2 * precision.wide.itemsize
@@ -87,22 +87,21 @@ def _mix_in_parts(query: jax.Array, key: jax.Array, value: jax.Array, precision:
 
 
 def padded_length(tokens: int) -> int:
-    """The length that sequences of so many tokens have inside cuDNN's kernel: JAX differentiates only even ones."""
+    """The padded sequence length for cuDNN's kernel, which JAX can only differentiate for even lengths."""
     return tokens + tokens % 2
 
 
 def _fused(query: jax.Array, key: jax.Array, value: jax.Array, tokens: int) -> jax.Array:
-    """cuDNN's softmax(query key^T / sqrt(E)) value, [B, M, H, E] each; only the first `tokens` keys count.
+    """cuDNN's softmax(query key^T / sqrt(E)) value, [B, M, H, E] each, with keys beyond the first `tokens` masked.
 
-    Rows of the result behind these are of no use; in the backward pass nothing comes from them as long as their cotangents
-    are 0.
+    Rows of the result beyond `tokens` are undefined; they do not affect gradients as long as their cotangents are 0.
     """
     lengths = None if tokens == key.shape[1] else jnp.full(len(key), tokens, jnp.int32)  # [B]
     return jax.nn.dot_product_attention(query, key, value, key_value_seq_lengths=lengths, implementation="cudnn")
 
 
 def _fused_by_device(query: jax.Array, key: jax.Array, value: jax.Array, tokens: int) -> jax.Array:
-    """`_fused` on each device's own crops and heads: the partitioner need not know the kernel."""
+    """`_fused` on each device's own crops and heads, because the partitioner does not know the kernel."""
     fused = functools.partial(_fused, tokens=tokens)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.axis_names != sharding.AXES or mesh.size == 1:
@@ -114,10 +113,10 @@ def _fused_by_device(query: jax.Array, key: jax.Array, value: jax.Array, tokens:
 
 
 class Attention(nn.Module):
-    """Self-attention with a bias in its projections.
+    """Multi-head self-attention with biases in its projections.
 
     Attributes:
-      implementation: as `choose` returns it; "cudnn" runs cuDNN's kernel on sequences of 64 tokens or more.
+      implementation: the result of `choose`; "cudnn" uses cuDNN's kernel on sequences of 64 tokens or more.
     """
 
     heads: int
@@ -127,7 +126,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, class_weights=False):
-        """[B, N, D] -> [B, N, D]; or, with `class_weights`, what the first token takes of each: [B, H, N], wide."""
+        """[B, N, D] -> [B, N, D]; or, with `class_weights`, the first token's attention weights [B, H, N] in `wide`."""
         policy = dict(
             dtype=self.precision.compute,
             param_dtype=self.precision.wide,
@@ -137,14 +136,14 @@ class Attention(nn.Module):
         tokens, width = x.shape[1:]
         fused = self.implementation == "cudnn" and tokens >= _FUSED_FROM and not class_weights
         if fused:
-            # Before the projections, where the zeros come with the norm's result and cost no pass of their own.
+            # Before the projections, where padding fuses with the norm and needs no pass of its own.
             x = jnp.pad(x, [(0, 0), (0, padded_length(tokens) - tokens), (0, 0)])  # [B, M, D], M = N or N + 1
-        # Three, heads and head dimension are axes of the kernel, so that heads can be cut over devices.
+        # The kernel has axes for q/k/v, heads and head width, so that heads can be sharded.
         qkv = nn.DenseGeneral((3, self.heads, width // self.heads), name="qkv", **policy)(x)  # [B, N, 3, H, D/H]
         query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, N, H, D/H]
         if class_weights:
             return _weights(query[:, :1], key, self.precision)[:, :, 0]  # [B, H, N]
-        if fused:  # its softmax is float32 inside the kernel
+        if fused:  # the kernel computes its softmax in float32
             mixed = _fused_by_device(query, key, value, tokens)  # [B, M, H, D/H]
         else:
             mixed = _mix_in_parts(query, key, value, self.precision)  # [B, N, H, D/H], wide

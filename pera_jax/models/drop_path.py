@@ -1,7 +1,7 @@
-"""Drop path (stochastic depth) that saves the work it skips: a residual branch runs on a random subset of the crops.
+"""Drop path (stochastic depth) that saves compute: a residual branch runs only on a random subset of the crops.
 
-Each group of `g` crops keeps exactly `max(floor((1 - rate) g), 1)` of them. The group is a number of the config and lies
-whole on one device, so the result depends on no mesh and the gathers move nothing between devices.
+Each group of `g` crops keeps exactly `max(floor((1 - rate) g), 1)` of them. The group size is a config field, and each group
+lies on one device, so the result does not depend on the mesh and the gathers need no communication.
 """
 
 import dataclasses
@@ -16,14 +16,14 @@ import jax.numpy as jnp
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("key", "places"), meta_fields=("rate", "group"))
 @dataclasses.dataclass(frozen=True)
 class DropPath:
-    """The drop path of one pass.
+    """The drop path of one forward pass.
 
     Attributes:
       key: a PRNG key.
-      places: int32 [G], the number of each group of the pass in the whole batch. Each group draws by its own number, so
-        a batch that is worked on in parts draws what the undivided batch would.
-      rate: the share of the crops that is skipped.
-      group: crops per group.
+      places: int32 [G], the index of each group in the whole batch. Each group's draw depends on this index, so that
+        microbatches draw the same as the whole batch.
+      rate: the fraction of the crops that is skipped.
+      group: number of crops per group.
     """
 
     key: jax.Array
@@ -33,8 +33,8 @@ class DropPath:
 
 
 def kept_of(group: int, rate: float) -> int:
-    """The number of crops of a group on which the branch runs."""
-    # 0.7 * 10 is 7.000000000000001 or 6.999999999999999 by the way it is written; the product of decimals is meant.
+    """The number of crops of a group that are kept, that is, on which the branch runs."""
+    # In floating point 0.7 * 10 can be 6.999999999999999; rounding recovers the decimal product.
     return max(math.floor(round((1.0 - rate) * group, 9)), 1)
 
 
@@ -49,8 +49,8 @@ def _put(y: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
     return jnp.take_along_axis(jnp.pad(y, padding), inverse[:, :, None, None], axis=1)  # [G, k, N, D] -> [G, g, N, D]
 
 
-# The transpose of a gather is a scatter, which is slow and, sharded, not deterministic. Here the indices come from a
-# permutation, so each is the other's transpose and both directions are gathers.
+# The transpose of a gather is a scatter, which is slow and, when sharded, not deterministic. Here the indices come from a
+# permutation, so the two functions are each other's transpose and both are gathers.
 _take.defvjp(
     lambda x, order, inverse, kept: (_take(x, order, inverse, kept), (order, inverse)),
     lambda kept, indices, g: (_put(g, *indices), None, None),
@@ -62,12 +62,12 @@ _put.defvjp(
 
 
 def residual(branch: Callable[[jax.Array], jax.Array], x: jax.Array, drop_path: DropPath | None) -> jax.Array:
-    """`x + branch(x)`, the branch on a random subset of each group of crops and scaled by `group / kept`.
+    """`x + branch(x)`, with the branch applied to a random subset of each group of crops and scaled by `group / kept`.
 
     Args:
       branch: maps [n, N, D] to [n, N, D].
       x: [G g, N, D].
-      drop_path: with G places of groups of g crops; None: the branch runs on every crop.
+      drop_path: for G groups of g crops; None: the branch runs on every crop.
     """
     if drop_path is None or drop_path.rate == 0.0:
         return x + branch(x).astype(x.dtype)

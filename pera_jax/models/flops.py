@@ -1,7 +1,7 @@
-"""FLOPs of the networks' matrix products, forward, by arithmetic: 2 m n k each.
+"""FLOPs of the networks' matrix products in a forward pass, computed from their sizes: 2 m n k each.
 
-A backward pass costs twice its forward pass: `TRAINED` is for layers whose inputs need a gradient too, `TRAINED_FIRST` for
-the first layer, whose inputs are pixels.
+A backward pass costs twice the forward pass. `TRAINED` is the factor of forward and backward for layers whose inputs need a
+gradient, `TRAINED_FIRST` for the first layer, whose inputs are pixels.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ TRAINED, TRAINED_FIRST, FORWARD = 3, 2, 1
 
 
 def block(vit: Any, tokens: int) -> float:
-    """One block of a `ViT` on one crop of `tokens` tokens."""
+    """One block of a `ViT`, for one crop of `tokens` tokens."""
     width, hidden = vit.width, int(vit.width * vit.mlp_ratio)
     projections = 2 * tokens * width * (3 * width + width)  # query, key, value; output
     attention = 2 * 2 * tokens * tokens * width  # scores; mixing
@@ -18,11 +18,11 @@ def block(vit: Any, tokens: int) -> float:
 
 
 def embedding(vit: Any, patches: int) -> float:
-    """The patch projection of so many patches."""
+    """The projection of `patches` patches."""
     return 2 * patches * vit.patch**2 * vit.bands * vit.width
 
 
 def head(head: Any, width: int) -> float:
-    """A `Head` and its last layer on one token of `width` values."""
+    """A `Head` and its last layer, for one token of size `width`."""
     mlp = width * head.hidden + head.hidden**2 + head.hidden * head.bottleneck
     return 2 * (mlp + head.bottleneck * head.outputs)

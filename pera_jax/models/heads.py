@@ -1,7 +1,7 @@
-"""The projection heads: an MLP to a unit vector, then a weight-normalized linear map.
+"""Projection heads: an MLP to a unit vector, then a weight-normalized linear layer.
 
-The map itself is not applied here: losses work on the unit vector `u` and the map's matrix `W`, because most of what is
-needed of `z = W u` costs less without `z`.
+The last layer is not applied here: losses take the unit vector `u` and the matrix `W`, because most functions of `z = W u`
+are cheaper without materializing `z`.
 """
 
 import flax.linen as nn
@@ -13,7 +13,7 @@ from pera_jax.models.precision import Precision
 from pera_jax.models.vit import fan_in_uniform
 from pera_jax.parallel.sharding import constrain_batch
 
-# Of every parameter whose path ends in "head/...", see `vit.SHARDING_RULES`.
+# For every parameter whose path ends in "head/...", see `vit.SHARDING_RULES`.
 SHARDING_RULES: tuple[tuple[str, P], ...] = (
     (r"head/(hidden_\d|bottleneck)/kernel$", P("fsdp")),
     (r"head/(hidden_\d|bottleneck)/bias$", P()),
@@ -32,7 +32,7 @@ def normalize(x: jax.Array, floor: float) -> jax.Array:
 
 
 class Head(nn.Module):
-    """Linear, GELU, linear, GELU, linear, L2 normalization; holds the last layer's `direction` v and `gain` g."""
+    """Linear, GELU, linear, GELU, linear, L2 normalization; also holds the last layer's `direction` v and `gain` g."""
 
     hidden: int
     bottleneck: int
@@ -56,7 +56,7 @@ class Head(nn.Module):
                 precision=self.precision.matmul,
                 name=name,
             )(x)
-            x = constrain_batch(x)  # [..., hidden]: else the compiler may move rows instead of weights
+            x = constrain_batch(x)  # [..., hidden]; otherwise the compiler may move rows instead of weights
             if name != "bottleneck":
                 x = nn.gelu(x, approximate=False)
         shape = (self.outputs, self.bottleneck)

@@ -1,4 +1,4 @@
-"""The position embedding at another resolution: a fixed separable linear map."""
+"""Bicubic resampling of the position embedding to another grid size, as a fixed separable linear map."""
 
 import functools
 import math
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 _A = -0.75  # the bicubic kernel's parameter
-_OFFSET = 0.1  # DINO adds it to the new size, against a rounding error of the resize function it used
+_OFFSET = 0.1  # DINO adds it to the new size to avoid a rounding error in the resize function it uses
 
 
 def _kernel(distance: float) -> float:
@@ -22,19 +22,19 @@ def _kernel(distance: float) -> float:
 
 @functools.cache
 def axis_map(old: int, new: int) -> np.ndarray:
-    """The [new, old] float64 matrix of one axis: bicubic, half-pixel centres, sampling scale `old / (new + 0.1)`,
+    """The [new, old] float64 matrix of one axis: bicubic, half-pixel centers, sampling scale `old / (new + 0.1)`,
     no antialiasing, taps beyond the border clamped to the edge."""
     matrix = np.zeros((new, old))
     for row in range(new):
-        centre = (row + 0.5) * old / (new + _OFFSET) - 0.5
-        first = math.floor(centre) - 1
+        center = (row + 0.5) * old / (new + _OFFSET) - 0.5
+        first = math.floor(center) - 1
         for tap in range(first, first + 4):
-            matrix[row, min(max(tap, 0), old - 1)] += _kernel(centre - tap)
+            matrix[row, min(max(tap, 0), old - 1)] += _kernel(center - tap)
     return matrix
 
 
 def resample(grid: jax.Array, height: int, width: int) -> jax.Array:
-    """`grid` [h, w, D] -> [height, width, D]; the grid itself where the size is the same."""
+    """Resamples `grid` [h, w, D] to [height, width, D]; returns it unchanged if the size is the same."""
     if grid.shape[:2] == (height, width):
         return grid
     rows = jnp.asarray(axis_map(grid.shape[0], height), grid.dtype)

@@ -1,9 +1,9 @@
-"""The one place that says which numbers are kept in which precision.
+"""The precision policy.
 
 `wide` (float32): parameters, tokens, the residual stream, LayerNorm, softmaxes and losses.
-`compute` (bfloat16, or float32): the operands of matrix products and attention, which accumulate in float32.
-Prototype logits are divided by temperatures down to 0.02, so they leave their product in `wide`.
-float64 for both exists for tests of equality and wants `jax_enable_x64`.
+`compute` (bfloat16 or float32): operands of matrix products and attention, which accumulate in float32.
+Prototype logits are returned in `wide`, because they are divided by temperatures as low as 0.02.
+float64 for both is meant for equality tests and needs `jax_enable_x64`.
 """
 
 import dataclasses
@@ -15,14 +15,14 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """The precision policy as two dtypes. Hashable, so Flax modules take it as a field."""
+    """The precision policy as two dtypes. Hashable, so that it can be a field of Flax modules."""
 
     wide: jnp.dtype = jnp.dtype("float32")
     compute: jnp.dtype = jnp.dtype("float32")
 
     @classmethod
-    def of(cls, compute: str, wide: str = "float32") -> "Precision":
-        """`compute` is the config's field `precision`: "bfloat16", "float32" (or "float64" with `wide` too)."""
+    def from_names(cls, compute: str, wide: str = "float32") -> "Precision":
+        """From dtype names: `compute` is `config.precision`, `wide` is `config.parameter_precision`."""
         return cls(jnp.dtype(wide), jnp.dtype(compute))
 
     @property
@@ -31,27 +31,27 @@ class Precision:
 
     @property
     def matmul(self) -> jax.lax.Precision | None:
-        """Full products for wide operands: TPUs and GPUs would otherwise round float32 operands to bf16 or TF32."""
+        """Full precision for float32 operands, which TPUs and GPUs would otherwise round to bf16 or TF32."""
         return None if self.half else jax.lax.Precision.HIGHEST
 
     @property
     def norm_floor(self) -> float:
-        """The least norm that an L2 normalisation divides by."""
+        """The smallest norm by which an L2 normalization divides."""
         return 1e-6 if self.half else 1e-12
 
     def wide_einsum(self, subscripts: str, *operands: jax.Array) -> jax.Array:
-        """An einsum over `wide` operands that stays in full `wide` precision (Gram matrices, distances)."""
+        """An einsum of `wide` operands in full `wide` precision (Gram matrices, distances)."""
         return jnp.einsum(subscripts, *operands, precision=jax.lax.Precision.HIGHEST)
 
     def product(self, subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
-        """The einsum of two arrays from `compute` operands, accumulated and returned in `wide`.
+        """An einsum of two arrays, cast to `compute`, accumulated and returned in `wide`.
 
-        Its cotangent is rounded to `compute` first: else the products of the backward pass would mix both precisions.
+        Its cotangent is rounded to `compute`, so that the products of the backward pass do not mix both precisions.
         """
         return _product(subscripts, self, a.astype(self.compute), b.astype(self.compute))
 
     def logits(self, features: jax.Array, weights: jax.Array) -> jax.Array:
-        """`features` [..., D] times `weights` [K, D] -> [..., K] in `wide`, from `compute` operands."""
+        """`features` [..., D] times `weights` [K, D] -> [..., K] in `wide`; the operands are cast to `compute`."""
         return self.product("...d,kd->...k", features, weights)
 
 

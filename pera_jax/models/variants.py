@@ -1,11 +1,11 @@
-"""Sizes of vision transformers by name: `config.model.variant`."""
+"""Sizes of named vision transformers, for `config.model.variant`."""
 
 import re
 from typing import Any
 
 from pera_jax.common.errors import UserError
 
-# Width, depth, heads by name, as in "B/16": with patches of 16 px (Dosovitskiy et al., arXiv:2010.11929; Zhai et al.,
+# Width, depth, heads by name; "B/16" is "B" with patches of 16 px (Dosovitskiy et al., arXiv:2010.11929; Zhai et al.,
 # arXiv:2106.04560). "G-1024" is the large model of arXiv:2505.19447.
 VARIANTS = {
     "Ti": (192, 12, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "H": (1280, 32, 16),
@@ -14,17 +14,17 @@ VARIANTS = {
 
 
 def sizes(model: Any) -> dict[str, Any]:
-    """Width, depth, heads, patch and MLP ratio of `config.model`: those of its variant where a field is 0.
+    """Width, depth, heads, patch and MLP ratio of `config.model`; fields that are 0 come from its variant.
 
     Raises:
-      UserError: no such variant.
+      UserError: unknown variant.
     """
     found = re.fullmatch(r"(\w+)/(\d+)(-\d+)?", model["variant"])
     name = found and found[1] + (found[3] or "")
     if name not in VARIANTS or not int(found[2]):
         raise UserError(
-            f"model.variant={model['variant']!r} is not of the form NAME/PATCH with NAME one of {', '.join(VARIANTS)}; "
-            'write one like "B/16" or "G/16-1024"'
+            f"model.variant={model['variant']!r} is invalid; expected NAME/PATCH with NAME one of {', '.join(VARIANTS)}, "
+            'such as "B/16" or "G/16-1024"'
         )
     known = dict(zip(("width", "depth", "heads"), VARIANTS[name])) | {"patch": int(found[2])}
     return {field: model[field] or value for field, value in known.items()} | {"mlp_ratio": model["mlp_ratio"]}

@@ -1,8 +1,8 @@
 """The vision transformer: pre-norm, class token, learned absolute positions, two stacks of scanned blocks.
 
-Only the patches that a network may see are embedded; the learnable tokens join by concatenation between the `lower` and
-the `upper` stack (Shen et al., arXiv:2505.19447, section III-C). The stacks are stored as arrays with a leading axis of
-depth, whether they are scanned or unrolled. The only collection is `params`.
+Only visible patches are embedded; the learnable tokens are concatenated between the `lower` and the `upper` stack (Shen et
+al., arXiv:2505.19447, section III-C). Parameters of a stack have a leading depth axis, whether it is scanned or unrolled.
+The only collection is `params`.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ from pera_jax.parallel.sharding import constrain_batch, gathered
 
 _NORMAL = nn.initializers.normal(0.02)
 
-# Where each parameter lies on the mesh, and whether it is one of the "matrices" that weight decay may be limited to: by path,
-# the first match. Stacked blocks have a leading axis of depth, which is never cut.
+# The sharding of each parameter, and whether it is one of the "matrices" to which weight decay can be limited; the first
+# match by path counts. The leading depth axis of stacked blocks is never sharded.
 SHARDING_RULES: tuple[tuple[str, P], ...] = (
     (r"(lower|upper)/attention/qkv/kernel$", P(None, "fsdp", None, "tensor")),
     (r"(lower|upper)/attention/qkv/bias$", P(None, None, "tensor")),
@@ -48,14 +48,14 @@ DECAY_RULES: tuple[tuple[str, bool], ...] = (
 
 
 def fan_in_uniform(fan_in: int):
-    """Uniform in +-1/sqrt(fan_in), PyTorch's rule for layers that set no other."""
+    """Uniform in +-1/sqrt(fan_in), PyTorch's default for linear layers."""
     bound = fan_in**-0.5
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 @jax.named_scope("patchify")
 def patchify(images: jax.Array, patch: int) -> jax.Array:
-    """[B, H, W, C] -> [B, L, patch * patch * C]; patches in raster order, their values by row, column, channel."""
+    """[B, H, W, C] -> [B, L, patch * patch * C]; patches in raster order, values ordered by row, column, channel."""
     return rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=patch, q=patch)
 
 
@@ -96,9 +96,9 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, key, drop_path):
-        """`x` [B, N, D] -> the same, and a dict of what `keep` names, for the scan to stack; `key` is this block's.
+        """Maps `x` [B, N, D] to the same shape, plus a dict of the intermediate results named in `keep`.
 
-        `keep` may hold "output" [B, N, D] and "class_attention" [B, H, N], see `Attention`.
+        `keep` may contain "output" [B, N, D] and "class_attention" [B, H, N], see `Attention`. `key` is this block's key.
         """
         norm_1, norm_2 = (_layer_norm(self.precision, name) for name in ("norm_1", "norm_2"))
         attention = Attention(self.heads, self.precision, self.attention, _NORMAL, name="attention")
@@ -112,10 +112,10 @@ class Block(nn.Module):
 
 
 def _keep_input_only(apply: Callable, dtype) -> Callable:
-    """`apply(params, x, key, drop_path)` that keeps `x` for the backward pass, as `dtype`, and computes all else again.
+    """Rematerializes `apply(params, x, key, drop_path)`: only `x`, cast to `dtype`, is stored for the backward pass.
 
-    The residual stream is wide; half of its bits are half of what a deep network keeps. The forward pass does not change;
-    the gradient is taken at the rounded input, where the products round it anyway.
+    The residual stream is `wide`, so casting halves the stored activations. The forward pass does not change; the gradient
+    is taken at the rounded input, which the matrix products round anyway.
     """
 
     @jax.custom_vjp
@@ -127,7 +127,7 @@ def _keep_input_only(apply: Callable, dtype) -> Callable:
 
     def backward(kept, gradient):
         params, x, like, key, drop_path = kept
-        # Else the compiler may find the forward pass's values again and keep them.
+        # Otherwise the compiler could reuse values of the forward pass and store them.
         params, x, gradient = jax.lax.optimization_barrier((params, x, gradient))
         _, pull = jax.vjp(lambda params, x: apply(params, x, key, drop_path), params, x.astype(like.dtype))
         return (*pull(gradient), None, None)
@@ -140,12 +140,12 @@ class ViT(nn.Module):
     """A vision transformer over any subset of an image's patches.
 
     Attributes:
-      image_size: side in pixels of the crops that the position embedding was made for.
-      bands: channels of an image.
-      split: blocks in the `lower` stack; the learnable tokens join after it.
+      image_size: side in px of the images for which the position embedding is defined.
+      bands: number of image channels.
+      split: number of blocks in the `lower` stack, after which the learnable tokens join.
       scan: compile one block and loop over it, else unroll (same parameters).
-      remat: what a block keeps for the backward pass: everything ("none"), its input and what its four linear maps give
-        ("dots"), its input only, in the products' precision ("block").
+      remat: what a block stores for the backward pass: everything ("none"), its input and the outputs of its four linear
+        layers ("dots"), or only its input in `compute` precision ("block").
       attention: "xla" or "cudnn", see `attention.choose`.
     """
 
@@ -188,21 +188,21 @@ class ViT(nn.Module):
         sizes = (self.heads, self.mlp_ratio, self.precision, self.attention, keep)
         keys = None if drop_path is None else jax.random.split(jax.random.fold_in(drop_path.key, stream), length)
         if self.is_initializing():
-            born = nn.scan(
+            initial = nn.scan(
                 Block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast), length=length
             )
-            return born(*sizes, name=name)(x, keys, drop_path)
+            return initial(*sizes, name=name)(x, keys, drop_path)
 
         def apply(params, x, key, drop_path):
             params = gathered(params, name, self.precision.compute, SHARDING_RULES)
             return Block(*sizes, parent=None).apply({"params": params}, x, key, drop_path)
 
-        if self.remat == "dots":  # the gathered parameters are not kept, neither here nor below
+        if self.remat == "dots":  # gathered parameters are not stored, neither here nor below
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             apply = jax.checkpoint(apply, prevent_cse=not self.scan, policy=policy)
         elif self.remat == "block":
             apply = _keep_input_only(apply, self.precision.compute)
-        # Pure functions from here on: a lifted scan could keep a block's input only as it is.
+        # Pure functions from here on: Flax's lifted scan could not cast the stored inputs.
         stacked = (self.variables["params"][name], keys)
         body = lambda x, part: apply(part[0], x, part[1], drop_path)  # noqa: E731
         return jax.lax.scan(body, x, stacked, length, unroll=1 if self.scan else length)
@@ -212,26 +212,26 @@ class ViT(nn.Module):
         """Encodes the `visible` patches of `images` and, from mid depth on, the `learnable` ones.
 
         Args:
-          images: [B, H, W, C] normalised, H and W multiples of `patch`.
-          visible: [B, n] int patch indices, or None: all patches in raster order.
+          images: [B, H, W, C] normalized, H and W multiples of `patch`.
+          visible: [B, n] int patch indices; None: all patches in raster order.
           learnable: [B, m] int patch indices, or None.
-          mask_token: [D], the vector from which learnable tokens start; with `learnable`.
-          drop_path: a `DropPath`, or None: every block runs on every crop.
+          mask_token: [D], the initial learnable token, to which positions are added; required with `learnable`.
+          drop_path: a `DropPath`; None: every block runs on every crop.
           blocks: also return the outputs of this many last blocks.
-          class_attention: also return how the class token attends in the last block.
+          class_attention: also return the attention of the class token in the last block.
 
         Returns:
-          A dict of `wide` arrays after the final norm: `class_token` [B, D], `patch_tokens` [B, n, D], with `learnable`
-          also `learnable_tokens` [B, m, D], with `blocks` also `blocks`, a list of [B, 1 + n, D], the last block last;
-          with `class_attention` also that, [B, heads, 1 + n (+ m)]: softmax weights, which add up to 1 over the tokens.
+          A dict of `wide` arrays after the final norm: `class_token` [B, D] and `patch_tokens` [B, n, D]; with `learnable`
+          also `learnable_tokens` [B, m, D]; with `blocks` also `blocks`, a list of [B, 1 + n, D], the last block last;
+          with `class_attention` also `class_attention` [B, heads, 1 + n (+ m)], softmax weights that sum to 1.
         """
         wide = self.precision.wide
         position = self.positions(images.shape[1] // self.patch, images.shape[2] // self.patch)  # [1 + L, D]
         patches = patchify(images, self.patch)  # [B, L, p p C]
         chosen = position[1:]  # [L, D]
-        if visible is not None:  # gather before embedding: what is not seen is never embedded
+        if visible is not None:  # gather before embedding, so that invisible patches are never embedded
             patches = jnp.take_along_axis(patches, visible[:, :, None], axis=1)  # [B, n, p p C]
-            chosen = jnp.take(chosen, visible, axis=0)  # [B, n, D]
+            chosen = jnp.take(chosen, visible, axis=0)  # [B, n, D], positions of the visible patches
         tokens = self.patch_projection(patches).astype(wide) + chosen  # [B, n, D]
         first = jnp.broadcast_to(self.class_token + position[0], (len(images), 1, self.width))  # [B, 1, D]
         x = constrain_batch(jnp.concatenate([first, tokens], axis=1))  # [B, 1 + n, D]
@@ -257,7 +257,7 @@ class ViT(nn.Module):
 
 
 def description(model: ViT) -> dict[str, Any]:
-    """What `build` needs to make the same network again, as JSON."""
+    """The arguments with which `build` recreates the network, as JSON types."""
     names = ("width", "depth", "heads", "patch", "image_size", "bands", "split", "mlp_ratio")
     return {name: getattr(model, name) for name in names}
 
@@ -266,34 +266,36 @@ def build(
     shape: dict[str, Any], precision: Precision = Precision(), scan: bool = True, remat: str = "none",
     attention: str = "auto", device: jax.Device | None = None,
 ) -> ViT:
-    """A `ViT` from its `description`; `attention` as the config's field and `device`, see `attention.choose`.
+    """Builds a `ViT` from its `description`; for `attention` and `device` see `attention.choose`.
 
     Raises:
-      UserError: sizes that do not divide, or no block on one side of the split.
+      UserError: sizes that are not divisible, or a stack without blocks.
     """
     if shape["width"] % shape["heads"]:
-        raise UserError(f"model.width={shape['width']} is not a multiple of model.heads={shape['heads']}")
+        raise UserError(
+            f"model.width={shape['width']} is not a multiple of model.heads={shape['heads']}; change one of them"
+        )
     if shape["image_size"] % shape["patch"]:
         raise UserError(
             f"crops.global_size={shape['image_size']} is not a multiple of model.patch={shape['patch']}; "
-            "choose a crop size that the patch divides"
+            f"choose a multiple of {shape['patch']}"
         )
     if not 0 < shape["split"] < shape["depth"]:
-        raise UserError(f"model.depth={shape['depth']} must be at least 2: the learnable tokens join between two halves")
+        raise UserError(f"model.depth={shape['depth']} must be >= 2, because the learnable tokens join at mid depth")
     implementation = choose(attention, precision, shape["width"] // shape["heads"], device)
     return ViT(**shape, scan=scan, remat=remat, attention=implementation, precision=precision)
 
 
 def from_config(config: Any, bands: int, device: jax.Device | None = None) -> ViT:
-    """The vision transformer of a config, for images of so many bands and the size of its global crops.
+    """Builds the vision transformer of a config, for images with `bands` bands and the size of its global crops.
 
     Args:
-      device: one of those that it will run on, see `attention.choose`.
+      device: one of the devices that it will run on, see `attention.choose`.
 
     Raises:
-      UserError: as `build`.
+      UserError: as in `build`.
     """
     model, shape = config.model, sizes(config.model)
     shape |= {"image_size": config.crops.global_size, "bands": bands, "split": shape["depth"] // 2}
-    precision = Precision.of(config.precision, config.parameter_precision)
+    precision = Precision.from_names(config.precision, config.parameter_precision)
     return build(shape, precision, model.scan, model.remat, model.attention, device)

@@ -16,7 +16,7 @@ from pera_jax.models.precision import Precision
 from pera_jax.objectives.pera import objective as pera
 from pera_jax.parallel import sharding
 
-BF16 = Precision.of("bfloat16")
+BF16 = Precision.from_names("bfloat16")
 PUBLISHED = ("pera_vitb16", "pera_vitg16_1024", "aid_small", "demo")
 # Lengths that the published crops give (class token, visible patches, learnable ones), and the shortest.
 LENGTHS = (1, 8, 15, 158, 315)
@@ -60,11 +60,11 @@ def test_auto_says_why_it_does_not_take_cudnn(monkeypatch):
     gpu_rules.in_force(monkeypatch)
     assert refusal(BF16) == "" and attention.choose("auto", BF16, 64, gpu_rules.H100) == "cudnn"
     assert "precision=bfloat16" in refusal(Precision())
-    assert "12 values" in refusal(BF16, head_width=12) and "256 values" in refusal(BF16, head_width=256)
+    assert "got 12" in refusal(BF16, head_width=12) and "got 256" in refusal(BF16, head_width=256)
     assert "7.0" in refusal(BF16, device=gpu_rules.Device(compute_capability="7.0"))
     assert "CPU" in refusal(BF16, device=jax.devices()[0])
     assert attention.choose("auto", Precision(), 64, gpu_rules.H100) == "xla"
-    with pytest.raises(UserError, match="cannot run here: it needs precision=bfloat16"):
+    with pytest.raises(UserError, match="is not supported here: expected precision=bfloat16"):
         attention.choose("cudnn", Precision(), 64, gpu_rules.H100)
 
 
@@ -91,7 +91,7 @@ def kernel(query, key, value, key_value_seq_lengths=None, implementation=None):
 
 def block_and_gradients(implementation, heads, x, mesh=None):
     """One block's output on x [B, N, D], and the gradients of its parameters and of x."""
-    wide = Precision.of("float64", "float64")
+    wide = Precision.from_names("float64", "float64")
     block = vit.Block(heads, 4.0, wide, implementation)
     params = vit.Block(heads, 4.0, wide, "xla").init(jax.random.key(0), x, None, None)
     params = jax.tree.map(lambda p: p + 0.3 * jax.random.normal(jax.random.key(1), p.shape, p.dtype), params)

@@ -14,7 +14,7 @@ from pera_jax.models import attention, heads, positions, vit
 from pera_jax.models.precision import Precision
 from pera_jax.parallel import sharding
 
-F64 = Precision.of("float64", "float64")
+F64 = Precision.from_names("float64", "float64")
 DEPTH, SPLIT, PATCH, SIDE = 4, 2, 4, 4  # SIDE in patches
 
 

@@ -136,7 +136,7 @@ def test_parameters_teacher_and_optimizer_are_float32(traced):
 
 
 def test_prototype_logits_accumulate_in_float32():
-    policy = Precision.of("bfloat16")
+    policy = Precision.from_names("bfloat16")
     rng = np.random.default_rng(0)
     u, w = np.float32(rng.normal(size=(5, 384))), np.float32(rng.normal(size=(40, 384)))
     logits, pull = jax.vjp(policy.logits, u, w)

@@ -13,7 +13,7 @@ from pera_jax.losses.prototypes import Prototypes
 from pera_jax.models.precision import Precision
 from pera_jax.models.vit import patchify
 
-F64 = Precision.of("float64", "float64")
+F64 = Precision.from_names("float64", "float64")
 B, V, K, D = 6, 3, 10, 4
 GROUPS = (1, 2, 3, 6)
 
