@@ -2,12 +2,12 @@
 
     python -m pera_jax.train --config aid_small --config.data.path=shards/aid --workdir runs/aid
 
-One jitted step of the objective that the config names, over a mesh. Re-run the same command and it resumes, bit for bit, from the newest checkpoint of the workdir; `resume` says which fields of
-the config may change meanwhile. One process trains in a workdir: a second one is refused. SIGTERM and SIGINT save and end
-with status 0; `errors` lists the others.
+Runs the jitted step of the config's objective over a mesh. Re-run the same command to resume, bit for bit, from the newest
+checkpoint of the workdir; `pera_jax.training.resume` lists the config fields that may change. Only one process can train in a
+workdir. SIGTERM and SIGINT save a checkpoint and exit with status 0; `pera_jax.common.errors` lists the other statuses.
 
-Several hosts run the same command. On SLURM and TPU pods they find each other; elsewhere each is told, as in
-`--coordinator host0:8476 --num_processes 4 --process_id 0`. SIGTERM to one saves and ends all.
+With several hosts, run the same command on each. They find each other on SLURM and TPU pods; elsewhere pass flags such as
+`--coordinator host0:8476 --num_processes 4 --process_id 0`. SIGTERM to any host saves a checkpoint and stops all of them.
 """
 
 import contextlib
@@ -114,7 +114,7 @@ def _train(config, workdir, profile, allow_config_change, stop, stack: contextli
     }
     for name, value in every.items():
         if value < 1:
-            raise UserError(f"the interval of {name} is zero steps; write at least \"1 steps\"")
+            raise UserError(f"the interval of {name} must be at least \"1 steps\", got 0 steps")
     schedule = schedules.scalars(
         config, objectives.method(config.objective).schedules(), steps_per_epoch=steps_per_epoch, total_steps=total
     )
@@ -212,7 +212,7 @@ def _train(config, workdir, profile, allow_config_change, stop, stack: contextli
 
 
 def _earlier(config, workdir: str) -> dict | None:
-    """The `meta` of the newest checkpoint that can be read of the run to go on with; None for a new run."""
+    """The `meta` of the newest readable checkpoint of the run being resumed; None for a new run."""
     for run in filter(None, (workdir, config.resume_from)):
         for step in reversed(checkpoint.saved_steps(run)):
             with contextlib.suppress(checkpoint.Damaged, checkpoint.Removed):
@@ -222,10 +222,10 @@ def _earlier(config, workdir: str) -> dict | None:
 
 
 def _first_state(config, workdir, meta, objective, optimizer, abstract, mesh, data, allow_config_change):
-    """The state to begin with, the position in the data, and what has changed since, by the order of start-up.
+    """The initial state, from the workdir, `resume_from`, `init_from` or scratch, in this order.
 
     Returns:
-      (state, position, changes); changes: None for a run that begins.
+      (state, data position, changes of the config); changes is None for a new run.
     """
     own = checkpoint.saved_steps(workdir)
     distributed.check_equal(
@@ -255,7 +255,7 @@ def _first_state(config, workdir, meta, objective, optimizer, abstract, mesh, da
             state, position = found
             batches, images = resume.place_in_stream(position, before["config"]["batch_size"], config.batch_size)
             return state, position | {"batches": batches, "images": images}, changes
-        raise UserError(f"no checkpoint of {run} can be read; the newest: {damaged[0][1]}")
+        raise UserError(f"none of the checkpoints of {run} can be read; the newest one: {damaged[0][1]}")
     state = steps.init_sharded(objective, optimizer, mesh, config.seed)
     if config.init_from:
         state = warm_start.with_weights(state, config.init_from, objective)
@@ -265,21 +265,21 @@ def _first_state(config, workdir, meta, objective, optimizer, abstract, mesh, da
 
 def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
     """The command's flags; not at import, which would give them to every program that imports this module."""
-    DEFINE_config_file("config", None, "a name, as demo or demo:smoke, a file of your own, or RUN/config.json", flag_values=into)
-    flags.DEFINE_string("workdir", None, "for checkpoints, metrics, config.json; resumed when not empty", flag_values=into)
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where several hosts are told", flag_values=into)
-    flags.DEFINE_integer("num_processes", None, "processes in all, where several hosts are told", flag_values=into)
-    flags.DEFINE_integer("process_id", None, "this process's number, from 0, where several hosts are told", flag_values=into)
-    flags.DEFINE_integer("join_seconds", cluster.JOIN_SECONDS, "to wait for all hosts at the start", flag_values=into)
-    allow = "go on with a run under another total, batch_size, schedules, ...; see pera_jax/training/resume.py"
+    DEFINE_config_file("config", None, "a name such as demo or demo:smoke, your own file, or RUN/config.json", flag_values=into)
+    flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics and config.json; an existing run in it is resumed", flag_values=into)
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if SLURM or TPU detection does not apply", flag_values=into)
+    flags.DEFINE_integer("num_processes", None, "total number of processes, as --coordinator", flag_values=into)
+    flags.DEFINE_integer("process_id", None, "index of this process from 0, as --coordinator", flag_values=into)
+    flags.DEFINE_integer("join_seconds", cluster.JOIN_SECONDS, "how long to wait for all hosts at startup", flag_values=into)
+    allow = "resume with another total, batch_size, schedules, ...; see pera_jax/training/resume.py"
     flags.DEFINE_bool("allow_config_change", False, allow, flag_values=into)
-    flags.DEFINE_string("profile", None, "FIRST:LAST, steps of which a trace is written to WORKDIR/profile", flag_values=into)
+    flags.DEFINE_string("profile", None, "FIRST:LAST, the steps to trace into WORKDIR/profile", flag_values=into)
 
 
 def main(argv, stop: interrupts.StopSignal):
     given = flags.FLAGS
     if argv[1:]:
-        raise UserError(f"{several(argv[1:])} is no option; every option begins with --, as in --workdir runs/NAME")
+        raise UserError(f"unexpected argument {several(argv[1:])}; every option starts with --, as in --workdir runs/NAME")
     opening.show_device_warnings()
     # Orbax logs each step of a save, and tracebacks of what it raises as well; progress and one sentence are enough.
     logging.set_verbosity(logging.FATAL)

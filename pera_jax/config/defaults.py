@@ -1,7 +1,7 @@
 """Every field of a config with its default, and `:smoke`.
 
-A file of `configs/` starts from `default()` and says what differs; a name that is not here is refused. Fields of one method
-only live in `config.<method>`. Durations are strings with their unit: "20 epochs", "1500 steps", "96000 examples", "10 percent".
+A config file starts from `default()` and sets what differs; unknown fields are refused. Fields of a single method are in
+`config.<method>`. Durations are strings with a unit: "20 epochs", "1500 steps", "96000 examples", "10 percent".
 """
 
 from ml_collections import ConfigDict
@@ -11,7 +11,7 @@ from pera_jax.common.errors import UserError
 
 
 def default(objective: str = "pera") -> ConfigDict:
-    """The config of a method with its published defaults; for "pera" the ViT-B/16 of arXiv:2505.19447, section IV-A.
+    """The default config of a method; for "pera", the published ViT-B/16 of arXiv:2505.19447, section IV-A.
 
     Args:
       objective: one of `objectives.METHODS`, or the name of a module of one's own.
@@ -26,9 +26,9 @@ def default(objective: str = "pera") -> ConfigDict:
             seed=0,
             total="200 epochs",
             batch_size=1024,  # global: all devices of all hosts
-            accumulate=1,  # microbatches per batch, one after the other: memory of one, result of the whole
+            accumulate=1,  # number of microbatches per batch, processed one after the other to save memory
             precision="bfloat16",  # of matrix products: bfloat16 or float32
-            parameter_precision="float32",  # of everything else; float64 only with jax_enable_x64
+            parameter_precision="float32",  # of everything else; float64 needs jax_enable_x64
             # Weights to start from when the workdir holds no checkpoint: a run to resume (its state, optimizer and step), or
             # one whose weights only are taken, which may be an import of `pera_jax.export`. A folder of a run, "" for none.
             resume_from="",
@@ -107,7 +107,7 @@ def default(objective: str = "pera") -> ConfigDict:
 
 
 def smoke(config: ConfigDict) -> ConfigDict:
-    """The same config shrunk to run in seconds on a laptop: same code paths, tiny sizes."""
+    """Shrinks a config to run in seconds on a laptop: the same code paths with tiny sizes."""
     config.name += "_smoke"
     config.total = "4 steps"
     config.batch_size = 16
@@ -124,7 +124,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
 
 
 def limit_groups(config: ConfigDict, images: int) -> None:
-    """Makes groups of images, of drop path and of the objective's terms, no larger than `images`."""
+    """Limits the group sizes of drop path and of the objective's loss terms to `images`."""
     config.drop_path.group = min(config.drop_path.group, images)
     objectives.method(config.objective).limit_groups(config, images)
 

@@ -1,6 +1,6 @@
-"""Fields of configs that have another name now: for the checkpoints of earlier versions, and for who writes the old name.
+"""Renamed config fields, so that earlier checkpoints load and old names on the command line still work.
 
-Up to format version 3 of the checkpoints the fields of PerA stood beside the common ones.
+Up to checkpoint format version 3, the fields of PerA were not in a group of their own.
 """
 
 from collections.abc import Iterator
@@ -21,11 +21,11 @@ RENAMED = {
     "schedules.student_temperature": "pera.student_temperature",
     "init_center_batches": "pera.center_batches",
 }
-"""Old name: new name. Of a group of fields all that lie below it."""
+"""Old name -> new name; for a group, applies to all fields in it."""
 
 
 def new_name(field: str) -> str | None:
-    """The name that the field "a.b.c" has now; None where it is none of the old ones."""
+    """The current name of the field "a.b.c"; None if it was not renamed."""
     for old, new in RENAMED.items():
         if field == old or field.startswith(f"{old}."):
             return new + field[len(old) :]
@@ -33,7 +33,7 @@ def new_name(field: str) -> str | None:
 
 
 def migrated(config: dict[str, Any]) -> dict[str, Any]:
-    """A config out of JSON with the present names; one that has them already is returned as it is."""
+    """Converts a config from JSON to the current names; returns it unchanged if it has no old ones."""
     if not any(old.split(".")[0] in config for old in ("optimiser", "stochastic_depth", "views", "heads")):
         return config
     result: dict[str, Any] = {}
@@ -47,7 +47,7 @@ def migrated(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The fields of nested dicts that are no dicts themselves, by their dotted names."""
+    """The leaves of nested dicts, as (dotted name, value)."""
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from leaves(value, f"{prefix}{name}.")

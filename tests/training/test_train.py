@@ -283,6 +283,6 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(finish
 
     for step in (2, 4):
         spoil(workdir / "checkpoints" / str(step))
-    with pytest.raises(UserError, match=f"no checkpoint of {workdir} can be read; the newest: .*checkpoints/4 cannot"):
+    with pytest.raises(UserError, match=f"none of the checkpoints of {workdir} can be read; the newest one: .*checkpoints/4 cannot"):
         train.train(smoke("demo", data), str(workdir))
     assert checkpoint.saved_steps(workdir) == [2, 4]
