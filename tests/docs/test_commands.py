@@ -328,13 +328,16 @@ def test_python(block, here):
     code = compile(block.text, f"{block.page.name}:{block.line}", "exec")
     if any(importlib.util.find_spec(name) is None for name in re.findall(r"^(?:import|from) (\w+)", block.text, re.M)):
         pytest.skip("a package that it imports is not installed; it is compiled only")
-    train = pera_jax.train.train
+    train, probe = pera_jax.train.train, pera_jax.probe.probe
 
     def short(config, workdir, *, data, changes=()):
         train(small(configs.load(config)), workdir, data=data, changes=dict(changes) | {"total": "3 steps"})
 
+    def few(run, tasks, **options):
+        return probe(run, tasks, **options | ({"image_size": 32} if "image_size" in options else {}))
+
     names = {"images": np.zeros((2, 128, 128, 3), np.uint8), "image": np.zeros((150, 150, 3), np.uint8)}
-    with mock.patch.object(pera_jax, "train", short, create=True):
+    with mock.patch.multiple(pera_jax, train=short, probe=few, create=True):
         exec(code, names)
     if "get_config" in names:
         configs.check(names["get_config"]("smoke"), 1, 1, 1)
