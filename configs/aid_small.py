@@ -1,13 +1,13 @@
-"""Half an hour on 2 CPU cores: a small ViT on a few thousand scenes of about 150 px (AID, 30 classes, 4,800 images).
+"""Half an hour on two CPU cores: a small ViT on some thousand scenes of about 150 px (AID, 30 classes, 4,800 images).
 
-Command:  python -m pera_jax.train --config configs/aid_small.py --config.data.path=shards/aid --workdir runs/aid
+Command:  pera-jax train --config aid_small --config.data.path=shards/aid --workdir runs/aid
 Cost:     128,000 images; 3,600 CPU-seconds on cores that reach 35 GFLOP/s in a float32 matrix product.
-Reached:  see the README's table. Judge it with `pera_jax.probe --image-size 128`: the crops show a scene larger than
-          whole images at the crops' size do, and small patches take the finer grid well.
+Reached:  docs/evaluate.md, "Half an hour on two cores". Probe it with `--image-size 128`: the crops show a scene at a larger
+          scale than whole images at the crop size, and small patches profit from the finer grid.
 
-What was tried on held-out images of the training split, with a quarter of this length: patches of 8 px on crops of 64
-beat patches of 16 on crops of 96 by 8 points of kNN at equal cost; a batch of 32 with twice the steps beat 64; a peak
-rate of 2.5e-3 lost 4 points.
+Alternatives were compared on held-out images of the training split, with a quarter of this length: patches of 8 px on crops
+of 64 px beat patches of 16 px on crops of 96 px by 8 points of kNN at equal cost; a batch of 32 with twice the steps beat
+64; a peak learning rate of 2.5e-3 lost 4 points.
 """
 
 from pera_jax import config as configs

@@ -1,8 +1,8 @@
-"""The demo: a small ViT on a few procedural scenes, minutes on 2 CPU cores. `make demo` runs it.
+"""The demo: a small ViT on a few procedural scenes, minutes on two CPU cores. `make demo` runs it.
 
-Command:  python -m pera_jax.train --config configs/demo.py --workdir demo/run
-Cost:     2 to 3 minutes on 2 cores.
-Reached:  see the README.
+Command:  pera-jax train --config demo --workdir demo/run
+Cost:     2 to 3 minutes on two cores.
+Reached:  docs/evaluate.md, "The demo".
 """
 
 from pera_jax import config as configs

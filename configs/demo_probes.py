@@ -1,7 +1,7 @@
-"""What the demo's features are judged on: its scenes' classes, land cover in patchworks of them, and what was built.
+"""The probes of the demo: classes of its scenes, land cover in patchworks of them, and new buildings between two dates.
 
-Command:  python -m pera_jax.probe --run demo/run --config configs/demo_probes.py      (`make demo` runs it)
-Cost:     see the README.
+Command:  pera-jax probe --run demo/run --config demo_probes      (`make demo` runs it)
+Reached:  docs/evaluate.md, "The demo".
 """
 
 from ml_collections import ConfigDict

@@ -1,12 +1,12 @@
 """PerA ViT-B/16 as published (Shen et al., arXiv:2505.19447): 5 million overhead images, 200 epochs.
 
-Command:  python -m pera_jax.train --config configs/pera_vitb16.py --config.data.path=SHARDS --workdir runs/vitb16
-Cost:     86 M parameters in the backbone; 20 % + 20 % + 60 % of the patches of 2 crops of 448 px and 8 of 96 px an image.
-Reached:  not run here at full length.
+Command:  pera-jax train --config pera_vitb16 --config.data.path=SHARDS --workdir runs/vitb16
+Cost:     86 M parameters in the backbone; 425 GFLOP per image (docs/cost.md).
+Reached:  not trained to the end here.
 
-Of the paper's numbers only the batch per GPU (16) is given; the learning rate is not scaled with the global batch, so
-the global batch is a field of its own. Nearest neighbours (KoLeo) and drop path work on groups of 16 images, one
-GPU's batch there, whatever the mesh is here.
+The paper gives the batch per GPU (16) but not the number of GPUs; the learning rate is not scaled with the global batch,
+which is therefore a field of its own. KoLeo and drop path work on groups of 16 images, one GPU's batch in the paper,
+whatever the mesh is here.
 """
 
 from pera_jax import config as configs

@@ -1,10 +1,11 @@
 """PerA ViT-G/16-1024, the paper's large model (Shen et al., arXiv:2505.19447): width 1024, 40 blocks.
 
-Command:  python -m pera_jax.train --config configs/pera_vitg16_1024.py --config.data.path=SHARDS --workdir runs/vitg16
-Cost:     505 M parameters in the backbone; parameters and optimiser are cut over the devices (`mesh.fsdp`).
-Reached:  not run here at full length.
+Command:  pera-jax train --config pera_vitg16_1024 --config.data.path=SHARDS --workdir runs/vitg16
+Cost:     505 M parameters in the backbone; parameters and optimizer state are sharded over the devices (`mesh.fsdp`);
+          docs/pods.md has memory and chip-hours.
+Reached:  not trained to the end here.
 
-Differs from ViT-B/16 in the sizes, the teacher's momentum and its temperature.
+Differs from ViT-B/16 in its sizes and in the teacher's momentum and temperature.
 """
 
 from pera_jax import config as configs

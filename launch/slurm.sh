@@ -2,10 +2,10 @@
 # Pre-training on several nodes under SLURM: sbatch launch/slurm.sh configs/pera_vitb16.py /data/shards runs/vitb16
 #
 # One task per node holds all of its GPUs; the tasks find each other by SLURM's own variables. Ten minutes before the
-# time is up SLURM sends SIGTERM: all nodes save at the same step, end with status 0, and the job queues itself again, to
-# go on from the newest checkpoint. What else is tried again, by the statuses that pera_jax/common/errors.py lists: a node or a
-# machine that failed, a step that hung (config.stall_seconds) and a crash, as long as starts get on to new checkpoints.
-# Wrong input, a loss that is not finite, a full disk and Ctrl-C need a person: the job ends.
+# limit SLURM sends SIGTERM: all nodes save at the same step and end with status 0, and the job requeues itself and resumes
+# from the newest checkpoint. It also requeues, by the exit statuses in pera_jax/common/errors.py, when a node or a machine
+# failed, a step stalled (config.stall_seconds) or the program crashed, as long as restarts reach new checkpoints. Wrong input,
+# a loss that is not finite, a full disk and Ctrl-C end the job.
 #SBATCH --job-name=pera
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=1

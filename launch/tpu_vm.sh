@@ -3,8 +3,8 @@
 #
 #   launch/tpu_vm.sh NAME ZONE configs/pera_vitg16_1024.py /mnt/data/shards /mnt/data/runs/vitg16
 #
-# The hosts find each other by themselves. Shards and the run's folder lie on a mount that every host has (Filestore, or
-# a bucket by gcsfuse). Run it again after a preemption: it goes on from the newest checkpoint.
+# The hosts find each other. The shards and the workdir are on a mount that all hosts share (Filestore, or a bucket through
+# gcsfuse). Run it again after a preemption to resume from the newest checkpoint.
 set -euo pipefail
 
 name=${1:?usage: launch/tpu_vm.sh NAME ZONE CONFIG SHARDS WORKDIR [--config.FIELD=VALUE ...]}
