@@ -112,7 +112,7 @@ def start(folder: pathlib.Path) -> dict[str, float]:
     began = time.perf_counter()
     source = records.open_split(folder, "train")
     opened = time.perf_counter()
-    stream = pipeline.make_pipeline(Mixture.of(source), crops, batch_size=64, seed=0)
+    stream = pipeline.make_pipeline(Mixture.from_source(source), crops, batch_size=64, seed=0)
     next(stream)
     ended = time.perf_counter()
     stream.close()

@@ -30,6 +30,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from pera_jax import config as configs  # noqa: E402
 from pera_jax.common import errors, files
 from pera_jax.common.errors import UserError  # noqa: E402
+from pera_jax.common.text import first_line  # noqa: E402
 from pera_jax.cost import flops
 from pera_jax.cost.program import Program, memory_of  # noqa: E402
 from pera_jax.models import attention  # noqa: E402
@@ -203,7 +204,7 @@ class Table:
             seconds = self.run(row)
         except jax.errors.JaxRuntimeError as error:
             self.state = self.prototypes = None
-            return result | {"failed": str(error).splitlines()[0][:160]}
+            return result | {"failed": first_line(error)}
         program, compiled = self.programs[row], self.compiled[row]
         chip = chips.chip_of(jax.devices()[0].device_kind)
         work = sum(flops.per_image(program.objective).values()) * batch

@@ -131,7 +131,7 @@ def time_pipeline(
     batch_size = min(batch_size, len(source))
     batches, warm_up = max(images // batch_size, 1), 4 * max(workers, 1)
     load, began = os.getloadavg()[0], _cpu()
-    stream = pipeline.make_pipeline(Mixture.of(source), crops, batch_size=batch_size, seed=0, workers=workers)
+    stream = pipeline.make_pipeline(Mixture.from_source(source), crops, batch_size=batch_size, seed=0, workers=workers)
     for _ in range(warm_up):
         next(stream)
     started, clock = _cpu(), time.perf_counter()

@@ -1,17 +1,17 @@
-"""Runs a conversion as an Apache Beam pipeline: on this machine, or on Dataflow, Flink or Spark.
+"""Runs a conversion as an Apache Beam pipeline, on this machine or on Dataflow, Flink or Spark.
 
     python -m data_prep.beam images --input aid/train --output shards/aid --split train -- --runner=DirectRunner
     python -m data_prep.beam tfds --dataset /mnt/tfds/eurosat/rgb/2.0.0 --output /mnt/shards/eurosat --split train \\
         -- --runner=FlinkRunner --flink_master=HOST:8081 --environment_type=DOCKER --environment_config=IMAGE
 
-First the command (images, scenes or tfds) and its own options, as in `python -m data_prep.COMMAND`; after -- those of
-Beam. The data set folder is the same, byte for byte, as without Beam; one command may finish what the other began.
+First the command (images, scenes or tfds) with its options, as in `python -m data_prep.COMMAND`; after -- the options of
+Beam. The dataset folder is the same byte for byte as without Beam, and either command can resume the other.
 
-* Inputs and --output lie on a mount that this machine and all workers see under the same path (NFS, Filestore, a bucket
-  through gcsfuse): workers write shards there themselves.
-* Of a compressed tar each shard is read from the beginning: unpack it, or make it a plain tar or zip.
-* Workers need this package and its requirements: an image made from requirements-beam.txt and this checkout.
-* The same bytes take the same encoders: what has to be stored anew is written by Pillow, whose versions may differ.
+* Inputs and --output must be on a mount that this machine and all workers see under the same path (NFS, Filestore, a
+  bucket with gcsfuse), since workers write shards directly.
+* A compressed tar is read from the start for each shard: unpack it, or convert it to a plain tar or zip.
+* Workers need this package and its requirements, for example a container image with requirements-beam.txt and this checkout.
+* Equal bytes require equal encoders: changed images are encoded by Pillow, whose versions may differ.
   Pillow 12.3 (requirements-beam.txt) and 13.0 (requirements.txt) write the same bytes; `make test-beam` compares them.
 """
 
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("command", choices=COMMANDS)
     command = parser.parse_args(own[:1]).command
     if any(option.split("=")[0] == "--workers" for option in own):
-        raise UserError("--workers is for local processes; give the runner's own option after --")
+        raise UserError("--workers only applies to local processes; pass the option of the runner after --")
     beam_jobs.check_installed()
     driver = functools.partial(beam_jobs.run_jobs, options=options)
     importlib.import_module(f"data_prep.{command}").main(own[1:], driver=driver)

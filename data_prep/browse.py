@@ -1,12 +1,11 @@
-"""Shows a data set folder on one page of HTML that has everything in it.
+"""Writes a self-contained HTML page that shows a dataset folder.
 
     python -m data_prep.browse shards/aid --output aid.html
     python -m data_prep.browse shards/sentinel2 --output sentinel2.html --bands nir,red,green --images 96
 
-The page: what the data set is; and of each split a sample of its images, classes and sizes counted, where and when the
-tiles of scenes were taken, the statistics of each band with their histograms, and the report of the conversion. It
-needs no network and holds no script. Sizes, classes and places are counted over all records; of a split of over
-100,000, over a random sample of that number, which the page says.
+The page has the metadata of the dataset and, for each split, sample images, counts of classes and sizes, locations and dates
+of tiles, band statistics with histograms, and the report of the conversion. It needs no network and contains no scripts.
+Sizes, classes and locations are counted over all records, or over a random sample of 100,000 for larger splits.
 """
 
 import argparse
@@ -16,34 +15,33 @@ import pathlib
 import numpy as np
 
 from data_prep import stats
-from data_prep.convert.shards import write_file
 from data_prep.inspect import folder_info, histogram_picture, page
 from data_prep.inspect.survey import THUMBNAIL, Survey, shown_bands, survey, thumbnails
-from pera_jax.common import html, json_files, owned, paths
+from pera_jax.common import files, html, json_files, owned, paths
 from pera_jax.common.errors import UserError, run
 from pera_jax.common.text import printable
 from pera_jax.data import records
 
-_LISTED = 12  # sizes, sources, dates and so on that are listed before the rest is summed up
-_MOST_IMAGES = 1000  # 8 kB each
+_LISTED = 12  # maximum number of listed sizes, sources, dates, ...
+_MOST_IMAGES = 1000  # about 8 kB each
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command. Raises UserError."""
     parser = argparse.ArgumentParser(prog="python -m data_prep.browse", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=paths.local_path, help="data set folder")
-    parser.add_argument("--output", type=paths.local_path, required=True, help="the page, name.html; an earlier one is replaced")
-    parser.add_argument("--split", help="this split only")
-    parser.add_argument("--bands", metavar="R,G,B", help="what to show as red, green, blue; or one band, as grey")
-    parser.add_argument("--images", type=int, default=48, metavar="N", help="of each split; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample; default: %(default)s")
+    parser.add_argument("folder", type=paths.local_path, help="dataset folder")
+    parser.add_argument("--output", type=paths.local_path, required=True, help="the HTML file to write; an earlier page is replaced")
+    parser.add_argument("--split", help="only this split")
+    parser.add_argument("--bands", metavar="R,G,B", help="bands to show as red, green, blue; or one band as gray")
+    parser.add_argument("--images", type=int, default=48, metavar="N", help="images per split (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample (default: %(default)s)")
     args = parser.parse_args(argv)
     if not 0 <= args.images <= _MOST_IMAGES:
-        raise UserError(f"--images is {args.images}; choose 0 to {_MOST_IMAGES:,}")
+        raise UserError(f"--images is {args.images}; it must be in [0, {_MOST_IMAGES}]")
     if args.seed < 0:
-        raise UserError(f"--seed is {args.seed}; it must be at least 0")
+        raise UserError(f"--seed is {args.seed}; it must be >= 0")
     if args.output.is_dir() or not args.output.resolve().parent.is_dir():
-        raise UserError(f"--output {args.output} is a folder or lies in none; name a file in a folder that exists")
+        raise UserError(f"--output {args.output} is a folder, or its folder does not exist; choose a file in an existing folder")
 
     owned.check(args.output)
     info, names = folder_info.load(args.folder, args.split)
@@ -52,9 +50,9 @@ def main(argv: list[str] | None = None) -> None:
     for name in names:
         parts.append(_split(args.folder, info, name, places, args.images, args.seed))
     try:
-        write_file(args.output, content := html.document(info.name, parts, page.STYLE))
+        files.write(args.output, content := html.document(info.name, parts, page.STYLE))
     except OSError as error:
-        raise UserError(f"cannot write {args.output}: {error.strerror}; make room or name another file") from error
+        raise UserError(f"cannot write {args.output}: {error.strerror}; free some space or choose another file") from error
     print(f"written to {printable(args.output)}, {len(content) / 1e6:.1f} MB")
 
 
@@ -77,14 +75,14 @@ def _heading(folder: pathlib.Path, info: records.DatasetInfo, names: list[str]) 
 def _split(
     folder: pathlib.Path, info: records.DatasetInfo, name: str, places: list[int], images: int, seed: int
 ) -> str:
-    """The section of one split."""
+    """The section for one split."""
     source = records.open_split(folder, name, skip_damaged=True)
     counts = folder_info.histogram(folder, info, name)
     found = survey(source, seed)
     sample = thumbnails(source, places, images, seed)
     source.close()
     names = [info.bands[place] for place in places]
-    shown = f"{names[0]} as grey" if len(set(names)) == 1 else f"{', '.join(names)} as red, green, blue"
+    shown = f"{names[0]} as gray" if len(set(names)) == 1 else f"{', '.join(names)} as red, green, blue"
     low_high = sorted({tuple(info.splits[name].ranges[place]) for place in places})
     stretch = (
         f"{stats.number(low_high[0][0])} to {stats.number(low_high[0][1])}"
@@ -102,7 +100,7 @@ def _split(
     ]
     if found.unreadable:
         parts.append(
-            f'<p class="warn">Damaged records: {found.unreadable:,}; python -m data_prep.verify names them.</p>'
+            f'<p class="warn">Damaged records: {found.unreadable:,}; run python -m data_prep.verify for details.</p>'
         )
     if info.class_names is not None:
         parts.append(f"<h3>Classes, over {of} records</h3>{html.bars(_classes(info.class_names, found))}")
@@ -114,7 +112,7 @@ def _split(
     drawn = histogram_picture.draw(info, name, counts)
     drawn.save(picture, "PNG", optimize=True)
     parts += [
-        "<h3>Bands, in stored units, over the pixels that hold data</h3>", html.table(stats.cells(described)),
+        "<h3>Bands, in stored units, over all valid pixels</h3>", html.table(stats.cells(described)),
         html.image(picture.getvalue(), "png", "histograms of the bands", drawn.width // histogram_picture.SCALE),
         "<h3>Report of the conversion</h3>", _report(folder / f"{name}.report.json"),
     ]  # fmt: skip
@@ -124,11 +122,11 @@ def _split(
 def _classes(names: list[str], found: Survey) -> list[tuple[str, int]]:
     odd = sum(count for label, count in found.labels.items() if not 0 <= label < len(names))
     counts = [(name, found.labels[i]) for i, name in enumerate(names)]
-    return counts + ([("(no class of the data set)", odd)] if odd else [])
+    return counts + ([("(no class of the dataset)", odd)] if odd else [])
 
 
 def _sizes(found: Survey) -> str:
-    """Every size where they are few, else the longer sides in a dozen steps."""
+    """All sizes if they are few, else a histogram of the longer side."""
     if not found.sizes:
         return "<p>no image</p>"
     if len(found.sizes) <= _LISTED:

@@ -1,4 +1,4 @@
-"""Renders procedural scenes for the dense probes: land cover with masks, and pairs of dates between which was built.
+"""Renders procedural scenes for dense probes: land cover with masks, and pairs of dates with new buildings.
 
     python -m data_prep.demo_mosaics --output mosaics
 
@@ -23,11 +23,11 @@ from pera_jax.common.errors import UserError, run
 from pera_jax.common.progress import Progress
 from pera_jax.common.text import printable
 
-VERSION = 1  # of the pictures: goes up when the same seed gives others
+VERSION = 1  # of the pictures; increases when the same seed gives other pictures
 CLASSES = ("forest", "crop_rows", "orchard", "dense_roofs", "solar_farm")
 BUILT = CLASSES.index("dense_roofs")
 SIZE = 192  # px
-ZOOM = np.float32(0.6)  # of the layouts: about that at which global crops of the demo show them
+ZOOM = np.float32(0.6)  # of the layouts, similar to global crops of the demo
 NUMBERS = {"train": 16, "test": 8}
 _FIELDS = 7
 
@@ -35,11 +35,11 @@ _FIELDS = 7
 def main(argv: list[str] | None = None) -> None:
     """The command. Raises UserError."""
     parser = argparse.ArgumentParser(prog="python -m data_prep.demo_mosaics", description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=paths.local_path, required=True, help="folder to make")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other scenes (%(default)s)")
+    parser.add_argument("--output", type=paths.local_path, required=True, help="folder to create")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.seed < 0:
-        raise UserError(f"--seed {args.seed} is negative; give 0 or more")
+        raise UserError(f"--seed is {args.seed}; it must be >= 0")
     settings = {"version": VERSION, "seed": args.seed}
     if not write_once(args.output, settings, lambda staging: _write(staging, args.seed)):
         print(f"mosaics: already in {printable(args.output)}")
@@ -71,17 +71,17 @@ def _save(folder: pathlib.Path, name: str, **pictures: np.ndarray) -> None:
 
 
 def layout(rng: np.random.Generator) -> np.ndarray:
-    """The number of the field that each pixel lies in, int [SIZE, SIZE]: that of the nearest of some random points."""
+    """The field index of each pixel, int [SIZE, SIZE]: a Voronoi diagram of random points."""
     at = raster.frame(SIZE)
     points = rng.uniform(-SIZE / 2, SIZE / 2, (_FIELDS, 2))
     return np.argmin([(at.u - u) ** 2 + (at.v - v) ** 2 for u, v in points], axis=0)
 
 
 def pair(rng: np.random.Generator, fields: np.ndarray, changes: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The classes of the fields, int [fields], at two dates: up to two become roofs, where `changes` at least one."""
+    """The classes of the fields, int [fields], at two dates: up to two become buildings; with `changes`, at least one."""
     before = rng.integers(0, len(CLASSES), _FIELDS)
     shown = np.unique(fields)
-    before[shown[0]] = (BUILT + 1) % len(CLASSES)  # so that there is one to build on
+    before[shown[0]] = (BUILT + 1) % len(CLASSES)  # at least one field to build on
     after, free = before.copy(), [field for field in shown if before[field] != BUILT]
     if changes:
         after[rng.permutation(free)[: rng.integers(1, 3)]] = BUILT

@@ -1,10 +1,10 @@
-"""Renders a small data set of procedural overhead scenes: an image folder with train/CLASS and test/CLASS.
+"""Renders a small dataset of procedural overhead scenes: an image folder with train/CLASS and test/CLASS.
 
     python -m data_prep.demo_scenes --output scenes
 
-The classes differ in their arrangement (rows, circles, grids, bands, single things), while their colours, brightness
-and contrast come from the same distributions, so that a summary of the colours says little about the class. The
-pictures are a function of --seed, --size and their number alone, whatever the number of processes. About 9 ms an image.
+The classes differ in layout (rows, circles, grids, bands, single objects), while colors, brightness and contrast come from
+the same distributions, so that color statistics say little about the class. Each image only depends on --seed, --size and
+its number. Rendering takes about 9 ms per image.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import json
 import multiprocessing
 import os
 import pathlib
-import shutil
 from collections.abc import Callable
 
 import numpy as np
@@ -22,31 +21,31 @@ from PIL import Image
 from data_prep.demo import raster
 from data_prep.demo.scene_layouts import LAYOUTS
 from data_prep.demo.scene_parts import Tones
-from pera_jax.common import json_files, paths
+from pera_jax.common import files, json_files, paths
 from pera_jax.common.errors import UserError, run
 from pera_jax.common.progress import Progress
 from pera_jax.common.text import printable
 
-VERSION = 1  # of the pictures: goes up when the same seed gives others
-_TEST_EVERY = 5  # one image of each class in five is for testing
+VERSION = 1  # of the pictures; increases when the same seed gives other pictures
+_TEST_EVERY = 5  # one in five images of each class is for testing
 _SETTINGS_FILE = "scenes.json"
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command. Raises UserError."""
     parser = argparse.ArgumentParser(prog="python -m data_prep.demo_scenes", description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=paths.local_path, required=True, help="folder to make")
-    parser.add_argument("--images", type=int, default=1500, help="in all; a fifth of them for testing (%(default)s)")
-    parser.add_argument("--size", type=int, default=128, help="side in pixels (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other scenes (%(default)s)")
+    parser.add_argument("--output", type=paths.local_path, required=True, help="folder to create")
+    parser.add_argument("--images", type=int, default=1500, help="total number; a fifth is for testing (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=128, help="image size in pixels (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     args = parser.parse_args(argv)
     fewest = _TEST_EVERY * len(LAYOUTS)
     if args.images < fewest:
-        raise UserError(f"--images {args.images} is too few; {len(LAYOUTS)} classes need at least {fewest}")
+        raise UserError(f"--images is {args.images}; it must be >= {fewest} for {len(LAYOUTS)} classes")
     if not 16 <= args.size <= 4096:
-        raise UserError(f"--size {args.size} is not from 16 to 4096 pixels")
+        raise UserError(f"--size is {args.size}; it must be in [16, 4096] pixels")
     if args.seed < 0:
-        raise UserError(f"--seed {args.seed} is negative; give 0 or more")
+        raise UserError(f"--seed is {args.seed}; it must be >= 0")
     settings = {"version": VERSION, "images": args.images, "size": args.size, "seed": args.seed}
     if not write_once(args.output, settings, lambda staging: _write(staging, settings)):
         print(f"{args.images} scenes: already in {printable(args.output)}")
@@ -55,27 +54,23 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def write_once(output: pathlib.Path, settings: dict, write: Callable[[pathlib.Path], None]) -> bool:
-    """Makes a folder of pictures whole or not at all, with the settings that they were made by; whether it had to.
+    """Creates a folder of pictures completely or not at all, with a file of its settings.
+
+    Returns False if the folder already exists with these settings.
 
     Args:
-      write: fills a folder that it makes; raises OSError.
+      write: fills the given folder; raises OSError.
 
     Raises:
-      UserError: the folder holds something else, or cannot be written.
+      UserError: the folder has other content, or cannot be written.
     """
     if output.exists():
         if _settings_of(output) != settings:
-            raise UserError(f"--output {output} exists and holds something else; remove it or name another")
+            raise UserError(f"--output {output} already exists with other content; remove it, or choose another folder")
         return False
-    staging = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    try:
+    with files.whole_folder(output) as staging:
         write(staging)
         (staging / _SETTINGS_FILE).write_text(json.dumps(settings), encoding="ascii")
-        os.replace(staging, output)
-    except OSError as error:
-        raise UserError(f"cannot write {error.filename or output}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return True
 
 
@@ -87,7 +82,7 @@ def _settings_of(output: pathlib.Path) -> dict | None:
 
 
 def _write(staging: pathlib.Path, settings: dict) -> None:
-    """Renders all scenes into a new folder. Raises OSError."""
+    """Renders all scenes into a folder. Raises OSError."""
     jobs = []
     for i in range(settings["images"]):
         number, name = divmod(i, len(LAYOUTS))
@@ -115,7 +110,7 @@ def _save(staging: pathlib.Path, size: int, seed: int, job: tuple[str, int]) -> 
 
 
 def render(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
-    """One scene of the class `name`: uint8 [size, size, 3]."""
+    """A scene of the class `name`: uint8 [size, size, 3]."""
     zoom = np.float32(rng.uniform(0.85, 1.2))
     at = raster.frame(size)
     at = raster.Frame(at.u / zoom, at.v / zoom)
@@ -126,21 +121,21 @@ def render(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def expose(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Takes the photograph: light, haze, lens and sensor. float32 [S, S, 3] -> uint8.
+    """Simulates the camera: light, haze, lens and sensor. float32 [S, S, 3] -> uint8.
 
-    Brightness, contrast and cast of the picture go most of the way to values that are drawn without regard to the
-    class: an exposure meter, a white balance and a season.
+    Brightness, contrast and color cast are moved most of the way to values drawn independently of the class, like
+    exposure, white balance and season.
     """
-    grey = picture.mean(axis=2, keepdims=True)
-    chroma = picture - grey
+    gray = picture.mean(axis=2, keepdims=True)
+    chroma = picture - gray
     light, contrast = rng.uniform(0.30, 0.52), rng.uniform(0.09, 0.18)
-    grey = (grey - grey.mean()) * (contrast / grey.std()) ** 0.85 + grey.mean() + 0.9 * (light - grey.mean())
+    gray = (gray - gray.mean()) * (contrast / gray.std()) ** 0.85 + gray.mean() + 0.9 * (light - gray.mean())
     cast = rng.normal(0, 0.014, 2)
     wanted = np.array([0.016 + cast[0], 0.012 + cast[1], -0.028 - cast.sum()])
     chroma = (chroma + 0.6 * (wanted - chroma.mean(axis=(0, 1)))) * rng.uniform(0.8, 1.4)
     purple = np.clip((chroma[..., 0] + chroma[..., 2]) / 2 - chroma[..., 1] - 0.01, 0, None)
-    chroma += purple[..., None] * np.array([-0.3, 0.6, -0.3])  # the cast of a green scene would turn its greys purple
-    picture = grey + chroma
+    chroma += purple[..., None] * np.array([-0.3, 0.6, -0.3])  # otherwise gray areas in green scenes would become purple
+    picture = gray + chroma
     picture += rng.normal(0, rng.uniform(0.004, 0.014), picture.shape[:2])[..., None]
     levels = (np.clip(picture, 0, 1) * 255).round().astype(np.uint8)
     return raster.soften(levels, rng.uniform(0.2, 0.55))

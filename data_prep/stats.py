@@ -1,14 +1,14 @@
-"""Statistics of every band of a data set folder, from its histograms alone.
+"""Prints statistics of every band of a dataset folder, from its histograms.
 
     python -m data_prep.stats shards/aid
     python -m data_prep.stats shards/aid --split train --output statistics
 
 prints a table for each split; with --output it also writes SPLIT.statistics.csv, SPLIT.statistics.json and
-SPLIT.histograms.png into that folder, which is made if need be.
+SPLIT.histograms.png to that folder, which is created if missing.
 
-All is in stored units, over the pixels that hold data. `low` and `high` are the range that maps to [0, 1] where a
-config chooses nothing else, `mean in range` and `std in range` those after it. Of float32 the histogram knows values to
-1/4096 or better.
+All values are in stored units, over all valid pixels. `low` and `high` are the range that maps to [0, 1] by default,
+`mean in range` and `std in range` are computed after that mapping. For float32 the histogram distinguishes values to 1/4096
+or better.
 """
 
 import argparse
@@ -19,14 +19,13 @@ import pathlib
 
 import numpy as np
 
-from data_prep.convert.shards import write_file
 from data_prep.inspect import folder_info, histogram_picture, tables
-from pera_jax.common import owned, paths
+from pera_jax.common import files, owned, paths
 from pera_jax.common.errors import UserError, run
 from pera_jax.common.text import printable
 from pera_jax.data import records, statistics
 
-_LEAST = 1e-300  # percent: more than nothing, and less than one pixel
+_LEAST = 1e-300  # percent: more than 0, but less than one pixel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +33,12 @@ class BandStatistics:
     """One band of one split, in stored units.
 
     Attributes:
-      band: its name; pixels: number of those that hold data.
-      minimum, maximum, mean, std: of them.
+      band: name of the band.
+      pixels: number of valid pixels.
+      minimum, maximum, mean, std: over the valid pixels.
       percentiles: by name, as in info.json.
-      low, high: the range that maps to [0, 1] by default; mean_in_range, std_in_range: after it, clipped.
+      low, high: the range that maps to [0, 1] by default.
+      mean_in_range, std_in_range: after that mapping, with clipping.
     """
 
     band: str
@@ -53,7 +54,7 @@ class BandStatistics:
     std_in_range: float
 
     def row(self) -> dict[str, str | int | float]:
-        """The numbers by the name of their column."""
+        """The values by column name."""
         fields = dataclasses.asdict(self)
         shares = {f"p{share}": value for share, value in fields.pop("percentiles").items()}
         names = list(fields)
@@ -62,12 +63,12 @@ class BandStatistics:
 
 
 def describe(info: records.DatasetInfo, split: str, counts: statistics.Histogram) -> list[BandStatistics]:
-    """The statistics of each band; `counts` is the histogram of the split, a pixel or more a band."""
+    """The statistics of each band; `counts` is the histogram of the split, with at least one pixel per band."""
     ranges = info.splits[split].ranges
     shares = (_LEAST, *statistics.PERCENTILES, 100.0)
     found = statistics.percentiles(counts, info.dtype, shares)  # [S, C]
     least, most = found[0], found[-1]
-    whole = [[low, high if high > low else low + 1.0] for low, high in zip(least, most)]  # nothing is clipped by these
+    whole = [[low, high if high > low else low + 1.0] for low, high in zip(least, most)]  # the full range, without clipping
     mean, std = statistics.moments(counts, info.dtype, whole)
     extent = np.array([high - low for low, high in whole])
     in_range = statistics.moments(counts, info.dtype, ranges)
@@ -84,7 +85,7 @@ def describe(info: records.DatasetInfo, split: str, counts: statistics.Histogram
 
 
 def cells(described: list[BandStatistics]) -> list[list[str]]:
-    """The rows of a table, the first with the names of the columns."""
+    """The rows of a table, the first with the column names."""
     rows = [[name.replace("_", " ").replace("minimum", "min").replace("maximum", "max") for name in described[0].row()]]
     for band in described:
         rows.append([value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else number(value)
@@ -93,16 +94,16 @@ def cells(described: list[BandStatistics]) -> list[list[str]]:
 
 
 def number(value: float) -> str:
-    """Whole numbers whole, others to five digits."""
+    """Formats integers exactly, other numbers with five digits."""
     return f"{value:.0f}" if value == round(value) and abs(value) < 1e9 else f"{value:.5g}"
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command. Raises UserError."""
     parser = argparse.ArgumentParser(prog="python -m data_prep.stats", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=paths.local_path, help="data set folder")
-    parser.add_argument("--split", help="this split only")
-    parser.add_argument("--output", type=paths.local_path, help="folder for CSV, JSON and a picture of each split")
+    parser.add_argument("folder", type=paths.local_path, help="dataset folder")
+    parser.add_argument("--split", help="only this split")
+    parser.add_argument("--output", type=paths.local_path, help="folder for CSV, JSON and a picture per split")
     args = parser.parse_args(argv)
     info, names = folder_info.load(args.folder, args.split)
     counts = {name: folder_info.histogram(args.folder, info, name) for name in names}
@@ -133,9 +134,9 @@ def _write(output: pathlib.Path, info, split: str, counts: statistics.Histogram,
     try:
         output.mkdir(parents=True, exist_ok=True)
         for name, bytes_ in content.items():
-            write_file(output / f"{split}.{name}", bytes_)
+            files.write(output / f"{split}.{name}", bytes_)
     except OSError as error:
-        raise UserError(f"cannot write to {output}: {error.strerror}; make room or name another --output") from error
+        raise UserError(f"cannot write to {output}: {error.strerror}; free some space or choose another --output") from error
 
 
 if __name__ == "__main__":

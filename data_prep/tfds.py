@@ -1,20 +1,18 @@
-"""Converts one split of a TensorFlow Datasets image data set into one split of a data set folder, without TensorFlow.
+"""Converts a split of a TensorFlow Datasets image dataset to a split of a dataset folder, without TensorFlow.
 
     python -m data_prep.tfds --dataset eurosat/rgb --tfds-split train[:80%] --output shards/eurosat --split train
     python -m data_prep.tfds --dataset ~/tensorflow_datasets/eurosat/all/2.0.0 --tfds-split train --split train \\
         --output shards/eurosat13 --bands B01,B02,B03,B04,B05,B06,B07,B08,B09,B10,B11,B12,B8A
 
-* Data set: a folder that TFDS prepared (it holds dataset_info.json and features.json), or a name as TFDS writes it,
-  NAME[/CONFIG][:VERSION], of one that lies in --data-dir. It must have been prepared with
-  `--file_format=array_record`: reading TFDS's other formats needs TensorFlow.
-* Images: the one image feature, or --image-feature; inside of others it is written OUTER/INNER. An `Image` gives its
-  encoded bytes as they are stored, which go the way of a file: see `data_prep.convert.pixels`. JPEG and PNG that need no change
-  stay byte for byte. A `Tensor` [height, width, bands] of uint8, uint16 or float32 is stored with all its bands,
-  without loss.
-* Classes: the one `ClassLabel`, or --label-feature; its names are carried over. Images whose label is -1 have no class:
-  they are rejected, unless --no-labels is given.
-* Keys: the `tfds_id` of each example, its shard and its place there.
-* The report, cleaning, interruptions, workers: as in `data_prep.images`.
+* Dataset: a folder prepared by TFDS (with dataset_info.json and features.json), or the name NAME[/CONFIG][:VERSION] of a
+  dataset in --data-dir. It must be prepared with `--file_format=array_record`; other formats require TensorFlow.
+* Images: the only image feature, or --image-feature; nested features are written OUTER/INNER. The encoded bytes of an
+  `Image` are treated like a file: see `data_prep.convert.pixels`. JPEG and PNG that need no change are stored byte for
+  byte. A `Tensor` [height, width, bands] of uint8, uint16 or float32 is stored losslessly with all bands.
+* Classes: the only `ClassLabel`, or --label-feature, with its names. Images with label -1 have no class and are rejected,
+  unless --no-labels is given.
+* Keys: the `tfds_id` of each example: its shard and its index there.
+* Report, cleaning, resuming and workers: as in `data_prep.images`.
 """
 
 import argparse
@@ -37,13 +35,13 @@ from pera_jax.data.tfds_sets import bands_of, feature_of, open_dataset, pick_ima
 
 
 def main(argv: list[str] | None = None, driver: Callable = run_jobs) -> None:
-    """The command; `driver` runs its jobs, as `folder.write_split` says of `run`. Raises UserError."""
+    """The command; `driver` runs the jobs, see `run` of `folder.write_split`. Raises UserError."""
     parser = argparse.ArgumentParser(prog="python -m data_prep.tfds", description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", required=True, type=paths.local, help="folder of a prepared data set, or NAME[/CONFIG][:VERSION]")
-    parser.add_argument("--data-dir", type=paths.local, help=f"where data sets lie that --dataset names; default: {constants.DATA_DIR}")
+    parser.add_argument("--dataset", required=True, type=paths.local, help="folder of a prepared dataset, or NAME[/CONFIG][:VERSION]")
+    parser.add_argument("--data-dir", type=paths.local, help=f"where datasets lie that --dataset names; default: {constants.DATA_DIR}")
     parser.add_argument("--tfds-split", help="split or part of one, as TFDS writes it; default: that of --split")
-    parser.add_argument("--image-feature", metavar="NAME", help="needed where there are several")
-    parser.add_argument("--label-feature", metavar="NAME", help="needed where there are several")
+    parser.add_argument("--image-feature", metavar="NAME", help="required if there are several")
+    parser.add_argument("--label-feature", metavar="NAME", help="required if there are several")
     parser.add_argument("--bands", metavar="NAME,NAME,...", help="of a Tensor; default: band_1,band_2,...")
     parser.add_argument("--no-labels", action="store_true", help="leave the classes out")
     command.add_options(parser)
@@ -60,7 +58,7 @@ def main(argv: list[str] | None = None, driver: Callable = run_jobs) -> None:
     options = command.conversion(args)
     if not isinstance(feature_of(builder, image), features.Image):
         if args.max_side or args.jpeg_quality or args.span or set(args.drop) - {"duplicates"}:
-            raise UserError(f"--max-side, --jpeg-quality, --range and --drop small,blank are not for the Tensor {image!r}")
+            raise UserError(f"--max-side, --jpeg-quality, --range and --drop small,blank do not apply to the Tensor {image!r}")
         options = {}
 
     info = folder.existing_info(args.output)

@@ -1,19 +1,18 @@
-"""Checks a data set folder: reads and decodes every record, and compares all with the metadata.
+"""Checks a dataset folder: reads and decodes every record, and compares them with the metadata.
 
     python -m data_prep.verify shards/aid
     python -m data_prep.verify shards/aid --split train --workers 8 --json verified.json
 
-* Shards: are there, have the size and the number of records that info.json names, and can be read.
-* Records: fit their checksum, are images of the bands and the dtype of the data set, with a label among its classes.
-* Fingerprint: of all records in their order, computed anew.
-* Histogram and statistics: SPLIT.histogram.npz is compared with the pixels, and info.json with it. What can be
-  compared: every value where all images are stored without loss; of JPEG, whose decoders differ by a grey level, the
-  number of pixels and their mean to two grey levels. Pixels without data are not counted: a tile of a scene says in
-  its place how many there are, and what they hold.
-* Files for TensorFlow Datasets: are there and name the same splits, shards and classes.
+* Shards: exist, have the size and number of records given in info.json, and can be read.
+* Records: match their checksums, and contain images with the bands and dtype of the dataset and valid labels.
+* Fingerprint: recomputed from all records.
+* Histogram and statistics: SPLIT.histogram.npz is compared with the pixels, and info.json with the histogram. For lossless
+  images every value is compared; for JPEG, whose decoders differ by a gray level, the number of pixels and their mean to
+  two gray levels. Nodata pixels are not counted: the place of a tile gives their number and value.
+* Files for TensorFlow Datasets: exist, and list the same splits, shards and classes.
 
-Every fault is named with its shard and the number of the record in it, counted from 0; the exit status is 1 where there
-is one. A changed bit that no record depends on, in the padding of a shard, does no harm and is not found.
+Every problem is reported with its shard and record number, counted from 0; the exit status is then 1. Changed bits in the
+padding of a shard, on which no record depends, are harmless and not detected.
 """
 
 import argparse
@@ -23,65 +22,64 @@ import pathlib
 
 import numpy as np
 
-from data_prep.convert.shards import write_file
 from data_prep.inspect import folder_info, tables
 from data_prep.inspect.check_shard import Findings, Task, check_all, span
-from pera_jax.common import json_files, owned, paths
+from pera_jax.common import files, json_files, owned, paths
 from pera_jax.common.errors import UserError, run
 from pera_jax.common.progress import Progress
 from pera_jax.common.text import printable
 from pera_jax.data import records, statistics
 
-_MOST_GREY_LEVELS = 2.0  # between the means of a band by two decoders of the same JPEG files
+_MOST_GRAY_LEVELS = 2.0  # maximum difference of the band mean between two JPEG decoders
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command. Raises UserError, also where the folder is not sound."""
+    """The command. Raises UserError, also if the folder is damaged."""
     parser = argparse.ArgumentParser(prog="python -m data_prep.verify", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=paths.local_path, help="data set folder")
-    parser.add_argument("--split", help="check this split only")
+    parser.add_argument("folder", type=paths.local_path, help="dataset folder")
+    parser.add_argument("--split", help="check only this split")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
-    parser.add_argument("--json", type=paths.local_path, metavar="FILE", help="also write what was found to this file")
+    parser.add_argument("--json", type=paths.local_path, metavar="FILE", help="also write the findings to this file")
     args = parser.parse_args(argv)
     if args.workers < 1:
-        raise UserError(f"--workers is {args.workers}; it must be at least 1")
+        raise UserError(f"--workers is {args.workers}; it must be >= 1")
     if args.json and not args.json.resolve().parent.is_dir():
-        raise UserError(f"--json {args.json} lies in a folder that does not exist; make it first")
+        raise UserError(f"--json {args.json}: the folder does not exist; create it first")
     if args.json:
         owned.check(args.json, fix="--json")
 
     try:
         found = verify(args.folder, args.split, args.workers)
     except KeyboardInterrupt as error:
-        raise UserError("interrupted; nothing was changed, give the same command again") from error
+        raise UserError("interrupted; re-run the same command") from error
     print(_table(found))
     for problem in found["problems"]:
         print(printable(_sentence(problem), limit=1000))
     if args.json:
         try:
-            write_file(args.json, owned.json_text(found))
+            files.write(args.json, owned.json_text(found))
         except OSError as error:
-            raise UserError(f"cannot write {args.json}: {error.strerror}; make room or name another file") from error
+            raise UserError(f"cannot write {args.json}: {error.strerror}; free some space or choose another file") from error
     if found["problems"]:
-        raise UserError(f"{args.folder} is damaged, see the lines above; copy it again, or convert the data set anew")
-    print(f"{printable(args.folder)} is sound")
+        raise UserError(f"{args.folder} is damaged, see the lines above; copy it again, or convert the dataset again")
+    print(f"{printable(args.folder)} is valid")
 
 
 def verify(folder: pathlib.Path, split: str | None, workers: int) -> dict:
     """Checks a folder, or one split of it.
 
     Returns:
-      What --json writes: `splits`, what was found of each by name; and `problems`, each with "text" and, where it has
-      one, "split", "shard" and "records": [first, last], counted from 0 within the shard.
+      The content of --json: findings of each split by name in `splits`; and `problems`, each with "text" and, if they
+      apply, "split", "shard" and "records": [first, last], counted from 0 within the shard.
 
     Raises:
-      UserError: info.json cannot be used, so that there is nothing to compare with.
+      UserError: info.json cannot be read or is invalid.
     """
     info, names = folder_info.load(folder, split)
     tasks = [Task(folder, name, i, info) for name in names for i in range(len(info.splits[name].shards))]
-    findings = {name: {} for name in names}  # by the index of the shard
+    findings = {name: {} for name in names}  # by shard index
     problems = []
-    counts = {name: 0 for name in names}  # added up as they come: of many bands each is several megabytes
+    counts = {name: 0 for name in names}  # added up on arrival, since each may take several megabytes
     with Progress(sum(task.records for task in tasks), "records", "verify") as progress:
         for task, found in check_all(tasks, workers, progress.update):
             if found.counts is not None:
@@ -104,15 +102,15 @@ def verify(folder: pathlib.Path, split: str | None, workers: int) -> dict:
 
 
 def _check_split(folder, info, name: str, parts: list[Findings], counts) -> tuple[dict, list[str]]:
-    """Returns (what is reported of a split, its faults beside those of shards and records)."""
+    """Returns (findings of a split, its problems in addition to those of shards and records)."""
     split, faults = info.splits[name], []
     digests = [digest for part in parts for digest in part.digests]
-    computed, histogram = None, "not compared"  # both need every record
+    computed, histogram = None, "not compared"  # both require every record
     if len(digests) == split.records:
         computed = hashlib.sha256(b"".join(digests)).hexdigest()
         if computed != split.fingerprint:
             faults.append(
-                f"the fingerprint of the records is {computed[:12]}, and info.json says {split.fingerprint[:12]}"
+                f"the fingerprint of the records is {computed[:12]}, but info.json has {split.fingerprint[:12]}"
             )
     decoded, lossy = sum(part.decoded for part in parts), sum(part.lossy for part in parts)
     try:
@@ -125,7 +123,7 @@ def _check_split(folder, info, name: str, parts: list[Findings], counts) -> tupl
         if decoded == split.records:
             histogram, fault = compare(counts, stored, info, lossy > 0, sum(part.no_data for part in parts))
             if fault:
-                faults.append(f"{statistics.file_name(name)} does not fit the pixels: {fault}")
+                faults.append(f"{statistics.file_name(name)} does not match the pixels: {fault}")
     heights = widths = None
     for part in parts:
         heights, widths = span(heights, part.heights), span(widths, part.widths)
@@ -139,55 +137,56 @@ def _check_split(folder, info, name: str, parts: list[Findings], counts) -> tupl
 def compare(
     counts: statistics.Histogram, stored: statistics.Histogram, info: records.DatasetInfo, lossy: bool, no_data: int = 0
 ) -> tuple[str, str | None]:
-    """Compares the values of all pixels with the histogram that is stored.
+    """Compares the histogram of all pixels with the stored one.
 
     Args:
-      counts: of the pixels; stored: of the folder.
-      lossy: some images are JPEG.
-      no_data: number of values that stand for no data, which `counts` lacks.
+      counts: histogram of the pixels.
+      stored: histogram in the folder.
+      lossy: whether some images are JPEG.
+      no_data: number of nodata values, which are not in `counts`.
 
     Returns:
-      (the outcome in a word or two, the fault in words or None).
+      (the outcome in a word or two, a description of the problem or None).
     """
     more = statistics.differences(counts, stored)
     if not any(band.any() for _, band in more):
         return f"equal ({no_data:,} without data)" if no_data else "equal", None
     if info.has_places and all((band[values == 0] >= 0).all() and not band[values != 0].any() for values, band in more):
-        # Tiles of older versions do not say how many of their zeros stand for no data.
+        # Tiles of older versions do not store how many of their zeros are nodata.
         return f"equal ({no_data + sum(int(band.sum()) for _, band in more):,} without data)", None
     for name, (_, difference) in zip(info.bands, more, strict=True):
         if not lossy and difference.any():
             return (
                 "differs",
-                f"{int(np.abs(difference).sum()):,} pixels of band {name} are too many or too few of their value",
+                f"{int(np.abs(difference).sum()):,} pixels of band {name} have other values than in the histogram",
             )
         if difference.sum():
             return "differs", f"band {name} has {int(-difference.sum()):+,} pixels"
     full = [[0.0, 255.0]] * len(info.bands)
     ours, theirs = (statistics.moments(each, info.dtype, full)[0] for each in (counts, stored))
-    if np.abs(255.0 * (ours - theirs)).max() > _MOST_GREY_LEVELS:
-        return "differs", f"the means differ by over {_MOST_GREY_LEVELS:g} grey levels"
+    if np.abs(255.0 * (ours - theirs)).max() > _MOST_GRAY_LEVELS:
+        return "differs", f"the means differ by more than {_MOST_GRAY_LEVELS:g} gray levels"
     return "fits (JPEG)", None
 
 
 def _check_statistics(split: records.SplitInfo, stored: statistics.Histogram, dtype: str) -> list[str]:
-    """Compares the numbers in info.json with the histogram that is stored."""
+    """Compares the statistics in info.json with the stored histogram."""
     mean, std = statistics.moments(stored, dtype, split.ranges)
     faults = []
     if not (np.allclose(mean, split.mean, atol=2e-6) and np.allclose(std, split.std, atol=2e-6)):
-        faults.append("mean and std in info.json are not those of the histogram")
+        faults.append("mean and std in info.json do not match the histogram")
     for share, values in split.percentiles.items():
         try:
             same = np.allclose(statistics.percentiles(stored, dtype, (float(share),))[0], values, rtol=1e-6)
         except (ValueError, TypeError):
             same = False
         if not same:
-            faults.append(f"percentile {share} in info.json is not that of the histogram")
+            faults.append(f"percentile {share} in info.json does not match the histogram")
     return faults
 
 
 def _check_tfds(folder: pathlib.Path, info: records.DatasetInfo) -> list[str]:
-    """What is wrong with the files by which TensorFlow Datasets opens the folder."""
+    """Problems of the metadata files for TensorFlow Datasets."""
     faults = []
 
     def content(name: str):
@@ -208,7 +207,7 @@ def _check_tfds(folder: pathlib.Path, info: records.DatasetInfo) -> list[str]:
         except (KeyError, TypeError):
             theirs = None
         if theirs != ours:
-            faults.append("dataset_info.json names other splits or shards than info.json")
+            faults.append("dataset_info.json lists other splits or shards than info.json")
     wanted = (
         {"image", "key"}
         | ({"label"} if info.class_names is not None else set())
@@ -220,11 +219,11 @@ def _check_tfds(folder: pathlib.Path, info: records.DatasetInfo) -> list[str]:
         except (KeyError, TypeError):
             held = set()
         if held != wanted:
-            faults.append(f"features.json does not name the features {', '.join(sorted(wanted))}")
+            faults.append(f"features.json does not list exactly the features {', '.join(sorted(wanted))}")
     if info.class_names is not None:
         names = content("label.labels.txt")
         if names is not None and [name for name in names if name] != info.class_names:
-            faults.append("label.labels.txt names other classes than info.json")
+            faults.append("label.labels.txt lists other classes than info.json")
     return faults
 
 

@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
         if command == "stablehlo":
             said = stablehlo.export(weights, options["image_size"], output)
         else:
-            reading = folders.Reading(options.pop("follow_links"), options.pop("max_corrupt_share"))
+            reading = folders.Reading(options.pop("follow_links"), options.pop("max_corrupt_fraction"))
             images = open_images(options.pop("input"), options.pop("split"), reading)
             said = feature_folder.write(weights, images, **options)
         print(f"{printable(source['run'])}, {source['which']} at step {weights.step}: {_summary(weights.meta)}\n{said}")

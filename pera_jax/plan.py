@@ -26,6 +26,7 @@ from pera_jax import config as configs
 from pera_jax import objectives
 from pera_jax.common import errors, files, owned, paths
 from pera_jax.common.errors import UserError
+from pera_jax.common.text import first_line
 from pera_jax.cost import hlo
 from pera_jax.cost.program import Memory, Program, memory_of
 from pera_jax.parallel import chips, sharding
@@ -51,8 +52,7 @@ def devices_of(topology: str) -> list[Any]:
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as error:  # of many types, by the version of jax
-        reason = str(error).splitlines()[0]
-        raise UserError(f"no topology {topology!r} ({reason}); write one like v5e:16x16, v6e:8x8 or v5p:4x4x8") from error
+        raise UserError(f"no topology {topology!r} ({first_line(error)}); write one like v5e:16x16, v6e:8x8 or v5p:4x4x8") from error
 
 
 def _asked_for(refusal: str) -> Memory | None:

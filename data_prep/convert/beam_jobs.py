@@ -1,9 +1,8 @@
-"""Jobs as an Apache Beam pipeline: what `shards.run_jobs` does on local processes, on any runner that Beam has.
+"""Jobs as an Apache Beam pipeline: the counterpart of `shards.run_jobs` for any Beam runner.
 
-The pipeline's elements are names of files. Each file holds a job and its conversion, pickled, and lies beside the
-shards, and so do the part files by which finished shards come back: nothing but names passes through the runner, and
-one that returns at once is followed by looking for part files. All workers must see the inputs and the data set folder
-under the same absolute paths.
+The elements of the pipeline are names of files next to the shards, each with a pickled job and its conversion function.
+Finished shards are detected by their part files. So only names pass through the runner, and asynchronous runners are
+monitored by looking for part files. All workers must see the inputs and the dataset folder under the same absolute paths.
 """
 
 import dataclasses
@@ -15,17 +14,18 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 from data_prep.convert.pixels import Stored
-from data_prep.convert.shards import Item, Job, Part, write_file, write_shard
+from data_prep.convert.shards import Item, Job, Part, temporary, write_shard
+from pera_jax.common import files
 from pera_jax.common.errors import UserError
 
-_INTERVAL = 2.0  # seconds between two looks for finished shards
+_INTERVAL = 2.0  # seconds between checks for finished shards
 
 
 def check_installed() -> None:
-    """Raises UserError where there is no Beam."""
+    """Raises UserError if Apache Beam is not installed."""
     if importlib.util.find_spec("apache_beam") is None:
         raise UserError(
-            "Apache Beam is not installed here; in an environment of its own, give pip install -r "
+            "Apache Beam is not installed; in a separate environment, run pip install -r "
             "requirements-beam.txt, or install the extra pera_jax[beam]"
         )
 
@@ -41,20 +41,20 @@ def run_jobs(
     """Runs the jobs as one pipeline; yields parts as their shards are found finished.
 
     Args:
-      jobs: shards to write; each is one element.
-      convert: of a module that workers can import, not of `__main__`.
-      workers: without effect: the runner's own options say how many.
-      report: called with (number of images, corrupt ones) of each finished shard.
-      options: Beam's, such as "--runner=DirectRunner".
+      jobs: shards to write, one per element.
+      convert: from a module that workers can import, not from `__main__`.
+      workers: ignored: set by options of the runner.
+      report: called with (number of images, corrupt images) of each finished shard.
+      options: of Beam, such as "--runner=DirectRunner".
 
-    Raises UserError: options that Beam refuses, a pipeline that fails. A pipeline that is still running when the
-    iterator is closed is cancelled. Local runners show nothing before they have written everything.
+    Raises UserError: invalid Beam options, a failed pipeline. A pipeline that is still running when the
+    iterator is closed is canceled. Local runners only report at the end.
     """
     import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions
     from apache_beam.runners.runner import PipelineState
 
-    waiting = {}  # job files -> (folder, shard, number of images); the items of all jobs would fill the memory
+    waiting = {}  # job file -> (folder, shard, number of images); without items, which may not fit into memory
     result = None
     try:
         for job in map(_absolute, jobs):
@@ -64,12 +64,12 @@ def run_jobs(
         try:
             pipeline = beam.Pipeline(options=PipelineOptions(options))
             _ = pipeline | beam.Create(list(map(str, waiting))) | beam.Reshuffle() | beam.Map(write_job)
-            result = pipeline.run()  # local runners return when they are done, others at once
-        except Exception as error:  # whatever the runner or a worker raises
+            result = pipeline.run()  # local runners block, others return immediately
+        except Exception as error:  # any exception of the runner or a worker
             raise UserError(_failure(str(error) or type(error).__name__)) from error
         ended = False
         while waiting and not ended:
-            ended = PipelineState.is_terminal(result.state)  # asked first: then no shard can come after the last look
+            ended = PipelineState.is_terminal(result.state)  # before the check: no shard can be finished after the last check
             for file, (folder, shard, images) in list(waiting.items()):
                 part = _finished(folder, shard)
                 if part is not None:
@@ -81,7 +81,7 @@ def run_jobs(
                 time.sleep(_INTERVAL)
         if waiting:
             _, missing, _ = next(iter(waiting.values()))
-            raise UserError(_failure(f"it ended as {result.state} without shard {missing}, the runner's log says why"))
+            raise UserError(_failure(f"it ended as {result.state} without shard {missing}, see the log of the runner"))
     finally:
         if result is not None and waiting and not PipelineState.is_terminal(result.state):
             result.cancel()
@@ -91,18 +91,18 @@ def run_jobs(
 
 def _failure(reason: str) -> str:
     last = reason.strip().splitlines()[-1].rstrip(".")
-    return f"the pipeline failed: {last}; mend that and give the same command again, it goes on after finished shards"
+    return f"the pipeline failed: {last}; fix this, and re-run the same command to resume after the finished shards"
 
 
 def _absolute(job: Job) -> Job:
-    """The same job for processes that were started in another folder."""
+    """The same job with absolute paths, for processes with another working directory."""
     items = [dataclasses.replace(item, path=os.path.abspath(item.path)) for item in job.items]
     return dataclasses.replace(job, folder=job.folder.absolute(), items=items)
 
 
 def _write_job_file(job: Job, convert: Callable[[Item], Stored]) -> pathlib.Path:
     file = job.folder / f"{job.shard}.job"
-    write_file(file, pickle.dumps((job, convert)))
+    files.write(file, pickle.dumps((job, convert)), temporary(file))
     return file
 
 
@@ -112,10 +112,9 @@ def _finished(folder: pathlib.Path, shard: str) -> Part | None:
 
 
 def write_job(file: str) -> str:
-    """What a worker does: writes the shard of a job's file, if it is not there, and returns its name.
+    """Runs in a worker: writes the shard of a job file, unless it is finished, and returns its name.
 
-    A runner may give the same job twice, at once or after one that was taken for lost: names of unfinished shards
-    differ, and both would write the same bytes.
+    A runner may execute a job twice, even concurrently: temporary names differ, and both write the same bytes.
     """
     job, convert = pickle.loads(pathlib.Path(file).read_bytes())
     if _finished(job.folder, job.shard) is None:
@@ -124,7 +123,7 @@ def write_job(file: str) -> str:
 
 
 def _count(images: int, corrupt: list[tuple[str, str]]) -> None:
-    """Adds to the counters that runners show."""
+    """Updates the counters shown by runners."""
     from apache_beam.metrics import Metrics
 
     Metrics.counter("data_prep", "images").inc(images)

@@ -1,4 +1,4 @@
-"""What the commands that convert images share: their options, the search for duplicates, the run and what it prints."""
+"""Shared parts of the conversion commands: options, search for duplicates, running the conversion and its output."""
 
 import argparse
 import os
@@ -13,35 +13,36 @@ from pera_jax.data import records
 from pera_jax.data.images import foreign
 
 DROPS = ("duplicates", "small", "blank")
-_IMAGES_PER_SHARD = 512  # enough shards for several workers, little lost with an unfinished one
+_IMAGES_PER_SHARD = 512  # enough shards for several workers, little work lost with an unfinished one
 _MOST_SHARDS = 512  # TensorFlow Datasets keeps every shard open: stay below the usual limit of 1,024 files
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that say what is written, how, and how fast."""
-    parser.add_argument("--output", type=paths.local_path, required=True, help="data set folder; made if need be")
+    """Adds the options for output, image conversion and workers."""
+    parser.add_argument("--output", type=paths.local_path, required=True, help="dataset folder; created if missing")
     parser.add_argument("--split", required=True, help="name of the split: train, test, ...")
     parser.add_argument("--workers", type=count, default=len(os.sched_getaffinity(0)), help="default: all cores")
-    parser.add_argument("--max-side", type=count, metavar="PX", help="reduce images whose longer side is longer")
-    parser.add_argument("--jpeg-quality", type=_quality, metavar="Q", help="store changed images as JPEG, not as PNG")
-    parser.add_argument("--min-side", type=count, default=32, metavar="PX", help="images whose shorter side is "
-                        "shorter are small (%(default)s)")  # fmt: skip
-    parser.add_argument("--drop", type=_drops, default=(), metavar="KINDS", help=f"leave out, of {','.join(DROPS)}")
-    parser.add_argument("--max-corrupt-share", type=share, default=0.05, metavar="S", help="default: %(default)s")
+    parser.add_argument("--max-side", type=count, metavar="PX", help="downsize images whose longer side is larger")
+    parser.add_argument("--jpeg-quality", type=_quality, metavar="Q", help="store changed images as JPEG instead of PNG")
+    parser.add_argument("--min-side", type=count, default=32, metavar="PX", help="images with a smaller "
+                        "shorter side count as small (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--drop", type=_drops, default=(), metavar="KINDS", help=f"kinds to leave out, from {','.join(DROPS)}")
+    parser.add_argument("--max-corrupt-fraction", type=fraction, default=0.05, metavar="F", help="maximum fraction "
+                        "of unreadable images (default: %(default)s)")  # fmt: skip
     parser.add_argument("--shard-size", type=count, metavar="N", help="images per shard; default: 512, or "
-                        "more where that would make over 512 shards")  # fmt: skip
+                        "more to stay within 512 shards")  # fmt: skip
 
 
 def add_range(parser: argparse.ArgumentParser) -> None:
-    """Adds the option for images of more than 8 bits."""
-    parser.add_argument("--range", type=_range, metavar="LOW,HIGH", dest="span", help="values of images of 9 to 16 bits "
-                        "that become 0 and 255; default: the upper 8 bits are kept")  # fmt: skip
+    """Adds the option for images with more than 8 bits."""
+    parser.add_argument("--range", type=_range, metavar="LOW,HIGH", dest="span", help="for images of 9 to 16 bits, "
+                        "the values mapped to 0 and 255; default: keep the upper 8 bits")  # fmt: skip
 
 
 def _range(text: str) -> tuple[int, int]:
     low, high = map(int, text.split(","))
     if not 0 <= low < high < 1 << 16:
-        raise argparse.ArgumentTypeError(f"{text} is not two numbers from 0 to 65535, the lower one first")
+        raise argparse.ArgumentTypeError(f"expected two numbers LOW,HIGH in [0, 65535] with LOW < HIGH, got {text}")
     return low, high
 
 
@@ -49,38 +50,38 @@ def _drops(text: str) -> tuple[str, ...]:
     kinds = tuple(sorted(set(text.split(","))))
     for kind in kinds:
         if kind not in DROPS:
-            raise argparse.ArgumentTypeError(f"{kind!r} is none of {', '.join(DROPS)}")
+            raise argparse.ArgumentTypeError(f"expected kinds from {', '.join(DROPS)}, got {kind!r}")
     return kinds
 
 
 def count(text: str) -> int:
-    """Reads a whole number from 1 on. Raises ArgumentTypeError."""
+    """Parses an integer >= 1. Raises ArgumentTypeError."""
     if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text}")
     return int(text)
 
 
 def _quality(text: str) -> int:
     if not 1 <= int(text) <= 100:
-        raise argparse.ArgumentTypeError(f"{text} is not from 1 to 100")
+        raise argparse.ArgumentTypeError(f"expected an integer in [1, 100], got {text}")
     return int(text)
 
 
-def share(text: str) -> float:
-    """Reads a number from 0 to 1. Raises ArgumentTypeError."""
+def fraction(text: str) -> float:
+    """Parses a number in [0, 1]. Raises ArgumentTypeError."""
     if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
+        raise argparse.ArgumentTypeError(f"expected a number in [0, 1], got {text}")
     return float(text)
 
 
 def conversion(args: argparse.Namespace) -> dict:
-    """The options of `pixels.convert`."""
+    """The keyword arguments of `pixels.convert`."""
     options = {name: getattr(args, name) for name in ("max_side", "jpeg_quality", "min_side", "drop")}
-    return options | ({"span": args.span} if args.span else {})  # the rest is part of what older conversions are known by
+    return options | ({"span": args.span} if args.span else {})  # an absent span keeps the hash of older conversions
 
 
 def number_of_shards(args: argparse.Namespace, images: int) -> int:
-    """How many shards hold that many images, by --shard-size or its default."""
+    """Number of shards for `images` images, by --shard-size or its default."""
     size = args.shard_size or max(_IMAGES_PER_SHARD, -(-images // _MOST_SHARDS))
     return -(-images // size)
 
@@ -94,13 +95,14 @@ def write(
     driver: Callable = run_jobs,
     rejected: Sequence[tuple[str, str]] = (),
 ) -> None:
-    """Writes a split, or what is missing of it, and prints what came of it.
+    """Writes a split, or its missing shards, and prints a summary.
 
     Args:
-      split: what to write, duplicates included.
-      read: the bytes of an item by which it is a duplicate of another; raises ImageDecodeError; picklable.
-      convert, rejected: as in `folder.write_split`; driver: what that calls `run`.
-      args: holds the options of `add_options`.
+      split: what to write, including duplicates.
+      read: returns the bytes that identify duplicates of an item; raises ImageDecodeError; picklable.
+      convert, rejected: as in `folder.write_split`.
+      args: with the options of `add_options`.
+      driver: runs the jobs; argument `run` of `folder.write_split`.
 
     Raises UserError.
     """
@@ -111,18 +113,18 @@ def write(
     classes = f"{len(split.class_names)} classes ({several(split.class_names, 5)})" if split.class_names else "no classes"
     workers = f", {args.workers} workers" if driver is run_jobs else ""
     print(f"{split.name}: {len(split)} images, {classes}, {split.shards} shards{workers}", flush=True)
-    split_plan.check_unfinished(split)  # before the search for duplicates, which takes its time
+    split_plan.check_unfinished(split)  # before the slow search for duplicates
     again = duplicates.find(split.items, read, args.workers) if "duplicates" in args.drop else []
     info, report = folder.write_split(
         split_plan.without(split, again), convert, workers=args.workers, run=driver,
-        max_corrupt_share=args.max_corrupt_share, rejected=rejected,
+        max_corrupt_fraction=args.max_corrupt_fraction, rejected=rejected,
         duplicates=[item.key for item in map(split.items.__getitem__, again)],
     )  # fmt: skip
     show(args.output, info.splits[split.name], report)
 
 
 def show(output: pathlib.Path, written: records.SplitInfo, report: dict) -> None:
-    """Prints what a conversion wrote and left out."""
+    """Prints a summary of a conversion."""
     split = report["split"]
     print(f"{split}: {written.records} records, {sum(written.shard_bytes) / 1e6:.1f} MB, in {printable(output)}")
     print(f"mean {written.mean}, std {written.std}, fingerprint {written.fingerprint[:12]}")
@@ -133,13 +135,13 @@ def show(output: pathlib.Path, written: records.SplitInfo, report: dict) -> None
     if named:
         print(f"left out: {', '.join(named)}")
     if found:
-        print(f"written, but look at them (--drop leaves them out): {', '.join(found)}")
+        print(f"written, but may be unwanted (--drop leaves them out): {', '.join(found)}")
     if named or found:
-        print(f"{printable(output / split)}.report.json and {split}.inputs.csv name them")
+        print(f"{printable(output / split)}.report.json and {split}.inputs.csv list them")
 
 
 def _show_changes(changed: dict[str, int]) -> None:
-    """Prints what was done to the values of pixels; other formats and numbers of bits are none of it."""
+    """Prints changes of pixel values; changes of format or bit depth are not listed."""
     for name, number in sorted(changed.items(), key=lambda change: (-change[1], change[0])):
         if name in foreign.CHANGES:
             print(f"changed, {name}: {number:,} {'image' if number == 1 else 'images'} {foreign.CHANGES[name]}")

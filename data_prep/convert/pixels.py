@@ -1,7 +1,7 @@
-"""One image file to the bytes that are stored: 8-bit RGB, upright, by the rules of `pera_jax.data.images.foreign`.
+"""Conversion of an image file to its stored form: 8-bit RGB, upright, as read by `pera_jax.data.images.foreign`.
 
-JPEG and PNG files that none of these rules and no limit of size changes are stored byte for byte. Everything else is
-stored as PNG, which keeps every pixel, or as JPEG where the caller names a quality.
+JPEG and PNG files that need no change are stored byte for byte. Other images are stored as PNG, which is lossless, or as
+JPEG with a chosen quality.
 """
 
 import dataclasses
@@ -14,11 +14,11 @@ from PIL import Image
 from pera_jax.data import statistics
 from pera_jax.data.images import foreign
 
-_BLANK = 2  # values that a band of a blank image spans at most
+_BLANK = 2  # maximum value range of a band in a blank image
 
 
 class Rejected(Exception):
-    """An image that is sound but not wanted; its text is the reason."""
+    """A valid image that is not wanted; the text is the reason."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,13 +26,13 @@ class Stored:
     """An image ready to be written.
 
     Attributes:
-      data: encoded bytes, as `codecs` says.
-      histogram: pixels of each value in each band: `statistics.count`.
-      content: a hash of what it was made from, 16 bytes: equal ones are exact duplicates.
-      found: what cleaning looks for: "small", "blank".
-      place: JSON text of where on the ground a tile lies, "" for other images.
-      label: index of its class where only the content tells it; None leaves it to the item.
-      changes: names of what was done to the pixels or the file; empty where the bytes are those of the source.
+      data: encoded bytes, see `codecs`.
+      histogram: of each band: `statistics.count`.
+      content: 16-byte hash of the source; equal for exact duplicates.
+      found: findings of cleaning: "small", "blank".
+      place: JSON text with the location of a tile, "" for other images.
+      label: class index if known only from the content; None uses the label of the item.
+      changes: names of changes of pixels or format; empty if the bytes are those of the source.
     """
 
     data: bytes
@@ -56,27 +56,27 @@ def convert(
 
     Args:
       encoded: the file's bytes.
-      max_side: where the longer side has more pixels than this, the image is reduced to it (Lanczos, antialiased).
-      jpeg_quality: changed images are stored as JPEG of this quality (1 to 100, full colour resolution), not as PNG.
-      min_side: an image whose shorter side has fewer pixels is "small".
-      drop: names of what is to be refused, of "small" and "blank": no band of it spans more than 2 of 255 values.
-      span: (low, high): the values of 9 to 16 bits that become 0 and 255; None: their upper 8 bits are kept.
+      max_side: maximum length of the longer side in px; larger images are downsized (Lanczos, antialiased).
+      jpeg_quality: store changed images as JPEG of this quality (1 to 100, no chroma subsampling) instead of PNG.
+      min_side: images whose shorter side is smaller (px) are "small".
+      drop: kinds to reject, from "small" and "blank" (no band spans more than 2 of 255 values).
+      span: (low, high): for 9 to 16 bits, the values mapped to 0 and 255; None keeps the upper 8 bits.
 
     Raises:
       ImageDecodeError: see `foreign.read`.
-      Rejected: an image of a kind that `drop` names.
+      Rejected: the image is of a kind in `drop`.
     """
-    picture = foreign.read(encoded, colours=True, span=span)
+    picture = foreign.read(encoded, colors=True, span=span)
     rgb, changes = Image.fromarray(picture.pixels), list(picture.changes)
     found = ["small"] if min(rgb.size) < min_side else []
     if max_side is not None and max(rgb.size) > max_side:
         scale = max_side / max(rgb.size)
         width, height = (max(1, round(side * scale)) for side in rgb.size)
-        # One direction after the other: the order changes pixels, and Pillow's versions do not agree on it.
+        # One axis at a time: the order affects pixels and differs between versions of Pillow.
         rgb = rgb.resize((width, rgb.height), Image.Resampling.LANCZOS)
         rgb = rgb.resize((width, height), Image.Resampling.LANCZOS)
         changes.append("reduced")
-    histogram = np.array(rgb.histogram(), np.int64).reshape(3, 256)  # what `statistics.count` gives, in C
+    histogram = np.array(rgb.histogram(), np.int64).reshape(3, 256)  # the same as `statistics.count`, in C
     found += ["blank"] if _blank(histogram) else []
     for kind in found:
         if kind in drop:
@@ -86,12 +86,12 @@ def convert(
 
 
 def content_hash(encoded: bytes) -> bytes:
-    """By which exact duplicates are found: 16 bytes of BLAKE2b."""
+    """16 bytes of BLAKE2b, for finding exact duplicates."""
     return hashlib.blake2b(encoded, digest_size=16).digest()
 
 
 def _blank(histogram: np.ndarray) -> bool:
-    """Whether no band spans more than 2 values, which leaves room for the noise of a JPEG."""
+    """Whether no band spans more than 2 values, a tolerance for JPEG noise."""
     return all(np.ptp(np.flatnonzero(band)) <= _BLANK for band in histogram)
 
 

@@ -1,15 +1,14 @@
-"""What a split is to be made of, and the note of it that an unfinished conversion leaves."""
+"""The plan of a split, and its file in an unfinished conversion."""
 
 import dataclasses
 import hashlib
-import json
 import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 
-from data_prep.convert.shards import Item, Job, write_file
-from pera_jax.common import json_files
+from data_prep.convert.shards import Item, Job
+from pera_jax.common import files, json_files
 from pera_jax.common.errors import UserError
 
 _PLAN_FILE = "plan.json"
@@ -17,18 +16,18 @@ _PLAN_FILE = "plan.json"
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """A split to be written.
+    """A split to write.
 
     Attributes:
-      folder: the data set folder.
-      dataset, name: names of the data set and of the split.
+      folder: the dataset folder.
+      dataset, name: names of the dataset and the split.
       bands, dtype: of the images.
-      class_names: names of the classes, which the items' labels index; None without classes.
-      has_places: whether records say where on the ground their image lies.
-      items: the images in the order of the records; may make them one by one.
+      class_names: indexed by the labels of the items; None without classes.
+      has_places: whether the records have a `place`.
+      items: the images in the order of the records; may be created lazily.
       shards: number of shards.
-      source: a hash of what the records depend on: items, classes, shards and options of the conversion.
-      kept: int64, the places in `items` of those that are converted; None: all.
+      source: hash over everything the records depend on: items, classes, shards and conversion options.
+      kept: int64, the indices of the `items` to convert; None for all.
     """
 
     folder: pathlib.Path
@@ -51,15 +50,15 @@ class Split:
         return f"{self.dataset}-{self.name}.array_record-{shard:05d}-of-{self.shards:05d}"
 
     def __len__(self) -> int:
-        """Images to convert."""
+        """Number of images to convert."""
         return len(self.items) if self.kept is None else len(self.kept)
 
     def job_size(self, shard: int) -> int:
-        """Images of one shard, of n in K: those from n k / K to n (k + 1) / K, whoever asks."""
+        """Number of images in shard k of K: those from n k / K to n (k + 1) / K."""
         return len(self) * (shard + 1) // self.shards - len(self) * shard // self.shards
 
     def job(self, shard: int) -> Job:
-        """What one shard is made of."""
+        """The job that writes one shard."""
         first = len(self) * shard // self.shards
         places = slice(first, first + self.job_size(shard))
         items = self.items[places] if self.kept is None else [self.items[i] for i in self.kept[places]]
@@ -67,7 +66,7 @@ class Split:
 
 
 def without(split: Split, places: list[int]) -> Split:
-    """The split without the items at these places."""
+    """The split without the items at these indices."""
     if not places:
         return split
     kept = np.delete(np.arange(len(split.items)), places)
@@ -75,37 +74,37 @@ def without(split: Split, places: list[int]) -> Split:
 
 
 def check_unfinished(split: Split) -> None:
-    """Raises UserError if the folder holds an unfinished conversion of something else, or shards of none."""
+    """Raises UserError if the folder has an unfinished conversion of something else, or stray shards."""
     plan = split.partial / _PLAN_FILE
     if plan.is_file():
         if _read(plan).source != split.source:
             raise UserError(
                 f"{split.partial} is an unfinished conversion of other images or with other options; "
-                f"give that command again, or remove {split.partial}"
+                f"re-run that command, or remove {split.partial}"
             )
         return
     strays = sorted(split.folder.glob(f"{split.dataset}-{split.name}.array_record-*"))
     if strays:
-        raise UserError(f"{strays[0]} belongs to no finished split; remove it, or name another --output")
+        raise UserError(f"{strays[0]} does not belong to a finished split; remove it, or choose another --output")
 
 
 def check_kept(split: Split) -> None:
-    """Raises UserError if the unfinished conversion left out other items: shards would then lack images, or share them."""
+    """Raises UserError if the unfinished conversion left out different items, so that shards would not fit together."""
     plan = split.partial / _PLAN_FILE
     if plan.is_file() and _read(plan).kept != _kept_hash(split):
-        raise UserError(f"images were changed since {split.partial} was begun; remove it, and begin again")
+        raise UserError(f"images have changed since {split.partial} was created; remove it, and re-run the command")
 
 
 @dataclasses.dataclass
 class _Plan:
-    """What is being converted, see `Split`."""
+    """Identity of an unfinished conversion, see `Split`."""
 
     source: str
     kept: str
 
 
 def _read(file: pathlib.Path) -> _Plan:
-    return json_files.read(file, _Plan, f"remove {file.parent}, and begin again")
+    return json_files.read(file, _Plan, f"remove {file.parent}, and re-run the command")
 
 
 def _kept_hash(split: Split) -> str:
@@ -113,11 +112,11 @@ def _kept_hash(split: Split) -> str:
 
 
 def write(split: Split) -> None:
-    """Begins a conversion, or goes on with one: notes what is converted, and removes what is half written."""
+    """Starts or resumes a conversion: writes the plan, and removes incomplete files."""
     split.partial.mkdir(exist_ok=True)
     remove_half_written(split)
     plan = _Plan(split.source, _kept_hash(split))
-    write_file(split.partial / _PLAN_FILE, json.dumps(dataclasses.asdict(plan)).encode("ascii"))
+    files.write_json(split.partial / _PLAN_FILE, dataclasses.asdict(plan))
 
 
 def remove_half_written(split: Split) -> None:

@@ -1,4 +1,4 @@
-"""What the parts of a split add up to: its entry in info.json, and the report of its conversion."""
+"""Combines the parts of a split into its entry in info.json and the report of the conversion."""
 
 import collections
 import csv
@@ -8,16 +8,16 @@ import io
 from data_prep.convert.shards import Part
 from pera_jax.data import records, statistics
 
-_SHOWN, _REASONS = 20, 50  # of a long list in the report, and lists
+_SHOWN, _REASONS = 20, 50  # maximum number of keys per list in the report, and of lists
 
 
 def histogram(parts: list[Part]) -> statistics.Histogram:
-    """The values of all pixels of a split."""
+    """The histogram of all pixels of a split."""
     return sum(statistics.from_bytes(part.histogram) for part in parts if part.records)
 
 
 def split_info(parts: list[Part], counts: statistics.Histogram, dtype: str, source: str) -> records.SplitInfo:
-    """The entry of a split; `parts` in the order of the shards, `counts` their histogram, `dtype` of the images."""
+    """The entry of a split, from its parts in the order of the shards and their histogram `counts`."""
     ranges = statistics.default_ranges(counts, dtype)
     mean, std = statistics.moments(counts, dtype, ranges)
     found = statistics.percentiles(counts, dtype, statistics.PERCENTILES)  # [S, C]
@@ -43,16 +43,17 @@ def report(
     duplicates: list[str],
     twins: list[str],
 ) -> tuple[dict, bytes]:
-    """What became of every input: the content of SPLIT.report.json and of SPLIT.inputs.csv.
+    """The outcome of every input: contents of SPLIT.report.json and SPLIT.inputs.csv.
 
-    Each input is in one of `written`, `duplicates` (left out), `rejected` and `failed`, which add up to `inputs`. `found`
-    says which written images cleaning would have something to say of, `changed` what was done to images; one image may
-    count under several names there. Of long lists the report shows the first; the table has every input that was not
-    written, and every find.
+    Each input counts in exactly one of `written`, `duplicates` (left out), `rejected` and `failed`, which sum to `inputs`.
+    `found` lists findings of cleaning among the written images, `changed` counts changes; an image may occur under several
+    names there. The report only shows the start of long lists; the table has every input that was not written, and every
+    finding.
 
     Args:
-      rejected: (name, reason) of files that were no candidates; the parts have more.
-      duplicates: keys of exact duplicates that were left out; twins: of such that were written.
+      rejected: (name, reason) of files that are not candidates, in addition to those of the parts.
+      duplicates: keys of exact duplicates that were left out.
+      twins: keys of exact duplicates that were written.
     """
     changes, found = collections.Counter(), [(key, "duplicate") for key in twins]
     refused, failed = list(rejected), []
@@ -79,7 +80,7 @@ def report(
 
 
 def _counted(rows: list[tuple[str, str]]) -> dict:
-    """By reason, the commonest first, how many there are and the first of them; reasons may be as many as inputs."""
+    """Number and first keys per reason, most frequent reasons first; limited, as there may be a reason per input."""
     by_reason = collections.defaultdict(list)
     for key, reason in rows:
         by_reason[reason].append(key)

@@ -1,4 +1,4 @@
-"""The files by which TensorFlow Datasets opens a data set folder, without TensorFlow."""
+"""Metadata files that let TensorFlow Datasets open a dataset folder; written without TensorFlow."""
 
 import pathlib
 
@@ -9,11 +9,11 @@ from pera_jax.data import records
 
 
 def write(staging: pathlib.Path, folder: pathlib.Path, info: records.DatasetInfo) -> None:
-    """Writes dataset_info.json, features.json and, with classes, label.labels.txt into `staging`, made for it.
+    """Writes dataset_info.json, features.json and, with classes, label.labels.txt to the new folder `staging`.
 
-    They describe the shards that `info` names in `folder`. Raises OSError.
+    They describe the shards of `info` in `folder`. Raises OSError.
     """
-    coded = info.dtype == "uint8" and len(info.bands) == 3  # TFDS knows JPEG and PNG; of a TIFF it gives the bytes
+    coded = info.dtype == "uint8" and len(info.bands) == 3  # TFDS decodes JPEG and PNG; TIFF stays bytes
     image = tfds.features.Image(shape=(None, None, 3)) if coded else tfds.features.Text()
     features = {"image": image, "key": tfds.features.Text()}
     if info.has_places:

@@ -1,8 +1,8 @@
-"""Drawing with arrays: coordinates, distances, coverage and noise, for scenes seen from above.
+"""Drawing with arrays: coordinates, distances, coverage and noise, for overhead scenes.
 
 Shapes are signed distances in pixels (negative inside) over the whole picture; `cover` turns a distance into coverage
 in [0, 1] with an edge one pixel wide, which is all the antialiasing there is. All arrays are float32 [S, S] unless said
-otherwise; colours are float32 [3] in [0, 1].
+otherwise; colors are float32 [3] in [0, 1].
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """A coordinate system on the picture: `u` and `v` in pixels of the scene, origin at the centre."""
+    """A coordinate system on the picture: `u` and `v` in pixels of the scene, origin at the center."""
 
     u: np.ndarray
     v: np.ndarray
@@ -29,7 +29,7 @@ class Frame:
 
 
 def frame(size: int) -> Frame:
-    """Pixel centres of a picture of `size` x `size`, u to the right, v down."""
+    """Pixel centers of a picture of `size` x `size`, u to the right, v down."""
     axis = np.arange(size, dtype=np.float32) - (size - 1) / 2
     u, v = np.meshgrid(axis, axis)
     return Frame(u, v)
@@ -50,19 +50,19 @@ def disc(at: Frame, radius) -> np.ndarray:
 
 
 def stripes(coordinate: np.ndarray, period: float, width: float) -> np.ndarray:
-    """Distance to parallel stripes of `width`, one each `period`, centred on multiples of it."""
+    """Distance to parallel stripes of `width`, one each `period`, centered on multiples of it."""
     return np.abs(coordinate - period * np.round(coordinate / period)) - width / 2
 
 
 def cells(at: Frame, pitch_u: float, pitch_v: float) -> tuple[Frame, np.ndarray, np.ndarray]:
-    """Repeats the scene: coordinates relative to the centre of each cell, and the cell's whole column and row."""
+    """Repeats the scene in cells: coordinates relative to the cell center, and integer column and row of the cell."""
     column, row = np.floor(at.u / pitch_u), np.floor(at.v / pitch_v)
     inside = Frame(at.u - (column + 0.5) * pitch_u, at.v - (row + 0.5) * pitch_v)
     return inside, column, row
 
 
 class Lottery:
-    """Random numbers that belong to cells: the same column and row always draw the same ones."""
+    """Random numbers per cell: a function of its column and row."""
 
     _SIDE = 64
 
@@ -70,7 +70,7 @@ class Lottery:
         self._table = rng.random((self._SIDE * self._SIDE, draws), dtype=np.float32)
 
     def all(self, column: np.ndarray, row: np.ndarray) -> np.ndarray:
-        """Uniform in [0, 1): all numbers of each cell, [draws, S, S]."""
+        """Uniform numbers in [0, 1) per cell, [draws, S, S]."""
         place = (column.astype(np.int32) % self._SIDE) * self._SIDE + row.astype(np.int32) % self._SIDE
         return np.moveaxis(self._table[place], -1, 0)
 
@@ -78,12 +78,12 @@ class Lottery:
 def crowns(
     at: Frame, rng: np.random.Generator, pitch: float, radius: tuple[float, float], wander: float, share: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Round things strewn over the picture, one candidate a cell.
+    """Round objects scattered over the picture, one candidate per cell.
 
     Args:
       at: coordinates; `pitch` is the side of a cell.
       radius: smallest and largest radius.
-      wander: how far a centre may lie from its cell's centre, in cells (0: a grid, 0.5: no order left).
+      wander: how far a center may lie from its cell's center, in cells (0: a grid, 0.5: no order left).
       share: share of the cells that hold one.
 
     Returns:
@@ -107,7 +107,7 @@ def crowns(
 
 
 def displace(values: np.ndarray, u: float, v: float) -> np.ndarray:
-    """What stands on the picture, moved by `u`, `v` (rounded to pixels); the border is repeated."""
+    """A picture shifted by `u`, `v` (rounded to pixels); the border is repeated."""
     axis = np.arange(len(values))
     rows, columns = (np.clip(axis - round(float(step)), 0, len(values) - 1) for step in (v, u))
     return values[rows[:, None], columns]
@@ -128,16 +128,16 @@ def noise(rng: np.random.Generator, size: int, grain: float, octaves: int = 1) -
     return total / np.float32(0.7 * np.sqrt(power))  # interpolation takes about half of the variance
 
 
-def paint(picture: np.ndarray, coverage: np.ndarray, colour: np.ndarray) -> None:
-    """Lays a colour ([3], or [S, S, 3]) over the picture [S, S, 3], in place."""
-    picture += coverage[..., None] * (colour - picture)
+def paint(picture: np.ndarray, coverage: np.ndarray, color: np.ndarray) -> None:
+    """Blends a color ([3] or [S, S, 3]) over the picture [S, S, 3], in place."""
+    picture += coverage[..., None] * (color - picture)
 
 
 def shade(picture: np.ndarray, factor: np.ndarray) -> None:
-    """Multiplies the light that falls on the picture [S, S, 3] by `factor`, in place."""
+    """Multiplies the brightness of the picture [S, S, 3] by `factor`, in place."""
     picture *= factor[..., None]
 
 
 def soften(picture: np.ndarray, radius: float) -> np.ndarray:
-    """Blurs uint8 [S, S, 3] as a lens does; `radius` in pixels."""
+    """Blurs uint8 [S, S, 3]; `radius` in pixels."""
     return np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(radius)))

@@ -1,9 +1,9 @@
-"""The classes of the demo scenes: each function lays out one kind of place on a picture.
+"""The classes of the demo scenes: each function draws one kind of layout.
 
     layout(rng, at, tones) -> float32 [S, S, 3]
 
-`at` is the coordinate frame (position, direction and scale are already drawn), `tones` the colours of the scene. What
-tells the classes apart is the arrangement; the colours come from one distribution for all of them.
+`at` is the coordinate frame (position, direction and scale are already drawn), `tones` the colors of the scene. What
+tells the classes apart is the arrangement; the colors come from one distribution for all of them.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def crop_rows(rng: np.random.Generator, at: Frame, tones: Tones) -> np.ndarray:
 
 
 def pivot_circles(rng: np.random.Generator, at: Frame, tones: Tones) -> np.ndarray:
-    """Circular fields of centre-pivot irrigation on a square grid, with spokes, rings and sectors."""
+    """Circular fields of center-pivot irrigation on a square grid, with spokes, rings and sectors."""
     picture = ground(rng, at, tones)
     at = at.turn(rng.uniform(0, np.pi))
     pitch = rng.uniform(44, 74)
@@ -69,8 +69,8 @@ def dense_roofs(rng: np.random.Generator, at: Frame, tones: Tones) -> np.ndarray
     paint(picture, cover(box(in_block, block_u / 2 - 4, block_v / 2 - 4)), tones.draw("ground"))
     shade(picture, 1 - 0.55 * cover(tones.cast(distance, 2.6)))
     light = np.where(in_lot.v > 0, 1.12, 0.84) * (0.7 + 0.6 * tone)
-    colours = np.stack([tones.draw("built") for _ in range(4)])
-    roof = colours[(4 * kind).astype(int)] * light[..., None]
+    colors = np.stack([tones.draw("built") for _ in range(4)])
+    roof = colors[(4 * kind).astype(int)] * light[..., None]
     paint(picture, cover(distance), roof)
     return picture
 
@@ -116,9 +116,9 @@ def orchard(rng: np.random.Generator, at: Frame, tones: Tones) -> np.ndarray:
     distance, tone = crowns(rows, rng, pitch, (0.27 * pitch, 0.36 * pitch), 0.04, 0.97)
     paint(picture, cover(stripes(rows.v, pitch, 0.35 * pitch), 3) * 0.35, tones.draw("ground"))
     shade(picture, 1 - 0.5 * cover(tones.cast(distance, 0.24 * pitch), 1.5))
-    colour = tones.draw("plant")
+    color = tones.draw("plant")
     light = (0.8 + 0.35 * tone) * (1 + 0.12 * np.clip(-distance / 3, 0, 1))
-    paint(picture, cover(distance, 1.5), colour * light[..., None])
+    paint(picture, cover(distance, 1.5), color * light[..., None])
     return picture
 
 
@@ -160,10 +160,10 @@ def solar_farm(rng: np.random.Generator, at: Frame, tones: Tones) -> np.ndarray:
     valid = (number >= 0) & (number < rows) & (present < 0.92)
     panel = np.where(valid, np.maximum(np.abs(inside.u) - length / 2, np.abs(in_row.v) - 0.31 * pitch), 1e3)
     shade(picture, 1 - 0.4 * cover(np.where(valid, panel - 1.5, 1e3), 2))
-    colour = tones.draw("water")
+    color = tones.draw("water")
     seams = stripes(inside.u, 6.0, 0.8)
     light = 1 + 0.25 * noise(rng, len(at.u), 60) + 0.25 * tone
-    paint(picture, cover(panel), colour * np.clip(light, 0.5, 1.7)[..., None])
+    paint(picture, cover(panel), color * np.clip(light, 0.5, 1.7)[..., None])
     paint(picture, cover(np.maximum(seams, panel)) * 0.5, tones.draw("built"))
     return picture
 
@@ -236,9 +236,9 @@ def runway(rng: np.random.Generator, at: Frame, tones: Tones) -> np.ndarray:
     shade(picture, 1 - 0.12 * cover(np.maximum(np.abs(turned.v) - half * 0.5, strip), 6))
     bars = np.maximum(stripes(turned.v, 3.6, 1.8), np.abs(turned.v) - half + 1.5)
     bars = np.maximum(bars, np.abs(turned.u - end + 8) - 5)
-    centre = np.maximum(np.maximum(np.abs(turned.v) - 0.8, stripes(turned.u, 14, 8)), turned.u - end + 18)
+    center = np.maximum(np.maximum(np.abs(turned.v) - 0.8, stripes(turned.u, 14, 8)), turned.u - end + 18)
     edge = np.maximum(np.abs(np.abs(turned.v) - half + 1) - 0.45, strip)
-    for line in (bars, centre, edge):
+    for line in (bars, center, edge):
         paint(picture, cover(line) * 0.85, white)
     return picture
 

@@ -1,4 +1,4 @@
-"""Opening scenes with rasterio: a few stay open, and what is raised on damaged files becomes one error."""
+"""Opening scenes with rasterio: keeps a few open, and converts exceptions to a single type."""
 
 import contextlib
 import functools
@@ -10,32 +10,32 @@ from typing import Any
 
 from pera_jax.common.environment import EnvironmentFault, environment_fault, passing
 from pera_jax.common.errors import UserError
-from pera_jax.common.text import printable
+from pera_jax.common.text import first_line, printable
 from pera_jax.data import codecs
 
 ENDINGS = (".tif", ".tiff")
-OPEN_SCENES = 16  # that a process keeps open
+OPEN_SCENES = 16  # kept open per process
 _CACHE = 256  # MB
 
 
 def require_rasterio() -> None:
-    """Raises UserError where rasterio is not installed."""
+    """Raises UserError if rasterio is not installed."""
     try:
         import rasterio  # noqa: F401
     except ImportError as error:
-        raise UserError("scenes need rasterio; pip install pera_jax[scenes], or pip install rasterio") from error
+        raise UserError("scenes require rasterio; run pip install pera_jax[scenes], or pip install rasterio") from error
 
 
 @functools.lru_cache(maxsize=OPEN_SCENES)
 def opened(path: str) -> Any:
-    """The open file, a rasterio dataset. Raises as `reasons` does."""
-    # GDAL's cache of decoded blocks, of all open scenes: by default a twentieth of the memory, for each process.
+    """The open file, a rasterio dataset. Raises as `reasons`."""
+    # GDAL's block cache for all open scenes; the default is 5 % of the memory, per process.
     os.environ.setdefault("GDAL_CACHEMAX", str(_CACHE))
     import rasterio
 
     if os.path.isfile(path) and os.path.getsize(path) == 0:
         raise codecs.ImageDecodeError("is empty")
-    # By its content a file called .tif could be anything that GDAL knows, also a list of other files and addresses.
+    # Restricts the driver: by content, a .tif file could be any GDAL format, even a list of other files and URLs.
     driver = "GTiff" if path.lower().endswith(ENDINGS) else None
     with reasons(path), warnings.catch_warnings():
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
@@ -44,11 +44,13 @@ def opened(path: str) -> Any:
 
 @contextlib.contextmanager
 def reasons(path: str) -> Iterator[None]:
-    """Turns what rasterio raises on files that are missing or damaged into ImageDecodeError, with GDAL's first line, and
-    keeps GDAL's warnings from the terminal. Faults of the machine are raised as EnvironmentFault."""
+    """Converts exceptions of rasterio to ImageDecodeError with the first line of GDAL's message, and hides GDAL's warnings.
+
+    Failures of the machine become EnvironmentFault.
+    """
     import rasterio
 
-    # Where rasterio cannot decode what GDAL says of a damaged file, Cython prints the error by both hooks and goes on.
+    # If rasterio cannot decode a GDAL message, Cython prints the error through both hooks and continues.
     hooks = sys.excepthook, sys.unraisablehook
     sys.excepthook, sys.unraisablehook = _silent, functools.partial(_unraisable, hooks[1])
     try:
@@ -56,21 +58,20 @@ def reasons(path: str) -> Iterator[None]:
             yield
     except codecs.ImageDecodeError:
         raise
-    except Exception as error:  # on damaged files rasterio's many properties raise nearly anything
+    except Exception as error:  # for damaged files, rasterio raises almost any exception
         if passing(error):
             raise EnvironmentFault(f"{printable(path)} cannot be read: {environment_fault(error)}") from error
-        cause = error.__cause__ or error  # rasterio itself says "Read failed. See previous exception for details."
-        lines = str(cause).splitlines() or [type(cause).__name__]
-        raise codecs.ImageDecodeError(printable(lines[0])) from error
+        cause = error.__cause__ or error  # rasterio's own message is "Read failed. See previous exception for details."
+        raise codecs.ImageDecodeError(first_line(cause)) from error
     finally:
         sys.excepthook, sys.unraisablehook = hooks
 
 
 def _silent(*_: Any) -> None:
-    """An `excepthook` for where nothing that ends the program can reach it."""
+    """An `excepthook` that prints nothing; no fatal exception can reach it."""
 
 
 def _unraisable(hook: Callable, what: Any) -> None:
-    """Passes on what does not come from rasterio."""
+    """Forwards everything that does not come from rasterio."""
     if "rasterio" not in str(what.object):
         hook(what)

@@ -1,44 +1,44 @@
-"""Where the tiles of a scene lie: arithmetic on sides, without any file.
+"""The grid of tiles of a scene: arithmetic without file access.
 
-A grid has the scene's own pixels, or pixels of a chosen ground sample distance. Its first tile begins at the upper left
-corner, the next ones a stride further. What remains at the right and at the lower edge gets a tile of its own where it is
-at least half a stride: that tile is moved back, so that it ends at the edge. Where it is less it is left out, since the
-tile would repeat the one before it. A side that is shorter than the tile gets one tile of its own length.
+A grid uses the pixels of the scene, or pixels of a chosen ground sample distance. Tiles start at the upper left corner, one
+stride apart. A remainder at the right or lower edge of at least half a stride gets one more tile, shifted to end at the
+edge; a smaller remainder is dropped, as that tile would mostly repeat the one before. A side shorter than a tile gets one
+tile of its own length.
 """
 
 import argparse
 import dataclasses
 import math
 
-_SAME = 0.01  # a ground sample distance as near as this to the scene's own leaves its pixels as they are
-_ROUNDING = 1e-6  # of a pixel: what divisions lose
+_SAME = 0.01  # relative difference up to which a ground sample distance counts as that of the scene
+_ROUNDING = 1e-6  # pixels: tolerance for rounding errors
 
 
 @dataclasses.dataclass(frozen=True)
 class Length:
-    """`value` pixels of the grid, or metres on the ground."""
+    """A length of `value` grid pixels, or meters on the ground."""
 
     value: float
-    metres: bool
+    meters: bool
 
     def pixels(self, size: float | None) -> int:
-        """The number of pixels, at least 1; `size` is that of a pixel in metres."""
-        return max(1, round(self.value / size)) if self.metres else int(self.value)
+        """The length in pixels, at least 1; `size` is the size of a pixel in meters."""
+        return max(1, round(self.value / size)) if self.meters else int(self.value)
 
     def __str__(self) -> str:
-        return f"{self.value:g}m" if self.metres else f"{self.value:g}"
+        return f"{self.value:g}m" if self.meters else f"{self.value:g}"
 
 
 def length(text: str) -> Length:
-    """Reads "256" (pixels) or "2560m" (metres). Raises ArgumentTypeError."""
-    metres = text.endswith("m")
+    """Parses "256" (pixels) or "2560m" (meters). Raises ArgumentTypeError."""
+    meters = text.endswith("m")
     try:
         value = float(text.removesuffix("m"))
     except ValueError:
         value = math.nan
-    if not (0 < value < math.inf) or (not metres and value != int(value)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no length: give whole pixels (256) or metres (2560m)")
-    return Length(value, metres)
+    if not (0 < value < math.inf) or (not meters and value != int(value)):
+        raise argparse.ArgumentTypeError(f"expected whole pixels (256) or meters (2560m), got {text!r}")
+    return Length(value, meters)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Grid:
     """The tiles of one scene. All pairs are (horizontal, vertical).
 
     Attributes:
-      step: side of a pixel of the grid, in pixels of the file; 1.0 where these are kept.
-      sides: of the scene, in pixels of the grid.
-      tile_sides, stride: in pixels of the grid.
+      step: size of a grid pixel in pixels of the file; 1.0 without resampling.
+      sides: size of the scene in grid pixels.
+      tile_sides, stride: in grid pixels.
     """
 
     step: tuple[float, float]
@@ -57,10 +57,10 @@ class Grid:
     stride: tuple[int, int]
 
     @classmethod
-    def of(
+    def from_sides(
         cls,
         sides: tuple[int, int],
-        metres: tuple[float, float] | None,
+        meters: tuple[float, float] | None,
         tile: Length,
         stride: Length,
         gsd: float | None,
@@ -68,14 +68,14 @@ class Grid:
         """
         Args:
           sides: width and height of the scene in its pixels.
-          metres: of one pixel on the ground; None only where no length is in metres and `gsd` is None.
-          tile, stride: of each direction.
-          gsd: metres of a pixel of the grid; None keeps the scene's pixels.
+          meters: ground size of a pixel; may be None only if no length is in meters and `gsd` is None.
+          tile, stride: for both directions.
+          gsd: size of a grid pixel in meters; None keeps the pixels of the scene.
         """
-        step = (1.0, 1.0) if gsd is None else tuple(gsd / side for side in metres)
+        step = (1.0, 1.0) if gsd is None else tuple(gsd / side for side in meters)
         if all(abs(ratio - 1) <= _SAME for ratio in step):
             step = (1.0, 1.0)
-        pixel = (None, None) if metres is None else tuple(m * s for m, s in zip(metres, step, strict=True))
+        pixel = (None, None) if meters is None else tuple(m * s for m, s in zip(meters, step, strict=True))
         return cls(
             step,
             tuple(int(side / s + _ROUNDING) for side, s in zip(sides, step, strict=True)),
@@ -85,7 +85,7 @@ class Grid:
 
     @property
     def whole(self) -> bool:
-        """Whether the scene has room for a whole tile."""
+        """Whether a full tile fits into the scene."""
         return all(side >= tile for side, tile in zip(self.sides, self.tile_sides, strict=True))
 
     @property
@@ -95,7 +95,7 @@ class Grid:
         return columns * rows
 
     def tile(self, place: int) -> tuple[int, int, int, int]:
-        """(column, row, width, height) of a tile in pixels of the grid; they are counted row by row."""
+        """(column, row, width, height) of a tile in grid pixels; tiles are numbered row by row."""
         columns, _ = self._steps()
         corner = zip((place % columns, place // columns), self.sides, self.tile_sides, self.stride, strict=True)
         column, row = (min(step * stride, max(side - tile, 0)) for step, side, tile, stride in corner)

@@ -1,9 +1,9 @@
-"""Where on the ground a scene and its tiles lie: by its transform, its ground control points, or its RPCs.
+"""Georeferencing of scenes and tiles by a transform, ground control points or RPCs.
 
-* Control points are fitted by a transform where that meets each of them to half a pixel; else GDAL's polynomial goes
-  through them, and tiles have bounds but no transform of their own.
-* RPCs (rational polynomials of raw satellite images) are taken at the height that they are centred on: without a model of
-  the terrain, bounds are off by metres to hundreds of metres.
+* Control points are fitted by an affine transform if it matches all of them within half a pixel; otherwise by GDAL's
+  polynomial, and tiles have bounds but no transform.
+* RPCs (rational polynomial coefficients of raw satellite images) are evaluated at their reference height: without a terrain
+  model, bounds are off by meters to hundreds of meters.
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ from typing import Any
 from data_prep.geo.scene_file import OPEN_SCENES, opened, reasons
 
 _TRUE_SCALE = (
-    0.02  # where a projection's pixels differ by more than this from their size on the ground, the latter counts
+    0.02  # relative difference of projected and true pixel size above which the true size is used
 )
-_FITS = 0.5  # pixels by which a transform may miss a control point
-_EQUATOR, _ECCENTRICITY = 6378137.0, 0.0066943799901413165  # of WGS84: radius in metres, first eccentricity squared
+_FITS = 0.5  # maximum error of the transform at control points, in pixels
+_EQUATOR, _ECCENTRICITY = 6378137.0, 0.0066943799901413165  # WGS84: equatorial radius in meters, first eccentricity squared
 _DAY = re.compile(r"(?<!\d)((?:19|20)\d\d)([-_.]?)(\d\d)\2(\d\d)(?!\d)")
 _DAY_OF_YEAR = re.compile(r"(?<!\d)((?:19|20)\d{5})T")  # HLS: 2020208T154911
 
@@ -33,9 +33,9 @@ class Georeference:
 
     Attributes:
       kind: "transform", "gcps" or "rpcs".
-      crs: rasterio's, None where the file names none.
-      transform: a, b, c, d, e, f of x = a column + b row + c, y = d column + e row + f; None where no such numbers do.
-      at: (x, y) of a (column, row).
+      crs: of rasterio; None if the file has none.
+      transform: a, b, c, d, e, f of x = a column + b row + c, y = d column + e row + f; None if it is not affine.
+      at: maps (column, row) to (x, y).
     """
 
     kind: str
@@ -46,7 +46,7 @@ class Georeference:
 
 @functools.lru_cache(maxsize=OPEN_SCENES)
 def georeference(path: str) -> Georeference | None:
-    """How a scene lies on the ground, None where the file does not say. Raises as `scene_file.reasons` does."""
+    """The georeference of a scene; None without one. Raises as `scene_file.reasons`."""
     dataset = opened(path)
     with reasons(path):
         transform = dataset.transform
@@ -101,11 +101,11 @@ def _crs(path: str) -> str | None:
 
 
 @functools.lru_cache(maxsize=OPEN_SCENES)
-def metres(path: str) -> tuple[float, float] | None:
-    """Width and height of the pixel at the scene's centre in metres; None where it lies nowhere on the ground.
+def meters(path: str) -> tuple[float, float] | None:
+    """Width and height in meters of the pixel at the center of a scene; None without a georeference.
 
-    In a projection it is what the transform says, in the projection's units, unless the ground there is another size
-    (Web Mercator away from the equator). Raises as `scene_file.reasons` does.
+    For projected CRSs it follows from the transform, unless the true ground size differs (Web Mercator away from the
+    equator). Raises as `scene_file.reasons`.
     """
     from rasterio import warp
     from rasterio.errors import RasterioError
@@ -137,7 +137,7 @@ def metres(path: str) -> tuple[float, float] | None:
 
 
 def _distance(longitudes: list[float], latitudes: list[float], other: int) -> float:
-    """Metres on the ellipsoid from point 0 to a near one; degrees."""
+    """Distance in meters on the ellipsoid from point 0 to a nearby one, in degrees."""
     if not all(map(math.isfinite, (*longitudes, *latitudes))):
         return math.nan
     latitude = math.radians(latitudes[0])
@@ -150,19 +150,18 @@ def _distance(longitudes: list[float], latitudes: list[float], other: int) -> fl
 
 
 def place(path: str, tile: Any, source: str, no_data: dict | None = None) -> str:
-    """Where on the ground a tile lies, and what it was cut from, as JSON text.
+    """Location and source of a tile, as JSON text.
 
     Args:
       tile: a `scene_reader.Tile`.
-      source: the scene's name.
-      no_data: what `scene_reader.no_data` says of the tile.
+      source: name of the scene.
+      no_data: result of `scene_reader.no_data` for the tile.
 
     Returns:
-      `source` and `window` [column, row, width, height] in its pixels; `no_data` where some pixels have none. Where they
-      are known: `crs` (EPSG code or WKT), `bounds` [left, bottom, right, top] and `transform` in that CRS (x = a column +
-      b row + c, y = d column + e row + f, of the tile's pixels), `georeference` where they come from ground control points
-      ("gcps") or RPCs ("rpcs"), `pixel_metres` [width, height], and `date` of the scene (2020-08-31): the first one in the
-      name of the file, else that of the TIFF.
+      `source` and `window` [column, row, width, height] in its pixels; `no_data` if there are nodata pixels. If known:
+      `crs` (EPSG code or WKT), `bounds` [left, bottom, right, top] and `transform` in that CRS (x = a column + b row + c,
+      y = d column + e row + f, in pixels of the tile), `georeference` for ground control points ("gcps") and RPCs ("rpcs"),
+      `pixel_metres` [width, height], and the `date` of the scene (2020-08-31), from the file name or else the TIFF.
     """
     column, row, width, height = tile.window
     facts = {"source": source, "window": [_whole(side) for side in tile.window]}
@@ -183,7 +182,7 @@ def place(path: str, tile: Any, source: str, no_data: dict | None = None) -> str
                 facts["georeference"] = scene.kind
             if crs := _crs(path):
                 facts["crs"] = crs
-            if sides := metres(path):
+            if sides := meters(path):
                 facts["pixel_metres"] = [round(sides[0] * across, 6), round(sides[1] * down, 6)]
         if date := _date(os.path.basename(path), opened(path).tags().get("TIFFTAG_DATETIME", "")):
             facts["date"] = date
@@ -195,7 +194,7 @@ def _whole(side: float) -> int | float:
 
 
 def _date(name: str, stamp: str) -> str | None:
-    """The day of a scene as YYYY-MM-DD, from its file's name or the TIFF's DateTime ("2020:08:31 12:00:00")."""
+    """The date of a scene as YYYY-MM-DD, from its file name or the TIFF's DateTime ("2020:08:31 12:00:00")."""
     found = [("".join(match.group(1, 3, 4)), "%Y%m%d") for match in _DAY.finditer(name)]
     found += [(match.group(1), "%Y%j") for match in _DAY_OF_YEAR.finditer(name)]
     found.append((stamp[:10], "%Y:%m:%d"))

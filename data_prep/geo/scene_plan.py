@@ -1,7 +1,7 @@
-"""Which scenes there are, and which bands they give.
+"""Listing scenes and choosing their bands.
 
-A few scenes that are unlike the others (another dtype, other bands, nowhere on the ground) are left out and named. Where
-no more than half agree, nobody can say which ones are meant: that is an error.
+A minority of scenes that differ from the others (dtype, bands, no georeference) is left out and listed. Without a majority
+there is an error.
 """
 
 import collections
@@ -24,15 +24,15 @@ Reasons = dict[str, str]  # by the name of a scene
 
 
 def list_scenes(places: list[pathlib.Path]) -> tuple[Files, list[tuple[str, str]]]:
-    """Returns ({name: (path, size in bytes)} of every scene, sorted; (name, reason) of other files in the folders).
+    """Returns ({name: (path, size in bytes)} of all scenes, sorted; (name, reason) of other files in the folders).
 
-    The name is the path relative to the folder of --input, or that of a file that --input names. Raises UserError: nothing
-    there, or two scenes of one name.
+    Names are paths relative to a folder of --input, or names of files passed directly. Raises UserError: no scenes, or two
+    scenes with the same name.
     """
     scenes, rejected = {}, []
     for source in places:
         if not source.exists():
-            raise UserError(f"--input {source} does not exist; name GeoTIFFs or folders of them")
+            raise UserError(f"--input {source} does not exist; pass GeoTIFFs or folders of GeoTIFFs")
         found = [(source.name, str(source), source.stat().st_size)]
         if source.is_dir():
             found, others = _below(source)
@@ -40,19 +40,19 @@ def list_scenes(places: list[pathlib.Path]) -> tuple[Files, list[tuple[str, str]
         for name, path, size in found:
             if name in scenes:
                 raise UserError(
-                    f"{printable(scenes[name][0])} and {printable(path)} would have the same name; rename one, or name their folder"
+                    f"{printable(scenes[name][0])} and {printable(path)} have the same name; rename one, or pass their parent folder"
                 )
             scenes[name] = (path, size)
     if not scenes:
         endings = " ".join(ending[1:] for ending in ENDINGS)
         raise UserError(
-            f"--input {places[0]} holds no GeoTIFF (names ending in {endings}); {len(rejected)} other files are there"
+            f"--input {places[0]} has no GeoTIFFs (names ending in {endings}), but {len(rejected)} other files"
         )
     return dict(sorted(scenes.items())), rejected
 
 
 def _below(root: pathlib.Path) -> tuple[list[tuple[str, str, int]], list[tuple[str, str]]]:
-    """((name, path, size) of the GeoTIFFs below a folder, (name, reason) of the other files)."""
+    """((name, path, size) of GeoTIFFs below a folder, (name, reason) of other files)."""
     scenes, rejected = [], []
     for found in file_tree.files_below(root):
         ending = os.path.splitext(found.name)[1]
@@ -66,20 +66,20 @@ def _below(root: pathlib.Path) -> tuple[list[tuple[str, str, int]], list[tuple[s
     return scenes, rejected
 
 
-def look_at(files: Files, max_corrupt_share: float, scaled: bool = False) -> tuple[dict[str, Scene], Reasons, Reasons]:
+def look_at(files: Files, max_corrupt_fraction: float, scaled: bool = False) -> tuple[dict[str, Scene], Reasons, Reasons]:
     """Opens every file.
 
     Args:
-      scaled: scale and offset of the files will be applied.
+      scaled: whether scale and offset of the files will be applied.
 
     Returns:
-      ({name: scene}, why others cannot be opened, why others are left out).
+      ({name: scene}, reasons of unreadable files by name, reasons of files left out by name).
 
     Raises:
-      UserError: those that cannot be opened or are left out are too many, or no dtype has more than half of the scenes.
+      UserError: too many files cannot be opened or are left out, or no dtype has a majority.
     """
     scenes, unreadable, unfit = {}, {}, {}
-    with Progress(len(files), "scenes", "look at") as progress:
+    with Progress(len(files), "scenes", "open") as progress:
         for name, (path, _) in files.items():
             try:
                 scenes[name] = scene_reader.describe(path, scaled)
@@ -88,15 +88,13 @@ def look_at(files: Files, max_corrupt_share: float, scaled: bool = False) -> tup
             except Rejected as error:
                 unfit[name] = str(error)
             progress.update()
-    if len(unreadable) > max_corrupt_share * len(files) or not (scenes or unfit):
+    if len(unreadable) > max_corrupt_fraction * len(files) or not (scenes or unfit):
         name, reason = next(iter(unreadable.items()))
-        mend = (
-            f"mend them, or allow a larger --max-corrupt-share than {max_corrupt_share:g}"
-            if scenes
-            else "name GeoTIFFs"
+        fix = (
+            f"fix them, or increase --max-corrupt-fraction ({max_corrupt_fraction:g})" if scenes else "pass GeoTIFFs"
         )
         raise UserError(
-            f"{len(unreadable)} of {len(files)} scenes cannot be read (the first is {printable(files[name][0])}: {reason}); {mend}"
+            f"{len(unreadable)} of {len(files)} scenes cannot be read (the first is {printable(files[name][0])}: {reason}); {fix}"
         )
     check_few(unfit, len(files) - len(unreadable), files)
     common = majority({name: scene.dtype for name, scene in scenes.items()})
@@ -104,32 +102,32 @@ def look_at(files: Files, max_corrupt_share: float, scaled: bool = False) -> tup
     for name, scene in scenes.items():
         if common is None and scene.dtype != scenes[first].dtype:
             raise UserError(
-                f"{printable(files[name][0])} holds {scene.dtype} and {printable(files[first][0])} {scenes[first].dtype}; "
-                "convert them one by one to data sets of their own"
+                f"{printable(files[name][0])} has values of {scene.dtype}, but {printable(files[first][0])} of {scenes[first].dtype}; "
+                "convert them to separate datasets"
             )
         if common is not None and scene.dtype != common:
-            unfit[name] = f"holds {scene.dtype}, and most scenes {common}"
+            unfit[name] = f"has values of {scene.dtype}, but most scenes of {common}"
     return {name: scene for name, scene in scenes.items() if name not in unfit}, unreadable, unfit
 
 
 def majority(values: dict[str, Hashable]) -> Hashable | None:
-    """The value that more than half have, or None."""
+    """The value shared by more than half, or None."""
     ((value, number),) = collections.Counter(values.values()).most_common(1)
     return value if 2 * number > len(values) else None
 
 
 def check_few(unfit: Reasons, total: int, files: Files) -> None:
-    """Raises UserError with the first reason where more than half of `total` scenes are unfit, or all."""
+    """Raises UserError with the first reason if more than half or all of `total` scenes are unfit."""
     if unfit and (2 * len(unfit) > total or len(unfit) == total):
         name = next(iter(unfit))
-        others = f" ({len(unfit)} of {total} scenes are like that)" if total > 1 else ""
+        others = f" ({len(unfit)} of {total} scenes have this problem)" if total > 1 else ""
         raise UserError(f"{printable(files[name][0])} {unfit[name]}{others}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The bands that are taken of a scene: GDAL's numbers, their names, and the number of the alpha band that says where
-    there is data, or None."""
+    """The selected bands of a scene: their GDAL numbers and names, and the number of the alpha band used as data mask, or
+    None."""
 
     numbers: tuple[int, ...]
     names: list[str]
@@ -139,13 +137,13 @@ class Choice:
 def choose_bands(
     files: Files, scenes: dict[str, Scene], wanted: list[str] | None, band_names: list[str] | None
 ) -> tuple[dict[str, Choice], Reasons]:
-    """The bands of each scene, and why others are left out.
+    """The bands of each scene, and the reasons of scenes left out.
 
     Args:
-      wanted: --bands; None takes all in the order of the file.
-      band_names: --band-names: with or without one for an alpha band, which then is a band like others.
+      wanted: --bands; None selects all in file order.
+      band_names: --band-names, with or without a name for an alpha band, which then is an ordinary band.
 
-    Raises UserError where more than half of the scenes lack one, or no more than half have the same.
+    Raises UserError if more than half of the scenes lack a band, or there is no majority.
     """
     choices, unfit = {}, {}
     for name, scene in scenes.items():
@@ -159,23 +157,23 @@ def choose_bands(
     for name, choice in choices.items():
         if common is None and choice.names != choices[first].names:
             raise UserError(
-                f"{printable(name)} has the bands {several(choice.names, 20)}, and {printable(first)} "
-                f"{several(choices[first].names, 20)}; choose --bands that both have, give --band-names, or convert them to "
-                "data sets of their own"
+                f"{printable(name)} has the bands {several(choice.names, 20)}, but {printable(first)} has "
+                f"{several(choices[first].names, 20)}; choose common --bands, pass --band-names, or convert them to "
+                "separate datasets"
             )
         if common is not None and tuple(choice.names) != common:
-            unfit[name] = f"has the bands {several(choice.names, 20)}, and most scenes {several(common, 20)}"
+            unfit[name] = f"has the bands {several(choice.names, 20)}, but most scenes have {several(common, 20)}"
     return {name: choice for name, choice in choices.items() if name not in unfit}, unfit
 
 
 def _choose(scene_name: str, scene: Scene, wanted: list[str] | None, band_names: list[str] | None) -> Choice:
-    """The bands of one scene. Raises Rejected where it lacks one."""
+    """The bands of one scene. Raises Rejected if it lacks one."""
     names, alpha = scene.names, scene.alpha
     if band_names is not None:
         if alpha is not None and len(band_names) == len(names) + 1:
             names, alpha = dict.fromkeys(sorted([*names, alpha])), None
         if len(band_names) != len(names):
-            raise Rejected(f"has {len(names)} bands, --band-names has {len(band_names)}; name all of them")
+            raise Rejected(f"has {len(names)} bands, but --band-names has {len(band_names)} names; name all bands")
         names = dict(zip(names, band_names, strict=True))
     numbers = {name: number for number, name in names.items()}
     chosen = []
@@ -183,8 +181,8 @@ def _choose(scene_name: str, scene: Scene, wanted: list[str] | None, band_names:
         number = int(band) if band.isdecimal() and band not in numbers else numbers.get(band)
         if number not in names:
             held = several((f"{number} {name}" for number, name in names.items()), 20)
-            raise Rejected(f"has no band {printable(band)!r}; it has {held}; choose --bands of these")
+            raise Rejected(f"has no band {printable(band)!r}; choose --bands from {held}")
         chosen.append(number)
     if len(set(chosen)) < len(chosen):
-        raise UserError(f"--bands {','.join(wanted)} chooses a band of {printable(scene_name)} twice; name each once")
+        raise UserError(f"--bands {','.join(wanted)} selects a band of {printable(scene_name)} twice; list each band once")
     return Choice(tuple(chosen), [names[number] for number in chosen], alpha)

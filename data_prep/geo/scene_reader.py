@@ -1,15 +1,13 @@
-"""GeoTIFF scenes, read by windows through rasterio: what they hold, and their pixels.
+"""Reading GeoTIFF scenes by windows with rasterio: metadata and pixels.
 
-* A scene is whatever rasterio opens; of a TIFF with several pages, the first. A name that ends in tif or tiff must be a
-  TIFF. Overviews in a file are never read: many were made by leaving pixels out, and would alias.
-* Names of bands: the file's descriptions, else the colours that the file gives its bands (red, green, blue, nir, ...),
-  else band_1, band_2, ... An alpha band is no band but says where there is data, unless it has a description: programs
-  that write four bands often call the fourth alpha, though it is infrared.
-* No data: where the file's nodata value, mask or alpha band (0) says so, where a value is one of `nodata`, and where a
-  float is no finite number; each band by itself. Such pixels get the least value of the tile's band, or 0 where all are
-  above 0: so they are never brighter than what has data.
-* Scale and offset of the file are applied where `scaled` says so; the values then are float32.
-* Other pixel sizes: see `scene_resample`.
+* Any file that rasterio opens; for a TIFF with several pages, the first page. Names that end in tif or tiff must be TIFF.
+  Overviews are never read, since many are decimated and would alias.
+* Band names: the band descriptions, else the color interpretation (red, green, blue, nir, ...), else band_1, band_2, ... An
+  alpha band without a description is used as data mask; some programs call infrared alpha.
+* Nodata: by the file's nodata value, mask or alpha band (0), by the values `nodata`, and for non-finite floats; for each
+  band separately. Such pixels get the minimum of the tile's band, at most 0, so they are never brighter than data.
+* With `scaled`, scale and offset of the file are applied, giving float32.
+* Resampling: see `scene_resample`.
 """
 
 import dataclasses
@@ -21,20 +19,25 @@ import numpy as np
 from data_prep.convert.pixels import Rejected
 from data_prep.geo import scene_resample
 from data_prep.geo.scene_file import opened, reasons
-from data_prep.geo.scene_place import georeference, metres
+from data_prep.geo.scene_place import georeference, meters
 from pera_jax.common.text import printable, several
 from pera_jax.data import codecs
 from pera_jax.data.images import tiff_files
 
-_SCALED_DTYPES = (*codecs.DTYPES, "int8", "int16", "uint32", "int32", "float64")  # of files whose scale is applied
-_NO_NAMES = ("undefined", "gray", "palette")  # "gray" is what GDAL says of the first band where the file says nothing
-_MOST_BLOCK = 1 << 30  # bytes that GDAL takes for one block of a file
+_SCALED_DTYPES = (*codecs.DTYPES, "int8", "int16", "uint32", "int32", "float64")  # dtypes that can be read with scale
+_NO_NAMES = ("undefined", "gray", "palette")  # GDAL calls the first band gray if nothing else is known
+_MOST_BLOCK = 1 << 30  # maximum size of a file block in bytes, for which GDAL allocates memory
 
 
 class Tile(NamedTuple):
-    """A part of a scene: the window [column, row, width, height] in pixels of the file, which may be fractions; the
-    columns and rows of the image that is made of it; the bands by GDAL's numbers, which begin at 1; and the number of the
-    alpha band that says where there is data, or None."""
+    """A tile of a scene.
+
+    Attributes:
+      window: (column, row, width, height) in pixels of the file, possibly fractional.
+      columns, rows: size of the resulting image.
+      bands: GDAL band numbers, from 1.
+      alpha: number of the alpha band used as data mask, or None.
+    """
 
     window: tuple[float, float, float, float]
     columns: int
@@ -45,92 +48,92 @@ class Tile(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What a file holds.
+    """Metadata of a scene.
 
     Attributes:
       sides: width and height in pixels.
-      names: of the bands by GDAL's number, in the order of the file.
-      alpha: the number of the band that says where there is data, which has no name; None where there is none.
-      dtype: of the values as they are read.
-      metres: width and height of a pixel on the ground, None where the file does not say where it lies.
-      scales: (scale, offset) of the bands by GDAL's number.
-      placed: what says where it lies: "transform", "gcps", "rpcs" or None.
-      pages: whether the file holds further pictures, which are not read.
+      names: band names by GDAL band number, in file order.
+      alpha: number of the alpha band used as data mask, which is not in `names`; None without one.
+      dtype: of the values as read.
+      meters: width and height of a pixel on the ground; None without a georeference.
+      scales: (scale, offset) by GDAL band number.
+      placed: kind of the georeference: "transform", "gcps", "rpcs" or None.
+      pages: whether the file has further pictures, which are not read.
     """
 
     sides: tuple[int, int]
     names: dict[int, str]
     alpha: int | None
     dtype: str
-    metres: tuple[float, float] | None
+    meters: tuple[float, float] | None
     scales: dict[int, tuple[float, float]]
     placed: str | None
     pages: bool = False
 
 
 def describe(path: str, scaled: bool = False) -> Scene:
-    """What a scene holds.
+    """Reads the metadata of a scene.
 
     Args:
-      scaled: its scale and offset will be applied.
+      scaled: whether scale and offset will be applied.
 
     Raises:
       ImageDecodeError: the file cannot be read.
-      Rejected: it is sound, but holds no band, values of a dtype that is not stored, of fewer than 8 bits or with 0 for
-        white, numbers of a palette, a thumbnail as its first page, or is stored turned.
+      Rejected: the file is valid, but not supported: no bands, another dtype, fewer than 8 bits, 0 for white, a palette, a
+        thumbnail as first page, or a rotated image.
       EnvironmentFault: the machine failed.
     """
     dataset, head = opened(path), tiff_files.Head()
     if dataset.driver == "GTiff":
         head = tiff_files.head_of(path)
     with reasons(path):
-        colours = [colour.name for colour in dataset.colorinterp]
+        colors = [color.name for color in dataset.colorinterp]
         described = [printable((text or "").strip(), 80) for text in dataset.descriptions]
         indexes, sides, of_band = list(dataset.indexes), (dataset.width, dataset.height), list(dataset.dtypes)
         scales = {number: pair for number, pair in zip(indexes, zip(dataset.scales, dataset.offsets), strict=True)}
         together = len(indexes) if getattr(dataset.interleaving, "name", "") == "pixel" else 1
         block = max((np.prod(shape, dtype=float) for shape in dataset.block_shapes), default=0) * together
-        turned = dataset.tags().get("EXIF_Orientation", str(head.orientation))  # the former of JPEG
+        turned = dataset.tags().get("EXIF_Orientation", str(head.orientation))  # the former is set for JPEG
     if turned in tuple("2345678"):
-        raise Rejected(f"is stored turned or mirrored (orientation {turned}), which GDAL does not undo; store it upright")
-    if head.beside:
-        raise Rejected("has a first page that only shows another one smaller, or its mask, and GDAL reads the first; store the "
-                       "picture in a file of its own")  # fmt: skip
-    alphas = [n for n in indexes if colours[n - 1] == "alpha" and described[n - 1].lower() in ("", "alpha")]
+        raise Rejected(f"is stored rotated or mirrored (orientation {turned}), which GDAL ignores; store it upright")
+    if head.auxiliary:
+        raise Rejected("has a thumbnail or mask as its first page, which GDAL would read; store the "
+                       "picture in a separate file")  # fmt: skip
+    alphas = [n for n in indexes if colors[n - 1] == "alpha" and described[n - 1].lower() in ("", "alpha")]
     numbers = [number for number in indexes if number not in alphas]
     if not numbers:
-        raise Rejected("holds no band")
+        raise Rejected("has no bands")
     dtypes = {of_band[number - 1] for number in numbers}
     known = _SCALED_DTYPES if scaled else codecs.DTYPES
     if not dtypes <= set(known) or (len(dtypes) > 1 and not scaled):
-        mend = "convert it with gdal_translate -ot Float32"
+        fix = "convert it with gdal_translate -ot Float32"
         if dtypes <= set(_SCALED_DTYPES) and not scaled:
-            mend += ", or give --scale apply, which stores float32"
-        raise Rejected(f"holds {several(sorted(dtypes))}; scenes of {', '.join(known)} are read: {mend}")
+            fix += ", or use --scale apply, which stores float32"
+        raise Rejected(f"has values of {several(sorted(dtypes))}, expected {', '.join(known)}; {fix}")
     whole = all(np.dtype(dtype).kind == "u" for dtype in dtypes)
     if head.white_is_zero and whole:
-        raise Rejected("is stored with 0 for white, which GDAL does not turn about; store it with 0 for black")
-    if "palette" in colours:
-        raise Rejected("holds numbers of a palette, no brightness; convert it with gdal_translate -expand rgb")
+        raise Rejected("is stored with 0 for white, which GDAL does not invert; store it with 0 for black")
+    if "palette" in colors:
+        raise Rejected("has a palette; convert it with gdal_translate -expand rgb")
     if head.depth is not None and 1 < head.depth < 8 and whole and not scaled:
         raise Rejected(
-            f"holds values of {head.depth} bits, too dark among those of 8; convert it with gdal_translate -co NBITS=8 -scale 0 "
-            f"{(1 << head.depth) - 1} 0 255, or give --scale apply, which stores float32"
+            f"has values of {head.depth} bits, which would be too dark; convert it with gdal_translate -co NBITS=8 -scale 0 "
+            f"{(1 << head.depth) - 1} 0 255, or use --scale apply, which stores float32"
         )
     if block * np.dtype(dtypes.copy().pop()).itemsize > _MOST_BLOCK:
-        raise Rejected(f"is stored in blocks of over {_MOST_BLOCK >> 30} GiB; rewrite it with gdal_translate -co TILED=YES")
+        raise Rejected(f"has blocks larger than {_MOST_BLOCK >> 30} GiB; rewrite it with gdal_translate -co TILED=YES")
     if scaled and not all(np.isfinite(pair).all() and pair[0] for pair in scales.values()):
-        raise Rejected("has a scale that is 0 or no number")
+        raise Rejected("has a scale that is 0 or not finite")
     names = {
         number: described[number - 1]
-        or (colours[number - 1] if colours[number - 1] not in _NO_NAMES else f"band_{number}")
+        or (colors[number - 1] if colors[number - 1] not in _NO_NAMES else f"band_{number}")
         for number in numbers
     }
     counts = list(names.values())
     unique = {number: name if counts.count(name) == 1 else f"band_{number}" for number, name in names.items()}
     alpha, placed = alphas[0] if alphas else None, georeference(path)
     dtype = "float32" if scaled else dtypes.pop()
-    return Scene(sides, unique, alpha, dtype, metres(path), scales, placed and placed.kind, head.pages)
+    return Scene(sides, unique, alpha, dtype, meters(path), scales, placed and placed.kind, head.pages)
 
 
 def read(
@@ -139,12 +142,11 @@ def read(
     """Reads a tile.
 
     Args:
-      nodata: values of the file that stand for no data, beside the one that it declares.
-      scaled: scale and offset of the file are applied.
+      nodata: nodata values in addition to the one declared in the file.
+      scaled: whether to apply scale and offset of the file.
 
     Returns:
-      (pixels [rows, columns, C] of the file's dtype, or float32 where they are scaled; bool [rows, columns, C]: where there
-      is data).
+      (pixels [rows, columns, C] in the dtype of the file, or float32 if scaled; data mask, bool [rows, columns, C]).
 
     Raises:
       ImageDecodeError: the file is damaged.
@@ -170,7 +172,7 @@ def read(
 def _native(
     path: str, tile: Tile, window: tuple[int, int, int, int], nodata: Sequence[float], scaled: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(pixels [C, height, width], bool of the same shape: where there is data) of a window in whole pixels."""
+    """(pixels [C, height, width], data mask of the same shape) of a window in whole pixels."""
     from rasterio.enums import MaskFlags
     from rasterio.windows import Window
 
@@ -201,7 +203,7 @@ def _native(
 
 
 def stored(value: float, dtype: np.dtype) -> np.generic | None:
-    """A value as a file of `dtype` holds it, None where it cannot."""
+    """A value converted to `dtype`; None if it cannot be represented."""
     if dtype.kind == "f":
         with np.errstate(over="ignore"):
             return dtype.type(value)
@@ -210,13 +212,13 @@ def stored(value: float, dtype: np.dtype) -> np.generic | None:
 
 
 def _fill(pixels: np.ndarray, valid: np.ndarray) -> None:
-    """Sets what has no data to the least value of its band, at most 0, in place; [C, H, W] both."""
+    """Sets nodata pixels to the minimum of their band, at most 0, in place; both are [C, H, W]."""
     for band, here in zip(pixels, valid, strict=True):
         band[~here] = min(band[here].min(initial=0), 0)
 
 
 def no_data(pixels: np.ndarray, valid: np.ndarray) -> dict | None:
-    """For each band of a tile the number of `pixels` without data and the `values` that they have; None without any."""
+    """The number of nodata `pixels` per band of a tile, and their `values`; None without any."""
     if valid.all():
         return None
     bands = [pixels[..., band][~valid[..., band]] for band in range(pixels.shape[2])]
@@ -224,8 +226,7 @@ def no_data(pixels: np.ndarray, valid: np.ndarray) -> dict | None:
 
 
 def opacities(path: str, tile: Tile) -> np.ndarray:
-    """How many pixels of a tile are seen through (0), how many in part (1 to 254), how many not at all (255), by the upper
-    8 bits of the alpha band: int64 [256]."""
+    """Histogram of the upper 8 bits of the alpha band of a tile, int64 [256]: 0 is transparent, 255 opaque."""
     from rasterio.windows import Window
 
     column, row, width, height = (int(side) for side in tile.window)

@@ -1,19 +1,18 @@
-"""Pixels of another size, made without those that hold no data.
+"""Resampling that ignores nodata pixels.
 
-Where both sides of a pixel grow (or stay), it is the mean of the pixels of the file, weighed by the area that they share
-with it. Where one side shrinks, it is a cubic convolution (Keys, a = -1/2), which widens with the pixel where the other
-side grows. Pixels without data have no weight, and the weights of the others are raised to a sum of 1. A new pixel has
-data where any pixel under it has.
+Downsampling in both directions is an area-weighted mean. If either direction is upsampled, it is cubic convolution (Keys,
+a = -1/2), with a kernel widened in downsampled directions. Nodata pixels have weight 0, and the other weights are
+normalized to sum 1. A new pixel is valid if any pixel under it is.
 """
 
 from collections.abc import Callable
 
 import numpy as np
 
-MOST_UNDER_ONE = 1 << 24  # pixels of the file that one new pixel may be made of
-_MOST_READ = 1 << 22  # pixels of the file, as far as possible, that are read at once
-_SIDE = 256  # of the new pixels that are made at once
-_LEAST_WEIGHT = 0.5  # with less of the cubic kernel's on data, its negative lobes would count too much
+MOST_UNDER_ONE = 1 << 24  # maximum number of file pixels per new pixel
+_MOST_READ = 1 << 22  # file pixels read at once, if possible
+_SIDE = 256  # maximum block size in new pixels
+_LEAST_WEIGHT = 0.5  # minimum valid weight of the cubic kernel; below it, its negative lobes dominate
 
 Read = Callable[[int, int, int, int], tuple[np.ndarray, np.ndarray]]
 
@@ -23,14 +22,15 @@ def resample(
 ) -> tuple[np.ndarray, np.ndarray]:
     """
     Args:
-      read: (pixels [C, height, width], bool of the same shape: where there is data) of a window (column, row, width,
-        height) in whole pixels of the file.
+      read: returns (pixels [C, height, width], data mask of the same shape) of a window (column, row, width, height) in
+        whole pixels of the file.
       sides: width and height of the file, px.
-      window: (column, row, width, height) to be resampled, in pixels of the file, which may be fractions.
-      columns, rows: of the result; dtype: of its pixels, rounded and clipped where that is one of integers.
+      window: (column, row, width, height) to resample, in pixels of the file, possibly fractional.
+      columns, rows: size of the result.
+      dtype: of the result; integers are rounded and clipped.
 
     Returns:
-      (pixels [C, rows, columns], bool of the same shape). What has no data is 0.
+      (pixels [C, rows, columns], data mask of the same shape). Nodata pixels are 0.
     """
     steps = window[2] / columns, window[3] / rows
     cubic = min(steps) < 1
@@ -51,7 +51,7 @@ def resample(
 
 
 def _block(read, sides, origin, steps, corner, size, cubic) -> tuple[np.ndarray, np.ndarray]:
-    """`size` new pixels from `corner` on: (float64 [C, height, width], bool)."""
+    """A block of `size` new pixels at `corner`: (float64 [C, height, width], bool of the same shape)."""
     names = ("cubic", "linear", "area") if cubic else ("area",)
     axes = [_Axis(*each, names) for each in zip(origin, steps, corner, size, sides, strict=True)]
     pixels, valid = read(axes[0].first, axes[1].first, axes[0].length, axes[1].length)
@@ -75,10 +75,10 @@ def _block(read, sides, origin, steps, corner, size, cubic) -> tuple[np.ndarray,
 
 
 class _Axis:
-    """The weights of the pixels of the file along one side: those from `first` on, `length` of them.
+    """Weights of `length` file pixels, starting at `first`, along one axis.
 
     Attributes:
-      weights: by kernel, float64 [new pixels, length], not yet of sum 1.
+      weights: by kernel, float64 [new pixels, length], not normalized.
     """
 
     def __init__(self, origin: float, step: float, corner: int, size: int, side: int, kernels: tuple[str, ...]):

@@ -1,4 +1,4 @@
-"""The tiles of all scenes: counted by arithmetic, made one by one when they are asked for, and dealt to the shards."""
+"""The tiles of all scenes: counted arithmetically, created lazily, and assigned to shards."""
 
 import bisect
 import dataclasses
@@ -20,13 +20,13 @@ from pera_jax.common.errors import UserError
 from pera_jax.common.text import printable
 from pera_jax.data import records
 
-MOST_TILES = 20_000_000  # of a split: what planning keeps of them are 24 bytes each
-_MOST_BYTES = 1 << 30  # of the pixels of one tile
+MOST_TILES = 20_000_000  # per split: planning takes 24 bytes per tile
+_MOST_BYTES = 1 << 30  # maximum size of a tile in bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class _Planned:
-    """A scene whose tiles are made."""
+    """A scene with its tile grid."""
 
     name: str
     path: str
@@ -40,15 +40,15 @@ class _Planned:
         column, row, width, height = grid.tile(place)
         (across, down), (right, bottom) = grid.step, self.sides
         left, top = column * across, row * down
-        # To the last bit inside of the file.
+        # Clipped to the file, against rounding.
         window = left, top, min(width * across, right - left), min(height * down, bottom - top)
         part = Tile(window, width, height, self.choice.numbers, self.choice.alpha)
         return Item(self.path, f"{self.name}/{row:06d}_{column:06d}", None, self.size, part)
 
 
 class Tiles(Sequence[Item]):
-    """An item for each file that cannot be opened, whose part is the reason, then one for each tile, whose part is a
-    `Tile`: scene by scene, row by row."""
+    """Items: one per file that cannot be opened, whose part is the reason, then one per tile, whose part is a `Tile`, in the
+    order of scenes and rows."""
 
     def __init__(self, unreadable: list[Item], scenes: list[_Planned]):
         self._unreadable, self._scenes = unreadable, scenes
@@ -64,7 +64,7 @@ class Tiles(Sequence[Item]):
         return self._unreadable[place] if scene < 0 else self._scenes[scene].item(place - self._ends[scene])
 
     def described(self) -> list:
-        """What all items follow from, for a hash of them."""
+        """Everything that determines the items, for a hash."""
         return [[item.key, item.size, item.part] for item in self._unreadable] + [
             [scene.name, scene.size, scene.sides, *dataclasses.astuple(scene.grid), scene.choice.numbers, scene.choice.alpha]
             for scene in self._scenes
@@ -72,7 +72,7 @@ class Tiles(Sequence[Item]):
 
 
 class _Dealt(Sequence[Item]):
-    """Items in another order, an array of their places."""
+    """Items in another order, given as an array of indices."""
 
     def __init__(self, items: Sequence[Item], order: np.ndarray):
         self._items, self._order = items, order
@@ -95,22 +95,22 @@ def plan_tiles(
     stride: Length,
     gsd: float | None,
 ) -> tuple[Tiles, Reasons]:
-    """The tiles of the scenes that `choices` names, and why some of these are left out.
+    """The tiles of the scenes in `choices`, and the reasons of scenes left out.
 
-    Raises UserError: metres are asked for of scenes that lie nowhere, no scene has room for a tile, or tiles are too many or
-    too large.
+    Raises UserError: lengths in meters for scenes without a georeference, no scene is large enough for a tile, or there are
+    too many or too large tiles.
     """
-    in_metres = gsd is not None or tile.metres or stride.metres
+    in_meters = gsd is not None or tile.meters or stride.meters
     planned, unfit = [], {}
     for name, choice in choices.items():
         scene = scenes[name]
-        if in_metres and scene.metres is None:
+        if in_meters and scene.meters is None:
             unfit[name] = (
-                "does not say where on the ground it lies, so metres mean nothing for it; give --tile and --stride in pixels "
-                "and no --gsd"
+                "has no georeference, so lengths in meters cannot be used; give --tile and --stride in pixels "
+                "and omit --gsd"
             )
             continue
-        grid = Grid.of(scene.sides, scene.metres, tile, stride, gsd)
+        grid = Grid.from_sides(scene.sides, scene.meters, tile, stride, gsd)
         if fault := _fault(grid, scene, choice, gsd):
             unfit[name] = fault
         else:
@@ -121,46 +121,46 @@ def plan_tiles(
         width, height = largest.grid.sides
         raise UserError(
             f"--tile {tile} is larger than every scene: the largest, {printable(largest.path)}, has {width} x {height} pixels, "
-            f"a tile {largest.grid.tile_sides[0]} x {largest.grid.tile_sides[1]}; give a smaller --tile"
+            f"a tile {largest.grid.tile_sides[0]} x {largest.grid.tile_sides[1]}; use a smaller --tile"
         )
     bad = [Item(files[name][0], name, None, files[name][1], (reason,)) for name, reason in unreadable.items()]
     tiles = Tiles(bad, planned)
     if len(tiles) > MOST_TILES:
         raise UserError(
-            f"{len(planned)} scenes have {len(tiles):,} tiles, and a split at most {MOST_TILES:,}; give a larger --stride or "
+            f"{len(planned)} scenes have {len(tiles):,} tiles, more than {MOST_TILES:,} per split; use a larger --stride or "
             "--tile, or convert them to several splits"
         )
     return tiles, unfit
 
 
 def _fault(grid: Grid, scene: Scene, choice: Choice, gsd: float | None) -> str | None:
-    """Why no tiles can be made of a scene, or None."""
+    """Why a scene cannot be tiled, or None."""
     width, height = scene.sides
     if min(grid.sides) < 1:
-        return f"is smaller than a pixel of --gsd {gsd:g}; give a smaller one"
+        return f"is smaller than a pixel of --gsd {gsd:g}; use a smaller --gsd"
     if grid.number > MOST_TILES:
         return (
-            f"claims {width:,} x {height:,} pixels, which are {grid.number:,} tiles, and a split has at most {MOST_TILES:,}; "
-            "give a larger --stride or --tile, or cut the scene first"
+            f"has {width:,} x {height:,} pixels and {grid.number:,} tiles, more than {MOST_TILES:,} per split; "
+            "use a larger --stride or --tile, or cut the scene first"
         )
     across, down = (min(pair) for pair in zip(grid.sides, grid.tile_sides, strict=True))
     size = across * down * len(choice.numbers) * np.dtype(scene.dtype).itemsize
     if size > _MOST_BYTES:
         return (
-            f"claims {width:,} x {height:,} pixels, and a tile of {across:,} x {down:,} takes {size / 2**30:,.1f} GiB, more than "
-            f"{_MOST_BYTES >> 30}; give a smaller --tile"
+            f"has {width:,} x {height:,} pixels, but a tile of {across:,} x {down:,} takes {size / 2**30:,.1f} GiB, more than "
+            f"{_MOST_BYTES >> 30} GiB; use a smaller --tile"
         )
     if grid.step[0] * grid.step[1] > MOST_UNDER_ONE:
-        return f"has more than {MOST_UNDER_ONE:,} pixels in one of --gsd {gsd:g}; give a smaller one"
+        return f"has more than {MOST_UNDER_ONE:,} pixels per pixel of --gsd {gsd:g}; use a smaller --gsd"
     return None
 
 
 def make_split(
     output: pathlib.Path, dataset: str, name: str, bands: list[str], dtype: str, tiles: Tiles, shards: int, options: list
 ) -> split_plan.Split:
-    """The plan of a conversion: the tiles dealt to the shards by a hash of their keys, then as they lie in the scenes.
+    """The plan of the conversion: tiles are assigned to shards by a hash of their keys, in scene order within a shard.
 
-    `options` is what else the records depend on, of JSON's types.
+    `options` is everything else that the records depend on, in JSON types.
     """
     described = [records.FORMAT_VERSION, dataset, name, bands, dtype, shards, options, tiles.described()]
     source = hashlib.sha256(json.dumps(described).encode("ascii")).hexdigest()

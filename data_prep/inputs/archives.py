@@ -1,8 +1,8 @@
-"""Archives of images, listed and read as streams: nothing is unpacked to the disk.
+"""Listing and reading archives of images as streams, without unpacking to disk.
 
-Of a tar file, packed or not, a member is a place in the unpacked content. A packed one can only be read forward: each
-process keeps one open stream and unpacks the archive once, as long as it asks for members in their order. Of a zip
-file, a member is a place in the file and how it is packed there, so that workers need not read the whole directory.
+A member of a tar file is located by its offset in the uncompressed content. Compressed tar files can only be read forward:
+each process keeps one open stream, and decompresses the archive once if members are read in order. A member of a zip file
+is located by its offset in the file and its compression, so workers do not have to read the whole directory.
 """
 
 import bz2
@@ -23,34 +23,34 @@ from pera_jax.common.errors import UserError
 from pera_jax.data.file_tree import HIDDEN, Found
 
 ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip")
-LARGEST = 1 << 30  # bytes of one file; a larger one is no image of a training set, and must fit into memory
+LARGEST = 1 << 30  # maximum file size in bytes; files are read into memory
 READ_ERRORS = (OSError, EOFError, ValueError, OverflowError, RuntimeError, MemoryError, struct.error, zlib.error,
                lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile)  # fmt: skip
 OUTSIDE = "its name leads out of the archive"
 _TAR_BLOCK = 512
-_LARGEST_HEADER = 1 << 24  # tarfile reads long names and attributes whole
-_LONGEST_NAME = 4096  # bytes, as of a path
-_BOMB_BYTES, _BOMB_RATIO = 1 << 26, 200  # what is larger and packed tighter is no image, but made to fill the memory
-_BOMB = f"over {_BOMB_BYTES >> 20} MiB, packed to less than 1/{_BOMB_RATIO}"
-_UTF_8 = 1 << 11  # of a zip member's flags: its name is encoded so
-_ZIP_HEADER = struct.Struct("<4s22x2H")  # signature, length of the name, length of the extra field
+_LARGEST_HEADER = 1 << 24  # tarfile reads extended headers into memory
+_LONGEST_NAME = 4096  # bytes, as for paths
+_BOMB_BYTES, _BOMB_RATIO = 1 << 26, 200  # larger members with higher compression are decompression bombs
+_BOMB = f"larger than {_BOMB_BYTES >> 20} MiB, and compressed to less than 1/{_BOMB_RATIO}"
+_UTF_8 = 1 << 11  # flag of a zip member: its name is UTF-8
+_ZIP_HEADER = struct.Struct("<4s22x2H")  # signature, length of name, length of extra field
 
 
 class _Joined(Exception):
-    """Data behind the end of a tar file."""
+    """Data after the end marker of a tar file."""
 
 
 def is_archive(path: pathlib.Path) -> bool:
-    """Whether the name ends as an archive's does."""
+    """Whether the name ends like an archive."""
     return path.name.lower().endswith(ENDINGS)
 
 
 def members(path: pathlib.Path) -> Iterator[Found]:
-    """Every member of an archive that is no folder, in order. Raises UserError where it is damaged or cut off."""
+    """Yields every member of an archive that is not a folder, in order. Raises UserError if it is damaged or truncated."""
     seen = set()
     try:
         for found in _zip(path) if path.name.lower().endswith(".zip") else _tar(path):
-            # A zip's names have slashes, says its specification; Windows PowerShell 5 and .NET before 4.6.1 write backslashes.
+            # Zip names must have slashes, but Windows PowerShell 5 and .NET before 4.6.1 write backslashes.
             backslashes = found.part[0] == "zip" and "\\" in found.name
             path_in_archive = found.name.replace("\\", "/") if backslashes else found.name
             if path_in_archive.endswith("/") and not found.size:
@@ -71,11 +71,11 @@ def members(path: pathlib.Path) -> Iterator[Found]:
     except _Joined as error:
         raise UserError(f"archive {path} {error}") from error
     except READ_ERRORS as error:
-        raise UserError(f"archive {path} cannot be read ({error or type(error).__name__}); fetch it again") from error
+        raise UserError(f"archive {path} cannot be read ({error or type(error).__name__}); download it again") from error
 
 
 def _unpacked(file: BinaryIO, path: str | pathlib.Path) -> BinaryIO:
-    """The content of a tar file. A packed one raises EOFError where it is cut off, and goes back by starting anew."""
+    """The uncompressed content of a tar file. If compressed, it raises EOFError if truncated, and seeks back by restarting."""
     kind = os.path.splitext(str(path).lower())[1]
     if kind == ".tar":
         return file
@@ -85,7 +85,7 @@ def _unpacked(file: BinaryIO, path: str | pathlib.Path) -> BinaryIO:
 
 
 class _Headers:
-    """A file as tarfile reads it for a listing: keeps the last block, and gives no header that is huge."""
+    """File wrapper for listing with tarfile: remembers the last block, and rejects huge headers."""
 
     def __init__(self, file: BinaryIO):
         self._file, self.last = file, b""
@@ -102,21 +102,21 @@ def _tar(path: pathlib.Path) -> Iterator[Found]:
     with open(path, "rb") as file, _unpacked(file, path) as content:
         headers = _Headers(content)
         with tarfile.open(fileobj=headers, mode="r:") as tar:
-            waiting, before = None, 0  # a member, and where the file stood before it
+            waiting, before = None, 0  # a member, and the position before it
             while (member := tar.next()) is not None:
-                tar.members = []  # it would keep them all
+                tar.members = []  # tarfile would keep all members
                 at, before = before, file.tell()
                 if waiting is not None:
                     yield _judged(waiting, before - at)
                 waiting = None if member.isdir() else member
             if waiting is not None:
                 yield _judged(waiting, file.tell() - before)
-            if headers.last != bytes(_TAR_BLOCK):  # tarfile takes a damaged header, or none at all, for the end
-                raise EOFError("it is damaged, or cut off: its end mark is missing")
-        while data := content.read(1 << 20):  # to the end of the packed file, where its checksum is
+            if headers.last != bytes(_TAR_BLOCK):  # tarfile treats a damaged or missing header as the end
+                raise EOFError("it is damaged or truncated: its end marker is missing")
+        while data := content.read(1 << 20):  # to the end of the compressed file, which has the checksum
             if any(_is_header(data[at : at + _TAR_BLOCK]) for at in range(0, len(data), _TAR_BLOCK)):
-                raise _Joined("goes on behind its end mark, as where archives were put one behind the other; give them one by "
-                              "one to --input, or unpack it with tar --ignore-zeros")  # fmt: skip
+                raise _Joined("continues after its end marker, like concatenated archives; pass them separately "
+                              "to --input, or unpack it with tar --ignore-zeros")  # fmt: skip
 
 
 def _is_header(block: bytes) -> bool:
@@ -128,12 +128,12 @@ def _is_header(block: bytes) -> bool:
 
 
 def _judged(member: tarfile.TarInfo, packed: int) -> Found:
-    """A member of a tar file that took about `packed` bytes of it."""
+    """A member of a tar file that takes about `packed` bytes of it."""
     fault = None
     if member.issym() or member.islnk():
         fault = "a link"
     elif not member.isreg() or member.issparse():
-        fault = "no regular file"
+        fault = "not a regular file"
     elif member.size > _BOMB_BYTES and member.size > packed * _BOMB_RATIO:
         fault = _BOMB
     return Found(member.name, member.size, ("tar", member.offset_data), fault)
@@ -148,11 +148,11 @@ def _zip(path: pathlib.Path) -> Iterator[Found]:
             if kind == stat.S_IFLNK:
                 fault = "a link"
             elif kind not in (0, stat.S_IFREG):
-                fault = "no regular file"
+                fault = "not a regular file"
             elif member.flag_bits & 1:
                 fault = "encrypted"
             elif member.header_offset < 0:
-                fault = "it lies before the beginning of the archive"
+                fault = "its offset is before the start of the archive"
             elif member.file_size > max(_BOMB_BYTES, member.compress_size * _BOMB_RATIO):
                 fault = _BOMB
             part = ("zip", member.header_offset, member.compress_size, member.compress_type, member.CRC)
@@ -160,8 +160,8 @@ def _zip(path: pathlib.Path) -> Iterator[Found]:
 
 
 def _zip_name(member: zipfile.ZipInfo) -> str:
-    """A member's name. Without the flag that says UTF-8 it should be in code page 437; macOS and others leave out the flag,
-    and no text of that code page that means anything is UTF-8 by chance."""
+    """The name of a member. Without the UTF-8 flag it should be in code page 437, but macOS and others omit the flag, and
+    meaningful text in that code page is hardly ever valid UTF-8."""
     if member.flag_bits & _UTF_8 or member.filename.isascii():
         return member.filename
     try:
@@ -172,11 +172,11 @@ def _zip_name(member: zipfile.ZipInfo) -> str:
 
 # ---------------------------------------------------------------- reading
 
-_open: dict[str, BinaryIO] = {}  # of this process: archives stay open from one member to the next
+_open: dict[str, BinaryIO] = {}  # per process: archives stay open between members
 
 
 def read(path: str, part: tuple, size: int) -> bytes:
-    """The content of a member, of `size` bytes, where a listing said that it is. Raises one of READ_ERRORS."""
+    """Reads a member of `size` bytes at the location `part` from `members`. Raises one of READ_ERRORS."""
     kind, offset, *packing = part
     if path not in _open:
         file = open(path, "rb")
@@ -186,24 +186,24 @@ def read(path: str, part: tuple, size: int) -> bytes:
         file.seek(offset)
         return _read_zipped(file, size, *packing) if kind == "zip" else file.read(size)
     except READ_ERRORS:
-        _open.pop(path).close()  # a stream that failed is of no more use
+        _open.pop(path).close()  # a failed stream cannot be used again
         raise
 
 
 def close_all() -> None:
-    """Closes the archives that this process has open; for one that reads another archive under the same name."""
+    """Closes all open archives of this process, before a file is replaced by another."""
     while _open:
         _open.popitem()[1].close()
 
 
 def _read_zipped(file: BinaryIO, size: int, packed: int, method: int, checksum: int) -> bytes:
-    """The member whose own header begins where `file` stands. Gives `size` bytes at the most, whatever was packed."""
+    """Reads the member whose local header starts at the position of `file`; at most `size` + 1 bytes."""
     head = file.read(_ZIP_HEADER.size)
     if len(head) < _ZIP_HEADER.size or head[:4] != b"PK\3\4":
-        raise zipfile.BadZipFile("no member is where the directory says")
+        raise zipfile.BadZipFile("no member at the offset in the directory")
     _, name, extra = _ZIP_HEADER.unpack(head)
     file.seek(name + extra, os.SEEK_CUR)
     info = zipfile.ZipInfo()
     info.file_size, info.compress_size, info.compress_type, info.CRC = size, packed, method, checksum
     with zipfile.ZipExtFile(file, "r", info) as member:
-        return member.read(size + 1)  # one more: the checksum is looked at behind the last byte
+        return member.read(size + 1)  # one more byte: the checksum is verified at the end

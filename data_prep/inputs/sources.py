@@ -1,8 +1,8 @@
-"""Where images come from: a folder, or archives (`data_prep.inputs.archives`).
+"""Sources of images: a folder, or archives (`data_prep.inputs.archives`).
 
-A listing accounts for every file that it meets: as a candidate, or as rejected with a reason. Nothing is read that
-lies outside the folder or archive: links that lead out of a folder are rejected unless they are to be followed, and of
-an archive no member is taken that is a link or whose name leads elsewhere.
+A listing accounts for every file: as a candidate, or as rejected with a reason. Nothing outside the folder or archive is
+read: links that lead out of a folder are rejected unless requested, and so are archive members that are links or whose
+names lead out of the archive.
 """
 
 import array
@@ -23,11 +23,11 @@ from pera_jax.data.codecs import ImageDecodeError
 from pera_jax.data.file_tree import Found
 from pera_jax.data.images import foreign
 
-_NUMBERS = 4  # that a member of an archive is found by, at the most
+_NUMBERS = 4  # maximum number of integers that locate an archive member
 
 
 class Names(Sequence[str]):
-    """A list of names that takes no more memory than their letters and 8 bytes for each."""
+    """A compact list of names: 8 bytes per name in addition to its text."""
 
     def __init__(self, names: Iterable[str] = ()):
         self._letters, self._ends = bytearray(), array.array("Q", [0])
@@ -35,7 +35,7 @@ class Names(Sequence[str]):
             self.append(name)
 
     def append(self, name: str) -> None:
-        """Raises UnicodeEncodeError where the name is not valid UTF-8."""
+        """Raises UnicodeEncodeError if the name is not valid UTF-8."""
         self._letters += name.encode("utf-8")
         self._ends.append(len(self._letters))
 
@@ -49,20 +49,20 @@ class Names(Sequence[str]):
 
 
 class Inventory(Sequence[Item]):
-    """The candidates of a conversion, of a folder in the order of their keys, of archives in the order of the members;
-    without an object for each: there may be millions.
+    """The candidates of a conversion, sorted by key for a folder, in member order for archives.
 
-    `inventory[i]` makes an Item, a slice a list of them. After `label`, items have labels.
+    Compact, as there may be millions: `inventory[i]` creates an Item, a slice a list of Items. After `label`, items have
+    labels.
     """
 
     def __init__(self, inputs: list[pathlib.Path]):
         self.inputs = inputs
         self.keys = Names()
         self.rejected: list[tuple[str, str]] = []  # (name, reason)
-        self.backslashes = collections.Counter()  # names that have some, by whether they were taken for folders
+        self.backslashes = collections.Counter()  # names with backslashes, by whether they were read as folders
         self.class_names: list[str] | None = None
         self._sizes, self._input = array.array("q"), array.array("i")
-        self._kinds, self._parts = bytearray(), array.array("Q")  # of archives: _NUMBERS for each candidate
+        self._kinds, self._parts = bytearray(), array.array("Q")  # for archives: _NUMBERS per candidate
         self._labels: array.array | None = None
 
     def __len__(self) -> int:
@@ -83,7 +83,7 @@ class Inventory(Sequence[Item]):
         return ("zip", *numbers) if self._kinds[index] else ("tar", numbers[0])
 
     def take(self, found: Found, place: int, prefix: str) -> None:
-        """Adds a file of the input number `place` to the candidates, or to what is rejected."""
+        """Adds a file of input `place` to the candidates or to the rejected files."""
         name, fault, ending = prefix + found.name, found.fault, os.path.splitext(found.name)[1].lower()
         if found.backslashes or "\\" in name:
             self.backslashes[found.backslashes] += 1
@@ -106,10 +106,12 @@ class Inventory(Sequence[Item]):
             self._parts.extend(numbers + [0] * (_NUMBERS - len(numbers)))
 
     def label(self) -> list[str]:
-        """Makes the topmost folders the classes, as `classes.check` allows, where nearly all candidates lie in one; the
-        few others are rejected. In each archive the folders around those are passed over first, as long as there are
-        folders in them. Returns what a user must be told of it."""
-        labels, numbers, strays = array.array("i"), {}, []  # numbered as they come, as yet
+        """Uses the top-level folders as classes if nearly all candidates lie in one; rejects the few others.
+
+        In archives, folders that contain all candidates are skipped first. Returns messages for the user. Raises UserError
+        for invalid class names, see `classes.check`.
+        """
+        labels, numbers, strays = array.array("i"), {}, []  # numbered in order of appearance for now
         for index, (key, skip) in enumerate(zip(self.keys, self._around(), strict=True)):
             steps = key.split("/")
             if len(steps) <= skip + 1:
@@ -117,34 +119,34 @@ class Inventory(Sequence[Item]):
             else:
                 labels.append(numbers.setdefault(steps[skip], len(numbers)))
         if strays and not classes.few(len(strays), len(self)):
-            beside = f"warning: no classes, though there are the folders {several(sorted(numbers))}: beside them "
-            return [f"{beside}lie {several([self.keys[i] for i in strays])}"] if numbers else []
+            warning = f"warning: no classes, although there are the folders {several(sorted(numbers))}: outside of them "
+            return [f"{warning}lie {several([self.keys[i] for i in strays])}"] if numbers else []
         self.class_names = sorted(numbers)
         classes.check(self.class_names, self.inputs[0])
         places = {numbers[name]: i for i, name in enumerate(self.class_names)}
-        told = list(filter(None, [classes.alike(self.class_names, self.inputs[0])]))
+        messages = list(filter(None, [classes.lookalike_warning(self.class_names, self.inputs[0])]))
         if strays:
             names = [self.keys[i] for i in strays]
-            told.append(classes.beside(names, self.class_names) + "; --no-labels takes all of them, without classes")
-            self.rejected += [(name, "beside the folders of the classes") for name in names]
+            messages.append(classes.outside_warning(names, self.class_names) + "; --no-labels includes all images, without classes")
+            self.rejected += [(name, "outside the class folders") for name in names]
             out = set(strays)
             self._reorder([i for i in range(len(self)) if i not in out])
         if classes.look_like_splits(self.class_names):
             inner = {key.split("/")[skip + 1] for key, skip in zip(self.keys, self._around(), strict=True)
                      if key.count("/") > skip + 1}  # fmt: skip
-            holds = f", which holds {several(sorted(inner))}" if inner else ""
-            told.append(
-                f"warning: the classes are {several(self.class_names)}, which look like splits; if they are, give "
+            holds = f", which contains {several(sorted(inner))}" if inner else ""
+            messages.append(
+                f"warning: the classes are {several(self.class_names)}, which look like splits; if they are, pass "
                 f"--input {printable(self.inputs[0] / self.class_names[-1])}{holds}"
             )
         self._labels = array.array("i", map(places.__getitem__, labels))
-        return told
+        return messages
 
     def _around(self) -> Iterator[int]:
-        """For each candidate, how many folders of its key are no class; the name of one of several archives is none."""
+        """For each candidate, the number of leading folders of its key to skip before the class, including archive names."""
         if not self._kinds:
             return iter(bytes(len(self)))
-        common, depths = {}, {}  # of each archive: the folders around all of its candidates, and how many are around each
+        common, depths = {}, {}  # per archive: folders that contain all candidates, and counts by depth
         for key, place in zip(self.keys, self._input, strict=True):
             steps = key.split("/")[:-1]
             shared = common.setdefault(place, steps)
@@ -153,26 +155,26 @@ class Inventory(Sequence[Item]):
                 shared = common[place] = shared[:-1]
         least, skip = int(len(self.inputs) > 1), {}
         for place, shared in common.items():
-            beside = depths[place][len(shared)]  # in the innermost of the folders around all, and in none below it
+            beside = depths[place][len(shared)]  # candidates directly in the innermost common folder
             inner = len(shared) if classes.few(beside, depths[place].total()) else min(depths[place]) - 1
             skip[place] = max(least, min(len(shared), inner))
         return map(skip.__getitem__, self._input)
 
     def digest(self, described: list) -> str:
-        """SHA-256 over `described`, JSON, and what the candidates are known by, in hexadecimal."""
+        """Hexadecimal SHA-256 over `described` (JSON) and key, size and location of all candidates."""
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode("ascii"))
         for i, (key, size) in enumerate(zip(self.keys, self._sizes, strict=True)):
             digest.update(f"{key}\0{size}\0{self._part(i)}\n".encode())
         return digest.hexdigest()
 
     def sort(self) -> None:
-        """Puts the candidates of a folder into the order of their keys."""
+        """Sorts the candidates of a folder by key."""
         keys = list(self.keys)
         self._reorder(sorted(range(len(keys)), key=keys.__getitem__))
         self.rejected.sort()
 
     def _reorder(self, order: list[int]) -> None:
-        """Keeps the candidates at these places, in this order."""
+        """Keeps the candidates at these indices, in this order."""
         if self._kinds:
             self._parts = array.array(
                 "Q", (self._parts[_NUMBERS * i + k] for i in order for k in range(_NUMBERS))
@@ -184,22 +186,22 @@ class Inventory(Sequence[Item]):
 
 
 def take_stock(inputs: list[pathlib.Path], follow: bool = False) -> Inventory:
-    """Lists a folder, or one or several archives; the keys of several begin with the archive's name.
+    """Lists a folder, or one or several archives; keys of several archives start with the archive name.
 
     Args:
-      follow: whether links that lead out of a folder are followed.
+      follow: whether to follow links that lead out of a folder.
 
-    Raises UserError: nothing there, a folder that cannot be read, a damaged archive, no image, several folders.
+    Raises UserError: missing input, an unreadable folder, a damaged archive, no images, several folders.
     """
     for path in inputs:
         if not path.exists():
-            raise UserError(f"--input {path} does not exist; name a folder of images or an archive")
+            raise UserError(f"--input {path} does not exist; pass a folder of images or an archive")
         if not path.is_dir() and not (path.is_file() and archives.is_archive(path)):
             raise UserError(f"--input {path} is neither a folder nor an archive ({' '.join(archives.ENDINGS)})")
         if path.is_dir() and len(inputs) > 1:
-            raise UserError(f"--input {path} is a folder beside others; name one folder, or only archives")
+            raise UserError(f"--input {path} is one of several inputs, but a folder; pass a single folder, or only archives")
     if len({path.name for path in inputs}) < len(inputs):
-        raise UserError("two archives of --input have the same name; rename one, keys begin with it")
+        raise UserError("two archives of --input have the same name; rename one, as keys start with it")
     inventory = Inventory(inputs)
     for place, path in enumerate(inputs):
         prefix = f"{path.name}/" if len(inputs) > 1 else ""
@@ -207,17 +209,17 @@ def take_stock(inputs: list[pathlib.Path], follow: bool = False) -> Inventory:
             inventory.take(found, place, prefix)
     if not inventory.keys:
         raise UserError(
-            f"--input {inputs[0]} holds no image (names ending in {' '.join(e[1:] for e in foreign.ENDINGS)}); "
-            f"{len(inventory.rejected)} other files are there"
-            + "".join(f"; {told}" for told in [file_tree.links_out(inputs[0], inventory.rejected)] if told)
+            f"--input {inputs[0]} has no images (names ending in {' '.join(e[1:] for e in foreign.ENDINGS)}), "
+            f"but {len(inventory.rejected)} other files"
+            + "".join(f"; {line}" for line in [file_tree.links_out(inputs[0], inventory.rejected)] if line)
         )
     if inputs[0].is_dir():
-        inventory.sort()  # of packed archives any other order than their own would be unpacked again and again
+        inventory.sort()  # compressed archives must be read in their own order
     return inventory
 
 
 def read(item: Item) -> bytes:
-    """The bytes of one candidate. Raises ImageDecodeError where they cannot be read, EnvironmentFault."""
+    """The content of one candidate. Raises ImageDecodeError if it cannot be read, EnvironmentFault."""
     try:
         return environment.patiently(lambda: _bytes(item), f"{printable(item.path)} cannot be read")
     except archives.READ_ERRORS as error:
@@ -230,5 +232,5 @@ def _bytes(item: Item) -> bytes:
         if item.part is None:
             return pathlib.Path(item.path).read_bytes()
         return archives.read(item.path, item.part, item.size)
-    except PermissionError as error:  # a fault of this file alone
+    except PermissionError as error:  # concerns only this file
         raise ImageDecodeError(f"cannot be read: {error.strerror}") from error

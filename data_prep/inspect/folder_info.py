@@ -1,4 +1,4 @@
-"""A data set folder as the tools read it: its metadata, and the histograms of its splits."""
+"""Loading the metadata of a dataset folder and the histograms of its splits."""
 
 from pathlib import Path
 
@@ -10,8 +10,8 @@ from pera_jax.data.float_histogram import FloatHistogram
 
 
 def load(folder: Path, split: str | None = None) -> tuple[records.DatasetInfo, list[str]]:
-    """Returns (info, names of the splits to look at: all, or the one that is named). Raises UserError as
-    `records.load_info` and `records.check_split`."""
+    """Returns (metadata, names of all splits, or of the given one). Raises UserError as `records.load_info` and
+    `records.check_split`."""
     info = records.load_info(folder)
     if split is None:
         return info, list(info.splits)
@@ -20,9 +20,9 @@ def load(folder: Path, split: str | None = None) -> tuple[records.DatasetInfo, l
 
 
 def histogram(folder: Path, info: records.DatasetInfo, split: str) -> statistics.Histogram:
-    """The histogram of each band of a split. Raises UserError: missing, damaged, of other bands."""
+    """The histogram of each band of a split. Raises UserError if it is missing, damaged, or has other bands."""
     file = folder / statistics.file_name(split)
-    counts = statistics.of_dtype(statistics.load(folder, split), info.dtype)
+    counts = statistics.current(statistics.load(folder, split), info.dtype)
     if info.dtype == "float32":
         fits = isinstance(counts, FloatHistogram) and len(counts) == len(info.bands)
     else:
@@ -30,6 +30,6 @@ def histogram(folder: Path, info: records.DatasetInfo, split: str) -> statistics
         fits = isinstance(counts, np.ndarray) and (counts.shape, counts.dtype) == (shape, np.int64) and counts.min() >= 0
     if not fits or not all(band.sum() for _, band in map(statistics.table, counts)):
         raise UserError(
-            f"{file} does not count {len(info.bands)} bands of {info.dtype}; copy it again, or convert the data set anew"
+            f"{file} does not have {len(info.bands)} bands of {info.dtype}; copy it again, or convert the dataset again"
         )
     return counts

@@ -1,4 +1,4 @@
-"""A picture of the histograms of a split: one small panel for each band, all values in stored units."""
+"""A picture of the histograms of a split: one panel per band, values in stored units."""
 
 import math
 
@@ -8,8 +8,8 @@ from PIL import Image, ImageDraw, ImageFont
 from pera_jax.data import records, statistics
 from pera_jax.data.float_histogram import Cells
 
-SCALE = 2  # pixels of the picture for each of the sizes below, so that it is sharp on fine screens
-_WIDTH, _HEIGHT = 256, 96  # of the plot in a panel; one column for each value of uint8
+SCALE = 2  # pixels per unit of the sizes below, for high-resolution screens
+_WIDTH, _HEIGHT = 256, 96  # size of a plot; one column per value of uint8
 _MARGIN, _HEAD, _FOOT, _TITLE = 20, 24, 26, 30
 _PAPER, _INK, _PALE, _RANGE = (255, 255, 255), (45, 50, 56), (135, 142, 150), (226, 236, 247)
 _FILLS = {"red": (196, 62, 58), "green": (60, 142, 78), "blue": (52, 104, 192)}
@@ -17,14 +17,14 @@ _FILL = (92, 104, 120)
 
 
 def densities(band: np.ndarray | Cells, low: float, high: float, columns: int) -> np.ndarray:
-    """Pixels of one band in equal steps of its value.
+    """Number of pixels of one band in equal intervals of its value.
 
     Args:
-      band: its histogram.
-      low, high: the values that the steps divide.
+      band: histogram of the band.
+      low, high: the range that is divided into intervals.
 
     Returns:
-      float64 [columns]. Pixels of a cell are spread evenly over it; of whole numbers, to half the way to the next one.
+      float64 [columns]. Pixels are spread evenly over their cell; integers cover +-0.5.
     """
     values, counts = statistics.table(band)
     below = np.concatenate([[0], np.cumsum(counts)])
@@ -37,12 +37,12 @@ def densities(band: np.ndarray | Cells, low: float, high: float, columns: int) -
 
 
 def _window(band: np.ndarray | Cells, info: records.DatasetInfo, low: float, high: float) -> tuple[float, float]:
-    """The values that a panel shows: all of uint8, else percentiles 0.1 and 99.9 and the range, and a bit around."""
+    """The values in a panel: all for uint8, else percentiles 0.1 to 99.9 and the range, with a margin."""
     if info.dtype == "uint8":
         return -0.5, 255.5
     least, most = statistics.percentiles([band], info.dtype, (0.1, 99.9))[:, 0]
     least, most = min(least, low), max(most, high)
-    around = max(0.03 * (most - least), 0.5 if info.dtype == "uint16" else 0.0)  # half a value: it is drawn as a step
+    around = max(0.03 * (most - least), 0.5 if info.dtype == "uint16" else 0.0)  # half a step for integers
     return least - around, most + around
 
 
@@ -50,7 +50,7 @@ def draw(info: records.DatasetInfo, split: str, counts: statistics.Histogram) ->
     """One picture of all bands.
 
     Args:
-      counts: the histogram of the split, at least one pixel a band.
+      counts: histogram of the split, with at least one pixel per band.
     """
     across = min(3, len(info.bands))
     down = -(-len(info.bands) // across)
@@ -58,7 +58,7 @@ def draw(info: records.DatasetInfo, split: str, counts: statistics.Histogram) ->
     size = across * panel[0], _TITLE + down * panel[1] + 8
     picture = Image.new("RGB", (SCALE * size[0], SCALE * size[1]), _PAPER)
     pen = ImageDraw.Draw(picture)
-    title = f"{info.name}, {split}: share of pixels by value ({info.dtype}); shaded: what maps to [0, 1]"
+    title = f"{info.name}, {split}: fraction of pixels by value ({info.dtype}); shaded: range mapped to [0, 1]"
     small = ImageFont.load_default(size=SCALE * (11 if across > 1 else 8))
     _text(pen, (_MARGIN, _TITLE / 2), title, small, _PALE, "lm", size[0] - 2 * _MARGIN)
     for i, name in enumerate(info.bands):
@@ -79,7 +79,7 @@ def _panel(pen, corner: tuple[int, int], name: str, info, band: np.ndarray | Cel
     pen.rectangle(_scaled(x(low), top, x(high), bottom), fill=_RANGE)
     heights = densities(band, first, last, _WIDTH)
     ordered = np.sort(heights)
-    tallest = min(ordered[-1], 4 * ordered[-4] or ordered[-1])  # a lone value (saturation) would flatten all others
+    tallest = min(ordered[-1], 4 * ordered[-4] or ordered[-1])  # limits single high peaks, such as saturation
     for column, height in enumerate(heights):
         if height > 0:
             pen.rectangle(
@@ -105,7 +105,7 @@ def _scaled(*places: float) -> tuple[int, ...]:
 
 
 def _text(pen, at: tuple[float, float], text: str, font, ink, anchor: str, width: float) -> None:
-    """Writes what fits into `width`."""
+    """Draws text, shortened to `width`."""
     if pen.textlength(text, font) > SCALE * width:
         while text and pen.textlength(text + "...", font) > SCALE * width:
             text = text[:-1]
@@ -114,6 +114,6 @@ def _text(pen, at: tuple[float, float], text: str, font, ink, anchor: str, width
 
 
 def _number(value: float) -> str:
-    """Three digits, whole numbers whole."""
+    """Formats with three digits; large numbers as integers."""
     digits = 0 if value == 0 else 2 - math.floor(math.log10(abs(value)))
     return f"{value:,.0f}" if digits <= 0 else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""The parts of the page that `data_prep.browse` writes which are its own: contact sheets and reports of conversions."""
+"""HTML of `data_prep.browse`: contact sheets and conversion reports."""
 
 import json
 
@@ -14,11 +14,11 @@ figure { margin: 0; min-width: 0; }
 figcaption { font-size: 12.5px; line-height: 1.35; margin-top: 4px; }
 figcaption div { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 """
-_LISTED = 200  # entries of a report that the page repeats
+_LISTED = 200  # maximum number of report entries on the page
 
 
 def sheet(thumbnails, class_names: list[str] | None, enlarge_below: int) -> str:
-    """The contact sheet; images of which no side has `enlarge_below` px are shown with square pixels."""
+    """The contact sheet; images smaller than `enlarge_below` px are shown with square pixels."""
     figures = []
     for shown in thumbnails:
         named = class_names is not None and 0 <= shown.label < len(class_names)
@@ -36,7 +36,7 @@ def sheet(thumbnails, class_names: list[str] | None, enlarge_below: int) -> str:
 
 
 def report(content) -> str:
-    """What a conversion reported, whatever fields it has: a line for each, and below what they hold beside a number."""
+    """The report of a conversion with any fields: one line per field, followed by details."""
     if not isinstance(content, dict):
         return f"<p>{escaped(_plain(content))}</p>"
     lines, parts = [], []
@@ -52,13 +52,13 @@ def report(content) -> str:
 
 
 def _count(value) -> int | None:
-    """The number that an entry is or holds."""
+    """The number in an entry, or None."""
     value = value.get("number") if isinstance(value, dict) else value
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _detail(value: dict | list) -> str:
-    """Bars of all that is counted, and lists folded; "" where there is neither."""
+    """Bars for counts, and collapsed lists; "" without any."""
     if isinstance(value, list):
         return _entries(value)
     others = {name: inner for name, inner in value.items() if name != "number"}

@@ -1,4 +1,4 @@
-"""What the records of a split say without decoding their pixels, and a few of them as small pictures."""
+"""Summary of the records of a split without decoding pixels, and thumbnails of a sample."""
 
 import collections
 import contextlib
@@ -13,18 +13,18 @@ from pera_jax.common import json_files
 from pera_jax.common.errors import UserError
 from pera_jax.common.json_files import Finite
 from pera_jax.common.progress import Progress
-from pera_jax.common.text import several
+from pera_jax.common.text import first_line, several
 from pera_jax.data import codecs, records
 from pera_jax.data.images import picture_files
 
-MOST_RECORDS = 100_000  # that a survey looks at; of more, a sample of so many
+MOST_RECORDS = 100_000  # for larger splits, a survey uses a sample of this size
 THUMBNAIL = 160  # px, the longer side at most
-_STREAM_SURVEY, _STREAM_SAMPLE = 0, 1  # of random numbers
+_STREAM_SURVEY, _STREAM_SAMPLE = 0, 1  # of the random generator
 
 
 @dataclasses.dataclass
 class _Place:
-    """What is counted of a tile's place."""
+    """The fields of a tile's place that are counted."""
 
     source: str | None = None
     crs: str | None = None
@@ -34,13 +34,13 @@ class _Place:
 
 @dataclasses.dataclass
 class Survey:
-    """Counts over the records that were looked at, `looked` of `total`.
+    """Counts over `looked` of `total` records.
 
     Attributes:
       sizes: number of images by (width, height), px.
-      labels: number by index of the class.
-      unreadable: number of records that are damaged; these are not in the other counts.
-      facts: of tiles of scenes, number of records by value of "source", "crs" and "date".
+      labels: number of images by class index.
+      unreadable: number of damaged records, which are not in the other counts.
+      facts: for tiles of scenes, number of records by value of "source", "crs" and "date".
       bounds: [left, bottom, right, top] of all tiles, by CRS.
     """
 
@@ -55,13 +55,13 @@ class Survey:
     bounds: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
     def add(self, raw: bytes) -> None:
-        """Raises ValueError where the record or the head of its image is damaged."""
+        """Raises ValueError if the record or the header of its image is damaged."""
         record = records.decode_record(raw)
         size = image_size(record.image)
         self.sizes[size] += 1
         self.labels[record.label] += 1
         if record.place:
-            with contextlib.suppress(json_files.Invalid):  # `data_prep.verify` names it
+            with contextlib.suppress(json_files.Invalid):  # reported by `data_prep.verify`
                 self._add_place(json_files.parse(record.place, _Place))
 
     def _add_place(self, place: "_Place") -> None:
@@ -76,10 +76,10 @@ class Survey:
 
 
 def image_size(encoded: bytes) -> tuple[int, int]:
-    """(width, height) of a stored image, from its head. Raises ImageDecodeError."""
+    """(width, height) of a stored image, from its header. Raises ImageDecodeError."""
     if encoded[:2] in (b"II", b"MM"):
-        with codecs.decoding(Exception):  # on damaged bytes tifffile raises nearly anything
-            import tifffile  # here: data sets of JPEG and PNG do without it
+        with codecs.decoding(Exception):  # for damaged bytes, tifffile raises almost any exception
+            import tifffile  # imported late: not needed for JPEG and PNG
 
             with tifffile.TiffFile(io.BytesIO(encoded)) as file:
                 return file.pages.first.imagewidth, file.pages.first.imagelength
@@ -88,7 +88,7 @@ def image_size(encoded: bytes) -> tuple[int, int]:
 
 
 def survey(source: records.RecordSource, seed: int) -> Survey:
-    """Looks at every record, or at a random sample of `MOST_RECORDS`."""
+    """Counts over every record, or over a random sample of `MOST_RECORDS`."""
     found = Survey(len(source))
     chosen = (
         range(len(source)) if len(source) <= MOST_RECORDS else _sample(len(source), MOST_RECORDS, seed, _STREAM_SURVEY)
@@ -105,11 +105,11 @@ def survey(source: records.RecordSource, seed: int) -> Survey:
 
 
 def _sample(total: int, number: int, seed: int, stream: int) -> np.ndarray:
-    """Sorted indexes, each at most once."""
+    """Sorted unique indices."""
     return np.sort(np.random.default_rng([seed, stream]).choice(total, min(number, total), replace=False))
 
 
-# ---------------------------------------------------------------- small pictures
+# ---------------------------------------------------------------- thumbnails
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +117,10 @@ class Thumbnail:
     """One image of the sample.
 
     Attributes:
-      number: of the record in its split; key, label: of the record, "" and -1 where it is damaged.
+      number: index of the record in its split.
+      key, label: of the record; "" and -1 if it is damaged.
       size: (width, height) of the image, px.
-      jpeg: the picture; None where it is damaged, and `fault` says how.
+      jpeg: the thumbnail; None for a damaged image, with the reason in `fault`.
     """
 
     number: int
@@ -131,14 +132,14 @@ class Thumbnail:
 
 
 def shown_bands(info: records.DatasetInfo, wanted: str | None) -> list[int]:
-    """Where the bands stand that pictures show as red, green and blue; one place three times for grey.
+    """Channel indices shown as red, green and blue; the same index three times for gray.
 
     Args:
-      wanted: --bands: three names, or one for grey; None for red, green, blue where the bands are so named, else the
-        first three, or the first as grey where there are fewer.
+      wanted: --bands: three names, or one for gray; None uses red, green and blue if there are such bands, else the first
+        three, or the first as gray if there are fewer.
 
     Raises:
-      UserError: no such band, or another number of them.
+      UserError: an unknown band, or not one or three bands.
     """
     if wanted is None:
         names = RGB if set(RGB) <= set(info.bands) else info.bands[: 3 if len(info.bands) > 2 else 1]
@@ -146,16 +147,16 @@ def shown_bands(info: records.DatasetInfo, wanted: str | None) -> list[int]:
         names = [name.strip() for name in wanted.split(",")]
     for name in names:
         if name not in info.bands:
-            raise UserError(f"--bands names {name!r}, and the data set has {several(info.bands, 20)}")
+            raise UserError(f"--bands: unknown band {name!r}; the dataset has {several(info.bands, 20)}")
     if len(names) not in (1, 3):
         raise UserError(
-            f"--bands={wanted} names {len(names)} bands; name three, for red, green and blue, or one for grey"
+            f"--bands={wanted} has {len(names)} bands; expected three, for red, green and blue, or one for gray"
         )
     return [info.bands.index(name) for name in names] * (3 // len(names))
 
 
 def thumbnails(source: records.RecordSource, places: list[int], number: int, seed: int) -> list[Thumbnail]:
-    """A random sample of `number` images, in the order of the records; the ranges of the split map to 0 and 255."""
+    """Thumbnails of a random sample of `number` images in record order; the ranges of the split map to 0 and 255."""
     return [_thumbnail(source, int(i), places) for i in _sample(len(source), number, seed, _STREAM_SAMPLE)]
 
 
@@ -166,9 +167,9 @@ def _thumbnail(source: records.RecordSource, i: int, places: list[int]) -> Thumb
         pixels = codecs.decode_bands(record.image, source.info, places)
     except (ValueError, RuntimeError) as error:
         known = {} if record is None else {"key": record.key, "label": record.label}
-        return Thumbnail(i, **known, fault=str(error).splitlines()[0] if record else "the record is damaged")
+        return Thumbnail(i, **known, fault=first_line(error) if record else "the record is damaged")
     height, width = pixels.shape[:2]
-    step = max(1, max(height, width) // (4 * THUMBNAIL))  # four pixels are enough for one, and a scene may be large
+    step = max(1, max(height, width) // (4 * THUMBNAIL))  # subsampling, since a scene may be large
     low, high = np.array(source.split_info.ranges, np.float32)[places].T
     values = (np.nan_to_num(pixels[::step, ::step].astype(np.float32)) - low) / (high - low)
     picture = Image.fromarray(np.round(255 * values.clip(0, 1)).astype(np.uint8))

@@ -6,9 +6,9 @@ from pera_jax.common.text import printable
 
 
 def text(rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns, two spaces apart; the first to the left, the others right. `rows[0]` holds their names.
+    """A table with aligned columns: the first left, the others right. `rows[0]` are the column names.
 
-    Cells are safe to print whatever names they hold.
+    Unsafe characters in cells are escaped.
     """
     rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -1,1 +1,1 @@
-"""What every wing uses and what knows nothing of training: safe text, leases, validated JSON, paths."""
+"""Helpers for every package that know nothing about training: files, leases, safe text, validated JSON, errors."""

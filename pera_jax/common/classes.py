@@ -1,4 +1,4 @@
-"""Names of classes as they come from folders, tables and files of names."""
+"""Class names from folders, label tables and text files."""
 
 import pathlib
 import unicodedata
@@ -12,31 +12,31 @@ _UNWRITABLE = frozenset({"Cc", "Cs", "Zl", "Zp"})
 
 
 def check(names: Sequence[str], source: object) -> None:
-    """Refuses names that results, tables and TFDS's list of labels, one name a line, could not hold.
+    """Rejects names that cannot be stored in results, tables and the label file of TFDS (one name per line).
 
     Args:
-        source: what the names are of, for the sentence.
+        source: where the names come from, for the message.
 
     Raises:
-        UserError: an empty name, one twice, or one with line feeds, other control characters or undecodable bytes.
+        UserError: a name that is empty, occurs twice, or contains control characters or undecodable bytes.
     """
     wrong = [name for name in names if not name.strip() or any(unicodedata.category(c) in _UNWRITABLE for c in name)]
     if wrong:
         shown = several(f"'{name}'" for name in wrong)
         raise UserError(
-            f"{printable(source)} has classes whose names are empty or hold control characters or bytes that are not UTF-8: "
+            f"{printable(source)} has class names that are empty or contain control characters or bytes that are not UTF-8: "
             f"{shown}; rename them"
         )
     twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
     if twice:
-        raise UserError(f"{printable(source)} has two classes of one name: {several(twice)}; rename one")
+        raise UserError(f"{printable(source)} has two classes with the same name: {several(twice)}; rename one")
 
 
-def alike(names: Sequence[str], source: object) -> str | None:
-    """A warning of names that differ in case, blanks, invisible characters or the spelling of accents only, or None.
+def lookalike_warning(names: Sequence[str], source: object) -> str | None:
+    """A warning if names differ only in case, whitespace, invisible characters or Unicode normalization; else None.
 
     Args:
-        source: what the names are of.
+        source: where the names come from.
     """
     groups = {}
     for name in names:
@@ -46,50 +46,52 @@ def alike(names: Sequence[str], source: object) -> str | None:
     if not twins:
         return None
     shown = several((ascii(name) for name in twins), 6)
-    return f"warning: {printable(source)} has classes whose names look the same and count as different ones: {shown}"
+    return f"warning: {printable(source)} has classes whose names look the same but count as different: {shown}"
 
 
 def look_like_splits(names: Sequence[str]) -> bool:
-    """Whether folders that are taken for classes are rather the splits of a data set."""
+    """Whether class folders look like the splits of a dataset instead."""
     return {name.lower() for name in names} <= _SPLITS
 
 
 def few(strays: int, images: int) -> bool:
-    """Whether so many of the images may lie beside the folders of classes that these are still meant as such."""
+    """Whether the images outside class folders (`strays`) are few enough to still treat the folders as classes."""
     return strays <= max(1, images // 10) and 2 * strays < images
 
 
-def beside(strays: Sequence[str], names: Sequence[str]) -> str:
-    """What to tell of images that lie beside the folders of the classes and are left out."""
+def outside_warning(strays: Sequence[str], names: Sequence[str]) -> str:
+    """A warning about images that lie outside the class folders and are left out."""
     lie = "image lies" if len(strays) == 1 else "images lie"
     return (
-        f"warning: {len(strays):,} {lie} beside the folders of the {len(names):,} classes {several(names, 5)} and "
+        f"warning: {len(strays):,} {lie} outside the folders of the {len(names):,} classes {several(names, 5)} and "
         f"{'is' if len(strays) == 1 else 'are'} left out: {several(strays)}"
     )
 
 
 def read(file: pathlib.Path, most: int) -> tuple[str, ...]:
-    """The names in a file with one a line, in the order of the class indices; blank lines at the end are passed over.
+    """Reads class names from a file with one name per line, in the order of the class indices.
+
+    Trailing blank lines are ignored.
 
     Args:
-        most: the largest number of classes.
+        most: maximum number of classes.
 
     Raises:
-        UserError: the file cannot be read, is no text, holds no name or too many, a blank line between names, or names
-            that `check` refuses.
+        UserError: the file cannot be read, is not text, has no names, too many names, a blank line between names, or
+            names that `check` rejects.
     """
     try:
         lines = [line.strip() for line in decoded(file.read_bytes()).rstrip().split("\n")]
     except OSError as error:
         raise UserError(f"{printable(file)} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise UserError(f"{printable(file)} cannot be read as text ({error}); write one class name a line") from error
+        raise UserError(f"{printable(file)} cannot be read as text ({error}); write one class name per line") from error
     names = tuple(lines if any(lines) else ())
     if not 0 < len(names) <= most:
-        raise UserError(f"{printable(file)} holds {len(names):,} class names; write 1 to {most}, one a line")
+        raise UserError(f"{printable(file)} has {len(names):,} class names, expected 1 to {most}; write one per line")
     if "" in names:
         raise UserError(
-            f"line {names.index('') + 1} of {printable(file)} is blank, and the line tells the class; name it or remove the line"
+            f"line {names.index('') + 1} of {printable(file)} is blank, but line numbers are class indices; add a name or remove the line"
         )
     check(names, file)
     return names

@@ -1,9 +1,9 @@
-"""Digests by which what is read is known to be what was written: of arrays on their devices, of JSON, of files.
+"""Digests that verify stored data: of arrays on their devices, of JSON values, of files.
 
-Arrays on devices have two sums each. Every 32-bit word of an array's bits is mixed with its place in the array, and the
-mixed words are added modulo 2^32: the order of adding does not matter, so the sums are the same on one device, on any
-mesh and on many hosts, and a leaf is read once, where it lies, without a copy. The mixing is a bijection of the word, so
-one changed word always changes both sums; any other change passes with a chance of about 2^-64.
+An array on devices has two checksums. Each 32-bit word of its content is mixed with its index, and the mixed words are
+added modulo 2^32. Addition is independent of order, so the checksums are the same on one device, on any mesh and on many
+hosts, and each leaf is read once, in place, without a copy. The mixing is a bijection of the word, so a single changed
+word always changes both checksums; any other change goes unnoticed with probability of about 2^-64.
 """
 
 import functools
@@ -17,56 +17,56 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}  # by bytes of a value; eight are two words
+_WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}  # by bytes per value; eight bytes are two words
 
 
-def of_leaves(tree: Any) -> dict[str, str]:
-    """For each leaf of a tree of arrays by its path, "a/b/c": dtype, shape and the two sums, as `float32[2,3] 0123...`.
+def leaf_digests(tree: Any) -> dict[str, str]:
+    """The digest of each leaf of a pytree by path ("a/b/c"): dtype, shape and both checksums, `float32[2,3] 0123...`.
 
-    Compiled once for each shape, dtype and layout, which most leaves of a state share with others; waits for the values.
-    With several hosts all must call it, and all get the same.
+    Compiles once per shape, dtype and sharding; blocks until the values are ready. With several hosts all must call it,
+    and all get the same result.
 
     Args:
-      tree: of jax.Array, of any sharding, and NumPy arrays, of values of 1, 2, 4 or 8 bytes.
+      tree: jax.Arrays with any sharding and NumPy arrays, with values of 1, 2, 4 or 8 bytes.
     """
     paths, leaves = _flat(tree)
     sums = jax.device_get([_compiled(_sums_of, _everywhere(leaf))(_passable(leaf)) for leaf in leaves])  # [2] each
     return {
-        path: f"{described(leaf)} {first:08x}{second:08x}"
+        path: f"{spec(leaf)} {first:08x}{second:08x}"
         for path, leaf, (first, second) in zip(paths, leaves, map(np.ndarray.tolist, sums), strict=True)
     }
 
 
-def described(leaf: Any) -> str:
-    """dtype and shape of an array, abstract or not: `float32[2,3]`."""
+def spec(leaf: Any) -> str:
+    """dtype and shape of an array or ShapeDtypeStruct: `float32[2,3]`."""
     return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
 
 
 def not_finite(tree: Any) -> list[str]:
-    """The paths of leaves that hold a NaN or an infinity. As `of_leaves`."""
+    """The paths of leaves with a NaN or an infinity; called like `leaf_digests`."""
     paths, leaves = _flat(tree)
     kept = [(path, leaf) for path, leaf in zip(paths, leaves) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     finite = jax.device_get([_compiled(_all_finite, _everywhere(leaf))(leaf) for _, leaf in kept])
     return [path for (path, _), good in zip(kept, finite, strict=True) if not good]
 
 
-def of_json(value: Any) -> str:
-    """SHA-256 in hexadecimal of a JSON value, whatever the order of its keys, tuples as lists."""
+def json_digest(value: Any) -> str:
+    """Hexadecimal SHA-256 of a JSON value; independent of key order, tuples count as lists."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
 
 
-def of_named(arrays: dict[str, np.ndarray]) -> str:
-    """SHA-256 in hexadecimal over names, dtypes, shapes and values of arrays on the host."""
+def arrays_digest(arrays: dict[str, np.ndarray]) -> str:
+    """Hexadecimal SHA-256 over names, dtypes, shapes and values of NumPy arrays."""
     found = hashlib.sha256()
     for name in sorted(arrays):
         values = np.ascontiguousarray(arrays[name])
-        found.update(f"{json.dumps(name)} {described(arrays[name])}\n".encode("ascii"))
+        found.update(f"{json.dumps(name)} {spec(arrays[name])}\n".encode("ascii"))
         found.update(values.reshape(-1).view(np.uint8))
     return found.hexdigest()
 
 
-def of_file(path: pathlib.Path) -> str:
-    """SHA-256 in hexadecimal of a file. Raises OSError."""
+def file_digest(path: pathlib.Path) -> str:
+    """Hexadecimal SHA-256 of a file. Raises OSError."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -80,14 +80,14 @@ def _flat(tree: Any) -> tuple[list[str], list[Any]]:
 
 
 def _everywhere(leaf: Any) -> jax.sharding.Sharding | None:
-    """The layout that gives each host a whole result; None for a leaf on one device or on the host."""
+    """The sharding that replicates a result to every host; None for a leaf on one device or on the host."""
     where = getattr(leaf, "sharding", None)
     is_spread = isinstance(where, jax.sharding.NamedSharding)
     return jax.sharding.NamedSharding(where.mesh, jax.sharding.PartitionSpec()) if is_spread else None
 
 
 def _passable(leaf: Any) -> Any:
-    """NumPy's values of 64 bits as pairs of words: without x64, JAX would round them first."""
+    """64-bit NumPy values as pairs of words: without x64, JAX would round them first."""
     if isinstance(leaf, np.ndarray) and leaf.dtype.itemsize == 8:
         return np.ascontiguousarray(leaf).reshape(-1).view(np.uint32).reshape(*leaf.shape, 2)
     return leaf
@@ -108,7 +108,7 @@ def _sums_of(leaf: jax.Array) -> jax.Array:
         leaf = leaf.astype(jnp.uint8)
     words = jax.lax.bitcast_convert_type(leaf, _WORDS[leaf.dtype.itemsize]).astype(jnp.uint32)
     place, stride = jnp.zeros((), jnp.uint32), 1
-    for axis in reversed(range(words.ndim)):  # the place in row-major order, modulo 2^32
+    for axis in reversed(range(words.ndim)):  # the index in row-major order, modulo 2^32
         place = place + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * np.uint32(stride % 2**32)
         stride *= words.shape[axis]
     first = words ^ (place * np.uint32(0x9E3779B1) + np.uint32(0x7F4A7C15))

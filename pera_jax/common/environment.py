@@ -1,8 +1,8 @@
-"""Errors of the machine, told apart from damaged data: too many open files, missing memory, a disk that does not answer.
+"""Failures of the machine, as opposed to damaged data: too many open files, out of memory, a disk that does not respond.
 
-`environment_fault` says of any exception whether it, or what it came from, is of that kind, and what mends it. Nothing
-is called damaged, left out or moved aside for such an error: it is tried again for a while (`patiently`), and then the
-command ends with `EnvironmentFault`, one sentence.
+`environment_fault` tells whether an exception, or its cause, is such a failure, and how to fix it. Data is never reported
+as damaged, skipped or moved because of one: the operation is retried for a few seconds (`patiently`), then the command
+ends with an `EnvironmentFault`.
 """
 
 import errno
@@ -18,7 +18,7 @@ from typing import TypeVar
 from pera_jax.common.errors import INPUT, TRY_AGAIN, UserError
 
 _T = TypeVar("_T")
-PAUSES = (0.05, 0.2, 0.5, 1.0, 2.0, 4.0)  # seconds between tries, about 8 in all: a server that restarts takes longer
+PAUSES = (0.05, 0.2, 0.5, 1.0, 2.0, 4.0)  # seconds between retries, about 8 in total; a server that restarts takes longer
 _FILES, _MEMORY, _THREADS, _FULL, _STORAGE, _DENIED = range(6)
 _KIND_OF = {
     errno.EMFILE: _FILES, errno.ENFILE: _FILES,
@@ -31,79 +31,79 @@ _KIND_OF = {
     errno.ENODEV: _STORAGE, errno.ENXIO: _STORAGE, errno.ENOLCK: _STORAGE, errno.ESHUTDOWN: _STORAGE,
     errno.EACCES: _DENIED, errno.EPERM: _DENIED, errno.EROFS: _DENIED,
 }  # fmt: skip
-# Libraries in C++ put the system's error into the text of one of their own, as a number or in the system's words.
+# C++ libraries put the system's error into their own messages, as a number or as text.
 _NUMBERS = re.compile(r"(?:os_error_code='|\[Errno |\[OS error |errno[=: ]+)(\d+)")
 _WORDS = {os.strerror(number): kind for number, kind in _KIND_OF.items()} | {
     "can't start new thread": _THREADS, "std::bad_alloc": _MEMORY, "RESOURCE_EXHAUSTED: Out of memory": _MEMORY,
 }  # fmt: skip
-_WRAPPERS = (RuntimeError, ValueError, ImportError, EOFError)  # whose text is searched: they carry other libraries' errors
+_WRAPPERS = (RuntimeError, ValueError, ImportError, EOFError)  # exception types whose text is searched, since they wrap errors of other libraries
 
 
 _MENDS = {
     _FILES: "raise it with ulimit -n",
     _MEMORY: "give the job more memory, or fewer workers or a smaller batch",
     _THREADS: "raise the limits on memory and on their number (ulimit -v, ulimit -u, or the container's)",
-    _FULL: "make room",
-    _STORAGE: "see that the disk or the shared file system is well",
-    _DENIED: "allow access to it",
+    _FULL: "free some space",
+    _STORAGE: "check the disk or the shared file system",
+    _DENIED: "grant access to it",
 }
 
 
 class EnvironmentFault(UserError):
-    """The machine failed, not the data; the message is one sentence that says what to mend.
+    """The machine failed, not the data; the message says how to fix it.
 
-    Its status is that of bad input where time mends nothing: a full disk, denied access.
+    The status is that of wrong input if waiting does not help: a full disk, denied access.
     """
 
     status = TRY_AGAIN
 
     @classmethod
-    def of(cls, error: BaseException, message: str) -> "EnvironmentFault":
-        """That of an exception which `environment_fault` knows."""
+    def from_error(cls, error: BaseException, message: str) -> "EnvironmentFault":
+        """From an exception that `environment_fault` recognizes."""
         fault = cls(message)
         fault.status = TRY_AGAIN if passing(error) else INPUT
         return fault
 
 
 def environment_fault(error: BaseException) -> str | None:
-    """Why an exception is a fault of the machine, or None where it may be one of the data.
+    """Why an exception is a failure of the machine; None if the data may be at fault.
 
-    Looked at are the exception, what it was raised from or while handling, the members of groups, and the texts in which
-    TensorStore, Orbax, ArrayRecord and JAX wrap errors of the system. A request for more memory than the machine has is
-    no such fault: it comes from a damaged or hostile header.
+    Considers the exception, its causes and contexts, the members of exception groups, and the messages in which
+    TensorStore, Orbax, ArrayRecord and JAX wrap system errors. A request for more memory than the machine has does not
+    count: it comes from a damaged or malicious header.
 
     Returns:
-      "REASON; MEND" for the middle of a sentence, as "too many files are open (the limit is 1024); raise it with ulimit
-      -n", to follow "FILE cannot be read: ".
+      "REASON; FIX" to follow "FILE cannot be read: ", for example "too many files are open (the limit is 1024); raise it
+      with ulimit -n".
     """
     kind, reason = _find(error)
     return None if kind is None else f"{reason}; {_MENDS[kind]}"
 
 
 def passing(error: BaseException) -> bool:
-    """Whether it is a fault of the machine that may be over in a moment: no full disk, and no denied access."""
+    """Whether it is a failure of the machine that may be temporary; a full disk and denied access are not."""
     return _find(error)[0] not in (None, _FULL, _DENIED)
 
 
 def raise_if_fault(error: BaseException, what: str) -> None:
-    """Raises EnvironmentFault, "WHAT: REASON; MEND ...", where an exception is a fault of the machine."""
+    """Raises EnvironmentFault "WHAT: REASON; FIX ..." if an exception is a failure of the machine."""
     if isinstance(error, EnvironmentFault):
         raise error
     fault = environment_fault(error)
     if fault is not None:
-        message = f"{what}: {fault}, and start again; the data are not damaged"
-        raise EnvironmentFault.of(error, message) from error
+        message = f"{what}: {fault}, and re-run the same command; the data is not damaged"
+        raise EnvironmentFault.from_error(error, message) from error
 
 
 def patiently(action: Callable[[], _T], what: str, relieve: Callable[[], None] = lambda: None) -> _T:
-    """Calls `action`, which reads something, again for some seconds while it raises faults of the machine that may pass.
+    """Calls `action`, which reads something, and retries for some seconds on temporary failures of the machine.
 
     Args:
-      what: "shard shards/aid/x cannot be read", for the sentence.
-      relieve: called before each new try, to let go of what may be short.
+      what: for the message, for example "shard shards/aid/x cannot be read".
+      relieve: called before each retry to release resources that may be scarce.
 
     Raises:
-      EnvironmentFault: a fault of the machine that stays. Other errors pass at once.
+      EnvironmentFault: a failure of the machine that persists. Other errors are raised immediately.
     """
     pauses = iter(PAUSES)
     while True:
@@ -119,7 +119,7 @@ def patiently(action: Callable[[], _T], what: str, relieve: Callable[[], None] =
 
 
 def raise_file_limit() -> int:
-    """Lets this process open as many files as the system allows it; returns how many that is."""
+    """Raises the limit of open files of this process to the maximum; returns the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         try:
@@ -130,9 +130,9 @@ def raise_file_limit() -> int:
 
 
 def check_threads(number: int) -> None:
-    """Starts so many threads, which end at once. Raises RuntimeError, a fault of the machine, where it cannot.
+    """Checks that `number` more threads can be started; raises RuntimeError, a failure of the machine, if not.
 
-    For libraries that wait for ever for threads of their own that could not be started.
+    For libraries that hang if their own threads cannot be started.
     """
     end, started = threading.Event(), []
     try:
@@ -149,20 +149,20 @@ def check_threads(number: int) -> None:
 
 
 def check_memory(size: int) -> None:
-    """Takes so many bytes of address space and gives them back. Raises OSError, a fault of the machine, where it cannot.
+    """Checks that `size` bytes can be allocated; raises OSError, a failure of the machine, if not.
 
-    For libraries that abort the process where they get no memory.
+    For libraries that abort the process if an allocation fails.
     """
     mmap.mmap(-1, size).close()
 
 
 def _find(error: BaseException) -> tuple[int | None, str]:
-    """The kind and the reason of the first fault of the machine in a chain of exceptions."""
+    """Kind and reason of the first failure of the machine in a chain of exceptions."""
     return next((found for found in map(_judge, _chain(error)) if found[0] is not None), (None, ""))
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The exception and everything that it came from, each once."""
+    """The exception with its causes, contexts and group members, each once."""
     waiting, seen = [error], set()
     while waiting:
         each = waiting.pop(0)
@@ -177,7 +177,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _judge(error: BaseException) -> tuple[int | None, str]:
-    """The kind of a single exception, None where it is none of the machine's, and the reason in words."""
+    """Kind of a single exception (None if it is not a failure of the machine) and the reason as text."""
     if isinstance(error, MemoryError):
         wanted = getattr(error, "_total_size", 0)  # bytes, of NumPy's
         absurd = wanted > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -185,7 +185,7 @@ def _judge(error: BaseException) -> tuple[int | None, str]:
     if isinstance(error, OSError) and error.errno is not None:
         kind = _KIND_OF.get(error.errno)
         return kind, _reason(kind, os.strerror(error.errno))
-    if isinstance(error, TimeoutError):  # of a wait in a library, also where the clock has jumped
+    if isinstance(error, TimeoutError):  # a wait in a library; also after a jump of the clock
         return _STORAGE, "something took too long"
     if not isinstance(error, (OSError, *_WRAPPERS)):
         return None, ""

@@ -1,11 +1,11 @@
-"""How commands end: one sentence on stderr for what a user can mend, and a status that says what may be tried.
+"""Exit statuses of the commands, and the error that becomes one sentence on stderr.
 
-    0         done, or stopped by a signal after everything was saved (a run that is done has its file FINISHED)
-    1         wrong input, or a run that a person must look at: the same command fails again
+    0         done, or stopped by a signal after a save (a finished run has a file FINISHED)
+    1         wrong input, or a run that needs attention: re-running the same command fails again
     2         unknown or missing options
-    70        a fault of the program: the traceback says where
-    75        the machine or another host failed: the same command may succeed
-    128 + N   ended by signal N; 130 is Ctrl-C, 142 (SIGALRM) a training in which nothing moved any more
+    70        a bug in this program: the traceback shows where
+    75        the machine or another host failed: re-running the same command may succeed
+    128 + N   ended by signal N; 130 is Ctrl-C, 142 (SIGALRM) a training run that stalled
 """
 
 import io
@@ -15,20 +15,19 @@ import traceback
 from collections.abc import Callable
 
 from pera_jax.common import interrupts
-from pera_jax.common.text import printable
+from pera_jax.common.text import first_line, printable
 
 INPUT, CRASH, TRY_AGAIN = 1, 70, 75
 
 
 class UserError(Exception):
-    """What a user can mend. The message is one sentence that names the thing and the mend.
+    """An error that the user can fix. The message is one sentence with the cause and the fix.
 
-    Its text is one printable line of a bounded length whatever names it was made of: the last line of defense, where a
-    sentence forgot to make a foreign name safe.
+    `str(error)` is always one printable line of bounded length, even if the message contains unsafe names.
 
     Attributes:
-      status: of a command that ends with it.
-      longest: characters of the sentence at most.
+      status: exit status of a command that ends with this error.
+      longest: maximum length of the message in characters.
     """
 
     status = INPUT
@@ -39,21 +38,21 @@ class UserError(Exception):
 
 
 class Misfit(UserError):
-    """Weights that do not fit a network; names all of them, that is, every array of the largest networks there are."""
+    """Weights that do not fit a network; the message lists every array, so it may be long."""
 
     longest = 1 << 17
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a command's `main`; a `UserError` becomes `error: SENTENCE` on stderr and its status, Ctrl-C
-    `error: interrupted` and status 130, any other exception its traceback and status 70.
+    """Runs a command's `main` and turns exceptions into messages on stderr and exit statuses.
 
-    A fault of the machine, wherever it was raised (no memory, no threads, a disk that fails), is one line, too: status 75.
+    UserError: `error: MESSAGE` and its status. Ctrl-C: `error: interrupted`, status 130. A failure of the machine (out of
+    memory, no threads, a failing disk): one line, status 75. Anything else: the traceback, status 70.
     """
     from pera_jax.common import environment  # here: it raises UserError
 
     interrupts.imported()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr does by itself: no name ends a command, in any locale
+    if isinstance(sys.stdout, io.TextIOWrapper):  # like stderr: a name that the locale cannot encode must not end the command
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
@@ -68,7 +67,6 @@ def run(main: Callable[[], None]) -> None:
         if fault is None:
             traceback.print_exc()
             sys.exit(CRASH)
-        what = (str(error).splitlines() or [""])[0]
-        told = printable(f"{type(error).__name__}: {what}".removesuffix(": "))
-        print(f"error: the command cannot go on ({told}): {fault}, and start again", file=sys.stderr, flush=True)
+        what = first_line(f"{type(error).__name__}: {error}".removesuffix(": "))
+        print(f"error: the command cannot continue ({what}): {fault}, and re-run the same command", file=sys.stderr, flush=True)
         sys.exit(TRY_AGAIN if environment.passing(error) else INPUT)

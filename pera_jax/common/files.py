@@ -12,23 +12,53 @@ from pera_jax.common import lease, paths
 from pera_jax.common.errors import UserError
 
 
-def write(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file whole or not at all, with its folder. Raises OSError."""
-    paths.local(path).parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+@contextlib.contextmanager
+def replacing(path: pathlib.Path, temporary: pathlib.Path | None = None) -> Iterator[pathlib.Path]:
+    """Yields a temporary path to write a file to; at the end the file is synced to disk and renamed to `path`.
+
+    After an exception `path` is as before.
+
+    Args:
+      temporary: on the same file system as `path`; by default `path` with ".tmp" appended, which the next writer of `path`
+        overwrites. If several processes may write `path` at once, give each its own.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    temporary = temporary or path.with_name(paths.local(path).name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        sync(temporary)
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)  # nothing where the rename came
+        temporary.unlink(missing_ok=True)  # already renamed after a success
+    sync(path.parent)
+
+
+def write(path: pathlib.Path, content: bytes, temporary: pathlib.Path | None = None) -> None:
+    """Writes a whole file or none, see `replacing`; creates its folder if missing. Raises OSError."""
+    paths.local(path).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, temporary) as place:
+        place.write_bytes(content)
+
+
+def as_json(value: Any) -> bytes:
+    """JSON text as this project writes it: ASCII, indented, with a final newline."""
+    return (json.dumps(value, indent=1) + "\n").encode("ascii")
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes JSON, as `write`."""
-    write(path, (json.dumps(value, indent=1) + "\n").encode("ascii"))
+    """Writes `value` as JSON, see `write`."""
+    write(path, as_json(value))
+
+
+def sync(path: pathlib.Path) -> None:
+    """Waits until a file, or the list of names in a folder, is on disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

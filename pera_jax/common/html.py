@@ -1,6 +1,6 @@
-"""The parts of a page of HTML that has everything in it, and nothing that runs.
+"""Building blocks of self-contained HTML pages without scripts.
 
-Whatever comes from data goes through `escaped`. A policy in the head forbids scripts and all that lies elsewhere.
+All text from data goes through `escaped`. A content security policy forbids scripts and external resources.
 """
 
 import base64
@@ -34,13 +34,13 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def escaped(value) -> str:
-    """A text between tags or in an attribute; line feeds stay, what acts unseen (controls, bidirectional marks) is spelled."""
+    """Escapes text for elements and attributes; line feeds stay, other control characters become Python escapes."""
     lines = str(value).split("\n")
     return html.escape("\n".join(printable(line, None) for line in lines), quote=True)
 
 
 def document(title: str, body: Iterable[str], style: str = "") -> bytes:
-    """The whole page; `style` holds the rules of what is its own."""
+    """The whole page; `style` adds CSS rules."""
     head = (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escaped(title)}</title>\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
@@ -50,7 +50,7 @@ def document(title: str, body: Iterable[str], style: str = "") -> bytes:
 
 
 def table(rows: Sequence[Sequence]) -> str:
-    """A table of numbers; `rows[0]` holds the names of the columns, and the first column words."""
+    """A table of numbers; `rows[0]` are the column names, the first column is text."""
     head, *body = ("".join(f"<{kind}>{escaped(cell)}</{kind}>" for cell in row)
                    for kind, row in zip(["th", *["td"] * (len(rows) - 1)], rows, strict=True))  # fmt: skip
     lines = "".join(f"<tr>{line}</tr>" for line in (head, *body))
@@ -58,13 +58,13 @@ def table(rows: Sequence[Sequence]) -> str:
 
 
 def facts(pairs: Sequence[tuple[str, object]]) -> str:
-    """A table of names and what they are."""
+    """A two-column table of names and values."""
     rows = "".join(f'<tr><td>{escaped(name)}</td><td class="text">{escaped(value)}</td></tr>' for name, value in pairs)
     return f"<table>{rows}</table>"
 
 
 def bars(counts: Sequence[tuple[str, int]]) -> str:
-    """A bar with its name and number for each count."""
+    """A horizontal bar chart: a name, a bar and a number per count."""
     most = max((count for _, count in counts), default=0) or 1
     return '<div class="bars">' + "".join(
         f'<div class="name" title="{escaped(name)}">{escaped(name)}</div>'
@@ -74,7 +74,7 @@ def bars(counts: Sequence[tuple[str, int]]) -> str:
 
 
 def image(content: bytes, kind: str, alt: str, width: int | None = None) -> str:
-    """An image that lies in the page; `kind` is png or jpeg, `width` in px on the page."""
+    """An embedded image; `kind` is png or jpeg, `width` in px on the page."""
     size = "" if width is None else f' class="picture" width="{width}"'
     return (
         f'<img alt="{escaped(alt)}"{size} src="data:image/{kind};base64,{base64.b64encode(content).decode("ascii")}">'

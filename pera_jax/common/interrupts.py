@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM: a clean end of a command at any moment, also while modules are imported or C++ compiles.
+"""Ctrl-C and SIGTERM: a command ends cleanly at any time, even during imports or while C++ code compiles.
 
-Python hands a signal to the main thread between two of its own instructions, which may be minutes away in a compiler, and
-as an exception that whatever calls back into Python may swallow. Here the end of a process does not depend on that.
+Python handles a signal in the main thread between two bytecode instructions, which may take minutes in a compiler, and as
+an exception that a callback may swallow. The functions here do not depend on that.
 """
 
 import contextlib
@@ -11,14 +11,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
-_LONGEST = 3.0  # seconds that a process which ends at once may take for what still must be done
-_starting = threading.Lock()  # held while child processes are started
-_before_end: list[Callable[[], None]] = []  # what still must be done by a process that ends at once
+_LONGEST = 3.0  # time limit in seconds for the actions of `before_end`
+_starting = threading.Lock()  # held while child processes start
+_before_end: list[Callable[[], None]] = []  # what to do before the process ends immediately
 
 
 @contextlib.contextmanager
 def before_end(action: Callable[[], None]) -> Iterator[None]:
-    """While entered, `action` is called by whatever ends the process at once; it must not wait for the main thread."""
+    """Context in which `end_at_once` calls `action` first; `action` must not wait for the main thread."""
     _before_end.append(action)
     try:
         yield
@@ -27,11 +27,11 @@ def before_end(action: Callable[[], None]) -> Iterator[None]:
 
 
 def end_at_once(number: int, text: str) -> None:
-    """Says `text` on stderr and ends the process with status 128 + `number`, of a signal, without tidying up."""
+    """Writes `text` to stderr and ends the process with status 128 + `number` (a signal number), without cleanup."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     os.write(2, f"{text}\n".encode())
-    _starting.acquire(timeout=_LONGEST)  # a child that has not got all it needs would print a traceback
+    _starting.acquire(timeout=_LONGEST)  # a half-started child would print a traceback
     helper = threading.Thread(target=_run, args=(list(reversed(_before_end)),), daemon=True)
     helper.start()
     helper.join(_LONGEST)
@@ -46,8 +46,9 @@ def _run(actions: list[Callable[[], None]]) -> None:
 
 @contextlib.contextmanager
 def not_for_children() -> Iterator[None]:
-    """Processes that are started by this thread meanwhile do not get SIGINT and SIGTERM, which go to a whole group of
-    processes, until `signals_wanted`: they could do nothing but print a traceback while they import."""
+    """Blocks SIGINT and SIGTERM in processes that this thread starts, until they call `signals_wanted`.
+
+    Both signals go to the whole process group, and a child that is still importing would print a traceback."""
     with _starting:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         try:
@@ -57,14 +58,15 @@ def not_for_children() -> Iterator[None]:
 
 
 def signals_wanted() -> None:
-    """Ends what `not_for_children` has done to this process, once it has said what is to become of signals."""
+    """Unblocks the signals blocked by `not_for_children`; call it after installing the handlers."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
 
 
 def guard_imports() -> None:
-    """Until `imported` Ctrl-C ends this process at once: there is nothing to tidy up, and a traceback would help nobody.
+    """Until `imported` is called, Ctrl-C ends this process immediately, without a traceback.
 
-    Does nothing but for a command, `pera-jax ...` or `python -m ...`: programs that import the package have handlers of their own.
+    Only has an effect for commands, `pera-jax ...` and `python -m ...`: programs that import the package install their own
+    handlers.
     """
     alone = threading.current_thread() is threading.main_thread()
     command = sys.argv[:1] == ["-m"] or os.path.basename("".join(sys.argv[:1])) == "pera-jax"
@@ -73,7 +75,7 @@ def guard_imports() -> None:
 
 
 def imported() -> None:
-    """From here on Ctrl-C is a KeyboardInterrupt again."""
+    """Restores the default: Ctrl-C raises KeyboardInterrupt."""
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -83,18 +85,19 @@ def _end(number, frame) -> None:
 
 
 class StopSignal:
-    """While entered, SIGTERM and Ctrl-C ask a command for an end that loses nothing.
+    """Context in which SIGTERM and Ctrl-C ask a command to stop without loss.
 
-    Before there is anything to save (`saving` says when there is) it ends at once with status 128 + the signal's number.
-    Later the first signal asks for an end after the step under way, and says so; Ctrl-C after that ends the process at
-    once. SIGTERM does not: supervisors send it twice. A thread does all this, so that it does not wait for the main one.
+    Before `saving` is called there is nothing to save, and the command ends immediately with status 128 + signal number.
+    After it, the first signal requests a stop after the current step and prints a line; a second Ctrl-C ends the process
+    immediately. A second SIGTERM does not: supervisors send it twice. A separate thread handles the signals, so they never
+    wait for the main thread.
     """
 
     ends_process = True
 
     def __init__(self):
         self.asked: str | None = None
-        self.several_hosts = False  # they stop together, which is no matter of this class; here Ctrl-C just ends one
+        self.several_hosts = False  # several hosts stop together, which is handled elsewhere
         self._saves = False
         self._before: dict[int, object] = {}
 
@@ -120,15 +123,15 @@ class StopSignal:
 
     @staticmethod
     def _forget() -> None:
-        """A forked child would write its own signals into this process's pipe."""
+        """Without this, a forked child would write its signals to this process's pipe."""
         signal.set_wakeup_fd(-1)
 
     def saving(self) -> None:
-        """From here on there is something to save."""
+        """Declares that there is something to save from now on."""
         self._saves = True
 
     def reached(self, step: int) -> bool:
-        """Whether to end after `step`."""
+        """Whether to stop after `step`."""
         return self.asked is not None
 
     def _listen(self) -> None:
@@ -139,15 +142,15 @@ class StopSignal:
     def _received(self, number: int) -> None:
         name = signal.Signals(number).name
         if not self._saves:
-            lost = "nothing is lost" if not self.several_hosts else "the same command goes on from the newest checkpoint"
+            lost = "nothing is lost" if not self.several_hosts else "re-run the same command to resume from the newest checkpoint"
             end_at_once(number, f"error: interrupted by {name}; {lost}")
         elif self.asked is None:
             self.asked = name
-            again = "; again to stop at once" if number == signal.SIGINT else ""
-            os.write(2, f"{name}: saving after this step{again}\n".encode())
+            again = "; press Ctrl-C again to stop immediately" if number == signal.SIGINT else ""
+            os.write(2, f"{name}: saving a checkpoint after this step{again}\n".encode())
         elif number == signal.SIGINT:
             end_at_once(
-                number, "error: stopped at once; the same command goes on from the newest checkpoint"
+                number, "error: stopped immediately; re-run the same command to resume from the newest checkpoint"
             )
 
     def _handle(self, number, frame) -> None:
@@ -180,11 +183,11 @@ class StopInCall:
             signal.signal(number, handler)
 
     def saving(self) -> None:
-        """From here on there is something to save."""
+        """Declares that there is something to save from now on."""
         self._saves = True
 
     def reached(self, step: int) -> bool:
-        """Whether to end after `step`."""
+        """Whether to stop after `step`."""
         return self.asked is not None
 
     def _handle(self, number, frame) -> None:

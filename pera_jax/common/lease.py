@@ -1,10 +1,9 @@
-"""One job at a time in one place: a lease, a small file that says who works in a folder.
+"""One job per folder at a time: a lease is a small file that names the job that works in a folder.
 
-It is made and taken over atomically by hard links and renames, which also hold on NFS and between hosts; file locks do
-not. Its owner writes to it every few seconds for as long as it lives. Whether an owner that has left its lease behind
-still lives is asked of the system where it ran on this machine, by its process id and the time at which that process
-began; else the lease is watched: one that does not change for a minute, on the clock of the watcher, is dead. The
-clocks of two hosts are never compared.
+A lease is created and taken over atomically with hard links and renames, which unlike file locks also work on NFS and
+between hosts. Its owner renews it every few seconds. An owner on this machine is checked by its process id and start time.
+An owner on another machine is watched: if its lease does not change for a minute, measured by the clock of the watcher,
+the owner is dead. Clocks of different hosts are never compared.
 """
 
 import contextlib
@@ -21,18 +20,18 @@ from pera_jax.common.errors import UserError
 from pera_jax.common.owner import Owner, process_began, this_machine
 
 NAME = ".lease"
-RENEWAL = 10.0  # seconds between two signs of life
-SILENCE = 60.0  # seconds without one after which an owner on another machine is dead
-_LOOK = 0.25  # seconds between two looks at a lease that is watched
-_SAME_JOB = 900.0  # seconds that a job which the scheduler has started again waits for its predecessor's end
+RENEWAL = 10.0  # seconds between renewals
+SILENCE = 60.0  # seconds without a renewal after which an owner on another machine is dead
+_LOOK = 0.25  # seconds between checks of a watched lease
+_SAME_JOB = 900.0  # seconds that a requeued job waits for its own predecessor to end
 
 
 class InUse(UserError):
-    """Another job that lives holds the folder."""
+    """Another running job holds the folder."""
 
 
 class Lease:
-    """A lease that this process holds; made by `held`."""
+    """A lease that this process holds; created by `held`."""
 
     def __init__(
         self, path: pathlib.Path, owner: Owner, descriptor: int, renewal: float, made: list[pathlib.Path]
@@ -46,13 +45,13 @@ class Lease:
 
     @property
     def lost(self) -> bool:
-        """Whether `check` has found, or this process as it renewed, that another job has taken the folder over."""
+        """Whether another job has taken over the folder, as noticed by `check` or a renewal."""
         return self._lost is not None
 
     def check(self) -> None:
-        """Raises UserError where another job has taken the folder over, because this process has stood still too long.
+        """Raises UserError if another job has taken over the folder because this process was stopped for too long.
 
-        Asks the file system only where this process has not written to its lease for a while.
+        Only accesses the file system if this process has not renewed its lease for a while.
         """
         if self._lost is None and _clock() - self._seen > 2 * self._renewal:
             self._write()
@@ -60,7 +59,7 @@ class Lease:
             raise UserError(self._lost)
 
     def release(self) -> None:
-        """Gives the folder up, and removes it if it was made for this and holds nothing else."""
+        """Releases the folder, and removes it if it was created for the lease and is empty."""
         self._ended.set()
         with self._lock:
             if self._descriptor < 0:
@@ -82,12 +81,12 @@ class Lease:
         with self._lock:
             if self._descriptor < 0 or self._lost is not None:
                 return
-            # Through its own descriptor: where another file has taken the place of this one, that is left alone.
+            # Through its own descriptor, so that a file that replaced this one stays unchanged.
             with contextlib.suppress(OSError):
                 self._renewals += 1
                 os.pwrite(self._descriptor, self._owner.content(self._renewals), 0)
                 os.fsync(self._descriptor)
-            with contextlib.suppress(OSError):  # a server that does not answer: not lost, and not seen either
+            with contextlib.suppress(OSError):  # a server that does not respond: neither lost nor confirmed
                 found = _read(self._path)
                 if found is None:  # removed by hand
                     with contextlib.suppress(FileExistsError):
@@ -97,8 +96,8 @@ class Lease:
                     found = _read(self._path)
                 if found and found[0].token != self._owner.token:
                     self._lost = (
-                        f"{self._path.parent} was taken over by {found[0]}, as this process had stood still; it ends "
-                        "without writing more"
+                        f"{self._path.parent} was taken over by {found[0]} while this process was suspended; this process stops "
+                        "without further writes"
                     )
                 self._seen = _clock()
 
@@ -108,21 +107,21 @@ def held(
     folder: str | pathlib.Path, choose: str, *, name: str = NAME, what: object = None, wait: float = 0.0,
     renewal: float = RENEWAL, silence: float = SILENCE, say: Callable[[str], None] | None = None,
 ) -> Iterator[Lease]:  # fmt: skip
-    """While entered, no other process that asks holds `folder`, on whatever host.
+    """Context in which no other process on any host can hold `folder`.
 
-    The folder is made where it is missing, and removed again if it is empty at the end. A dead owner's lease is taken
-    over. A job that SLURM has started again waits for the end of its own predecessor.
+    The folder is created if missing, and removed at the end if empty. The lease of a dead owner is taken over. A job that
+    SLURM has requeued waits for its own predecessor to end.
 
     Args:
-      choose: what to choose otherwise, for the sentence: "--workdir".
-      name: of the lease's file in the folder: jobs with different names do not keep each other out.
-      what: is in use, for the sentence; the folder by default.
-      wait: seconds to wait for an owner that lives.
-      renewal, silence: seconds, see the module.
-      say: where to say that a lease is watched; stderr by default.
+      choose: the option to change, for the message: "--workdir".
+      name: file name of the lease; jobs with different names do not exclude each other.
+      what: what is in use, for the message; by default the folder.
+      wait: seconds to wait for a running owner.
+      renewal, silence: seconds; see `RENEWAL` and `SILENCE`.
+      say: called with a line of text while a lease is watched; by default it is printed to stderr.
 
     Raises:
-      InUse: another one that lives holds it. UserError: the folder cannot be written.
+      InUse: another running process holds the folder. UserError: the folder cannot be written.
     """
     folder = pathlib.Path(folder).absolute()
     path, owner = folder / name, Owner.this_process()
@@ -134,7 +133,7 @@ def held(
             descriptor = _take(path, owner, wait, silence, say)
             lease = Lease(path, owner, descriptor, renewal, made)
         except InUse as error:
-            raise InUse(f"{what or folder} is in use by {error}; wait for its end, or choose another {choose}") from None
+            raise InUse(f"{what or folder} is in use by {error}; wait until it ends, or choose another {choose}") from None
         except OSError as error:
             raise UserError(f"cannot write to {what or folder}: {error.strerror or error}; choose another {choose}") from error
         with interrupts.before_end(lease.release):
@@ -148,12 +147,12 @@ def held(
 
 def _remove_empty(folders: list[pathlib.Path]) -> None:
     for folder in folders:
-        with contextlib.suppress(OSError):  # those that hold something stay
+        with contextlib.suppress(OSError):  # folders that are not empty stay
             folder.rmdir()
 
 
 def _take(path: pathlib.Path, owner: Owner, wait: float, silence: float, say: Callable[[str], None]) -> int:
-    """Makes the lease or takes over a dead one; returns its open descriptor. Raises InUse with the owner's description."""
+    """Creates the lease or takes over a dead one; returns its open descriptor. Raises InUse with the owner as text."""
     began = _clock()
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +160,7 @@ def _take(path: pathlib.Path, owner: Owner, wait: float, silence: float, say: Ca
             return _create(path, owner.content(0))
         except FileExistsError:
             pass
-        except FileNotFoundError:  # the folder was removed by a job that had made it
+        except FileNotFoundError:  # the folder was removed by the job that created it
             continue
         found = _read(path)
         if found is None:
@@ -175,7 +174,7 @@ def _take(path: pathlib.Path, owner: Owner, wait: float, silence: float, say: Ca
                 raise InUse(str(holder))
             time.sleep(_LOOK)
             continue
-        # Several may have found the same owner dead: its heir is who holds a lease named after it.
+        # Several processes may find the same owner dead: the one that holds a lease named after it takes over.
         try:
             with _taken(_heir(path, holder), silence):
                 found = _read(path)
@@ -188,7 +187,7 @@ def _take(path: pathlib.Path, owner: Owner, wait: float, silence: float, say: Ca
 
 
 def _tidy(path: pathlib.Path, before: Owner) -> None:
-    """Removes what processes that were killed as they took this lease have left; one that lives tries again."""
+    """Removes files of processes that were killed while taking this lease; a running one simply retries."""
     for stray in path.parent.glob(f"{path.name}.*"):
         if not stray.name.startswith(_heir(path, before).name):
             stray.unlink(missing_ok=True)
@@ -200,7 +199,7 @@ def _heir(path: pathlib.Path, owner: Owner) -> pathlib.Path:
 
 @contextlib.contextmanager
 def _taken(path: pathlib.Path, silence: float = SILENCE) -> Iterator[None]:
-    """A lease for a moment, which is not renewed."""
+    """A short lease that is not renewed."""
     descriptor = _take(path, Owner.this_process(), 0.0, silence, lambda text: None)
     os.close(descriptor)
     try:
@@ -210,7 +209,7 @@ def _taken(path: pathlib.Path, silence: float = SILENCE) -> Iterator[None]:
 
 
 def _create(path: pathlib.Path, content: bytes, replace: bool = False) -> int:
-    """Makes a file with its content at once; returns a descriptor. Raises FileExistsError, unless it may `replace`."""
+    """Creates a file together with its content; returns a descriptor. Raises FileExistsError unless `replace`."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
@@ -222,12 +221,12 @@ def _create(path: pathlib.Path, content: bytes, replace: bool = False) -> int:
         try:
             os.link(temporary, path)
         except OSError as error:
-            # An answer of NFS may be lost and the call be made again: the number of links tells what has happened.
+            # An NFS reply may get lost and the call be repeated: the link count tells what happened.
             if os.fstat(descriptor).st_nlink == 2:
                 return descriptor
             if isinstance(error, FileExistsError) or path.exists():
                 raise FileExistsError from error
-            # A file system without hard links: the file is there for a moment without its content.
+            # A file system without hard links: the file exists for a moment without content.
             plain = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
             os.close(descriptor)
             descriptor = plain
@@ -242,7 +241,7 @@ def _create(path: pathlib.Path, content: bytes, replace: bool = False) -> int:
 
 
 def _read(path: pathlib.Path) -> tuple[Owner, bytes] | None:
-    """A lease's owner and its bytes; None where there is none."""
+    """Owner and content of a lease; None if there is none."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -251,10 +250,10 @@ def _read(path: pathlib.Path) -> tuple[Owner, bytes] | None:
 
 
 def _lives(path: pathlib.Path, owner: Owner, content: bytes, silence: float, say: Callable[[str], None]) -> bool | None:
-    """Whether the owner of a lease, which was read as `content`, lives; None where it is another's or nobody's by now."""
+    """Whether the owner of a lease that was read as `content` runs; None if the owner has changed or is gone."""
     if owner.machine and owner.machine == this_machine():
         return process_began(owner.pid) == owner.began
-    began, told = _clock(), False
+    began, said = _clock(), False
     while _clock() - began < silence:
         time.sleep(min(_LOOK, silence))
         found = _read(path)
@@ -262,12 +261,12 @@ def _lives(path: pathlib.Path, owner: Owner, content: bytes, silence: float, say
             return None
         if found[1] != content:
             return True
-        if not told and _clock() - began > 2.0:
-            told = True
-            say(f"{path.parent} is held by {owner}: waiting for up to {silence:g} s to see whether that lives")
+        if not said and _clock() - began > 2.0:
+            said = True
+            say(f"{path.parent} is held by {owner}: waiting up to {silence:g} s to see whether it is still running")
     return False
 
 
 def _clock() -> float:
-    """Seconds that go on while the machine sleeps."""
+    """Seconds of a monotonic clock that also counts while the machine sleeps."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))

@@ -1,4 +1,4 @@
-"""Files that a command may replace: those that this program wrote. What anyone else has put there stays."""
+"""Output files that a command may overwrite: only files that this program wrote itself."""
 
 import io
 import json
@@ -12,18 +12,18 @@ from pera_jax.common.errors import UserError
 from pera_jax.common.text import printable
 
 _BY = "pera_jax"
-_HEAD = 1 << 16  # bytes in which a mark is looked for
+_HEAD = 1 << 16  # bytes that are searched for a marker
 _MARKS = (
-    b"default-src 'none'; img-src data:; style-src 'unsafe-inline'",  # the policy of each page that `html` writes
+    b"default-src 'none'; img-src data:; style-src 'unsafe-inline'",  # the content security policy of every page from `html`
     b"tEXtSoftware\0" + _BY.encode(),  # `png`
     b'{\n "written_by": "' + _BY.encode() + b'"',  # `json_text`
     b"band,pixels,minimum,",  # the tables of `data_prep.stats`
-    b"name,task,score,value,",  # and of the probes
+    b"name,task,score,value,",  # and of `pera_jax.probe`
 )
 
 
 def png(image: Image.Image, **options) -> bytes:
-    """The image as a PNG that says who wrote it; `options` of Pillow."""
+    """Encodes an image as a PNG with a marker of this program; `options` are passed to Pillow."""
     content, said = io.BytesIO(), PngImagePlugin.PngInfo()
     said.add_text("Software", _BY)
     image.save(content, "PNG", pnginfo=said, **options)
@@ -31,23 +31,23 @@ def png(image: Image.Image, **options) -> bytes:
 
 
 def json_text(value: dict[str, Any]) -> bytes:
-    """The value as JSON that says who wrote it."""
+    """Encodes a dict as JSON with a marker of this program."""
     return (json.dumps({"written_by": _BY, **value}, indent=1) + "\n").encode("ascii")
 
 
 def marked(file: pathlib.Path) -> bool:
-    """Whether a page, picture, table or JSON of this program is in a file."""
+    """Whether a file is a page, picture, table or JSON file that this program wrote."""
     with open(file, "rb") as opened:
         head = opened.read(_HEAD)
     return any(mark in head for mark in _MARKS)
 
 
 def check(file: pathlib.Path, own: Callable[[pathlib.Path], bool] = marked, fix: str = "--output") -> None:
-    """Raises UserError where a file is there that this program did not write; an empty one is no loss.
+    """Raises UserError if `file` exists and this program did not write it; empty files may be overwritten.
 
     Args:
-      own: tells whether it is a file of this program.
-      fix: the option that names another file.
+      own: returns whether a file was written by this program.
+      fix: the option that sets the file, for the message.
     """
     try:
         foreign = file.is_file() and file.stat().st_size > 0 and not own(file)
@@ -55,5 +55,5 @@ def check(file: pathlib.Path, own: Callable[[pathlib.Path], bool] = marked, fix:
         raise UserError(f"cannot write {printable(file)}: {error.strerror}; choose another {fix}") from error
     if foreign:
         raise UserError(
-            f"{printable(file)} is there, and this command did not write it; choose another {fix}, or move the file away"
+            f"{printable(file)} already exists and was not written by this command; choose another {fix}, or move the file away"
         )

@@ -1,4 +1,4 @@
-"""Who holds a lease: a process on some machine, told apart from all others, also from one with the same process id."""
+"""Identity of a lease's owner: a process on a machine, distinct from later processes with the same id."""
 
 import dataclasses
 import hashlib
@@ -14,19 +14,19 @@ import uuid
 
 from pera_jax.common.text import printable
 
-_SIZE = 1024  # bytes of a lease, always: it is written over in place
+_SIZE = 1024  # size of a lease in bytes, constant since it is overwritten in place
 
 
 @dataclasses.dataclass(frozen=True)
 class Owner:
-    """Who holds a lease.
+    """The owner of a lease.
 
     Attributes:
-      token: another one for each lease that was ever taken.
-      machine: the boot of a kernel and the process namespace in which `pid` and `began` (clock ticks) mean a process; ""
-        where that is not known.
-      job, start: the scheduler's number of the job and how often it was started again; "" outside of one.
-      since: the owner's time of day, for people to read.
+      token: unique for each lease ever taken.
+      machine: kernel boot id and process namespace in which `pid` and `began` (clock ticks) identify a process; "" if
+        unknown.
+      job, start: job id of the scheduler and its restart count; "" outside a job.
+      since: local time of the owner, for people to read.
     """
 
     token: str
@@ -41,7 +41,7 @@ class Owner:
 
     @classmethod
     def this_process(cls) -> "Owner":
-        """The running process, with a new token."""
+        """The current process, with a new token."""
         pid, environment = os.getpid(), os.environ
         job = environment.get("SLURM_JOB_ID", "")
         start = environment.get("SLURM_RESTART_COUNT", "0") if job else ""
@@ -51,7 +51,7 @@ class Owner:
 
     @classmethod
     def parse(cls, content: bytes) -> "Owner":
-        """The owner that a lease names; one of whom nothing is known where it is cut or foreign."""
+        """The owner named in a lease; an unknown owner if the content is truncated or foreign."""
         unknown = cls("unreadable-" + hashlib.sha256(content).hexdigest()[:16])
         try:
             values = json.loads(content)["owner"]
@@ -62,14 +62,14 @@ class Owner:
             return unknown
 
     def content(self, renewals: int) -> bytes:
-        """The bytes of the lease, always as many."""
+        """Content of the lease, always `_SIZE` bytes."""
         text = json.dumps({"renewals": renewals, "owner": dataclasses.asdict(self)})
         if len(text) >= _SIZE:
             return dataclasses.replace(self, command="another job", host=self.host[:60]).content(renewals)
         return text.encode("ascii").ljust(_SIZE - 1) + b"\n"
 
     def precedes(self, other: "Owner") -> bool:
-        """Whether `other` is the same job, which the scheduler has started again."""
+        """Whether `other` is the same job after a restart by the scheduler."""
         return self.job != "" and self.job == other.job and self.start != other.start
 
     def __str__(self) -> str:
@@ -78,7 +78,7 @@ class Owner:
 
 
 def this_machine() -> str:
-    """Where process ids mean the same processes; "" where the system does not tell."""
+    """Identifier of the kernel boot and process namespace; "" if the system does not provide it."""
     try:
         boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -87,7 +87,7 @@ def this_machine() -> str:
 
 
 def process_began(pid: int) -> int | None:
-    """When a process began, in clock ticks since the boot; None where it is gone or only its parent has not noticed."""
+    """Start time of a process in clock ticks since boot; None if it is gone or a zombie."""
     try:
         fields = pathlib.Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rsplit(")", 1)[1].split()
         return None if fields[0] in "ZXx" else int(fields[19])

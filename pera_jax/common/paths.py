@@ -1,4 +1,4 @@
-"""Paths that the program takes: files and folders of this machine, and of what is mounted there."""
+"""Paths from the command line: only local files and folders, mounted file systems included."""
 
 import os
 import pathlib
@@ -10,29 +10,29 @@ from pera_jax.common.text import printable
 
 P = TypeVar("P", bound=str | os.PathLike)
 
-# pathlib makes one slash of the two of "gs://", so that one is enough; a drive's letter is no scheme.
+# One slash is enough, since pathlib collapses "gs://" to "gs:/"; a drive letter is not a scheme.
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)
-_NAMED = "tfds:"  # a data set's name, or its folder behind the colon
+_NAMED = "tfds:"  # followed by the name or the folder of a TFDS dataset
 
 
 def local(path: P, name: str = "") -> P:
-    """`path` as it is.
+    """Returns `path` unchanged.
 
     Args:
-      path: what a user gave; of several with commas between each is looked at. "" is no path, and passes.
-      name: of the option or field it came from, for the message.
+      path: one path, or several separated by commas; "" is accepted.
+      name: the option or config field that holds it, for the message.
 
     Raises:
-      UserError: it is an address (gs://, s3://, https://, ...), which would be taken for a folder of that name here.
+      UserError: the path is a URL (gs://, s3://, https://, ...).
     """
     for part in str(os.fspath(path)).split(","):
         if _ADDRESS.match(part.strip().removeprefix(_NAMED)):
             said = f"{name}={printable(part)}" if name else printable(part)
-            raise UserError(f"{said} is an address, and only local paths are read and written; mount it or copy it, "
-                            "and name the folder")  # fmt: skip
+            raise UserError(f"{said} is a URL, and only local paths are supported; mount or copy it, and pass the "
+                            "local folder")  # fmt: skip
     return path
 
 
 def local_path(text: str) -> pathlib.Path:
-    """`local` as a path: the `type` of an option that takes one. Raises UserError."""
+    """`local` as a `pathlib.Path`, for the `type` of a command line option. Raises UserError."""
     return pathlib.Path(local(text))

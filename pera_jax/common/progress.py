@@ -10,22 +10,22 @@ from typing import TextIO
 
 from pera_jax.common.text import printable
 
-_PIPED_INTERVAL = 10.0  # seconds between the lines of a progress that nobody watches live
+_PIPED_INTERVAL = 10.0  # seconds between lines if stderr is not a terminal
 _LIVE_INTERVAL = 0.1
-_RATE_WINDOW = 30.0  # seconds that a rate looks back
+_RATE_WINDOW = 30.0  # window of the rate in seconds
 
 
 class Progress:
-    """Progress of a loop over a known number of things: count, rate, time left.
+    """Progress of a loop with a known number of items: count, rate, time left.
 
         with Progress(len(paths), "images", "convert") as progress:
             for path in paths:
                 ...
                 progress.update()
 
-    shows `convert: 1,200/5,000 images  24%  310/s  ETA 0:12` on stderr: one live line on a terminal, else a plain line
-    every ten seconds; and at the end a line with the count, the time taken and the mean rate.
-    The rate is that of the last half minute, so that the time left is right again soon after a change of speed.
+    shows `convert: 1,200/5,000 images  24%  310/s  ETA 0:12` on stderr: a live line on a terminal, else a plain line every
+    ten seconds; and finally a line with the count, the elapsed time and the mean rate.
+    The rate is over the last half minute, so that the time left adapts to changes of speed.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Progress:
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """`clock` gives seconds; `stream` is where the lines go, stderr by default."""
+        """`clock` returns seconds; `stream` defaults to stderr."""
         self._total, self._unit, self._label, self._clock = total, unit, label, clock
         self._line = Line(stream)
         self._done, self._closed = 0, False
@@ -51,7 +51,7 @@ class Progress:
         self.close()
 
     def update(self, n: int = 1) -> None:
-        """`n` more are done."""
+        """Adds `n` to the count."""
         self._done += n
         now = self._clock()
         if now - self._shown < (_LIVE_INTERVAL if self._line.live else _PIPED_INTERVAL):
@@ -67,7 +67,7 @@ class Progress:
         self._line.show(f"{self._counted()}  {share}%  {rate_text(rate)}/s{left}")
 
     def close(self) -> None:
-        """Shows the last line; a second call does nothing."""
+        """Shows the final line; can be called repeatedly."""
         if self._closed:
             return
         self._closed = True
@@ -81,7 +81,7 @@ class Progress:
 
 
 class Line:
-    """One line that is redrawn on a terminal; elsewhere each text is a line of its own."""
+    """A line that is redrawn on a terminal; otherwise each text is printed as a separate line."""
 
     def __init__(self, stream: TextIO | None):
         self._stream = sys.stderr if stream is None else stream
@@ -98,7 +98,7 @@ class Line:
         self._stream.flush()
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Prints a permanent line."""
         self.end()
         self._stream.write(printable(text, limit=2000) + "\n")
         self._stream.flush()

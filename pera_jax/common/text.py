@@ -1,8 +1,8 @@
-"""Foreign text made safe to print: file names, class names, keys, metadata, values out of JSON.
+"""Untrusted text made safe to print: file names, class names, keys, metadata, values from JSON.
 
-Such text reaches terminals, logs and error sentences. Raw, a line feed in it forges a line of its own (`error: ...`), an
-escape sequence moves the cursor or renames the window, a bidirectional control shows a name backwards, and a lone
-surrogate (an undecodable byte of a file name) ends `print` in a traceback.
+Such text reaches terminals, logs and error messages. Unescaped, a line feed can forge a log line (`error: ...`), an escape
+sequence moves the cursor or renames the window, a bidirectional control reverses a name, and a lone surrogate (an
+undecodable byte of a file name) makes `print` fail.
 """
 
 import codecs
@@ -10,10 +10,10 @@ import unicodedata
 from collections.abc import Iterable
 
 LIMIT = 200
-"""Characters of one piece of foreign text that a sentence shows at most."""
+"""Maximum number of characters of untrusted text in a message."""
 
 _ESCAPED_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
-# Letters and marks that draw nothing: fillers of Hangul, the grapheme joiner, vowels and selectors without a shape.
+# Invisible letters and marks: Hangul fillers, the grapheme joiner, invisible vowels and selectors.
 _INVISIBLE = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u3164\uffa0")
 _SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 _CUT = "..."
@@ -23,17 +23,16 @@ def printable(text: object, limit: int | None = LIMIT) -> str:
     """`str(text)` as one line that is safe on every terminal.
 
     Control characters (C0 with line feed and escape, DEL, C1), format characters (bidirectional controls, zero-width
-    ones), lone surrogates, line and paragraph separators, private and unassigned characters and letters that draw
-    nothing are shown as Python escapes (`\\n`, `\\x1b`, `\\u202e`). All else stays, backslashes and letters of every
-    script too, so a text that is printable already comes back as it is.
+    characters), lone surrogates, line and paragraph separators, private and unassigned characters and invisible letters
+    are shown as Python escapes (`\\n`, `\\x1b`, `\\u202e`). Everything else is kept, including backslashes and letters of
+    all scripts, so text that is already printable is returned unchanged.
 
     Args:
-        text: anything; what is no string is shown as `str` does, a path of undecodable bytes included.
-        limit: characters of the result at most; more are cut in the middle (the end of a path tells the file).
-            None: no limit.
+        text: any object; converted with `str`, including paths with undecodable bytes.
+        limit: maximum length of the result; longer text is cut in the middle, to keep the end of a path. None: no limit.
     """
     text = str(text)
-    if limit is not None and len(text) > 2 * limit:  # what is cut anyway is not escaped first: a name may have a gigabyte
+    if limit is not None and len(text) > 2 * limit:  # cut before escaping: a name may have a gigabyte
         text = text[:limit] + _CUT + text[-limit:]
     if not (text.isascii() and text.isprintable()):
         text = "".join(map(_shown, text))
@@ -45,21 +44,27 @@ def printable(text: object, limit: int | None = LIMIT) -> str:
 
 
 def several(items: Iterable[object], limit: int = 3) -> str:
-    """`items` in a sentence: the first `limit` of them, each `printable`, then how many more: "a, b, c and 4 more"."""
+    """The first `limit` items, each `printable`, and the number of the others: "a, b, c and 4 more"."""
     items = list(items)
     shown = ", ".join(printable(item) for item in items[:limit])
     return f"{shown} and {len(items) - limit:,} more" if len(items) > limit else shown
 
 
 def every(items: Iterable[object]) -> str:
-    """All of `items`, each `printable`, for a sentence that must leave none out."""
+    """All items, each `printable`, separated by commas."""
     return ", ".join(map(printable, items))
 
 
-def decoded(content: bytes) -> str:
-    """The text in a file that people made with any editor or spreadsheet, its lines ended by line feeds.
+def first_line(error: object, limit: int = LIMIT) -> str:
+    """The first line of an exception's text, `printable` and without a final period; its type's name if it has no text."""
+    lines = str(error).strip().splitlines()
+    return printable(lines[0].rstrip(".") if lines else type(error).__name__, limit)
 
-    UTF-8 with or without a byte order mark, and UTF-16 with one. Raises ValueError: another encoding.
+
+def decoded(content: bytes) -> str:
+    """Decodes a text file from any editor or spreadsheet; lines end with line feeds.
+
+    UTF-8 with or without a byte order mark, and UTF-16 with one. Raises ValueError for other encodings.
     """
     wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:

@@ -1,12 +1,10 @@
-"""Random crops on the host: where they lie, and how their pixels become the network's (arXiv:2505.19447).
+"""Random resized crops on the host: boxes drawn by rejection, antialiased bilinear resampling, flips.
 
-One crop is made per positive pair, in the stored dtype, since the two views of a pair share their geometry: a box drawn
-by rejection, antialiased bilinear resampling to the size of the network, flips. Colour changes come later, on the
-device.
+Crops keep the stored dtype; color augmentation follows on the device.
 
-The resampling is separable: each pass weighs and adds whole rows of memory, which numpy does with vector instructions,
-and a transposition between the passes turns columns into rows. uint8 is worked on in 16-bit fixed point, which takes
-about half the time of a general-purpose resize and gives the same bits on every machine; uint16 and float32 in float32.
+The resampling is separable: each pass sums weighted rows of memory, which NumPy does with vector instructions, and a
+transpose between the passes turns columns into rows. uint8 is computed in 16-bit fixed point, which takes about half the
+time of a general-purpose resize and is bitwise the same on every machine; uint16 and float32 are computed in float32.
 """
 
 import functools
@@ -17,10 +15,10 @@ from typing import NamedTuple
 import numpy as np
 
 _ATTEMPTS = 10
-_ONE = 256  # Fixed-point 1 of the weights: 255 * 256 plus the half that rounds still fits 16 bits.
-_LANES = 4  # Channels are padded to a multiple of four, so that a pixel moves as whole 32- or 64-bit words.
-_BLOCK = 112  # Rows of output made at a time, so that accumulators stay in the cache.
-_STRIP = 16  # Rows transposed at a time, for the same reason.
+_ONE = 256  # 1.0 in fixed point: 255 * 256 plus rounding still fits 16 bits
+_LANES = 4  # channels are padded to a multiple of four, so that a pixel is copied as 32- or 64-bit words
+_BLOCK = 112  # output rows computed at a time, so that accumulators stay in the cache
+_STRIP = 16  # rows transposed at a time, for the same reason
 _LONG_ROW = 2048  # bytes
 
 
@@ -38,9 +36,9 @@ def sample_box(
 ) -> Box:
     """Draws the box of one crop from an image of `height` x `width` pixels.
 
-    Up to ten times an area fraction (uniform in `area`) and an aspect ratio width / height (log-uniform in `aspect`)
-    are drawn; the first box that fits is put at a uniform integer position. After ten boxes that do not fit: the
-    largest central box whose aspect ratio lies in the range.
+    Draws an area fraction (uniform in `area`) and an aspect ratio width / height (log-uniform in `aspect`) up to ten
+    times; the first box that fits is placed at a uniform integer position. If none fits, returns the largest central box
+    with an aspect ratio in the range.
     """
     log_low, log_high = math.log(aspect[0]), math.log(aspect[1])
     for _ in range(_ATTEMPTS):
@@ -59,16 +57,16 @@ def sample_box(
 class Image:
     """One decoded image, laid out for many crops: column by column, uint8 in whole words, other dtypes as float32.
 
-    It lies in memory that the next `Image` of the same thread takes over.
+    Its memory is reused by the next `Image` of the same thread.
     """
 
     def __init__(self, pixels: np.ndarray, channels: int | None = None, reduction: int = 1):
         """
         Args:
           pixels: uint8, uint16 or float32 [H, W, at least C].
-          channels: C, those that count, the first ones; all by default.
-          reduction: of how many pixels of the image, along each axis, one of `pixels` is the mean. Boxes are in pixels
-            of the image all the same.
+          channels: C, number of leading channels to use; by default all.
+          reduction: `pixels` is the image reduced by this factor along each axis. Boxes are still in pixels of the
+            full image.
         """
         self.height, self.width, given = pixels.shape
         self.channels = given if channels is None else channels
@@ -81,11 +79,11 @@ class Image:
 
 
 def _columns_uint8(pixels: np.ndarray, channels: int) -> np.ndarray:
-    """`pixels` uint8 [H, W, at least C] -> uint8 [W, H, lanes], C padded with whatever follows to whole words."""
+    """`pixels` uint8 [H, W, at least C] -> uint8 [W, H, lanes], C padded to whole words with arbitrary values."""
     height, width, given = pixels.shape
     lanes = -(-channels // _LANES) * _LANES
     if given % _LANES:
-        # Each pixel is read as whole words, beyond its own channels: the lanes that pad it hold what comes next.
+        # each pixel is read as whole words; the padding lanes contain the following bytes
         flat = _scratch("flat", (pixels.size + lanes,), np.uint8)
         flat[: pixels.size].reshape(pixels.shape)[...] = pixels
     else:
@@ -104,9 +102,9 @@ def _columns_uint8(pixels: np.ndarray, channels: int) -> np.ndarray:
 def crop_resize(image: Image, box: Box, size: int, flip_horizontal: bool, flip_vertical: bool, out: np.ndarray) -> None:
     """Cuts `box` out of `image`, resizes it to `size` x `size`, flips it and fills `out` [size, size, C] of its dtype.
 
-    Bilinear with antialiasing: the triangle kernel is widened by the scale where the box is larger than `size`, and
-    pixels outside the box have no influence. Agrees with the same in float64 to about half a grey level, and for uint16
-    and float32 to their rounding; of an image that was reduced, see `_taps`.
+    Bilinear with antialiasing: the triangle kernel is widened by the scale if the box is larger than `size`. Pixels
+    outside the box have no influence. uint8 agrees with float64 arithmetic to about half a gray level, uint16 and float32
+    to rounding. For reduced images see `_taps`.
     """
     fixed, reduction = image.dtype == np.uint8, image.reduction
     across, across_weights = _taps(box.width, size, flip_horizontal, fixed, box.left % reduction, reduction)
@@ -120,7 +118,7 @@ def crop_resize(image: Image, box: Box, size: int, flip_horizontal: bool, flip_v
     columns = _scratch("cut", (right - left, height * lanes), np.uint16 if fixed else np.float32)
     columns.reshape(cut.shape)[...] = cut
     half = _scratch("half", (height, size, lanes), columns.dtype)
-    word = np.dtype((np.void, lanes * half.itemsize))  # All lanes of a pixel are transposed at once.
+    word = np.dtype((np.void, lanes * half.itemsize))  # all lanes of a pixel are transposed together
     for start in range(0, size, _BLOCK):
         stop = min(start + _BLOCK, size)
         block = _weigh_rows(columns, across[:, start:stop], across_weights[:, start:stop])  # [block, h * lanes]
@@ -136,18 +134,18 @@ def crop_resize(image: Image, box: Box, size: int, flip_horizontal: bool, flip_v
         if lanes == image.channels:
             out[start:stop] = pixels
         else:
-            for channel in range(image.channels):  # Faster than all at once, where lanes are left out.
+            for channel in range(image.channels):  # faster than all at once if lanes are dropped
                 out[start:stop, :, channel] = pixels[..., channel]
 
 
 def _weigh_rows(rows: np.ndarray, taps: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Sums weighted rows: `rows` [R, M], `taps` and `weights` [K, N] -> [N, M].
 
-    Either uint16 with weights in fixed point, values and sums 0 .. 255, or float32.
+    Either uint16 with fixed-point weights, with values and sums in 0 .. 255, or float32.
     """
     if rows.shape[1] * rows.itemsize < _LONG_ROW:
         return _weighted_sum(rows, taps, weights)
-    # To multiply many rows at once, numpy spreads out their weights over its buffer, which pays for short rows only.
+    # NumPy copies the weights of many rows to its buffer, which only pays off for short rows.
     before = np.setbufsize(1024)
     try:
         return _weighted_sum(rows, taps, weights)
@@ -156,10 +154,10 @@ def _weigh_rows(rows: np.ndarray, taps: np.ndarray, weights: np.ndarray) -> np.n
 
 
 def _weighted_sum(rows: np.ndarray, taps: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """`_weigh_rows` with numpy's buffer as it is."""
+    """`_weigh_rows` with the current buffer size of NumPy."""
     total = _scratch("total", (taps.shape[1], rows.shape[1]), rows.dtype)
     term = _scratch("term", total.shape, rows.dtype)
-    rows.take(taps[0], axis=0, out=total, mode="clip")  # Mode "raise" would go through a buffer.
+    rows.take(taps[0], axis=0, out=total, mode="clip")  # mode "raise" would use a buffer
     total *= weights[0, :, None]
     for tap, weight in zip(taps[1:], weights[1:], strict=True):
         rows.take(tap, axis=0, out=term, mode="clip")
@@ -175,25 +173,25 @@ def _weighted_sum(rows: np.ndarray, taps: np.ndarray, weights: np.ndarray) -> np
 def _taps(
     source: int, target: int, flip: bool, fixed: bool, before: int, reduction: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The rows that each of `target` rows is made of: indices int64 [K, target], weights [K, target].
+    """Source rows of each of `target` rows: indices int64 [K, target], weights [K, target].
 
     Args:
-      source: length of the box, in pixels of the whole image.
-      fixed: weights uint16 in fixed point, else float32.
-      before: pixels of the first row that lie before the box, fewer than `reduction`.
-      reduction: pixels that one row is the mean of. The weights are then those of the whole image's pixels, each of
-        which is taken to be the mean plus a slope, half the difference of the row's neighbours; so edges of boxes need
-        not be edges of rows, and nothing shifts. Where that would subtract a row, the row is left out.
+      source: length of the box in pixels of the full image.
+      fixed: uint16 fixed-point weights, else float32.
+      before: pixels of the first row before the start of the box, fewer than `reduction`.
+      reduction: number of pixels averaged in one row. The weights are then computed for the pixels of the full image,
+        each modeled as the mean plus a slope (half the difference of the neighboring rows), so boxes need not start at
+        row borders and nothing shifts. Negative weights are set to 0.
     """
     scale = source / target
     support = max(scale, 1.0)
-    centre = before + (np.arange(target) + 0.5) * scale
-    first = np.floor((centre - support + 0.5) / reduction).astype(np.int64)
+    center = before + (np.arange(target) + 0.5) * scale
+    first = np.floor((center - support + 0.5) / reduction).astype(np.int64)
     number = math.ceil(2 * support) if reduction == 1 else math.ceil(2 * support / reduction) + 1
     taps = first + np.arange(number)[:, None]  # [K, target]
     inner = np.arange(reduction)[:, None]
     pixels = taps[:, None] * reduction + inner  # [K, reduction, target]
-    kernel = np.maximum(1 - np.abs(pixels + 0.5 - centre) / support, 0)
+    kernel = np.maximum(1 - np.abs(pixels + 0.5 - center) / support, 0)
     kernel[(pixels < before) | (pixels >= before + source)] = 0
     weights = kernel.sum(axis=1)  # [K, target]
     if reduction > 1:
@@ -202,7 +200,7 @@ def _taps(
         weights[:-1] -= slope[1:]
         weights = np.maximum(weights, 0)
     if fixed:
-        # Rounding the running sum, not the weights: they always add up to one, and none is off by more than 1 / 256.
+        # Round the running sum instead of the weights: they sum to exactly 1, with errors of at most 1 / 256.
         running = np.rint(np.cumsum(weights, axis=0) / weights.sum(axis=0) * _ONE)
         weights = np.diff(running, axis=0, prepend=0).astype(np.uint16)
     else:
@@ -212,7 +210,7 @@ def _taps(
 
 
 class _Buffers(threading.local):
-    """Memory that is used again for each crop: asking the system for fresh pages costs more than the arithmetic."""
+    """Memory reused for each crop: getting fresh pages from the system costs more than the arithmetic."""
 
     def __init__(self):
         self.named: dict[str, np.ndarray] = {}
@@ -222,7 +220,7 @@ _buffers = _Buffers()
 
 
 def _scratch(name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    """An array of this thread's buffer `name`, with whatever was left in it."""
+    """An uninitialized array in this thread's buffer `name`."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     buffer = _buffers.named.get(name)
     if buffer is None or buffer.size < size:

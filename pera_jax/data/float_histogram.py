@@ -1,12 +1,12 @@
-"""Histograms of float32 whose cells are as fine as the values are close, and which add up in any order.
+"""Adaptive histograms of float32 values that can be added in any order.
 
-Read as integers (negative ones inverted), the bits of floats are ordered as the floats are. A cell is all patterns that
-agree but for their last `shift` bits, and every octave (one sign and exponent: 1 to 2, 2 to 4, ...) has a shift of its
-own: the least that leaves it no more than `MOST_CELLS` occupied cells. So few values are kept exactly, values that differ
-little from each other are told apart however far from 0 they lie, and a value elsewhere does not make them coarser.
+Interpreted as integers (inverted for negative values), the bit patterns of floats have the same order as the floats. A cell
+contains all patterns that differ only in their last `shift` bits. Each octave (one sign and exponent: 1 to 2, 2 to 4, ...)
+has its own shift, the smallest with at most `MOST_CELLS` occupied cells. So small sets of values are stored exactly, close
+values are distinguished at any distance from 0, and outliers do not make other cells coarser.
 
-The shift depends only on which values there are. It never falls when values are added, so histograms of parts become
-that of the whole, whatever the parts and their order.
+The shift depends only on the set of values, and never decreases when values are added. So the sum of the histograms of
+parts equals the histogram of the whole, for any partition and order.
 """
 
 import dataclasses
@@ -14,12 +14,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-MOST_CELLS = 4096  # of an octave: the widest is 1/4096 of its values
+MOST_CELLS = 4096  # per octave: a cell is at most 1/4096 of its values wide
 _OCTAVES, _OCTAVE_BITS = 512, 23
 _LEVELS = _OCTAVE_BITS + 1
 _SIGN = np.uint32(1 << 31)
-_TINY = 1e-38  # below the least normal float32
-_LOOSE = 1 << 18  # cells that wait to be sorted in, over those that are
+_TINY = 1e-38  # below the smallest normal float32
+_LOOSE = 1 << 18  # unsorted cells allowed in addition to the sorted ones
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,9 +27,9 @@ class Cells:
     """The histogram of one band.
 
     Attributes:
-      keys: uint32 [n], the least pattern of each occupied cell, ascending.
-      counts: int64 [n], the values in it.
-      shifts: uint8 [512], of each octave.
+      keys: uint32 [n], the smallest pattern of each occupied cell, ascending.
+      counts: int64 [n], the number of values in each cell.
+      shifts: uint8 [512], one per octave.
     """
 
     keys: np.ndarray
@@ -42,15 +42,15 @@ class Cells:
         return int(self.counts.sum())
 
     def middles(self) -> np.ndarray:
-        """float64 [n]: the value of a cell that holds one, else the one in its middle."""
+        """float64 [n]: the center of each cell; for cells of a single value, that value."""
         return _floats(self.keys + (_widths(self) >> 1))
 
     def edges(self) -> tuple[np.ndarray, np.ndarray]:
-        """float64 [n] each: the least value of each cell, and the least above it."""
+        """float64 [n] each: lower (inclusive) and upper (exclusive) edge of each cell."""
         return _floats(self.keys), _floats(self.keys + _widths(self))
 
     def coarser(self, shifts: np.ndarray) -> "Cells":
-        """The same values in cells of at least these shifts."""
+        """The same values in cells with at least these shifts."""
         return _limited(*_gathered([self], np.maximum(self.shifts, shifts)))
 
 
@@ -64,7 +64,7 @@ def _floats(keys: np.ndarray) -> np.ndarray:
 
 
 def _gathered(parts: Sequence[Cells], shifts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All cells of the parts, masked to `shifts`, sorted, equal ones added."""
+    """All cells of the parts at the given shifts, sorted, with equal cells added."""
     keys = np.concatenate([part.keys for part in parts])
     counts = np.concatenate([part.counts for part in parts])
     down = shifts[keys >> _OCTAVE_BITS].astype(np.uint32)
@@ -74,7 +74,7 @@ def _gathered(parts: Sequence[Cells], shifts: np.ndarray) -> tuple[np.ndarray, n
 
 
 def _joined(keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Neighbours of the same key become one."""
+    """Merges neighbors with the same key."""
     if not len(keys):
         return keys, counts
     starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
@@ -82,23 +82,23 @@ def _joined(keys: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def _limited(keys: np.ndarray, counts: np.ndarray, shifts: np.ndarray) -> Cells:
-    """Raises the shifts of octaves with too many cells, by no more than is needed."""
+    """Increases the shifts of octaves with too many cells, as little as possible."""
     if len(keys) <= MOST_CELLS:
         return Cells(keys, counts, shifts)
     octaves = keys >> _OCTAVE_BITS
-    # Two neighbours stay apart under shifts below the number of bits in which they may differ.
+    # Neighbors stay separate for shifts below the number of bits in which they differ.
     bits = np.frexp((keys[1:] ^ keys[:-1]).astype(np.float64))[1]
     inside = bits <= _OCTAVE_BITS
     table = np.bincount(octaves[1:][inside] * _LEVELS + bits[inside], minlength=_OCTAVES * _LEVELS)
     apart = np.cumsum(table.reshape(_OCTAVES, _LEVELS)[:, ::-1], axis=1)[:, ::-1]  # [octave, bits]: as many or more
-    needed = (apart[:, 1:] >= MOST_CELLS).sum(axis=1)  # an octave has a cell more than there are neighbours apart
+    needed = (apart[:, 1:] >= MOST_CELLS).sum(axis=1)  # an octave has one more cell than separate neighbors
     shifts = np.maximum(shifts, needed).astype(np.uint8)
     down = shifts[octaves].astype(np.uint32)
     return Cells(*_joined(keys >> down << down, counts), shifts)
 
 
 class FloatHistogram:
-    """The histograms of the bands of float32 images; a sequence of `Cells`. `+` joins those of two sets of images."""
+    """Histograms of the bands of float32 images; a sequence of `Cells`. `+` adds those of two sets of images."""
 
     def __init__(self, bands: Sequence[Cells]):
         self._parts = [[cells] for cells in bands]
@@ -106,12 +106,12 @@ class FloatHistogram:
 
     @classmethod
     def count(cls, bands: Sequence[np.ndarray]) -> "FloatHistogram":
-        """Counts the values of each band, finite float32 [N]; N may differ."""
+        """Counts the values of each band, finite float32 [N]; N may differ between bands."""
         return cls([_count(values) for values in bands])
 
     @classmethod
-    def of_bins(cls, counts: np.ndarray) -> "FloatHistogram":
-        """From int64 [C, 65536], a bin for each pattern of the upper 16 bits, which older data set folders hold."""
+    def from_bins(cls, counts: np.ndarray) -> "FloatHistogram":
+        """From int64 [C, 65536] of older dataset folders, one bin per pattern of the upper 16 bits."""
         occupied = [np.flatnonzero(band) for band in counts]
         shifts = np.full(_OCTAVES, 16, np.uint8)
         return cls([
@@ -120,9 +120,9 @@ class FloatHistogram:
 
     def __add__(self, other: "FloatHistogram | int") -> "FloatHistogram":
         if not isinstance(other, FloatHistogram):
-            return self if np.ndim(other) == 0 and other == 0 else NotImplemented  # where a sum begins
+            return self if np.ndim(other) == 0 and other == 0 else NotImplemented  # the start value of `sum`
         if len(other) != len(self):
-            raise ValueError(f"histograms of {len(self)} and {len(other)} bands")
+            raise ValueError(f"expected a histogram of {len(self)} bands, got {len(other)}")
         joined = FloatHistogram([])
         joined._parts = [ours + theirs for ours, theirs in zip(self._parts, other._parts, strict=True)]
         joined._sorted, joined._waiting = max(self._sorted, other._sorted), self._waiting + other._waiting
@@ -131,7 +131,7 @@ class FloatHistogram:
         return joined
 
     __radd__ = __add__
-    __array_ufunc__ = None  # NumPy's scalars leave the sum to this class
+    __array_ufunc__ = None  # makes NumPy scalars defer to this class
 
     def _sort(self) -> None:
         for band, parts in enumerate(self._parts):
@@ -148,7 +148,7 @@ class FloatHistogram:
         return iter([parts[0] for parts in self._parts])
 
     def __getitem__(self, which: int | Sequence[int]) -> "Cells | FloatHistogram":
-        """One band, or the histogram of some."""
+        """The cells of one band, or the histogram of several bands."""
         bands = list(self)
         return bands[which] if np.ndim(which) == 0 else FloatHistogram([bands[band] for band in which])
 
@@ -161,8 +161,8 @@ class FloatHistogram:
     __hash__ = None
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What `from_arrays` takes: `cells` int64 [C] is the number of each band; `steps` uint32 and `counts` int64 have
-        one entry a cell, its distance from the one before it and its values; `shifts` is uint8 [C, 512]."""
+        """The arguments of `from_arrays`: `cells` int64 [C], the number of cells per band; `steps` uint32 and `counts` int64
+        with one entry per cell, the distance to the previous key and the number of values; `shifts` uint8 [C, 512]."""
         bands = list(self)
         return {
             "cells": np.array([len(cells.keys) for cells in bands], np.int64),
@@ -173,18 +173,18 @@ class FloatHistogram:
 
     @classmethod
     def from_arrays(cls, cells: np.ndarray, steps: np.ndarray, counts: np.ndarray, shifts: np.ndarray) -> "FloatHistogram":
-        """Raises ValueError where they do not fit together."""
+        """The inverse of `arrays`. Raises ValueError for inconsistent arrays."""
         shapes = (cells.shape, steps.shape, counts.shape, shifts.shape)
         dtypes = tuple(array.dtype.name for array in (cells, steps, counts, shifts))
         if dtypes != ("int64", "uint32", "int64", "uint8") or shapes[3] != (len(cells), _OCTAVES) or cells.min() < 0:
-            raise ValueError(f"no histogram of float32: {shapes} of {dtypes}")
+            raise ValueError(f"not a histogram of float32: shapes {shapes}, dtypes {dtypes}")
         if len({cells.sum(), len(steps), len(counts)}) > 1 or (counts < 1).any() or (shifts > _OCTAVE_BITS).any():
-            raise ValueError("the cells of the histogram do not fit together")
+            raise ValueError("the cells of the histogram are inconsistent")
         bands, ends = [], np.cumsum(cells)
         for end, number, of in zip(ends, cells, shifts, strict=True):
             keys = np.cumsum(steps[end - number : end], dtype=np.uint64)
             if number and (keys[-1] >= 1 << 32 or (np.diff(keys) == 0).any()):
-                raise ValueError("the cells of the histogram are not in order")
+                raise ValueError("the cells of the histogram are not in ascending order")
             bands.append(Cells(keys.astype(np.uint32), counts[end - number : end], of))
         return cls(bands)
 

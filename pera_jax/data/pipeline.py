@@ -1,11 +1,11 @@
-"""From records to batches of crops: which record comes when, read, decoded and cropped by worker processes (Grain).
+"""From records to batches of crops: the order of the records, and reading, decoding and cropping in workers (Grain).
 
 The stream of global batches is a pure function of (records, crops, seed, batch size). Each epoch is its own shuffle of
-all records, cut to the `floor(records / batch)` batches that fill up: within an epoch no record comes twice, and the
-rest of the shuffle, other records each time, is left out. Of several data sets each has its own shuffles, one after the
-other, whole, and examples are drawn from them in turn by their shares. Where a record's crops lie is drawn from (seed,
-epoch, place in the epoch). So batch k is the same for any number of workers and of hosts and wherever the reading starts, and its
-number is all the position that a checkpoint needs to hold.
+all records, cut to `floor(records / batch)` full batches: no record occurs twice in an epoch, and the remainder of the
+shuffle is dropped, different records each time. With several datasets, each has its own sequence of complete shuffles, and
+examples are drawn from the datasets by their weights. The crops of a record are drawn from (seed, epoch, index in the
+epoch). So batch k is the same for any number of workers and hosts and any start position, and k is the only position that
+a checkpoint has to store.
 """
 
 import contextlib
@@ -30,23 +30,23 @@ from pera_jax.common.errors import UserError
 from pera_jax.data import decode, records, shared_memory
 from pera_jax.data.mixture import Mixture
 
-with calls.logging_unchanged():  # its import brings Orbax's
+with calls.logging_unchanged():  # also imports Orbax, which configures logging
     import grain
 
-_REPLACEMENTS, _NEIGHBOURS, _LEAP = 100, 4, 0x9E3779B1
-_ENDLESS = 1 << 62  # Grain computes with lengths as floats, which round the largest whole number up
-_SEED_STEP = 0x9E3779B9  # between the seeds of the data sets of a run
-_STARTED = 5.0  # seconds after which workers that are not started yet are not waited for
-_BATCHES_PER_WORKER = 4  # that lie in shared memory at once: two wait in Grain's buffers, two to be let in
+_REPLACEMENTS, _NEIGHBORS, _LEAP = 100, 4, 0x9E3779B1
+_ENDLESS = 1 << 62  # Grain converts lengths to floats, which would round the largest integer up
+_SEED_STEP = 0x9E3779B9  # offset between the seeds of the datasets of a run
+_STARTED = 5.0  # maximum seconds to wait for workers to start
+_BATCHES_PER_WORKER = 4  # in shared memory at once: two in Grain's buffers, two waiting to enter
 
 
 @dataclasses.dataclass(frozen=True)
 class Crops:
-    """Which crops an image gives.
+    """The crops that are taken from an image.
 
     Attributes:
-      specs: for each crop type, the number of crops per image, their size in px and the range of their share of the image's
-        area: `objectives.base.CropSpec`.
+      specs: by crop type, the number of crops per image, their size in px and the range of their area as a fraction of the
+        image area: `objectives.base.CropSpec`.
       aspect: range of width / height. flip: probability of each of the two flips.
     """
 
@@ -65,47 +65,47 @@ def make_pipeline(
     workers: int = 0,
     rows: Sequence[int] | None = None,
 ) -> "Batches":
-    """The endless stream of this host's rows of each global batch, from batch `start_batch` on.
+    """An infinite iterator over this host's rows of each global batch, starting at batch `start_batch`.
 
     Args:
-      data: the data sets.
-      batch_size: images in a global batch, of all hosts.
+      data: the datasets.
+      batch_size: images per global batch, over all hosts.
       seed: 0 <= seed < 2**32.
-      start_batch: batches that were delivered before, the position to go on from.
-      workers: processes that read, decode and crop; with 0 a thread of this process does.
-      rows: places in the global batch, 0 ... batch_size - 1, that this host supplies, in the order in which it gets
-        them; all by default. Several hosts may supply the same.
+      start_batch: the position to resume from: number of batches delivered before.
+      workers: number of worker processes; 0 uses a thread of this process.
+      rows: indices in the global batch, 0 ... batch_size - 1, that this host provides, in this order; by default all.
+        Several hosts may provide the same rows.
 
     Returns:
       An iterator over dicts of arrays, b = len(rows):
-        for each crop type [b, number, size, size, C], of the stored dtype: the bands of the run,
-        "label" int32 [b], -1 without classes; "set" int64 [b], the data set, and "index" int64 [b], the record of it, whose
-        turn it was;
-        "replaced" bool [b], whether that record could not be read or decoded, so that image and label are those of the
-        next record that could.
-      `close()` ends its workers. With workers the arrays lie in shared memory, which is given back as they are dropped:
-      drop them before the program ends.
+        each crop type: [b, number, size, size, C] in the stored dtype, with the bands of the run;
+        "label": int32 [b], -1 without classes;
+        "set", "index": int64 [b] each, the dataset and the record in it that were drawn;
+        "replaced": bool [b], whether that record could not be read or decoded, so that image and label come from
+        another record.
+      `close()` ends the workers. With workers the arrays lie in shared memory, which is freed when they are deleted:
+      delete them before the program ends.
 
     Raises:
       UserError: fewer records than one batch; too little shared memory.
-      ValueError: rows that the batch does not have.
-      While iterating: 100 records in a row that cannot be decoded; EnvironmentFault where the machine fails, as where
-      it kills a worker.
+      ValueError: rows outside the batch.
+      While iterating, UserError after 100 records that cannot be decoded, and EnvironmentFault if the machine fails or
+      kills a worker.
     """
     batches_per_epoch = len(data) // batch_size
     if batches_per_epoch < 1:
         raise UserError(
-            f"one batch takes batch_size={batch_size} images and the split holds {len(data)}; make the batch smaller"
+            f"batch_size={batch_size} is larger than the split with {len(data)} images; reduce batch_size"
         )
     rows = np.arange(batch_size) if rows is None else np.asarray(rows)
     if not rows.size or rows.min() < 0 or rows.max() >= batch_size:
-        raise ValueError(f"rows {rows} are none of a batch of {batch_size}")
+        raise ValueError(f"rows {rows} are out of range for batch_size={batch_size}")
     if not 0 <= seed < 2**32:
-        raise UserError(f"seed={seed} is out of range; choose one from 0 to {2**32 - 1}")
+        raise UserError(f"seed={seed} is out of range; expected 0 to {2**32 - 1}")
     if workers:
         freed = shared_memory.remove_orphans()
         if freed:
-            print(f"{freed >> 20} MiB of shared memory of killed runs are free again", file=sys.stderr, flush=True)
+            print(f"{freed >> 20} MiB of shared memory of killed runs were freed", file=sys.stderr, flush=True)
         _check_shared_memory(crops, len(data.bands) * np.dtype(data.bands.dtype).itemsize, len(rows), workers)
 
     draws = [
@@ -122,7 +122,7 @@ def make_pipeline(
         return Batches(iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))), 0)
 
     if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain hands its flags on to the workers; a program without absl has none.
+        flags.FLAGS.mark_as_parsed()  # Grain passes absl flags to its workers; programs without absl have none.
     stream = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)).mp_prefetch(
         grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1), worker_init_fn=_start_worker
     )
@@ -130,14 +130,15 @@ def make_pipeline(
 
 
 class Batches(Iterator[dict[str, np.ndarray]]):
-    """An endless iterator over batches that ends its worker processes when it is closed."""
+    """An infinite iterator over batches; `close` ends its worker processes."""
 
     def __init__(self, iterator: grain.DatasetIterator, workers: int):
         self._iterator = iterator
         before = _processes()
         with interrupts.not_for_children(), _without_script():
-            iterator.get_state()  # Makes the iterators of the workers, which Grain else puts off until the first batch is
-            iterator.start_prefetch()  # asked for; they can start while the model compiles.
+            # Starts the workers now, while the model compiles, and not with the first batch.
+            iterator.get_state()
+            iterator.start_prefetch()
             _wait_for_processes(before + workers)
 
     def __next__(self) -> dict[str, np.ndarray]:
@@ -145,37 +146,40 @@ class Batches(Iterator[dict[str, np.ndarray]]):
             batch = next(self._iterator)
         except (RuntimeError, OSError, MemoryError) as error:
             environment.raise_if_fault(error, "the next batch cannot be read")
-            if not re.search(r"exit code -?\d", str(error)):  # Grain's words for a worker that is gone
+            if not re.search(r"exit code -?\d", str(error)):  # Grain's message for a dead worker
                 raise
             raise environment.EnvironmentFault(
-                f"a data worker was ended by the system ({_end_of(error)}), most often for want of memory; set fewer "
-                "config.data.workers or a smaller batch_size, or give the job more memory, and start again"
+                f"a data worker was killed by the system ({_end_of(error)}), most likely for lack of memory; use fewer "
+                "config.data.workers or a smaller batch_size, or give the job more memory, and re-run the same command"
             ) from error
         return {name: np.asarray(value) for name, value in batch.items()}
 
     def close(self) -> None:
-        """Ends the workers and gives back their memory. Calling it again does nothing."""
+        """Ends the workers and frees their memory. Can be called repeatedly."""
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
 
 
 def _processes() -> int:
-    """How many workers of this process there are."""
+    """Number of Grain workers of this process."""
     return sum(each.name.startswith("grain") for each in multiprocessing.active_children())
 
 
 def _wait_for_processes(number: int) -> None:
-    """Until so many are started, which threads of Grain do; not until they are ready."""
+    """Waits until `number` workers are started by the threads of Grain, not until they are ready."""
     end = time.monotonic() + _STARTED
-    while _processes() < number and time.monotonic() < end:  # one that could not be started is an error of the first batch
+    while _processes() < number and time.monotonic() < end:  # a worker that cannot be started is reported by the first batch
         time.sleep(0.001)
 
 
 @contextlib.contextmanager
 def _without_script() -> Iterator[None]:
-    """Processes that are started meanwhile do not run the program's script again: without `if __name__ == "__main__"` it
-    would start a training in each of them. A module that was started with `python -m` is imported as ever."""
+    """Keeps processes started in this context from running the main script again.
+
+    Without `if __name__ == "__main__"` the script would start a training in each of them. Modules started with `python -m`
+    are imported as usual.
+    """
     script = sys.modules["__main__"]
     if getattr(script, "__spec__", None) is None:
         sys.modules["__main__"] = types.ModuleType("__main__")
@@ -186,13 +190,13 @@ def _without_script() -> Iterator[None]:
 
 
 def _end_of(error: RuntimeError) -> str:
-    """How a worker ended, from Grain's sentence: "SIGKILL", or "status 1"."""
+    """How a worker ended, from Grain's message: "SIGKILL" or "status 1"."""
     status = int(re.search(r"exit code (-?\d+)", str(error))[1])
     return signal.Signals(-status).name if status < 0 else f"status {status}"
 
 
 class TakeRows(grain.MapDataset):
-    """Of every `batch_size` elements those at the places `rows`. Comes after what is random: that is keyed by place."""
+    """Keeps the indices `rows` of every `batch_size` elements. Applied after random transforms, which depend on the index."""
 
     def __init__(self, parent: grain.MapDataset, batch_size: int, rows: np.ndarray):
         super().__init__(parent)
@@ -210,14 +214,14 @@ class TakeRows(grain.MapDataset):
 
 
 class ReadBatch(grain.transforms.Map):
-    """Reads, decodes and crops the records of one batch, straight into the batch's arrays."""
+    """Reads, decodes and crops the records of one batch, directly into the arrays of the batch."""
 
     def __init__(self, data: Mixture, crops: Crops):
         self._data = data
         self._crops = crops
 
     def map(self, draws: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Takes "set", "index" and "seed", int64 [b]; returns a batch as `make_pipeline` says."""
+        """Maps "set", "index" and "seed", int64 [b], to a batch as documented in `make_pipeline`."""
         size, bands = len(draws["index"]), self._data.bands
         batch = {
             name: np.empty((size, number, pixels, pixels, len(bands)), bands.dtype)
@@ -230,27 +234,27 @@ class ReadBatch(grain.transforms.Map):
         return batch | {"label": label, "set": draws["set"], "index": draws["index"], "replaced": replaced}
 
     def _fill(self, place: int, index: int, seed: int, out: dict[str, np.ndarray]) -> tuple[int, bool]:
-        """Fills `out`, by kind [number, size, size, C], from the image `index` of data set `place`, or the next one that
-        can be decoded; returns its label, and whether it is another."""
+        """Fills `out`, by crop type [number, size, size, C], from record `index` of dataset `place`, or from another record
+        if that cannot be decoded; returns (label, whether the record was replaced)."""
         source = self._data.sources[place]
         for skipped in range(_REPLACEMENTS):
-            # The neighbours first; then anywhere, since a shard may be damaged as a whole.
-            other = (index + (skipped if skipped < _NEIGHBOURS else skipped * _LEAP)) % len(source)
+            # First the next records, then distant ones, since a whole shard may be damaged.
+            other = (index + (skipped if skipped < _NEIGHBORS else skipped * _LEAP)) % len(source)
             try:
                 record = records.decode_record(source.read(other))
                 rng = np.random.default_rng(seed)
                 decode.fill_crops(record.image, source.info, self._data.places[place], rng, self._crops, out)
                 return record.label, skipped > 0
-            except (RuntimeError, ValueError):  # A damaged shard, record or image.
+            except (RuntimeError, ValueError):  # damaged shard, record or image
                 continue
         raise UserError(
-            f"{_REPLACEMENTS} records that were tried, from number {index} on, cannot be decoded; {source.path} is "
-            "damaged: convert it again"
+            f"{_REPLACEMENTS} records of {source.path} cannot be decoded, starting with record {index}; the dataset is damaged, "
+            "convert it again"
         )
 
 
 class Draw(grain.transforms.RandomMap):
-    """A record's turn: its data set and number, and the seed of its crops, from a generator keyed by (seed, turn)."""
+    """The draw of a record: its dataset and index, and the seed of its crops, from a generator keyed by (seed, position)."""
 
     def __init__(self, place: int):
         self._place = np.int64(place)
@@ -260,21 +264,21 @@ class Draw(grain.transforms.RandomMap):
 
 
 def workers_of(wanted: int) -> int:
-    """`config.data.workers` as a number: -1 is one for each two cores that this process may use, from 1 to 16."""
+    """Resolves `config.data.workers`: -1 means one worker per two available cores, at least 1 and at most 16."""
     return wanted if wanted >= 0 else max(1, min(len(os.sched_getaffinity(0)) // 2, 16))
 
 
 def keep_memory() -> None:
-    """Teaches the C library, which raises its limits when a large block is freed, to keep memory for the next image.
+    """Makes the C library keep freed memory for the next image: it raises its threshold when a large block is freed.
 
-    Else it may give the pages of every image back to the system, and to be handed them again takes as long as decoding.
+    Otherwise the pages of every image may return to the system, and getting them back takes as long as decoding.
     """
     np.empty(16 << 20, np.uint8)
 
 
 def _start_worker(worker: int, workers: int) -> None:
     """Runs first in each worker process."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # Sent to all processes of a job; the parent says when to end.
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to all processes of a job; the parent decides when to end
         signal.signal(number, signal.SIG_IGN)
     interrupts.signals_wanted()
     shared_memory.name_after(multiprocessing.parent_process().pid)
@@ -283,9 +287,9 @@ def _start_worker(worker: int, workers: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """Ends this worker when the process that started it is gone, even if that was killed and could not say so."""
+    """Ends this worker when its parent process is gone, even if it was killed."""
     connection.wait([multiprocessing.parent_process().sentinel])
-    time.sleep(2)  # Nobody empties the queue: the batch in hand finds it full, instead of being cut off half shared.
+    time.sleep(2)  # lets the current batch run into the full queue instead of leaving it half shared
     os._exit(1)
 
 

@@ -1,14 +1,14 @@
-"""The data set folder: its metadata, its ArrayRecord shards, and the record that holds one image.
+"""The dataset folder: its metadata, its ArrayRecord shards, and the record that holds one image.
 
-    FOLDER/info.json                                  what `load_info` reads; written last: without it, unfinished
+    FOLDER/info.json                                  what `load_info` reads; written last: a folder without it is unfinished
     FOLDER/NAME-SPLIT.array_record-00000-of-0000K     the records of one split, `group_size:1,uncompressed`
-    FOLDER/SPLIT.report.json                          what the conversion found: corrupt and changed images
-    FOLDER/SPLIT.histogram.npz                        the values of each band, counted: `statistics`
+    FOLDER/SPLIT.report.json                          report of the conversion: failed and changed images
+    FOLDER/SPLIT.histogram.npz                        histogram of each band: see `statistics`
     FOLDER/dataset_info.json, features.json           the same facts for `tfds.builder_from_directory`
 
-A record is a serialised `tf.train.Example` with the features `image` (encoded as `codecs` says), `key` (the path of the
-source relative to the folder that was converted) and, where there are such, `label` (the index of a class) and `place`
-(JSON: where on the ground a tile lies, when, and what it was cut from). The message is small and fixed, so it is written and parsed here, with no import of protobuf or TensorFlow Datasets:
+A record is a serialized `tf.train.Example` with the features `image` (encoded as `codecs` says), `key` (the path of the
+source relative to the converted folder) and, optionally, `label` (class index) and `place` (JSON: location, date and source
+of a tile). The message is small and fixed, so it is encoded and parsed here without protobuf or TensorFlow Datasets, and
 data workers start in a fraction of a second.
 """
 
@@ -33,13 +33,13 @@ INFO_FILE = "info.json"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Record:
-    """One image as stored.
+    """One stored image.
 
     Attributes:
       image: encoded bytes, for `codecs.decode_image`.
-      key: path of its source.
-      label: index of its class, -1 without classes.
-      place: JSON text of a tile's "crs", "bounds", "date", "source", ...; "" for an image that has none.
+      key: path of the source image.
+      label: class index, -1 without classes.
+      place: JSON text with a tile's "crs", "bounds", "date", "source", ...; "" for other images.
     """
 
     image: bytes
@@ -57,13 +57,12 @@ class SplitInfo:
       shards: file names in the order of the records.
       shard_records: number of records of each shard.
       shard_bytes: size of each shard in bytes.
-      ranges: [low, high] per band, stored units: what maps to [0, 1] where the config chooses nothing else; the full range
-        of uint8, else percentiles 1 and 99 of the split.
-      mean, std: per band, over all pixels that hold data, after that mapping.
-      percentiles: by name ("0.1", "1", "50", "99", "99.9"), per band, stored units.
-      fingerprint: SHA-256 over the ordered records: the same images, keys and labels in the same order give the same
-        value, however many shards or workers wrote them.
-      source: SHA-256 over the list of source files and the options of the conversion.
+      ranges: [low, high] per band in stored units, mapped to [0, 1] by default; the full range for uint8, else percentiles
+        1 and 99 of the split.
+      mean, std: per band, over all valid pixels, after that mapping.
+      percentiles: by name ("0.1", "1", "50", "99", "99.9"), per band in stored units.
+      fingerprint: SHA-256 over the records in order; independent of the number of shards and workers.
+      source: SHA-256 over the list of source files and the conversion options.
     """
 
     records: json_files.Count
@@ -80,12 +79,12 @@ class SplitInfo:
 
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
-    """A data set folder.
+    """A dataset folder.
 
     Attributes:
-      bands: names, in the order in which images hold them; dtype: of their values.
-      class_names: what labels index; None without classes.
-      has_places: whether its images are tiles of scenes, whose records have a `place`.
+      bands: band names in channel order; dtype: uint8, uint16 or float32.
+      class_names: indexed by labels; None without classes.
+      has_places: whether the images are tiles of scenes, whose records have a `place`.
     """
 
     name: str
@@ -115,13 +114,12 @@ def _field(number: int, payload: bytes) -> bytes:
 
 
 def encode_record(image: bytes, key: str, label: int | None, place: str = "") -> bytes:
-    """Serialises one `tf.train.Example`; `label` None and `place` "" leave the feature out. Bytes depend on the arguments
-    only."""
+    """Serializes one `tf.train.Example`; `label` None and `place` "" omit the feature. Deterministic."""
     bytes_list, int64_list = 1, 3  # the members of tf.train.Feature
     features = [("image", bytes_list, image), ("key", bytes_list, key.encode("utf-8"))]
     if label is not None:
         if label < 0:
-            raise ValueError(f"a label is an index of a class, not {label}")
+            raise ValueError(f"expected a label >= 0, got {label}")
         features.append(("label", int64_list, _varint(label)))
     if place:
         features.append(("place", bytes_list, place.encode("utf-8")))
@@ -142,22 +140,22 @@ def _parse_varint(raw: bytes, position: int) -> tuple[int, int]:
         if byte < 128:
             return value, position
         shift += 7
-        if shift > 56:  # lengths and labels are far below; bytes that are no record may go on for ever
-            raise ValueError("not a record of a data set folder: a number has no end")
+        if shift > 56:  # lengths and labels are far smaller; this stops on arbitrary bytes
+            raise ValueError("not a record of a dataset folder: an integer does not end")
 
 
 def _parse_field(raw: bytes, position: int, end: int, number: int) -> tuple[int, int]:
     """Returns (start, end) of the payload of the length-delimited field `number` that begins at `position`."""
     if raw[position] != number << 3 | 2:
-        raise ValueError("not a record of a data set folder: unexpected field")
+        raise ValueError("not a record of a dataset folder: unexpected field")
     length, start = _parse_varint(raw, position + 1)
     if start + length > end:
-        raise ValueError("not a record of a data set folder: a field is longer than the record")
+        raise ValueError("not a record of a dataset folder: a field is longer than the record")
     return start, start + length
 
 
 def decode_record(raw: bytes) -> Record:
-    """Parses what `encode_record` wrote (features in any order). Raises ValueError on other bytes."""
+    """Parses the output of `encode_record` (features in any order). Raises ValueError for other bytes."""
     values = {}
     try:
         position, end = _parse_field(raw, 0, len(raw), 1)  # Example.features
@@ -172,7 +170,7 @@ def decode_record(raw: bytes) -> Record:
         place = raw[slice(*values[b"place"])] if b"place" in values else b""
         label = _parse_varint(raw, values[b"label"][0])[0] if b"label" in values else -1
     except (IndexError, KeyError) as error:
-        raise ValueError("not a record of a data set folder: it is cut off or a feature is missing") from error
+        raise ValueError("not a record of a dataset folder: it is truncated or a feature is missing") from error
     return Record(image=image, key=key.decode("utf-8"), label=label, place=place.decode("utf-8"))
 
 
@@ -184,18 +182,18 @@ def load_info(path: str | pathlib.Path) -> DatasetInfo:
     folder = pathlib.Path(paths.local(path))
     file = folder / INFO_FILE
     if not folder.is_dir():
-        raise UserError(f"data set folder {printable(folder)} does not exist; make one with python -m data_prep.images")
+        raise UserError(f"dataset folder {printable(folder)} does not exist; make one with python -m data_prep.images")
     if not file.is_file():
         raise UserError(
             f"{printable(folder)} has no {INFO_FILE}: it is not a dataset folder, or its conversion has not finished; make one "
             "of a folder of images with python -m data_prep.images --input IMAGES --output SHARDS"
         )
-    fix = "copy it again, or convert the data set anew"
+    fix = "copy it again, or convert the dataset again"
     fields = json_files.read(file, dict[str, Any], fix)
     version = fields.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{printable(folder)} has format version {printable(version)}, not {FORMAT_VERSION}; convert the data set anew"
+            f"{printable(folder)} has format version {printable(version)}, not {FORMAT_VERSION}; convert the dataset again"
         )
     try:
         info = json_files.convert(fields, DatasetInfo)
@@ -208,20 +206,20 @@ def load_info(path: str | pathlib.Path) -> DatasetInfo:
 
 
 def check_split(path: str | pathlib.Path, info: DatasetInfo, split: str) -> None:
-    """Raises UserError where a data set folder has no such split."""
+    """Raises UserError where a dataset folder has no such split."""
     if split not in info.splits:
         held = several(sorted(info.splits))
         raise UserError(f"{printable(path)} has no split '{printable(split)}'; it has {held}")
 
 
 class RecordSource:
-    """Random access to the records of one split. Picklable: a copy opens the shards itself, each at its first read."""
+    """Random access to the records of one split. Picklable: a copy reopens each shard at its first read."""
 
     def __init__(self, path: str | pathlib.Path, info: DatasetInfo, split: str, damaged: frozenset[int] = frozenset()):
         self.path = pathlib.Path(path)
         self.info = info
         self.split = split
-        self.damaged = damaged  # shards that are passed over: reading from them is an error
+        self.damaged = damaged  # indices of skipped shards: reading from them is an error
         self.split_info = info.splits[split]
         self._ends = list(itertools.accumulate(self.split_info.shard_records))
         self._owner = shard_files.OPEN.owner(self)
@@ -230,9 +228,9 @@ class RecordSource:
         return self.split_info.records
 
     def read(self, i: int) -> bytes:
-        """The serialised record `i`, for `decode_record`.
+        """The serialized record `i`, for `decode_record`.
 
-        A damaged one raises RuntimeError, a bad index IndexError, a machine that cannot read now EnvironmentFault.
+        Raises RuntimeError if it is damaged, IndexError, or EnvironmentFault if the machine fails.
         """
         if not 0 <= i < len(self):
             raise IndexError(f"record {i} of {len(self)}")
@@ -242,8 +240,15 @@ class RecordSource:
         first = self._ends[shard] - self.split_info.shard_records[shard]
         return shard_files.OPEN.read(self._owner, self.path / self.split_info.shards[shard], int(i) - first)
 
+    def record(self, i: int) -> Record:
+        """Record `i`, decoded. Raises UserError if it is damaged, EnvironmentFault if the machine fails."""
+        try:
+            return decode_record(self.read(i))
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"record {i} of {self.path} is damaged; copy or convert the dataset again") from error
+
     def close(self) -> None:
-        """Closes the shards that are open; a later read opens them again."""
+        """Closes the open shards; a later read reopens them."""
         shard_files.OPEN.close(self._owner)
 
     def __setstate__(self, state: dict) -> None:
@@ -252,13 +257,13 @@ class RecordSource:
 
 
 def open_split(path: str | pathlib.Path, split: str, skip_damaged: bool = False) -> RecordSource:
-    """Opens one split of a data set folder and checks every shard.
+    """Opens one split of a dataset folder and checks every shard.
 
     Args:
-      skip_damaged: go on without the shards that are missing or damaged, as long as there is a good one.
+      skip_damaged: skip missing and damaged shards, as long as one shard is intact.
 
-    Raises UserError: as `load_info` and `check_split`, or a shard is missing, truncated or holds another number of records
-    than info.json says.
+    Raises UserError: as `load_info` and `check_split`; a shard is missing, truncated, or has a different number of records
+    than in info.json.
     """
     info = load_info(path)
     check_split(path, info, split)

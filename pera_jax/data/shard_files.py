@@ -1,9 +1,9 @@
-"""Shards as files: checked, opened for random access, and kept open up to a bound.
+"""Shard files: checked, opened for random access, and kept open up to a limit.
 
-A data set may have more shards than a process may open files. Each process keeps at most `MOST_OPEN` shards open, of all
-data sets together, or half as many as the files that it may open where those are fewer; the one that was read least
-recently is closed for the next. A shard that cannot be opened or read because the machine fails (too many open files, a
-disk that does not answer) is no damaged one: see `environment.patiently`.
+A dataset may have more shards than a process may open files. Each process keeps at most `MOST_OPEN` shards open over all
+datasets, or half its limit of open files if that is lower; the least recently read shard is closed first. A shard that
+cannot be read because the machine fails (too many open files, a disk that does not respond) is not reported as damaged:
+see `environment.patiently`.
 """
 
 import collections
@@ -21,30 +21,30 @@ from pera_jax.common.errors import UserError
 from pera_jax.common.text import printable
 
 MOST_OPEN = 4096  # an open shard takes about 10 kB
-_READER_THREADS = 64  # that ArrayRecord starts with the first shard of a process; if it cannot, it waits for ever
+_READER_THREADS = 64  # started by ArrayRecord with the first shard of a process; it hangs if that fails
 
 
 class OpenShards:
-    """The shards that a process keeps open. Any number of threads may read."""
+    """The open shards of a process. Thread-safe."""
 
     def __init__(self):
-        self._readers = collections.OrderedDict()  # (owner, file) -> reader, the one read last at the end
+        self._readers = collections.OrderedDict()  # (owner, file) -> reader, most recently read last
         self._lock = threading.Lock()
         self._owners = itertools.count()
-        self._gone = collections.deque()  # owners that were collected: at any moment, so that no lock can be taken then
+        self._gone = collections.deque()  # garbage collected owners; a finalizer must not take a lock
 
     def owner(self, holder: Any) -> int:
-        """A number under which `holder` opens shards; they are closed when it is collected."""
+        """An id for the shards that `holder` opens; they are closed when `holder` is garbage collected."""
         number = next(self._owners)
         weakref.finalize(holder, self._gone.append, number).atexit = False
         return number
 
-    def read(self, owner: int, file: pathlib.Path, place: int) -> bytes:
-        """Record `place` of a shard. Raises RuntimeError for a damaged shard or record, EnvironmentFault."""
+    def read(self, owner: int, file: pathlib.Path, index: int) -> bytes:
+        """Record `index` of a shard. Raises RuntimeError for a damaged shard or record, EnvironmentFault."""
 
         def attempt() -> bytes:
             try:
-                return self._reader(owner, file).read([place])[0]
+                return self._reader(owner, file).read([index])[0]
             except Exception as error:
                 if environment.environment_fault(error):  # the reader stays in that state
                     self._forget((owner, file))
@@ -53,13 +53,13 @@ class OpenShards:
         return environment.patiently(attempt, _unread(file), self.relieve)
 
     def close(self, owner: int) -> None:
-        """Closes the shards of an owner; a later read opens them again."""
+        """Closes the shards of an owner; a later read reopens them."""
         self._gone.append(owner)
         with self._lock:
             self._close_gone()
 
     def relieve(self) -> None:
-        """Closes half of the shards: what holds the rest of the files, or of the memory, is not known."""
+        """Closes half of the shards, to free files and memory."""
         with self._lock:
             self._shrink(len(self._readers) // 2)
 
@@ -79,11 +79,11 @@ class OpenShards:
     def _close_gone(self) -> None:
         gone = {self._gone.popleft() for _ in range(len(self._gone))}
         for key in [key for key in self._readers if key[0] in gone] if gone else ():
-            del self._readers[key]  # closes the file; `.close()` would raise what is wrong with a damaged one
+            del self._readers[key]  # closes the file; `.close()` would raise for a damaged one
 
     def _shrink(self, most: int) -> None:
         while len(self._readers) > most:
-            self._readers.popitem(last=False)  # closes the file, once no thread reads from it any more
+            self._readers.popitem(last=False)  # closes the file once no thread reads from it
 
     def _forget(self, key: tuple[int, pathlib.Path]) -> None:
         with self._lock:
@@ -95,45 +95,45 @@ OPEN = OpenShards()
 
 @functools.cache
 def prepare() -> int:
-    """What a process needs before it opens its first shard; returns how many files it may open.
+    """Prepares a process for its first shard; returns its limit of open files.
 
-    Raises RuntimeError, a fault of the machine, where there is no memory for the threads of ArrayRecord.
+    Raises RuntimeError, a failure of the machine, if there is no memory for the threads of ArrayRecord.
     """
     environment.check_threads(_READER_THREADS)
     return environment.raise_file_limit()
 
 
 def open_shard(file: pathlib.Path) -> array_record_module.ArrayRecordReader:
-    """A reader for random access. Raises RuntimeError for a shard that is missing or damaged, EnvironmentFault."""
+    """A reader for random access. Raises RuntimeError for a missing or damaged shard, EnvironmentFault."""
     return environment.patiently(lambda: _opened(file), _unread(file), OPEN.relieve)
 
 
 def check_shard(file: pathlib.Path, records: int, size: int | None = None) -> None:
-    """Raises UserError if the shard is missing, truncated, or holds another number of records or bytes.
+    """Raises UserError if the shard is missing, truncated, or has an unexpected number of records or bytes.
 
-    It is an EnvironmentFault where nobody can tell, because the machine fails.
+    Raises EnvironmentFault if the machine fails.
     """
     found = size_of(file)
     if found is None:
-        raise UserError(f"shard {printable(file)} is missing; copy the data set folder whole, or convert it anew")
+        raise UserError(f"shard {printable(file)} is missing; copy the whole dataset folder again, or convert it again")
     if size is not None and found != size:
         raise UserError(
-            f"shard {printable(file)} is damaged: it has {found} bytes instead of {size}; copy or convert it anew"
+            f"shard {printable(file)} is damaged: expected {size} bytes, got {found}; copy or convert it again"
         )
     try:
         reader = open_shard(file)
     except RuntimeError as error:
-        raise UserError(f"shard {printable(file)} is truncated or damaged; copy or convert it anew") from error
+        raise UserError(f"shard {printable(file)} is truncated or damaged; copy or convert it again") from error
     held = reader.num_records()
     reader.close()
     if held != records:
         raise UserError(
-            f"shard {printable(file)} holds {held} records instead of {records}; copy or convert it anew"
+            f"shard {printable(file)} is damaged: expected {records} records, got {held}; copy or convert it again"
         )
 
 
 def size_of(file: pathlib.Path) -> int | None:
-    """The bytes of a shard, None where there is no such file. Raises EnvironmentFault."""
+    """Size of a shard in bytes, None if there is no such file. Raises EnvironmentFault."""
     return environment.patiently(lambda: file.stat().st_size if file.is_file() else None, _unread(file))
 
 
@@ -143,8 +143,8 @@ def _unread(file: pathlib.Path) -> str:
 
 def _opened(file: pathlib.Path) -> array_record_module.ArrayRecordReader:
     prepare()
-    # Read-ahead and threads serve sequential reading, and each open shard would hold 16 MB of buffer for it.
+    # Read-ahead is for sequential reading and would cost 16 MB of buffer per open shard.
     reader = array_record_module.ArrayRecordReader(str(file), "readahead_buffer_size:0,max_parallelism:0")
     if not reader.ok():
-        reader.close()  # raises what is wrong
+        reader.close()  # raises the reason
     return reader

@@ -1,8 +1,8 @@
-"""The shared memory in which data workers hand batches over: named after its owner, and given back after a kill.
+"""Shared memory segments through which data workers pass batches: named after their owner, and freed after a kill.
 
-A batch lies in segments of /dev/shm until the training has taken it. Where all processes of a run are killed at once,
-nobody is left to remove them, and they fill the memory of the machine until it starts anew. So their names tell the
-process that trains, and the next run removes those whose owner is gone.
+A batch lies in segments of /dev/shm until the training process has taken it. If all processes of a run are killed at once,
+nothing removes the segments, and they occupy memory until the machine reboots. So their names contain the training
+process, and the next run removes those whose owner is gone.
 """
 
 import contextlib
@@ -18,17 +18,17 @@ _PREFIX = "pera_jax-"
 
 
 def name_after(pid: int) -> None:
-    """From now on this process names its segments after the process `pid`. Nothing where there is no /proc."""
+    """Makes this process name its segments after the process `pid`. Does nothing without /proc."""
     owner = _owner(pid)
     if owner is not None:
-        # Grain leaves the name to Python, which draws it anew until it is free.
+        # Grain lets Python choose the name, which retries until it is free.
         shared_memory._make_filename = lambda: f"/{_PREFIX}{owner}-{secrets.token_hex(8)}"
 
 
 def remove_orphans() -> int:
-    """Removes the segments of owners that are gone; returns their bytes.
+    """Removes the segments of owners that are gone; returns the number of bytes freed.
 
-    Those of another PID namespace stay, of containers that share /dev/shm: whether their owners live cannot be told.
+    Segments from other PID namespaces (containers that share /dev/shm) stay, since their owners cannot be checked.
     """
     here, freed = _namespace(), 0
     if here is None or not _FOLDER.is_dir():
@@ -43,7 +43,7 @@ def remove_orphans() -> int:
         if owner not in alive:
             alive[owner] = _owner(int(pid)) == owner
         if not alive[owner]:
-            with contextlib.suppress(OSError):  # of another user, or removed by another run meanwhile
+            with contextlib.suppress(OSError):  # of another user, or already removed by another run
                 size = segment.stat().st_size
                 segment.unlink()
                 freed += size
@@ -51,7 +51,7 @@ def remove_orphans() -> int:
 
 
 def check_room(needed: int, workers: int, batch: int) -> None:
-    """Raises UserError where /dev/shm has less room than `needed` bytes: a full one would end the workers without a word."""
+    """Raises UserError if /dev/shm has less than `needed` bytes free: workers would crash without a message."""
     if not _FOLDER.is_dir():
         return
     system = os.statvfs(_FOLDER)
@@ -59,13 +59,13 @@ def check_room(needed: int, workers: int, batch: int) -> None:
     if needed > free:
         raise UserError(
             f"{workers} data workers need {needed >> 20} MiB of shared memory for batches of {batch}, and "
-            f"{_FOLDER} has {free >> 20} MiB free; make it larger (docker: --shm-size), or set fewer data "
+            f"{_FOLDER} has {free >> 20} MiB free; increase it (docker: --shm-size), or use fewer data "
             "workers (config.data.workers=0 needs none)"
         )
 
 
 def _owner(pid: int) -> str | None:
-    """NAMESPACE-PID-START of a process, which no other has until the machine starts anew; None where it is gone."""
+    """NAMESPACE-PID-START of a process, unique until the machine reboots; None if the process is gone."""
     try:
         fields = pathlib.Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
@@ -75,7 +75,7 @@ def _owner(pid: int) -> str | None:
 
 
 def _namespace() -> str | None:
-    """The number of this process's PID namespace."""
+    """Id of the PID namespace of this process; None if unknown."""
     try:
         return os.readlink("/proc/self/ns/pid").strip("pid:[]")
     except OSError:

@@ -1,8 +1,8 @@
-"""Statistics of a band from its histogram: exact, and the same in whatever order images are counted.
+"""Band statistics from histograms: exact, and independent of the order of the images.
 
-Of uint8 and uint16 a histogram is an array with a bin for every value; of float32 it is a `FloatHistogram`, which
-distinguishes values to 1/4096 or better. So every statistic, for whatever range is mapped to [0, 1], comes from one small table
-per split, and counts of parts add up.
+For uint8 and uint16 a histogram is an array with one bin per value; for float32 it is a `FloatHistogram`, which
+distinguishes values to 1/4096 or better. So statistics for any range come from one small table per split, and histograms
+of parts can be added.
 """
 
 import io
@@ -14,9 +14,9 @@ from pera_jax.common.errors import UserError
 from pera_jax.data.float_histogram import Cells, FloatHistogram
 
 PERCENTILES = (0.1, 1.0, 50.0, 99.0, 99.9)  # that info.json names
-_RANGE = (1.0, 99.0)  # percentiles that map to 0 and 1 where nobody chose a range
-_OLD_BINS = 65536  # of float32 in older folders
-Histogram = np.ndarray | FloatHistogram  # int64 [C, bins] of whole numbers
+_RANGE = (1.0, 99.0)  # percentiles mapped to 0 and 1 by default
+_OLD_BINS = 65536  # bins of float32 in older folders
+Histogram = np.ndarray | FloatHistogram  # int64 [C, bins] for uint8 and uint16
 
 
 def bins(dtype: str) -> int:
@@ -29,7 +29,7 @@ def count(pixels: np.ndarray, valid: np.ndarray | None = None) -> Histogram:
 
     Args:
       pixels: [H, W, C], uint8, uint16 or finite float32.
-      valid: bool [H, W] or [H, W, C], the pixels that count; all by default.
+      valid: bool [H, W] or [H, W, C], the pixels to count; by default all.
     """
     bands = np.moveaxis(pixels, 2, 0)  # [C, H, W]
     if valid is None:
@@ -44,22 +44,22 @@ def count(pixels: np.ndarray, valid: np.ndarray | None = None) -> Histogram:
 
 
 def table(band: np.ndarray | Cells) -> tuple[np.ndarray, np.ndarray]:
-    """(float64 [n], int64 [n]) of one band: values in stored units, ascending, and how many there are of each."""
+    """(float64 [n], int64 [n]) of one band: values in stored units, ascending, and their counts."""
     if isinstance(band, Cells):
         return band.middles(), band.counts
     return np.arange(len(band), dtype=np.float64), band
 
 
-def of_dtype(counts: Histogram, dtype: str) -> Histogram:
-    """The histogram as this version counts it: of float32, older folders hold a bin for each pattern of 16 bits."""
+def current(counts: Histogram, dtype: str) -> Histogram:
+    """The histogram in the current form: for float32, older folders have one bin per 16-bit pattern."""
     old = dtype == "float32" and isinstance(counts, np.ndarray) and counts.shape[1:] == (_OLD_BINS,)
-    return FloatHistogram.of_bins(counts) if old else counts
+    return FloatHistogram.from_bins(counts) if old else counts
 
 
 def differences(one: Histogram, other: Histogram) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each band (float64 [n], int64 [n]): values, and how many more of them `one` counts than `other`.
+    """For each band (float64 [n], int64 [n]): values, and how many more of them `one` has than `other`.
 
-    Of float32 in the cells that both distinguish.
+    For float32, in cells that both distinguish.
     """
     found = []
     for ours, theirs in zip(one, other, strict=True):
@@ -76,13 +76,13 @@ def differences(one: Histogram, other: Histogram) -> list[tuple[np.ndarray, np.n
 
 
 def percentiles(counts: Histogram, dtype: str, shares: tuple[float, ...]) -> np.ndarray:
-    """The values, in stored units, below which `shares` percent of the pixels lie: float64 [len(shares), C].
+    """Percentiles `shares` (in percent) in stored units: float64 [len(shares), C].
 
     Args:
-      counts: at least one pixel in each band.
+      counts: with at least one pixel in each band.
     """
     found = []  # [C, S]
-    for band in of_dtype(counts, dtype):
+    for band in current(counts, dtype):
         values, held = table(band)
         running = np.cumsum(held)
         places = np.searchsorted(running, [share / 100 * running[-1] for share in shares], side="left")
@@ -91,7 +91,7 @@ def percentiles(counts: Histogram, dtype: str, shares: tuple[float, ...]) -> np.
 
 
 def default_ranges(counts: Histogram, dtype: str) -> list[list[float]]:
-    """[low, high] per band, stored units: the full range of uint8, else percentiles 1 and 99."""
+    """[low, high] per band in stored units: the full range for uint8, else percentiles 1 and 99."""
     if dtype == "uint8":
         return [[0.0, 255.0]] * len(counts)
     low, high = percentiles(counts, dtype, _RANGE)
@@ -100,13 +100,13 @@ def default_ranges(counts: Histogram, dtype: str) -> list[list[float]]:
 
 
 def moments(counts: Histogram, dtype: str, ranges: list[list[float]]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each band after its range was mapped to [0, 1] and clipped: float64 [C] each.
+    """Mean and standard deviation of each band after its range is mapped to [0, 1] and clipped: float64 [C] each.
 
     Args:
-      ranges: [low, high] per band, stored units.
+      ranges: [low, high] per band in stored units.
     """
     means, deviations = [], []
-    for band, (low, high) in zip(of_dtype(counts, dtype), ranges, strict=True):
+    for band, (low, high) in zip(current(counts, dtype), ranges, strict=True):
         values, held = table(band)
         mapped, pixels = np.clip((values - low) / (high - low), 0.0, 1.0), held.sum()
         mean = (held * mapped).sum() / pixels
@@ -116,29 +116,29 @@ def moments(counts: Histogram, dtype: str, ranges: list[list[float]]) -> tuple[n
 
 
 def file_name(split: str) -> str:
-    """The file in a data set folder that holds the histograms of a split."""
+    """Name of the file in a dataset folder with the histograms of a split."""
     return f"{split}.histogram.npz"
 
 
 def to_bytes(counts: Histogram) -> bytes:
-    """The content of a histogram's file, the same bytes for the same counts: NumPy's npz with `counts` int64 [C, bins], or
-    of float32 what `FloatHistogram.arrays` says."""
+    """Content of a histogram file, deterministic: an npz with `counts` int64 [C, bins] or, for float32, the arrays of
+    `FloatHistogram.arrays`."""
     buffer = io.BytesIO()
     arrays = counts.arrays() if isinstance(counts, FloatHistogram) else {"counts": counts}
-    np.savez_compressed(buffer, **arrays)  # NumPy stamps no time into the archive
+    np.savez_compressed(buffer, **arrays)  # NumPy writes no timestamps
     return buffer.getvalue()
 
 
 def from_bytes(content: bytes) -> Histogram:
-    """What `to_bytes` packed."""
+    """The inverse of `to_bytes`."""
     with np.load(io.BytesIO(content)) as arrays:
         return FloatHistogram.from_arrays(**arrays) if "steps" in arrays else arrays["counts"]
 
 
 def load(path: str | pathlib.Path, split: str) -> Histogram:
-    """The histograms of a split. Raises UserError where the file is missing or damaged."""
+    """The histograms of a split. Raises UserError if the file is missing or damaged."""
     file = pathlib.Path(path) / file_name(split)
     try:
         return from_bytes(file.read_bytes())
     except Exception as error:  # on damaged bytes NumPy and zipfile raise nearly anything
-        raise UserError(f"{file} cannot be read ({error}); copy the data set folder whole, or convert it anew") from error
+        raise UserError(f"{file} cannot be read ({error}); copy the whole dataset folder again, or convert it again") from error

@@ -1,4 +1,4 @@
-"""Data sets that TensorFlow Datasets prepared as ArrayRecord: opened by name or folder, and read without TensorFlow."""
+"""Datasets prepared by TensorFlow Datasets as ArrayRecord: opened by name or folder, and read without TensorFlow."""
 
 import functools
 import pathlib
@@ -11,64 +11,64 @@ from tensorflow_datasets.core import constants, features, read_only_builder
 
 from pera_jax.common import environment
 from pera_jax.common.errors import UserError
-from pera_jax.common.text import several
+from pera_jax.common.text import first_line, several
 from pera_jax.data import codecs, records, shard_files
 
-FORMAT = "array_record"  # of TFDS's file formats the one that is read without TensorFlow, at any place
+FORMAT = "array_record"  # the only file format of TFDS with random access and without TensorFlow
 
 
 def open_dataset(name: str, data_dir: str | None = None) -> read_only_builder.ReadOnlyBuilder:
-    """Opens a prepared data set by its folder or its name, NAME[/CONFIG][:VERSION]. Raises UserError."""
+    """Opens a prepared dataset by its folder or its name, NAME[/CONFIG][:VERSION]. Raises UserError."""
     place = pathlib.Path(name).expanduser()
     if not (place / "dataset_info.json").is_file():
         below = _prepared(place)
         if below:
-            raise UserError(f"{name} is no prepared data set; name one of those in it: {several(below)}")
+            raise UserError(f"{name} is not a prepared dataset; pass one of the datasets in it: {several(below)}")
         if place.is_dir() or name.startswith(("/", ".", "~")):
-            raise UserError(f"{name} is no folder with a dataset_info.json; name one that TFDS prepared")
+            raise UserError(f"{name} is not a folder with a dataset_info.json; pass one prepared by TFDS")
         place = pathlib.Path(_find(name, data_dir))
     try:
         formats = {form.value for form in read_only_builder.builder_from_directory(place).info.available_file_formats()}
         if FORMAT in formats:
             return read_only_builder.builder_from_directory(place, file_format=FORMAT)
     except (ValueError, OSError, KeyError, json_format.ParseError) as error:
-        raise UserError(f"{place} cannot be read as a TFDS data set ({first_line(error)}); prepare it anew") from error
+        raise UserError(f"{place} cannot be read as a TFDS dataset ({first_line(error)}); prepare it again") from error
     raise UserError(
         f"{place} is stored as {', '.join(sorted(formats))}, which only TensorFlow reads; where that is installed, run "
         f"tfds convert_format --dataset_version_dir={place} --out_file_format={FORMAT} --out_dir=FOLDER, "
-        "and name FOLDER"
+        "and pass FOLDER"
     )
 
 
 def _find(name: str, data_dir: str | None) -> str:
-    """The folder of a prepared data set that TFDS finds by name."""
+    """Finds the folder of a prepared dataset by name."""
     try:
         return read_only_builder.builder_from_files(name, data_dir=data_dir).data_dir
-    except ValueError as error:  # also DatasetNotFoundError, with many lines on where TFDS looked
+    except ValueError as error:  # including DatasetNotFoundError, whose message has many lines
         where = pathlib.Path(data_dir or constants.DATA_DIR).expanduser()
-        held = ", ".join(_prepared(where)) or "none"
+        held = ", ".join(_prepared(where)) or "no dataset"
         raise UserError(
-            f"no prepared data set {name!r} in {where}, which holds {held}; prepare it, "
-            f"where TensorFlow is installed, with tfds build {name} --file_format={FORMAT} --data_dir={where}"
+            f"no prepared dataset {name!r} in {where}, which has {held}; prepare it "
+            f"in an environment with TensorFlow: tfds build {name} --file_format={FORMAT} --data_dir={where}"
         ) from error
 
 
 def _prepared(place: pathlib.Path) -> list[str]:
-    """The data sets below a folder, NAME/CONFIG/VERSION at the deepest."""
+    """The datasets below a folder, at most as deep as NAME/CONFIG/VERSION."""
     found = [file.parent for level in ("*", "*/*", "*/*/*") for file in place.glob(f"{level}/dataset_info.json")]
     return sorted(str(folder.relative_to(place)) for folder in found)
 
 
 def pieces(builder: read_only_builder.ReadOnlyBuilder, tfds_split: str) -> list[tuple[str, int, int, int, int]]:
-    """Where the examples of a split, or a part of one, lie: (name of the shard, bytes, examples in it, first example
-    taken, number of those taken). Raises UserError: no such split, an empty one, a damaged shard."""
+    """The shards of a split or a slice of it: (name, bytes, number of examples, first selected example, number of
+    selected examples). Raises UserError: no such split, an empty slice, a damaged shard."""
     try:
         found = builder.info.splits[tfds_split].file_instructions
     except (ValueError, KeyError):
         found = []
-    if not found or any(piece.take <= 0 for piece in found):  # train[50%:10%] has pieces of fewer than none
+    if not found or any(piece.take <= 0 for piece in found):  # train[50%:10%] gives a negative number
         held = ", ".join(f"{name} ({split.num_examples})" for name, split in sorted(builder.info.splits.items()))
-        raise UserError(f"{tfds_split!r} names no examples of {builder.info.full_name}; it has {held}")
+        raise UserError(f"{tfds_split!r} selects no examples of {builder.info.full_name}; it has {held}")
     result = []
     for piece in found:
         shard = pathlib.Path(piece.filename)
@@ -81,7 +81,7 @@ def pieces(builder: read_only_builder.ReadOnlyBuilder, tfds_split: str) -> list[
 
 
 def flat(feature: features.FeatureConnector, prefix: str = "") -> dict[str, features.FeatureConnector]:
-    """The features by path, OUTER/INNER."""
+    """The features by path, OUTER/INNER, flattened."""
     if not isinstance(feature, features.FeaturesDict):
         return {prefix[:-1]: feature}
     return {path: inner for name in feature for path, inner in flat(feature[name], f"{prefix}{name}/").items()}
@@ -92,14 +92,9 @@ def feature_of(builder: read_only_builder.ReadOnlyBuilder, path: str) -> feature
     return flat(builder.info.features)[path]
 
 
-def first_line(error: Exception) -> str:
-    """An error in a sentence's midst: those of TFDS have many lines."""
-    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-
-
 def _is_image(feature: features.FeatureConnector) -> bool:
     if isinstance(feature, features.Image):
-        return not isinstance(feature, features.LabeledImage)  # that is a mask of classes
+        return not isinstance(feature, features.LabeledImage)  # which is a segmentation mask
     rank_3 = isinstance(feature, features.Tensor) and len(feature.shape) == 3 and feature.shape[2]
     return bool(rank_3) and np.dtype(feature.np_dtype).name in codecs.DTYPES
 
@@ -109,19 +104,19 @@ def pick_image(builder: read_only_builder.ReadOnlyBuilder, wanted: str | None = 
     found = {path: feature for path, feature in flat(builder.info.features).items() if _is_image(feature)}
     encoded = [path for path, feature in found.items() if isinstance(feature, features.Image)]
     if wanted is None and len(encoded) != 1 and len(found) != 1:
-        raise UserError(f"{builder.info.full_name} has {_listed('image feature', found)}; choose with --image-feature")
+        raise UserError(f"{builder.info.full_name} has {_listed('image feature', found)}; choose one with --image-feature")
     if wanted is not None and wanted not in found:
         raise UserError(f"--image-feature {wanted}: {builder.info.full_name} has {_listed('image feature', found)}")
     return wanted or (encoded if len(encoded) == 1 else list(found))[0]
 
 
 def pick_label(builder: read_only_builder.ReadOnlyBuilder, wanted: str | None = None) -> str | None:
-    """The path of the class: `wanted`, or the only one, None where there is none. Raises UserError."""
+    """The path of the class label: `wanted`, or the only one; None if there is none. Raises UserError."""
     every = flat(builder.info.features)
     found = [path for path, feature in every.items() if isinstance(feature, features.ClassLabel)]
     if wanted is None and len(found) > 1:
         has = _listed("ClassLabel", found)
-        raise UserError(f"{builder.info.full_name} has {has}; choose with --label-feature, or give --no-labels")
+        raise UserError(f"{builder.info.full_name} has {has}; choose one with --label-feature, or pass --no-labels")
     if wanted is not None and wanted not in found:
         raise UserError(f"--label-feature {wanted}: {builder.info.full_name} has {_listed('ClassLabel', found)}")
     return wanted or (found[0] if found else None)
@@ -132,18 +127,18 @@ def _listed(kind: str, paths: Collection[str]) -> str:
 
 
 def bands_of(path: str, feature: features.FeatureConnector, names: str | None = None) -> tuple[list[str], str]:
-    """The bands and the dtype of what is stored of an image feature. Raises UserError."""
+    """Bands and dtype of an image feature as it is stored. Raises UserError."""
     dtype = np.dtype(feature.np_dtype).name
     if isinstance(feature, features.Image):
-        if dtype == "float32":  # TFDS spreads the four bytes of each value over the four channels of a PNG
-            raise UserError(f"feature {path!r} is an Image of float32; its values have no known range, choose another")
+        if dtype == "float32":  # TFDS stores the four bytes of a value in the four channels of a PNG
+            raise UserError(f"feature {path!r} is an Image of float32, whose values have no known range; choose another feature")
         if names is not None:
-            raise UserError(f"--bands is for a Tensor; feature {path!r} is an Image, which becomes red, green, blue")
+            raise UserError(f"--bands only applies to a Tensor; feature {path!r} is an Image, which becomes red, green, blue")
         return list(records.RGB), "uint8"
     count = feature.shape[2]
     bands = names.split(",") if names is not None else [f"band_{i + 1}" for i in range(count)]
     if len(bands) != count or len(set(bands)) != count or not all(bands):
-        raise UserError(f"--bands {names} must be {count} different names: feature {path!r} has {count} bands")
+        raise UserError(f"--bands {names} must be {count} unique names: feature {path!r} has {count} bands")
     return bands, dtype
 
 
@@ -157,16 +152,16 @@ def _reader(data_dir: str, tfds_split: str, image: str, label: str | None) -> Ca
     raw = decode.DeserializeMethod.RAW_BYTES
     source = builder.as_data_source(tfds_split, deserialize_method=raw)
     wanted = {path: feature_of(builder, path) for path in (image, label) if path is not None}
-    parser = features.FeaturesDict(wanted)  # of nothing but what is wanted: other features may need TensorFlow
+    parser = features.FeaturesDict(wanted)  # only these features: others may need TensorFlow
     encoded = isinstance(wanted[image], features.Image)
     decoders = {image: decode.SkipDecoding()} if encoded else None
     return lambda i: parser.deserialize_example_np(source[i], decoders=decoders)
 
 
 def read(data_dir: str, tfds_split: str, image: str, label: str | None, index: int) -> dict:
-    """Example `index` of a split: at the path `image` its encoded bytes or its array, at `label` its class.
+    """Example `index` of a split: its encoded bytes or array by the path `image`, its class by `label`.
 
-    A process opens the data set at its first use. Raises ImageDecodeError, EnvironmentFault.
+    The dataset is opened at first use and stays open. Raises ImageDecodeError, EnvironmentFault.
     """
     try:
         return environment.patiently(
@@ -174,5 +169,5 @@ def read(data_dir: str, tfds_split: str, image: str, label: str | None, index: i
         )
     except environment.EnvironmentFault:
         raise
-    except Exception as error:  # ArrayRecord, protobuf and TFDS raise each their own
+    except Exception as error:  # ArrayRecord, protobuf and TFDS each raise their own types
         raise codecs.ImageDecodeError(f"cannot be read: {first_line(error)}") from error

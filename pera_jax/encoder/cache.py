@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pera_jax.common import files
 from pera_jax.parallel import distributed
 
 LARGEST = 16 * 2**30  # bytes per cache folder
@@ -74,13 +75,9 @@ class Cache:
             size = sum(values.nbytes for values in arrays.values())
             if size + sum(file.stat().st_size for file in self.folder.glob("*.npz")) > LARGEST:
                 return
-            with open(temporary, "wb") as file:
+            with files.replacing(place, temporary), open(temporary, "wb") as file:  # savez would append .npz to a name
                 np.savez(file, of=np.array(text), **arrays)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, place)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             distributed.say(f"cannot cache features in {self.folder}: {error.strerror}")
 
 

@@ -37,8 +37,8 @@ def to_dict(meta: dict[str, Any], step: int, which: str, height: int, width: int
 
 def sealed(entry: dict[str, Any], file: pathlib.Path) -> dict[str, Any]:
     """The entry from `to_dict` with the digests of the weight file and of the entry itself. Raises OSError."""
-    entry = entry | {"sha256": digests.of_file(file)}
-    return entry | {"digest": digests.of_json(entry)}
+    entry = entry | {"sha256": digests.file_digest(file)}
+    return entry | {"digest": digests.json_digest(entry)}
 
 
 def check(entry: dict[str, Any], place: pathlib.Path) -> None:
@@ -50,7 +50,7 @@ def check(entry: dict[str, Any], place: pathlib.Path) -> None:
             "weights again"
         )
     content = {name: value for name, value in entry.items() if name != "digest"}
-    wanted = None if version == _WITHOUT_DIGESTS and "digest" not in entry else digests.of_json(content)
+    wanted = None if version == _WITHOUT_DIGESTS and "digest" not in entry else digests.json_digest(content)
     if entry.get("digest") != wanted:
         raise UserError(f"{place} is damaged: its entry {ENTRY} does not match its digest; export the weights again")
 
@@ -58,7 +58,7 @@ def check(entry: dict[str, Any], place: pathlib.Path) -> None:
 def check_file(entry: dict[str, Any], place: pathlib.Path, file: pathlib.Path) -> None:
     """Raises UserError if the weight file does not match the digest in the entry of the config.json `place`."""
     try:
-        if "sha256" in entry and entry["sha256"] != digests.of_file(file):
+        if "sha256" in entry and entry["sha256"] != digests.file_digest(file):
             raise UserError(f"{file} is damaged, or from another export than {place.name} beside it; export the weights again")
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from error

@@ -22,7 +22,7 @@ from pera_jax.bands import Bands
 from pera_jax.common.errors import UserError
 from pera_jax.common.progress import Progress
 from pera_jax.data import codecs
-from pera_jax.data import crops as geometry
+from pera_jax.data.decode import resized
 from pera_jax.data.labelled.samples import Samples
 from pera_jax.encoder.model import Model
 from pera_jax.parallel import distributed, sharding
@@ -161,14 +161,6 @@ def check_image_size(image_size: int, meta: dict[str, Any]) -> None:
             f"the image size {image_size} is not a multiple of the checkpoint's patch size {patch} px; "
             f"try {max(round(image_size / patch), 1) * patch}"
         )
-
-
-def resized(pixels: np.ndarray, size: int) -> np.ndarray:
-    """A whole image [H, W, C] resized to `size` x `size` px; bilinear with antialiasing, as the crops in training."""
-    image = geometry.Image(pixels)
-    out = np.empty((size, size, pixels.shape[2]), pixels.dtype)
-    geometry.crop_resize(image, geometry.Box(0, 0, image.height, image.width), size, False, False, out)
-    return out
 
 
 def extract(extractor: Extractor | Pixels, samples: Samples, image_size: int, batch_size: int) -> Features:

@@ -32,6 +32,7 @@ import numpy as np
 from pera_jax.common import digests, files, json_files, lease, paths
 from pera_jax.common.errors import UserError
 from pera_jax.common.text import several
+from pera_jax.data.decode import resized
 from pera_jax.data.labelled.samples import Samples
 from pera_jax.encoder import extract as features
 from pera_jax.encoder.cache import digest
@@ -178,7 +179,7 @@ def _intact(output: pathlib.Path, number: int, arrays: dict[str, list[int]], sum
 
 
 def _same(place: pathlib.Path, sums: dict[str, str]) -> bool:
-    return place.is_file() and sums.get(place.name) == digests.of_file(place)
+    return place.is_file() and sums.get(place.name) == digests.file_digest(place)
 
 
 def _read_sums(output: pathlib.Path) -> dict[str, str]:
@@ -207,7 +208,7 @@ def _file(output: pathlib.Path, name: str, number: int) -> pathlib.Path:
 def _write_parts(run, model, samples, size, output, parts: dict[int, range], batch_size, sums: dict[str, str]) -> None:
     # A batch never spans two parts, so the bytes of a part do not depend on where the command resumed.
     batches = [(number, batch) for number, rows in parts.items() for batch in features.batched(rows, batch_size)]
-    resize = lambda image: features.resized(image, size)  # noqa: E731
+    resize = lambda image: resized(image, size)  # noqa: E731
     read = features.read(samples, model.bands, resize, [batch for _, batch in batches], "features")
     found = []
     for (number, batch), images in zip(batches, read, strict=True):

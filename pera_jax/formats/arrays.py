@@ -54,7 +54,7 @@ def read(path: pathlib.Path, verify: bool = True, notes: list[str] | None = None
 def write(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes NAME.safetensors atomically; equal arrays give equal bytes. Raises OSError."""
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    metadata = {"format": "pt", _DIGEST: digests.of_named(contiguous)}
+    metadata = {"format": "pt", _DIGEST: digests.arrays_digest(contiguous)}
     content = safetensors.numpy.save(contiguous, metadata)
     # safetensors writes the metadata in arbitrary order.
     other, one = (_compact(dict(items)) for items in (reversed(metadata.items()), metadata.items()))
@@ -79,7 +79,7 @@ def _safetensors(path: pathlib.Path, verify: bool) -> dict[str, np.ndarray]:
         name: np.frombuffer(each["data"], _DTYPES[each["dtype"]]).reshape(each["shape"]) for name, each in stored.items()
     }
     written = _metadata(content).get(_DIGEST)
-    if verify and written is not None and written != digests.of_named(arrays):
+    if verify and written is not None and written != digests.arrays_digest(arrays):
         raise UserError(f"{path} is damaged: its arrays do not match their digest; get another copy")
     return arrays
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from pera_jax.common.errors import UserError
+from pera_jax.common.text import first_line
 from pera_jax.models.precision import Precision
 from pera_jax.parallel import sharding
 
@@ -53,7 +54,7 @@ def cudnn_refusal(precision: Precision, head_width: int, device: jax.Device) -> 
     try:
         jax.eval_shape(jax.grad(lambda x: jnp.sum(_fused(x, x, x, 3), dtype=jnp.float32)), like)
     except (NotImplementedError, RuntimeError, ValueError) as error:
-        return "JAX says: " + str(error).partition("\n")[0].rstrip(".")
+        return "JAX says: " + first_line(error)
     return ""
 
 

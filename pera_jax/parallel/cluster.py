@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from pera_jax.common.errors import TRY_AGAIN, UserError
-from pera_jax.common.text import printable
+from pera_jax.common.text import first_line, printable
 
 JOIN_SECONDS = 300  # how long a process waits for the coordinator, and the coordinator for all processes, by default
 _REPORT_SECONDS = 30  # between two progress lines while waiting
@@ -115,7 +115,7 @@ def initialize(arguments: dict[str, Any] | None, timeout: int = JOIN_SECONDS) ->
     try:
         jax.distributed.initialize(**arguments, initialization_timeout=timeout + _GRACE_SECONDS)
     except (RuntimeError, ValueError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error)
         raise HostsMissing(f"cannot join the other processes at the coordinator {address} ({reason}); {fix}") from error
     finally:
         joined.set()

@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from pera_jax.common.errors import CRASH, TRY_AGAIN, UserError
-from pera_jax.common.text import printable
+from pera_jax.common.text import first_line, printable
 
 _EXIT_DELAY = 2.0  # seconds before process 0 exits: it runs the coordinator, whose end cuts off the other processes
 
@@ -109,7 +109,7 @@ def exit_on_error() -> Iterator[None]:
             print(f"error: {error}", file=sys.stderr)
         elif isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             status = TRY_AGAIN
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            reason = first_line(error)
             print(
                 f"error: process {jax.process_index()} of {jax.process_count()} lost contact with the other processes, one of "
                 f"which has probably failed ({reason}); re-run the same command on all hosts to resume",

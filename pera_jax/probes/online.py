@@ -13,8 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from pera_jax.bands import Bands
 from pera_jax.common.errors import UserError
-from pera_jax.data import codecs, records
-from pera_jax.encoder import extract as features
+from pera_jax.data import decode, records
 from pera_jax.objectives.base import Objective
 from pera_jax.parallel import sharding
 from pera_jax.probes.classification import knn
@@ -51,15 +50,11 @@ def labeled_subset(settings, bands: Bands, side: int) -> tuple[np.ndarray, np.nd
     for index in order:
         if len(images) == settings.images:
             break
-        try:
-            record = records.decode_record(source.read(index))
-            if record.label < 0 or taken[record.label] == quota:
-                continue
-            pixels = codecs.decode_bands(record.image, source.info, places)
-        except (RuntimeError, codecs.ImageDecodeError) as error:
-            raise UserError(f"record {index} of {source.path} cannot be read; convert the data set again") from error
+        record = source.record(index)
+        if record.label < 0 or taken[record.label] == quota:
+            continue
         taken[record.label] += 1
-        images.append(features.resized(pixels, side))
+        images.append(decode.resized_record(source, index, record, places, side))
         labels.append(record.label)
     source.close()
     if len(images) <= NEIGHBORS:

@@ -214,7 +214,7 @@ def _neighbors(
     extractor = features.Extractor(weights.backbone, weights.meta)
 
     def class_tokens(source, indices):
-        return features.extract(extractor, samples.of_source(images.Subset(source, indices)), size, 256).class_tokens[:, -1]
+        return features.extract(extractor, samples.from_source(images.Subset(source, indices)), size, 256).class_tokens[:, -1]
 
     candidates = class_tokens(train, searched)
     own = np.searchsorted(searched, chosen) if within else None

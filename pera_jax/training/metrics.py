@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 
-from pera_jax.common import json_files
+from pera_jax.common import files, json_files
 from pera_jax.common.errors import UserError
 from pera_jax.common.progress import Line, duration_text, rate_text
 
@@ -147,12 +147,7 @@ def _cut_back(path: pathlib.Path, last_step: int) -> None:
         if step <= last_step:
             kept.append(line)
     if torn or len(kept) != len(lines):
-        temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "wb") as file:
-            file.write(b"".join(line + b"\n" for line in kept))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        files.write(path, b"".join(line + b"\n" for line in kept))
 
 
 def _write_all(file, data: bytes) -> None:

@@ -13,13 +13,13 @@ All changes are listed when the run resumes, and the earlier config is kept in t
 
 import dataclasses
 import json
-import os
 import pathlib
 from typing import Any
 
 from pera_jax import config as configs
 from pera_jax import objectives
 from pera_jax.bands import Bands
+from pera_jax.common import files
 from pera_jax.common.errors import UserError
 from pera_jax.common.text import several
 from pera_jax.data.mixture import Mixture
@@ -163,13 +163,10 @@ def keep_earlier(workdir: str, meta: dict[str, Any], step: int) -> None:
         content = current.read_bytes() if current.exists() else b""
         if not content or content == run_meta.as_bytes(meta):
             return
-        folder.mkdir(exist_ok=True)
         place, number = folder / f"until_step_{step:06d}.json", 1
         while place.exists() and place.read_bytes() != content:
             number += 1
             place = folder / f"until_step_{step:06d}_{number}.json"
-        temporary = place.with_name(place.name + ".tmp")
-        temporary.write_bytes(content)
-        os.replace(temporary, place)
+        files.write(place, content)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}; free some space or choose another workdir") from error

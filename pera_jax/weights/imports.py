@@ -19,7 +19,7 @@ from pera_jax import objectives
 from pera_jax.bands import RGB, Bands
 from pera_jax.common import files
 from pera_jax.common.errors import UserError
-from pera_jax.common.text import printable, several
+from pera_jax.common.text import first_line, printable, several
 from pera_jax.data.mixture import IMAGENET
 from pera_jax.encoder import exported
 from pera_jax.formats import arrays, tables
@@ -169,7 +169,7 @@ def _save(run: pathlib.Path, objective, optimizer, params, teacher, meta: dict[s
         (run / checkpoint.FOLDER).mkdir()
         ocp.save_checkpointables(run / checkpoint.FOLDER / "0", intact.sealed(items))
     except checkpoint.WRITE_ERRORS as error:
-        raise OSError(errno.EIO, str(error).splitlines()[0][:200]) from error
+        raise OSError(errno.EIO, first_line(error)) from error
 
 
 def _config(name: str, shape: dict[str, Any], heads: dict[str, int], bands: tuple[str, ...]) -> ConfigDict:

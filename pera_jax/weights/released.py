@@ -84,9 +84,9 @@ def read_sidecar(file: pathlib.Path, verify: bool = True) -> dict[str, Any]:
         return {}
     fix = f"export {file.name} again, or delete {place.name} and give --bands, --mean and --std"
     found = dataclasses.asdict(json_files.read(place, _Sidecar, fix))
-    if digests.of_json({name: value for name, value in found.items() if name != "digest"}) != found["digest"]:
+    if digests.json_digest({name: value for name, value in found.items() if name != "digest"}) != found["digest"]:
         raise UserError(f"{place} is damaged: it does not match its digest; {fix}")
-    if verify and digests.of_file(file) != found["sha256"]:
+    if verify and digests.file_digest(file) != found["sha256"]:
         raise UserError(f"{file} is damaged, or {place.name} belongs to another file; {fix}")
     listed = {name: tuple(found[name]) for name in ("bands", "ranges", "mean", "std")}
     return {"heads": found["heads"], "dtype": found["dtype"]} | listed
@@ -127,7 +127,7 @@ def export(run: str, step: int | None, output: pathlib.Path, verify: bool = True
     try:
         sidecar_path(output).unlink(missing_ok=True)  # of an earlier export
         files.write(output, content.getvalue())
-        files.write(sidecar_path(output), owned.json_text(fields | {"digest": digests.of_json(fields)}))
+        files.write(sidecar_path(output), owned.json_text(fields | {"digest": digests.json_digest(fields)}))
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror}; free disk space or choose another --output") from error
     return teacher.step

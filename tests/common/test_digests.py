@@ -31,14 +31,14 @@ def tree(seed: int) -> dict[str, np.ndarray]:
 
 def test_sums_are_the_same_on_the_host_on_one_device_and_on_any_mesh():
     held = {name: each for name, each in tree(0).items() if each.dtype.itemsize < 8}
-    wanted = digests.of_leaves(held)
+    wanted = digests.leaf_digests(held)
     assert wanted["float32"].startswith("float32[8,6] ") and len(set(wanted.values())) == len(held)
-    assert digests.of_leaves(jax.device_put(held, jax.devices()[3])) == wanted
+    assert digests.leaf_digests(jax.device_put(held, jax.devices()[3])) == wanted
     for mesh, spec in (({"data": 4, "fsdp": 2}, ("fsdp",)), ({"fsdp": 8}, ("fsdp",)), ({"fsdp": 2, "data": 4}, ("data", "fsdp"))):
         where = NamedSharding(sharding.make_mesh(**mesh), PartitionSpec(*spec))
-        assert digests.of_leaves(jax.device_put(held, where)) == wanted
+        assert digests.leaf_digests(jax.device_put(held, where)) == wanted
     with jax.enable_x64(True):
-        assert digests.of_leaves(jax.device_put(tree(0))) == digests.of_leaves(tree(0))
+        assert digests.leaf_digests(jax.device_put(tree(0))) == digests.leaf_digests(tree(0))
 
 
 def test_every_change_of_a_value_changes_both_sums():
@@ -51,15 +51,15 @@ def test_every_change_of_a_value_changes_both_sums():
     swapped, negated, shifted = one.copy(), one.copy(), np.roll(one, 1)
     swapped[[3, 40]], negated[[3, 40]] = one[[40, 3]], -one[[3, 40]]
     changed += [swapped, negated, shifted, np.zeros_like(one), one.reshape(8, 8)]
-    found = [digests.of_leaves([each])["0"].split(" ")[1] for each in [one, *changed]]
+    found = [digests.leaf_digests([each])["0"].split(" ")[1] for each in [one, *changed]]
     found.remove(found[-1])  # the same values in another shape, which the words before the sums tell
     assert len({each[:8] for each in found}) == len({each[8:] for each in found}) == len(found)
     assert digests.not_finite({"a": {"b": np.float32([1, np.inf])}, "c": one, "d": np.int32([1])}) == ["a/b"]
 
 
 def test_json_is_the_same_with_its_keys_in_any_order_and_its_tuples_as_lists():
-    assert digests.of_json({"a": (1, 2.5), "b": None}) == digests.of_json({"b": None, "a": [1, 2.5]})
-    assert digests.of_json({"a": 1}) != digests.of_json({"a": 1.0}) != digests.of_json({"a": True})
+    assert digests.json_digest({"a": (1, 2.5), "b": None}) == digests.json_digest({"b": None, "a": [1, 2.5]})
+    assert digests.json_digest({"a": 1}) != digests.json_digest({"a": 1.0}) != digests.json_digest({"a": True})
 
 
 # ---------------------------------------------------------------- exports
@@ -80,7 +80,7 @@ def exported(tmp_path_factory) -> pathlib.Path:
 def test_a_flipped_bit_in_an_export_is_noticed_or_changes_nothing(exported, tmp_path):
     rng, noticed = random.Random(0), 0
     whole = features.load_weights(exported)
-    wanted = digests.of_leaves(whole.params)
+    wanted = digests.leaf_digests(whole.params)
     for number in range(24):
         copy = pathlib.Path(shutil.copytree(exported, tmp_path / str(number)))
         file = copy / ("config.json" if number % 2 else "model.safetensors")
@@ -92,7 +92,7 @@ def test_a_flipped_bit_in_an_export_is_noticed_or_changes_nothing(exported, tmp_
         except UserError:
             noticed += 1
             continue
-        assert digests.of_leaves(found.params) == wanted and found.meta == whole.meta
+        assert digests.leaf_digests(found.params) == wanted and found.meta == whole.meta
     assert noticed >= 12  # all of the weights
 
 
@@ -113,7 +113,7 @@ def test_an_export_comes_back_with_its_own_mean_and_ranges_and_is_told(exported,
     del entry["digest"]
     entry |= {"dtype": "uint16", "ranges": [[0.0, 3000.0]] * 3, "mean": [0.2] * 3, "std": [0.1] * 3}
     config["pretrained_cfg"] |= {"mean": [0.2] * 3, "std": [0.1] * 3}
-    config["pera_jax"] = entry | {"digest": digests.of_json(entry)}
+    config["pera_jax"] = entry | {"digest": digests.json_digest(entry)}
     (copy / "config.json").write_text(json.dumps(config))
     export.main(["import-timm", str(copy / "model.safetensors"), "--output", str(tmp_path / "run")])
     assert "mean, std, dtype, ranges from config.json" in capsys.readouterr().out.replace("heads, bands, ", "")

@@ -1,4 +1,4 @@
-"""Faults of the machine, told apart from damaged data."""
+"""Failures of the machine, as opposed to damaged data."""
 
 import errno
 import multiprocessing
@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from array_record.python import array_record_module
+import toy_shards
 
 from data_prep.convert import processes
 from data_prep.inspect import check_shard
@@ -40,9 +40,9 @@ def raised(error: BaseException, cause: BaseException | None = None) -> BaseExce
         (OSError(errno.ENFILE, "x"), "too many files are open"),
         (OSError(errno.EIO, "x"), "input/output error"),
         (OSError(errno.ESTALE, "x"), "stale file handle"),
-        (OSError(errno.ENOSPC, "x"), "make room"),
+        (OSError(errno.ENOSPC, "x"), "free some space"),
         (BlockingIOError(errno.EAGAIN, "fork"), "no more threads or processes"),
-        (PermissionError(errno.EACCES, "x"), "permission denied; allow access"),
+        (PermissionError(errno.EACCES, "x"), "permission denied; grant access"),
         (MemoryError(), "not enough memory"),
         (RuntimeError("can't start new thread"), "no more threads or processes"),
         (RuntimeError("open() failed: Too many open files; opening /tmp/x"), "too many files are open"),
@@ -120,7 +120,7 @@ def test_patience(monkeypatch):
         next(once)
         raise OSError(errno.ENOSPC, "x")
 
-    with pytest.raises(EnvironmentFault, match="make room"):
+    with pytest.raises(EnvironmentFault, match="free some space"):
         patiently(full, "x cannot be written")
     assert next(once) == 1  # waiting makes no room
     with pytest.raises(FileNotFoundError):
@@ -134,10 +134,7 @@ def write_shards(folder, number: int):
     files = []
     for i in range(number):
         files.append(folder / f"{i:03d}")
-        writer = array_record_module.ArrayRecordWriter(str(files[-1]), "group_size:1,uncompressed")
-        for k in range(2):
-            writer.write(b"%d %d" % (i, k))
-        writer.close()
+        toy_shards.write_shard(files[-1], [b"%d %d" % (i, k) for k in range(2)])
     return files
 
 
@@ -202,7 +199,7 @@ def test_a_machine_that_fails_damages_no_shard(tmp_path, monkeypatch):
     monkeypatch.setattr(shard_files, "_opened", failing)
     shard_files.check_shard(file, 2)
     faults += ["Input/output error"] * 3
-    with pytest.raises(EnvironmentFault, match=f"^shard {file} cannot be read: [iI]nput/output error; see that the disk"):
+    with pytest.raises(EnvironmentFault, match=f"^shard {file} cannot be read: [iI]nput/output error; check the disk"):
         shard_files.check_shard(file, 2)
     faults += ["Input/output error"] * 3
     found = check_shard.Findings()
@@ -237,11 +234,11 @@ def work(task: str, say) -> None:
 
 
 def test_workers_that_hang_or_lack_memory_end_the_command(monkeypatch):
-    with pytest.raises(EnvironmentFault, match="a worker cannot go on: there is not enough memory"):
+    with pytest.raises(EnvironmentFault, match="a worker cannot continue: there is not enough memory"):
         list(processes.run(["memory"], work, 1))
-    monkeypatch.setattr(processes, "_LISTEN", 0.1)
+    monkeypatch.setattr(processes, "_POLL_SECONDS", 0.1)
     monkeypatch.setattr(processes, "IDLE_SECONDS", 1.0)
-    with pytest.raises(EnvironmentFault, match="^the workers have said nothing for .* use fewer --workers"):
+    with pytest.raises(EnvironmentFault, match="^the workers have not responded for .* use fewer --workers"):
         list(processes.run(["hang"], work, 1))
     assert not multiprocessing.active_children()
 

@@ -52,7 +52,7 @@ def test_in_a_program_of_others_it_is_a_keyboard_interrupt():
 def test_the_first_asks_and_says_so_the_second_ctrl_c_ends_at_once_and_a_second_sigterm_does_not():
     process = start("command", "saves")
     process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=20) == ("asked by SIGTERM\n", "SIGTERM: saving after this step\n")
+    assert process.communicate(timeout=20) == ("asked by SIGTERM\n", "SIGTERM: saving a checkpoint after this step\n")
     process = start("command", "saves", "slow")
     for number in (signal.SIGTERM, signal.SIGTERM):
         process.send_signal(number)
@@ -62,17 +62,17 @@ def test_the_first_asks_and_says_so_the_second_ctrl_c_ends_at_once_and_a_second_
     process.communicate()
     process = start("command", "saves", "slow")
     process.send_signal(signal.SIGINT)
-    assert process.stderr.readline() == "SIGINT: saving after this step; again to stop at once\n"
+    assert process.stderr.readline() == "SIGINT: saving a checkpoint after this step; again to stop at once\n"
     process.send_signal(signal.SIGINT)
     err = process.communicate(timeout=20)[1]
     assert process.returncode == 130
-    assert err == "error: stopped at once; the same command goes on from the newest checkpoint\ntidied\n"
+    assert err == "error: stopped immediately; re-run the same command to resume from the newest checkpoint\ntidied\n"
 
 
 def test_in_a_program_of_others_the_first_asks_and_the_second_ctrl_c_is_a_keyboard_interrupt():
     process = start("library", "saves")
     process.send_signal(signal.SIGTERM)
-    said = "SIGTERM: saving after this step; Ctrl-C to stop at once\n"
+    said = "SIGTERM: saving a checkpoint after this step; Ctrl-C to stop at once\n"
     assert process.communicate(timeout=20) == ("asked by SIGTERM\n", said) and process.returncode == 0
     process = start("library", "saves", "slow")
     process.send_signal(signal.SIGINT)

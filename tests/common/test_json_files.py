@@ -69,7 +69,7 @@ def test_any_json_is_of_the_type_or_invalid_in_one_printable_line(value):
 
 
 def test_json_that_is_none():
-    for text, sentence in ((b"[" * 100_000, "nested too deeply"), (b"\xff", "no text in UTF-8"), (b'"\\ud800"', "no text in UTF-8"),
+    for text, sentence in ((b"[" * 100_000, "nested too deeply"), (b"\xff", "not valid UTF-8"), (b'"\\ud800"', "not valid UTF-8"),
                            (b"{", "no JSON"), (b"", "no JSON"), (b"1" * 5000, "no JSON")):  # fmt: skip
         with pytest.raises(Invalid, match=sentence):
             json_files.loads(text)
@@ -115,7 +115,7 @@ def test_results_plans_and_parts_name_the_file_and_the_field(tmp_path, capsys):
     split = shard_folders.Split(tmp_path, "set", "train", list(records.RGB), "uint8", None, False, [], 1, "f")
     split.partial.mkdir()
     (split.partial / "plan.json").write_text('{"source": 3}')
-    with pytest.raises(UserError, match=r"plan.json is damaged: source: expected str, got int; remove .*partial, and begin again"):
+    with pytest.raises(UserError, match=r"plan.json is damaged: source: expected str, got int; remove .*partial, and re-run the command"):
         split_plan.check_unfinished(split)
 
     part = Part("s", 5, 1, bytes(32), bytes(16), statistics.to_bytes(np.ones((3, 256), np.int64)), [("k", "x")], [], [], {"c": 1})
@@ -125,5 +125,5 @@ def test_results_plans_and_parts_name_the_file_and_the_field(tmp_path, capsys):
     for changes in ({"records": 2}, {"histogram": "AAAA"}, {"digests": 3}, {"shard": "t"}, {"corrupt": [["k"]]}):
         file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
         assert Part.load(split.partial, "s") is None
-        assert "written anew" in capsys.readouterr().out
+        assert "written again" in capsys.readouterr().out
         part.save(split.partial)

@@ -38,7 +38,7 @@ def test_a_second_job_is_refused_while_the_first_lives_and_takes_over_when_it_wa
     folder = tmp_path / "a" / "run"
     process = holder(folder)
     try:
-        with pytest.raises(lease.InUse, match=rf"^{folder} is in use by process {process.pid} on .*; wait for its end, or choose another --workdir$"):
+        with pytest.raises(lease.InUse, match=rf"^{folder} is in use by process {process.pid} on .*; wait until it ends, or choose another --workdir$"):
             with lease.held(folder, "--workdir"):
                 pass
         process.send_signal(signal.SIGSTOP)  # it does not renew, and lives
@@ -120,7 +120,7 @@ def test_who_has_stood_still_too_long_learns_that_it_is_out(tmp_path):
         other = leave(tmp_path, host="other")  # has taken over
         first.check()  # no need to look: it has renewed just now
         first._seen -= 1000
-        with pytest.raises(UserError, match="was taken over by process .* on other, .*; it ends without writing more"):
+        with pytest.raises(UserError, match="was taken over by process .* on other, .* suspended; this process stops without further writes"):
             first.check()
     assert owner.Owner.parse((tmp_path / lease.NAME).read_bytes()) == other  # not the first one's to remove
 

@@ -24,7 +24,7 @@ def test_what_this_program_wrote_is_known(tmp_path):
     for content in FOREIGN:
         file.write_bytes(content)
         for own in (owned.marked, stablehlo._ours):
-            with pytest.raises(errors.UserError, match="file is there, and this command did not write it; choose another --output"):
+            with pytest.raises(errors.UserError, match="file already exists and was not written by this command; choose another --output"):
                 owned.check(file, own)
         assert file.read_bytes() == content
 
@@ -32,7 +32,7 @@ def test_what_this_program_wrote_is_known(tmp_path):
 def test_before_any_work_is_done(tmp_path):
     for name in ("results.csv", "plan.json"):
         (tmp_path / name).write_bytes(b"my,notes\n")
-    with pytest.raises(errors.UserError, match="results.csv is there, and this command did not write it"):
+    with pytest.raises(errors.UserError, match="results.csv already exists and was not written by this command"):
         results.check_writable(tmp_path)
     with pytest.raises(errors.UserError, match="plan.json is there, .*choose another --json"):
         plan.main(["--config", "none.py", "--topology", "v5e:2x2", "--json", str(tmp_path / "plan.json")])

@@ -39,7 +39,7 @@ def test_what_is_an_address():
     for name in LOCAL:
         assert paths.local(name) == name
     for name in (*ADDRESSES, *(pathlib.Path(name) for name in ADDRESSES), "shards/aid, gs://bucket/x", "tfds:gs://bucket/x"):
-        with pytest.raises(errors.UserError, match="is an address, and only local paths"):
+        with pytest.raises(errors.UserError, match="is a URL, and only local paths"):
             paths.local(name)
 
 
@@ -49,7 +49,7 @@ def test_every_command_refuses_it(command, line, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         errors.run(lambda: command.main(line.format("gs://bucket/x").split()))
     said = capsys.readouterr().err
-    assert ended.value.code == 1 and re.fullmatch(r"error: .*gs:/.*bucket/x is an address, .*\n", said), said
+    assert ended.value.code == 1 and re.fullmatch(r"error: .*gs:/.*bucket/x is a URL, .*\n", said), said
     assert not list(tmp_path.iterdir())
 
 
@@ -57,7 +57,7 @@ def test_every_command_refuses_it(command, line, tmp_path, monkeypatch, capsys):
 def test_every_field_of_a_config_that_is_a_path(field):
     settings = config.default()
     settings.update_from_flattened_dict({field: "shards/aid,s3://bucket/x"})
-    with pytest.raises(errors.UserError, match=f"config.{field}=s3://bucket/x is an address"):
+    with pytest.raises(errors.UserError, match=f"config.{field}=s3://bucket/x is a URL"):
         config.check(settings, 1, 1, 1)
 
 
@@ -68,6 +68,6 @@ def test_every_function_of_the_library_that_takes_a_path(tmp_path, monkeypatch):
         lambda path: checkpoint_store.Store(path, 1, 1), lambda path: train.train(config.default(), path),
         lambda path: specs.from_names(["segmentation"], {"data": path}, []),
     ):  # fmt: skip
-        with pytest.raises(errors.UserError, match="gs:/+bucket/x is an address"):
+        with pytest.raises(errors.UserError, match="gs:/+bucket/x is a URL"):
             take("gs://bucket/x")
     assert not list(tmp_path.iterdir())

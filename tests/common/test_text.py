@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pera_jax.common.text import LIMIT, printable, several
+from pera_jax.common.text import LIMIT, first_line, printable, several
 
 
 @pytest.mark.parametrize(
@@ -55,3 +55,9 @@ def test_several():
     assert several(["a", "b", "c"]) == "a, b, c"
     assert several(["a", "b\n", 3, "d", "e"]) == "a, b\\n, 3 and 2 more"
     assert several((str(i) for i in range(2000)), limit=2) == "0, 1 and 1,998 more"
+
+
+def test_first_line():
+    assert first_line(ValueError("\n no such band.\nand 40 lines of C++")) == "no such band"
+    assert first_line(MemoryError()) == "MemoryError"
+    assert first_line("a\x1b[2J") == "a\\x1b[2J"

@@ -1,4 +1,4 @@
-"""Bands and mixtures: what a config may ask of which data sets, and the stream that several make."""
+"""Bands and mixtures: what a config may ask of which datasets, and the stream that several make."""
 
 import json
 import os
@@ -65,15 +65,15 @@ def test_chosen_bands_come_in_their_order_with_statistics_of_their_ranges(folder
 REFUSED = {
     "has no band 'B99'; it has B01": (["deep"], {"data__bands": ("B99",)}),
     "names a band twice": (["deep"], {"data__bands": ("B01", "B01")}),
-    "data.normalize=imagenet is for the bands red, green, blue": (["four"], {}),
+    "data.normalize=imagenet requires the bands red, green, blue": (["four"], {}),
     "must be one \\(low, high\\) for all bands": (["deep"], {"data__ranges": ((0, 1),) * 2}),
     "with low < high": (["deep"], {"data__ranges": ((5, 5),)}),
-    "say with data.ranges what maps": (["deep", "other"], {"data__normalize": "dataset"}),
+    "set data.ranges to the range that maps": (["deep", "other"], {"data__normalize": "dataset"}),
     "expected uint16 values in": (["deep", "float"], {"data__ranges": ((0, 9000),)}),
     "has no band 'infrared'": (["four", "rgb"], {}),
-    "names a data set twice": (["rgb", "rgb"], {}),
+    "names a dataset twice": (["rgb", "rgb"], {}),
     "a positive number for each of the 2": (["rgb", "more"], {"data__weights": (1.0,)}),
-    "or its range holds none": (["deep"], {"data__normalize": "dataset", "data__ranges": ((6000, 7000),)}),
+    "is constant within its range": (["deep"], {"data__normalize": "dataset", "data__ranges": ((6000, 7000),)}),
 }
 
 
@@ -100,7 +100,7 @@ def test_a_mixture_draws_by_weight_and_resumes_anywhere_with_any_workers(folders
     whole = take(20)
     drawn = {name: np.concatenate([batch[name] for batch in whole]) for name in ("set", "index", "replaced")}
     assert np.bincount(drawn["set"]).tolist() == [180, 60]
-    for place, count in ((0, 40), (1, 20)):  # each data set has whole epochs of its own
+    for place, count in ((0, 40), (1, 20)):  # each dataset has whole epochs of its own
         turns = drawn["index"][drawn["set"] == place]
         for first in range(0, len(turns) - count + 1, count):
             assert sorted(turns[first : first + count]) == list(range(count))
@@ -128,9 +128,9 @@ def sentinel(tmp_path) -> str:
 
 
 def test_thirteen_bands_of_uint16_train_and_resume_and_their_features_are_extracted(folders, tmp_path):
-    colourless = {"pera__views__saturation": 0.0, "pera__views__hue": 0.0}
+    colorless = {"pera__views__saturation": 0.0, "pera__views__hue": 0.0}
     folders = folders | {"deep": sentinel(tmp_path)}
-    config = settings(folders, "deep", "other", data__normalize="dataset", data__ranges=((0, 10000),), **colourless)
+    config = settings(folders, "deep", "other", data__normalize="dataset", data__ranges=((0, 10000),), **colorless)
     config.update_from_flattened_dict({"total": "20 steps", "checkpoint.every": "10 steps", "data.weights": (1.0, 3.0)})
     workdir = str(tmp_path / "run")
     with pytest.raises(UserError, match="pera.views.student_grayscale=0.1 needs red, green and blue bands"):

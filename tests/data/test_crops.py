@@ -118,7 +118,7 @@ def test_resampling_agrees_with_pillow(box, size):
         assert abs(difference.mean()) <= 0.25, name  # Never brighter or darker as a whole.
 
 
-def test_what_is_too_fine_for_the_crop_turns_grey_instead_of_aliasing():
+def test_what_is_too_fine_for_the_crop_turns_gray_instead_of_aliasing():
     image = pictures(512, 512)["checks"]
     inner = resize(image, crops.Box(10, 10, 300, 300), 96)[2:-2, 2:-2].astype(int)
     assert np.abs(inner - 127.5).max() <= 8  # Taking every third pixel would give 0 and 255.
@@ -140,8 +140,8 @@ def test_flips_mirror_the_crop():
 def dense(source: int, target: int) -> np.ndarray:
     """The resampling of one axis as a matrix, float64 [target, source]: a triangle as wide as the reduction."""
     scale = source / target
-    centre = (np.arange(target)[:, None] + 0.5) * scale
-    kernel = np.maximum(1 - np.abs(np.arange(source) + 0.5 - centre) / max(scale, 1), 0)
+    center = (np.arange(target)[:, None] + 0.5) * scale
+    kernel = np.maximum(1 - np.abs(np.arange(source) + 0.5 - center) / max(scale, 1), 0)
     return kernel / kernel.sum(axis=1, keepdims=True)
 
 
@@ -216,14 +216,14 @@ def plain(pixels: np.ndarray, seed=0) -> dict[str, np.ndarray]:
 
 
 def test_what_is_not_reduced_keeps_its_bits():
-    colours = pictures(150, 181)["natural"]
-    grey = Image.fromarray(colours).convert("L")
+    colors = pictures(150, 181)["natural"]
+    gray = Image.fromarray(colors).convert("L")
     sets = {"tiff": types.SimpleNamespace(bands=list("abcde"), dtype="uint16")}
     wide = (pictures(150, 181)["noise"][..., [0, 1, 2, 0, 1]].astype(np.uint16)) * 257
     for encoded, info, places in (
-        (jpeg(colours), INFO, (0, 1, 2)),
-        (jpeg(colours), INFO, (2, 0)),
-        (jpeg(np.asarray(grey)), INFO, (0, 1, 2)),
+        (jpeg(colors), INFO, (0, 1, 2)),
+        (jpeg(colors), INFO, (2, 0)),
+        (jpeg(np.asarray(gray)), INFO, (0, 1, 2)),
         (codecs.encode_tiff(wide), sets["tiff"], (4, 1)),
     ):
         found, wanted = filled(encoded, info, places), plain(codecs.decode_bands(encoded, info, places))
@@ -232,7 +232,7 @@ def test_what_is_not_reduced_keeps_its_bits():
 
 
 @pytest.mark.parametrize(("height", "width", "reduction"), [(401, 457, 2), (803, 910, 4), (1630, 1701, 8)])
-def test_large_jpegs_are_reduced_within_a_grey_level(height, width, reduction):
+def test_large_jpegs_are_reduced_within_a_gray_level(height, width, reduction):
     images = pictures(height, width)
     for name, error in (("smooth", 1.0), ("natural", 2.5), ("zones", 4.0)):
         encoded = jpeg(images[name], progressive=name == "natural")
@@ -245,7 +245,7 @@ def test_large_jpegs_are_reduced_within_a_grey_level(height, width, reduction):
             assert abs(difference.mean()) <= 0.25, (name, kind)
 
 
-def test_what_is_too_fine_turns_grey_in_reduced_jpegs_too():
+def test_what_is_too_fine_turns_gray_in_reduced_jpegs_too():
     for step in (1, 2, 3):
         y, x = np.mgrid[:900, :900]
         for pattern in ((x + y) // step % 2, x // step % 2):

@@ -1,4 +1,4 @@
-"""Image files of others: one reader, so a file gives the same pixels wherever it is read."""
+"""Arbitrary image files: a single reader, so a file gives the same pixels everywhere."""
 
 import errno
 import functools
@@ -84,14 +84,14 @@ def test_tiffs_that_scenes_take_have_the_pixels_of_the_reader(folder):
         try:
             scene = scene_reader.describe(str(path))
         except pixels.Rejected as error:
-            assert ("stored turned" in str(error)) == (path.name == "turned.tif")
+            assert ("stored rotated" in str(error)) == (path.name == "turned.tif")
             continue
         if len(scene.names) != 3 or scene.alpha or path.name == "subsampled.tif":
-            continue  # GDAL enlarges the colours of a JPEG inside by a rule of its own
+            continue  # GDAL enlarges the colors of a JPEG inside by a rule of its own
         width, height = scene.sides
         tile = scene_reader.Tile((0, 0, width, height), width, height, tuple(scene.names), None)
         found, valid = scene_reader.read(str(path), tile)
-        np.testing.assert_array_equal(found, foreign.read(path.read_bytes(), colours=False).pixels, err_msg=path.name)
+        np.testing.assert_array_equal(found, foreign.read(path.read_bytes(), colors=False).pixels, err_msg=path.name)
         assert valid.all() and scene.dtype == found.dtype
         read += 1
     assert read == 7
@@ -127,7 +127,7 @@ def tiffs(draw) -> tuple[bytes, np.ndarray, int, dict]:
 @given(tiffs())
 def test_tiffs_of_any_layout(case):
     encoded, values, depth, _ = case
-    found = foreign.read(encoded, colours=False)
+    found = foreign.read(encoded, colors=False)
     np.testing.assert_array_equal(found.pixels, values)
     assert found.pixels.dtype == values.dtype and found.pixels.flags.writeable and len(found.bands) == values.shape[2]
     upper, bands = (values >> (depth - 8)).astype(np.uint8), values.shape[2]
@@ -135,7 +135,7 @@ def test_tiffs_of_any_layout(case):
         np.testing.assert_array_equal(foreign.read(encoded).pixels, np.repeat(upper, 3, 2) if bands == 1 else upper[..., :3])
     elif bands > 4:
         with pytest.raises(foreign.ImageDecodeError, match=f"holds {bands} bands"):
-            foreign.read(encoded, colours=True)
+            foreign.read(encoded, colors=True)
         np.testing.assert_array_equal(foreign.read(encoded).pixels, values)
     if bands == 1:
         np.testing.assert_array_equal(foreign.read_indices(encoded), values)
@@ -198,7 +198,7 @@ def test_what_a_raster_calls_alpha_is_opacity_only_where_it_says_all_or_nothing(
     infrared = toy_images.tiff(np.concatenate([rgb, rgb[..., :1] // 2 + 20], axis=2), extra=(2,))
     assert foreign.read(infrared).changes == ("format TIFF", "alpha left out")
     np.testing.assert_array_equal(foreign.read(infrared).pixels, rgb)
-    assert foreign.read(infrared, colours=False).bands == ("red", "green", "blue", "band_4")
+    assert foreign.read(infrared, colors=False).bands == ("red", "green", "blue", "band_4")
 
 
 def test_narrow_values_of_sixteen_bits_need_a_range(tmp_path, capsys):
@@ -208,10 +208,10 @@ def test_narrow_values_of_sixteen_bits_need_a_range(tmp_path, capsys):
     for name in "ab":
         (tmp_path / "in" / f"{name}.tif").write_bytes(toy_images.tiff(reflectance))
     command = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--split", "train", "--workers", "1"]
-    with pytest.raises(UserError, match=r"values of 16 bits end at 3000 of 65535 .* --range 0,3000"):
+    with pytest.raises(UserError, match=r"has a maximum of 3000 of 65535 .* --range 0,3000"):
         images.main(command)
     images.main([*command, "--range", "0,2000"])
-    assert "changed, range: 2 images of 9 to 16 bits, mapped as --range says" in capsys.readouterr().out
+    assert "changed, range: 2 images of 9 to 16 bits, mapped by --range" in capsys.readouterr().out
     source = records.open_split(tmp_path / "out", "train")
     found = codecs.decode_image(records.decode_record(source.read(0)).image)
     np.testing.assert_array_equal(found, np.floor(reflectance.clip(0, 2000) * 255.0 / 2000 + 0.5).astype(np.uint8))
@@ -243,11 +243,11 @@ def test_a_thumbnail_or_mask_before_the_picture_is_none(tmp_path):
         with tifffile.TiffWriter(tmp_path / name) as file:
             file.write(small, photometric="rgb" if small.ndim == 3 else "minisblack", subfiletype=flag, subifds=inner)
             file.write(rgb, photometric="rgb", subfiletype=0)
-        found = foreign.read((tmp_path / name).read_bytes(), colours=True)
+        found = foreign.read((tmp_path / name).read_bytes(), colors=True)
         np.testing.assert_array_equal(found.pixels, rgb)
         assert "several frames" not in found.changes
     tifffile.imwrite(tmp_path / "alone", rgb, photometric="rgb", subfiletype=1)  # an overview in a file of its own
-    np.testing.assert_array_equal(foreign.read((tmp_path / "alone").read_bytes(), colours=True).pixels, rgb)
+    np.testing.assert_array_equal(foreign.read((tmp_path / "alone").read_bytes(), colors=True).pixels, rgb)
 
 
 def test_a_failing_machine_is_no_plain_head_of_a_tiff(tmp_path, monkeypatch):
@@ -264,13 +264,13 @@ def test_a_failing_machine_is_no_plain_head_of_a_tiff(tmp_path, monkeypatch):
     assert tiff_files.head_of(str(tmp_path / "damaged.tif")) == tiff_files.Head()
 
 
-def test_a_palette_tiff_has_its_colours_in_both_readings(tmp_path):
+def test_a_palette_tiff_has_its_colors_in_both_readings(tmp_path):
     import tifffile
 
     numbers, palette = np.arange(256, dtype=np.uint8).reshape(16, 16), np.random.default_rng(3).integers(0, 65536, (3, 256), np.uint16)
     tifffile.imwrite(tmp_path / "palette.tif", numbers, photometric="palette", colormap=palette)
-    for colours in (True, None, False):
-        found = foreign.read((tmp_path / "palette.tif").read_bytes(), colours)
+    for colors in (True, None, False):
+        found = foreign.read((tmp_path / "palette.tif").read_bytes(), colors)
         np.testing.assert_array_equal(found.pixels, (palette >> 8).astype(np.uint8).T[numbers])
         assert found.bands == ("red", "green", "blue")
 
@@ -284,9 +284,9 @@ def test_images_unlike_most_of_a_folder_are_left_out_and_counted(tmp_path):
     tifffile.imwrite(tmp_path / "0_five.tif", np.zeros((5, 16, 16), np.uint8), photometric="minisblack", planarconfig="separate")
     tifffile.imwrite(tmp_path / "1_float.tif", np.zeros((16, 16, 3), np.float32), photometric="rgb")
     tifffile.imwrite(tmp_path / "2_deep.tif", np.full((16, 16, 3), 60000, np.uint16), photometric="rgb")
-    with pytest.raises(UserError, match=r"0_five.tif .*5 bands of uint8, and most images are 3 of uint8.*2 of 9"):
+    with pytest.raises(UserError, match=r"0_five.tif .*5 bands of uint8, but most images have 3 of uint8.*2 of 9"):
         samples.open_images(str(tmp_path))
-    found = samples.open_images(str(tmp_path), reading=folders.Reading(max_corrupt_share=0.3))
+    found = samples.open_images(str(tmp_path), reading=folders.Reading(max_corrupt_fraction=0.3))
     assert list(found.keys) == ["0.png", "1.png", "2.png", "2_deep.tif", "3.png", "4.png", "5.png"]
     assert (found.bands, found.dtype) == (("red", "green", "blue"), "uint8")
     assert found.decode(found.raw(3))[0, 0].tolist() == [60000 >> 8] * 3
@@ -314,22 +314,22 @@ def test_overviews_of_a_tiff_are_no_further_pictures():
     ],
 )  # fmt: skip
 def test_kinds_of_values_that_are_not_read(values, sentence):
-    for colours in (True, False, None):
+    for colors in (True, False, None):
         with pytest.raises(foreign.ImageDecodeError, match=sentence):
-            foreign.read(toy_images.tiff(values), colours)
+            foreign.read(toy_images.tiff(values), colors)
 
 
-def test_floats_are_values_and_no_colours():
+def test_floats_are_values_and_no_colors():
     values = np.random.default_rng(7).normal(size=(9, 8, 3)).astype(np.float32)
     np.testing.assert_array_equal(foreign.read(toy_images.tiff(values)).pixels, values)
-    with pytest.raises(foreign.ImageDecodeError, match="holds float32, whose range is not known"):
-        foreign.read(toy_images.tiff(values), colours=True)
+    with pytest.raises(foreign.ImageDecodeError, match="has values of float32 with unknown range"):
+        foreign.read(toy_images.tiff(values), colors=True)
 
 
 def test_cut_files_are_undecodable():
     for name, (encoded, _) in toy_images.every_kind().items():
         for share in (0.02, 0.3, 0.6):
-            for read in (foreign.read, functools.partial(foreign.read, colours=False), foreign.read_indices):
+            for read in (foreign.read, functools.partial(foreign.read, colors=False), foreign.read_indices):
                 with pytest.raises(foreign.ImageDecodeError) as error:
                     read(encoded[: int(len(encoded) * share)])
                 assert str(error.value), name
@@ -345,7 +345,7 @@ def test_the_limit_of_size_is_one_of_memory(monkeypatch):
     monkeypatch.setattr(image_errors, "MOST_BYTES", mask.size - 1)
     for content in files:
         for read in (foreign.read_indices, foreign.read, codecs.decode_image):
-            with pytest.raises(foreign.ImageDecodeError, match="claims 60 x 50 px, .* GiB once decoded"):
+            with pytest.raises(foreign.ImageDecodeError, match="is 60 x 50 px and would take .* GiB when decoded"):
                 read(content)
 
 
@@ -367,7 +367,7 @@ def test_masks_keep_their_values_and_follow_their_scene(tmp_path):
     with pytest.raises(UserError, match="cannot be decoded as a mask .no PNG, TIFF, GIF or BMP"):
         scene_files.read(scene_files.files(tmp_path, 1), "a", Bands.plain(), ())
     (tmp_path / "label/a.png").write_bytes(toy_images.png(mask[:29], 2))
-    with pytest.raises(UserError, match="is 40 x 29 px and .* is 40 x 30 px; they must be of one size"):
+    with pytest.raises(UserError, match="is 40 x 29 px and .* is 40 x 30 px; they must have the same size"):
         scene_files.read(scene_files.files(tmp_path, 1), "a", Bands.plain(), ())
 
 
@@ -387,9 +387,9 @@ def test_masks_may_be_tiffs_and_what_they_declare_is_no_class(tmp_path):
 
     for dtype, nodata in (("uint8", None), ("int16", None), ("uint8", 255), ("uint8", 9), ("int32", -9999)):
         np.testing.assert_array_equal(read(dtype, nodata), mask)
-    with pytest.raises(UserError, match="declares 0 to be no data, and holds it; store 255 there"):
+    with pytest.raises(UserError, match="has pixels with its nodata value 0; store 255 there"):
         read(nodata=0)
-    with pytest.raises(UserError, match="bands of float32; a mask has one"):
+    with pytest.raises(UserError, match="bands of float32; a mask must have one"):
         read("float32")
 
 
@@ -405,10 +405,10 @@ def test_what_a_tiff_declares_to_be_no_data_is_as_in_scenes(tmp_path, dtype, nod
     encoded = (tmp_path / "a.tif").read_bytes()
     tile = scene_reader.Tile((0, 0, 32, 24), 32, 24, (1, 2, 3), None)
     scene, valid = scene_reader.read(str(tmp_path / "a.tif"), tile)
-    found = foreign.read(encoded, colours=False)
+    found = foreign.read(encoded, colors=False)
     np.testing.assert_array_equal(found.pixels, scene)
     assert ("no data" in found.changes) == (nodata != 0) and np.isfinite(found.pixels).all()
     if dtype != "float32":
-        colours = foreign.read(encoded, colours=True)
-        np.testing.assert_array_equal(colours.pixels, scene if dtype == "uint8" else scene >> 8)
-        assert ("no data" in colours.changes) == (nodata != 0) and not colours.pixels[~valid].any()
+        colors = foreign.read(encoded, colors=True)
+        np.testing.assert_array_equal(colors.pixels, scene if dtype == "uint8" else scene >> 8)
+        assert ("no data" in colors.changes) == (nodata != 0) and not colors.pixels[~valid].any()

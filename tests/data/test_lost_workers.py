@@ -32,7 +32,7 @@ from pera_jax.data.mixture import Mixture
 
 if __name__ == "__main__":
     source, crops = pickle.load(open(sys.argv[1], "rb"))
-    stream = pipeline.make_pipeline(Mixture.of(source), crops, batch_size=12, seed=0, workers=1)
+    stream = pipeline.make_pipeline(Mixture.from_source(source), crops, batch_size=12, seed=0, workers=1)
     held = [next(stream), next(stream)]
     print("ready", flush=True)
     time.sleep(60)
@@ -45,11 +45,11 @@ def source(tmp_path_factory):
 
 
 def test_a_worker_that_the_system_kills_is_one_sentence(source):
-    stream = pipeline.make_pipeline(Mixture.of(source), CROPS, batch_size=1, seed=0, workers=1)  # one image is a batch, too
+    stream = pipeline.make_pipeline(Mixture.from_source(source), CROPS, batch_size=1, seed=0, workers=1)  # one image is a batch, too
     assert next(stream)["global"].shape[0] == 1
     (worker,) = multiprocessing.active_children()
     os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(EnvironmentFault, match=r"a data worker was ended by the system \(SIGKILL\).*data.workers"):
+    with pytest.raises(EnvironmentFault, match=r"a data worker was killed by the system \(SIGKILL\).*data.workers"):
         for _ in range(10):
             next(stream)
     stream.close()
@@ -110,11 +110,11 @@ def test_what_was_computed_is_saved_before_a_lost_worker_ends_the_run(step, save
     loop = Loop(config, objective, mesh, store, {}, None, store, {}, 10, position, 4, ["toy"], None)
 
     def stream():
-        raise EnvironmentFault("a data worker was ended")
+        raise EnvironmentFault("a data worker was killed")
         yield
 
     ending = f"; the state of step {step} is saved" if saved else ""
-    with pytest.raises(EnvironmentFault, match=f"^a data worker was ended{ending}$"):
+    with pytest.raises(EnvironmentFault, match=f"^a data worker was killed{ending}$"):
         loop.next_batch(stream(), SimpleNamespace(step=step))
     assert store.saved == saved
 

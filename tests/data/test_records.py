@@ -1,8 +1,6 @@
-"""The data set folder as its readers see it."""
+"""The dataset folder as its readers see it."""
 
 import contextlib
-import dataclasses
-import io
 import json
 import math
 import pickle
@@ -10,46 +8,26 @@ import re
 
 import numpy as np
 import pytest
-from array_record.python import array_record_module
+import toy_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from pera_jax.common.errors import UserError
 from pera_jax.data import codecs, float_histogram, records, shard_files, statistics
 
 
 def png(value: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (4 + value, 3), (value, 2 * value, 255 - value)).save(buffer, "PNG")
-    return buffer.getvalue()
+    return toy_shards.png(np.full((3, 4 + value, 3), (value, 2 * value, 255 - value), np.uint8))
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two shards of 3 and 2 records, written with nothing but the format's own description."""
-    counts, names = [3, 2], ["toy-train.array_record-0000%d-of-00002" % k for k in range(2)]
-    number = 0
-    for name, count in zip(names, counts, strict=True):
-        writer = array_record_module.ArrayRecordWriter(str(tmp_path / name), "group_size:1,uncompressed")
-        for _ in range(count):
-            writer.write(records.encode_record(png(number), f"a/{number}.png", number % 2))
-            number += 1
-        writer.close()
-    sizes = [(tmp_path / name).stat().st_size for name in names]
-    statistics = {"ranges": [[0.0, 255.0]] * 3, "mean": [0.5] * 3, "std": [0.2] * 3, "percentiles": {}}
-    split = records.SplitInfo(5, names, counts, sizes, **statistics, fingerprint="f", source="s")
-    version = records.FORMAT_VERSION
-    info = records.DatasetInfo(
-        "toy", list(records.RGB), "uint8", ["a", "b"], False, format_version=version, splits={"train": split}
-    )
-    (tmp_path / "info.json").write_text(json.dumps(dataclasses.asdict(info)))
-    return tmp_path
-
-
-def edit_info(folder, **changes):
-    file = folder / "info.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    """Two shards of 3 and 2 records."""
+    split = toy_shards.Split(
+        [png(i) for i in range(5)], [i % 2 for i in range(5)], [f"a/{i}.png" for i in range(5)], shards=[3, 2],
+        facts={"fingerprint": "f", "source": "s"},
+    )  # fmt: skip
+    return toy_shards.write(tmp_path / "toy", {"train": split}, class_names=["a", "b"])
 
 
 @pytest.mark.parametrize("label", [None, 0, 1, 127, 128, 70_000])
@@ -128,7 +106,7 @@ def test_bad_folders_are_one_clear_sentence(folder, tmp_path_factory):
         records.load_info(folder / "nowhere")
     with pytest.raises(UserError, match="has no info.json"):
         records.load_info(tmp_path_factory.mktemp("empty"))
-    with pytest.raises(UserError, match="holds 3 records instead of 4"):
+    with pytest.raises(UserError, match="is damaged: expected 4 records, got 3"):
         shard_files.check_shard(shard, 4)
     zeros = folder / "zeros"
     zeros.write_bytes(bytes(shard.stat().st_size))
@@ -137,14 +115,14 @@ def test_bad_folders_are_one_clear_sentence(folder, tmp_path_factory):
     shard.rename(folder / "moved")
     with pytest.raises(UserError, match="00000-of-00002 is missing"):
         records.open_split(folder, "train")
-    edit_info(folder, dtype="int64")
+    toy_shards.edit_info(folder, dtype="int64")
     with pytest.raises(UserError, match="dtype is int64, expected one of uint8"):
         records.open_split(folder, "train")
-    edit_info(folder, format_version=1, invented=1)
+    toy_shards.edit_info(folder, format_version=1, invented=1)
     with pytest.raises(UserError, match="format version 1, not 2"):
         records.load_info(folder)
     (folder / "info.json").write_text('{"format_version": 1, "na')
-    with pytest.raises(UserError, match="info.json is damaged: it is no JSON"):
+    with pytest.raises(UserError, match="info.json is damaged: it is not valid JSON"):
         records.load_info(folder)
 
 
@@ -157,25 +135,25 @@ def test_an_info_that_cannot_be_true_is_refused_naming_the_field(folder):
         ({"shards": ["/etc/passwd", shards[1]]}, "shards[0]: expected the name of a file in this folder"),
         ({"shards": [shards[0]] * 2}, "split 'train' names a shard twice"),
         ({"mean": [0.5, math.nan, 0.5]}, "mean[1]: expected a finite number"),
-        ({"std": [0.1, -0.1, 0.1]}, "split 'train' has a negative deviation"),
-        ({"ranges": [[0, 255], [5, 5], [0, 255]]}, "split 'train' has a range whose lower end is not below"),
+        ({"std": [0.1, -0.1, 0.1]}, "split 'train' has a negative standard deviation"),
+        ({"ranges": [[0, 255], [5, 5], [0, 255]]}, "split 'train' has a range that is not low < high"),
         ({"ranges": [[0, 255], [0], [0, 255]]}, "ranges[1]: expected array of length >= 2"),
         ({"shard_records": [3, 10**9], "records": 10**9 + 3}, f"holds 1,000,000,000 records in {split['shard_bytes'][1]:,}"),
-        ({"records": 1}, "split 'train' has 1 records, and its shards"),
+        ({"records": 1}, "split 'train' has 1 records, but its shards"),
         ({"records": "7"}, "records: expected int, got str"),
-        ({"shard_bytes": [size]}, "has 2 shards, 2 numbers of records and 1 sizes"),
-        ({"percentiles": {"50": [1.0]}}, "has 50 of 1 bands and the data set 3"),
+        ({"shard_bytes": [size]}, "has 2 shards, but 2 record counts and 1 sizes"),
+        ({"percentiles": {"50": [1.0]}}, "has 50 of 1 bands and the dataset 3"),
         ({"percentiles": {"50": None}}, "expected array, got null"),
     ]:
-        edit_info(folder, splits={"train": {**split, **changes}})
+        toy_shards.edit_info(folder, splits={"train": {**split, **changes}})
         with pytest.raises(UserError, match=f"info.json is damaged: .*{re.escape(sentence)}"):
             records.load_info(folder)
     for changes, sentence in [
-        ({"bands": ["red", "red", "blue"]}, "bands is no list of different names"),
+        ({"bands": ["red", "red", "blue"]}, "bands must be a list of unique names"),
         ({"class_names": ["a", ""]}, "class_names[1]: expected str of length >= 1"),
-        ({"class_names": ["a\n", "\ud800"]}, "bytes or escapes that are no text"),
+        ({"class_names": ["a\n", "\ud800"]}, "bytes or escapes that are not valid UTF-8"),
         ({"splits": {"../train": split}}, "splits: expected the name of a file"),
-        ({"splits": {}}, "it names no split"),
+        ({"splits": {}}, "it has no splits"),
         ({"splits": []}, "splits: expected object, got array"),
     ]:
         (folder / "info.json").write_text(json.dumps(sound | changes))
@@ -285,7 +263,7 @@ def test_histograms_of_floats_of_older_folders_are_read():
     ordered = np.where(bits >> 31, ~bits, bits | (1 << 31)) >> 16
     old = np.bincount(ordered.ravel(), minlength=65536)[None]
     new = statistics.count(pixels)
-    assert not any(more.any() for _, more in statistics.differences(new, statistics.of_dtype(old, "float32")))
+    assert not any(more.any() for _, more in statistics.differences(new, statistics.current(old, "float32")))
     for shares in ((1.0,), (50.0,)):
         found, exact = (statistics.percentiles(counts, "float32", shares) for counts in (old, new))
         np.testing.assert_allclose(found, exact, rtol=1 / 128)

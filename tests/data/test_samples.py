@@ -1,4 +1,4 @@
-"""Labelled images from shards, class folders, tables of labels and TFDS: the same images, one sentence for each fault."""
+"""Labeled images from shards, class folders, label tables and TFDS: the same images, one sentence per problem."""
 
 import io
 import os
@@ -89,7 +89,7 @@ def test_class_folders_whose_names_no_table_could_hold_are_refused(tmp_path):
         Image.new("RGB", (40, 40)).save(tmp_path / "in" / name / "1.png")
     with pytest.raises(UserError) as error:
         class_folders.list_images(tmp_path / "in", "", None)
-    assert "names are empty or hold control characters" in str(error.value)
+    assert "class names that are empty or contain control characters" in str(error.value)
     assert str(error.value).isprintable()
 
 
@@ -103,7 +103,7 @@ def test_names_that_are_not_utf_8_stay_out_as_in_conversions(folders, capsys):
 
 def test_an_archive_is_to_be_converted_first(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"PK")
-    with pytest.raises(UserError, match="a.zip is a file; convert an archive with python -m data_prep.images"):
+    with pytest.raises(UserError, match="a.zip is a file; convert archives with python -m data_prep.images"):
         samples.open_images(str(tmp_path / "a.zip"))
 
 
@@ -118,7 +118,7 @@ def test_other_dtypes_and_bands(tmp_path):
     assert (found.bands, found.dtype) == (tuple(f"band_{n}" for n in range(1, 6)), "uint16")
     assert images(found)[1].shape == (20, 24, 5)
     (tmp_path / "train" / "b" / "1.tif").write_bytes(codecs.encode_tiff(np.zeros((20, 24, 4), np.uint16)))
-    with pytest.raises(UserError, match="b/1.tif .*4 bands of uint16, and most images are 5 of uint16"):
+    with pytest.raises(UserError, match="b/1.tif .*4 bands of uint16, but most images have 5 of uint16"):
         samples.open_samples(str(tmp_path), "train")
 
 
@@ -133,10 +133,10 @@ def _move(source: str, target: str):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (_move("test/plain/2.png", "test/forest/2.png"), "small has other classes in 'train' than in 'test': plain .* forest"),
+        (_move("test/plain/2.png", "test/forest/2.png"), "small has different classes in 'train' and 'test': plain .* forest"),
         (_move("train", "training"), "has no folder 'train' for the split; it has test, training"),
         (lambda folder: [_move(f"train/{name}", f"train/{name[-5:]}")(folder) for name in ("dots/0.png", "stripes/2.png")],
-         "train/0.png lies in no class folder, and so do 1 other images of 5"),
+         "train/0.png is not in a class folder, like 1 other images of 5"),
         (lambda folder: (folder / "train" / "water").mkdir(), "train/water holds no image"),
         (lambda folder: shutil.rmtree(folder / "test") or (folder / "test").mkdir(), "test holds no image"),
         (lambda folder: shutil.rmtree(folder), "does not exist"),
@@ -159,29 +159,29 @@ def test_a_few_images_beside_the_class_folders_are_left_out_and_named(folders, c
     found = samples.open_samples(str(folders), "train")
     assert found.labels.tolist() == [0, 1, 1, 2, 2] and "logo.png" not in found.keys
     told = capsys.readouterr().err
-    assert "1 image lies beside the folders of the 3 classes dots, plain, stripes and is left out" in told
+    assert "1 image lies outside the folders of the 3 classes dots, plain, stripes and is left out" in told
     assert "train/logo.png" in told
     assert len(samples.open_images(str(folders), "train")) == 6  # an export takes all
-    assert "no classes are taken from the folders dots, plain, stripes: there are logo.png" in capsys.readouterr().err
+    assert "folders are not used as classes (dots, plain, stripes): there are images outside of them (logo.png" in capsys.readouterr().err
 
 
 def test_folders_that_look_like_splits_are_told(folders, capsys):
     samples.open_samples(str(folders.parent), folders.name)
     assert "are test, train, which look like splits" in capsys.readouterr().err
     samples.open_images(str(folders))
-    assert "no classes are taken from the folders test, train" in capsys.readouterr().err
+    assert "folders are not used as classes (test, train)" in capsys.readouterr().err
 
 
 def test_a_few_unreadable_files_are_left_out_and_named(folders, capsys):
     first = samples.open_samples(str(folders), "train").fingerprint
     for name, content in (("a.png", b"x"), ("b.jpg", b""), ("c.bmp", b"BM"), ("d.txt", b"")):
         (folders / "train/plain" / name).write_bytes(content)
-    with pytest.raises(UserError, match="plain/a.png cannot be read as an image .*, and so with 2 of 7; .*max-corrupt-share"):
+    with pytest.raises(UserError, match="plain/a.png cannot be read as an image .*, like 2 of 7 images; .*max-corrupt-fraction"):
         samples.open_samples(str(folders), "train")
-    found = samples.open_samples(str(folders), "train", reading=samples.folders.Reading(max_corrupt_share=0.3))
+    found = samples.open_samples(str(folders), "train", reading=samples.folders.Reading(max_corrupt_fraction=0.3))
     assert len(found) == 5 and len(images(found)) == 5 and found.fingerprint == first
     told = capsys.readouterr().err
-    assert "2 of 7 images cannot be read and are left out" in told and "plain/a.png" in told and "plain/b.jpg" in told
+    assert "2 of 7 images cannot be read and are skipped" in told and "plain/a.png" in told and "plain/b.jpg" in told
     assert "2 files of " in told and ".bmp (1), .txt (1)" in told
 
 
@@ -202,15 +202,15 @@ def test_links_that_leave_the_folder_are_followed_where_they_are_to_be(folders, 
     ("content", "sentence"),
     [
         (None, "cannot be read"),
-        ("name,label\n", "must have the column key"),
-        ("key\n", "must have the column key"),
+        ("name,label\n", "must have a column key"),
+        ("key\n", "must have a column key"),
         ("key,label\n0.png,a\n", "has no label for the images 1.png, 2.png, 3.png and 1 more"),
-        ("key,label\n0.png,a,b\n", "line 2 .* has 3 cells instead of 2"),
-        ("key,label\n0.png,a\n0.png,a\n", "line 3 .* is the second one of 0.png"),
-        ("key,label\nx/0.png,a\nx\\0.png,b\n", r"lines 2 and 3 of .* other labels"),
+        ("key,label\n0.png,a,b\n", "line 2 .* expected 2 cells, got 3"),
+        ("key,label\n0.png,a\n0.png,a\n", "line 3 .* repeats the key 0.png"),
+        ("key,label\nx/0.png,a\nx\\0.png,b\n", r"lines 2 and 3 of .* different labels"),
         ("key,label\n" + "".join(f"{i}.png,\x1b[31m{i % 2}\n" for i in range(5)), "control characters"),
         ("key,label\n0.png,a\n1.png, \n2.png,b\n3.png,\n4.png,b\n", r"line 3 .* has an empty label for the image 1.png \(2 such"),
-        ("key,label,\n0.png,a,\n1.png,a,b\n", "line 3 .* has 3 cells instead of 2"),
+        ("key,label,\n0.png,a,\n1.png,a,b\n", "line 3 .* expected 2 cells, got 3"),
         ("key,a,b\n" + "".join(f"{i}.png,0,2\n" for i in range(5)), "has '2' for the image 0.png, which is neither"),
     ],
 )

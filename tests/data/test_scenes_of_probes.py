@@ -1,4 +1,4 @@
-"""Folders of labelled scenes: what is read, folds, fingerprints; bad input is one sentence that names the file."""
+"""Folders of labeled scenes: what is read, folds, fingerprints; bad input is one sentence that names the file."""
 
 import dataclasses
 import os
@@ -107,7 +107,7 @@ def test_without_a_test_split_scenes_are_tested_in_turn(tmp_path):
     found = scenes.load(tmp_path, 1, RGB, splits=("train", ""))
     assert [scene.key for scene in found.scenes] == list("ab") and found.folds == (((1,), (0,)), ((0,), (1,)))
     assert len(scenes.load(tmp_path, 1, RGB, splits=("", "")).folds) == 3
-    with pytest.raises(UserError, match="test holds one scene only"):
+    with pytest.raises(UserError, match="test has only one scene"):
         scenes.load(tmp_path, 1, RGB, splits=("", "test"))
 
 
@@ -125,37 +125,37 @@ def image(*shape, value=0):
 
 
 BAD = {
-    "no folder": (1, lambda f: (f / "label").rename(f / "labels"), r"there is no folder FOLDER/label"),
-    "empty": (1, lambda f: [p.unlink() for p in (f / "image").iterdir()], r"FOLDER/image holds no file \*\.jpg"),
+    "no folder": (1, lambda f: (f / "label").rename(f / "labels"), r"the folder FOLDER/label does not exist"),
+    "empty": (1, lambda f: [p.unlink() for p in (f / "image").iterdir()], r"FOLDER/image has no files \*\.jpg"),
     "no label": (1, lambda f: (f / "label/b.png").unlink(), r"FOLDER/image/b\.png has no counterpart 'b' in .*/label"),
     "no image": (1, lambda f: (f / "image/b.png").unlink(), r"FOLDER/label/b\.png has no counterpart 'b' in .*/image"),
     "no date": (2, lambda f: (f / "B/b.png").unlink(), r"FOLDER/A/b\.png has no counterpart 'b' in .*/B"),
-    "two of a name": (1, lambda f: save(f / "image/b.tif", image(12, 10, 3)), r"b\.png and .*b\.tif have one name"),
+    "two of a name": (1, lambda f: save(f / "image/b.tif", image(12, 10, 3)), r"b\.png and .*b\.tif have the same name"),
     "mask of another size": (1, lambda f: save(f / "label/b.png", image(12, 11)),
                              r"FOLDER/label/b\.png is 11 x 12 px and .*image/b\.png is 10 x 12 px"),
     "date of another size": (2, lambda f: save(f / "B/b.png", image(9, 10, 3)),
                              r"FOLDER/B/b\.png is 10 x 9 px and .*A/b\.png is 10 x 12 px"),
     "class beyond names": (1, lambda f: (f / "classes.txt").write_text("x\ny"),
-                           r"FOLDER/label/a\.png holds the class 2; classes are 0 to 1, and 255 no label"),
+                           r"FOLDER/label/a\.png has the class 2; expected 0 to 1, or 255"),
     "a line that shifts the classes": (1, lambda f: (f / "classes.txt").write_text("x\n\ny\n"), "line 2 of .*classes.txt is blank"),
-    "one name twice": (1, lambda f: (f / "classes.txt").write_text("x\ny\nx\n"), "two classes of one name: x"),
+    "one name twice": (1, lambda f: (f / "classes.txt").write_text("x\ny\nx\n"), "two classes with the same name: x"),
     "no names": (1, lambda f: (f / "classes.txt").write_text("\n"), r"FOLDER/classes\.txt holds 0 class names"),
-    "names that are no text": (1, lambda f: (f / "classes.txt").write_bytes(b"\xff\xfe\xfa"), "cannot be read as text"),
+    "names that are not text": (1, lambda f: (f / "classes.txt").write_bytes(b"\xff\xfe\xfa"), "cannot be read as text"),
     "value of change": (2, lambda f: save(f / "label/c.png", image(12, 10, value=7)),
-                        r"FOLDER/label/c\.png holds the values 7; a mask of change holds 0 and 255, or 0 and 1"),
-    "coloured mask": (1, lambda f: save(f / "label/c.png", image(12, 10, 3)), r"c\.png has 3 bands of uint8; a mask has one"),
+                        r"FOLDER/label/c\.png has the values 7; a change mask must have 0 and 255, or 0 and 1"),
+    "colored mask": (1, lambda f: save(f / "label/c.png", image(12, 10, 3)), r"c\.png has 3 bands of uint8; a mask must have one"),
     "undecodable image": (1, lambda f: (f / "image/c.png").write_bytes(b"no image"), r"image/c\.png cannot be decoded"),
     "cut image": (1, lambda f: (f / "image/c.png").write_bytes((f / "image/c.png").read_bytes()[:90]),
                   r"image/c\.png cannot be decoded"),
     "undecodable mask": (2, lambda f: (f / "label/c.png").write_bytes(b"no image"), r"label/c\.png cannot be decoded"),
     "bands": (1, lambda f: [(f / "image/a.png").unlink(), save(f / "image/a.tif", image(12, 10, 4))],
-              r"image/a\.tif has 4 bands of uint8, and the encoder takes 3 of uint8 \(red, green, blue\)"),
+              r"image/a\.tif does not fit the encoder: expected 3 bands of uint8 \(red, green, blue\), got 4 of uint8"),
     "dtype": (1, lambda f: [(f / "image/a.png").unlink(), save(f / "image/a.tif", np.zeros((12, 10, 3), np.float32))],
-              r"image/a\.tif has 3 bands of float32, and the encoder takes 3 of uint8"),
+              r"image/a\.tif does not fit the encoder: expected 3 bands of uint8 .*, got 3 of float32"),
     "one class": (1, lambda f: [save(f / f"label/{s}.png", image(12, 10)) for s in "abcd"],
-                  r"the training scenes b, c, d of FOLDER hold fewer than two classes"),
+                  r"the training scenes b, c, d of FOLDER have fewer than two classes"),
     "no labels": (1, lambda f: [save(f / f"label/{s}.png", image(12, 10, value=255)) for s in "abcd"],
-                  r"the training scenes b, c, d of FOLDER hold fewer than two classes"),
+                  r"the training scenes b, c, d of FOLDER have fewer than two classes"),
     "one split": (1, lambda f: write(f / "train"), r"FOLDER has the split 'train' but not 'test'"),
 }  # fmt: skip
 
@@ -174,11 +174,11 @@ def test_bad_input_is_one_sentence(tmp_path, name):
 def test_folds_that_cannot_be(tmp_path):
     write(tmp_path)
     for folds in (1, -2):
-        with pytest.raises(UserError, match=f"folds={folds} leaves nothing to train on"):
+        with pytest.raises(UserError, match=f"folds={folds} is invalid; choose 0"):
             scenes.load(tmp_path, 1, RGB, folds)
-    with pytest.raises(UserError, match="holds one scene only"):
+    with pytest.raises(UserError, match="has only one scene"):
         scenes.load(write(tmp_path / "one", "a"), 1, RGB)
-    with pytest.raises(UserError, match="there is no folder"):
+    with pytest.raises(UserError, match="does not exist"):
         scenes.load(tmp_path / "missing", 1, RGB)
     write(tmp_path / "train")
     with pytest.raises(UserError, match="both 'train'"):

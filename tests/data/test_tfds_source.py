@@ -1,4 +1,4 @@
-"""From a data set of TensorFlow Datasets to a data set folder, without TensorFlow."""
+"""From a dataset of TensorFlow Datasets to a dataset folder, without TensorFlow."""
 
 import io
 import json
@@ -21,7 +21,7 @@ features = tensorflow_datasets.features
 
 
 def picture(seed: int) -> bytes:
-    """Every third a JPEG, a PNG, and a grey PNG that has to be changed."""
+    """Every third a JPEG, a PNG, and a gray PNG that has to be changed."""
     values = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(values if seed % 3 < 2 else values[..., 0]).save(buffer, "PNG" if seed % 3 else "JPEG")
@@ -50,7 +50,7 @@ class ToyFields(tensorflow_datasets.core.GeneratorBasedBuilder):
         return tensorflow_datasets.core.DatasetInfo(builder=self, features=features.FeaturesDict(chosen))
 
     def _split_generators(self, _):
-        ranges = {"train": (0, 20), "test": (20, 24), "unlabelled": (21, 22)}
+        ranges = {"train": (0, 20), "test": (20, 24), "unlabeled": (21, 22)}
         return {name: self._generate_examples(*ends) for name, ends in ranges.items()}
 
     def _generate_examples(self, start, stop):
@@ -116,7 +116,7 @@ def test_images_keep_their_bytes_classes_and_order(data_dir, tmp_path):
 def test_probes_read_it_as_it_is(data_dir, tmp_path):
     """The same images, keys and labels as the shards that are made of it; nothing is converted."""
     shards = convert(data_dir, tmp_path / "out", "--dataset", data_dir / "toy_fields/plain/1.2.0", "--tfds-split", "train")
-    ours, theirs = samples.of_source(shards), samples.open_samples(f"tfds:{data_dir}/toy_fields/plain/1.2.0", "train")
+    ours, theirs = samples.from_source(shards), samples.open_samples(f"tfds:{data_dir}/toy_fields/plain/1.2.0", "train")
     assert (theirs.class_names, theirs.bands, theirs.dtype) == (ours.class_names, ours.bands, ours.dtype)
     assert list(theirs.keys) == list(ours.keys) and theirs.labels.tolist() == ours.labels.tolist()
     for index in range(len(ours)):
@@ -124,7 +124,7 @@ def test_probes_read_it_as_it_is(data_dir, tmp_path):
     half = samples.open_samples(f"tfds:{data_dir}/toy_fields/plain/1.2.0", "train[50%:]")
     assert list(half.keys) == list(ours.keys)[10:] and half.fingerprint != theirs.fingerprint
     for name, split, sentence in (
-        ("plain", "val", "'val' names no examples"), ("full", "train", "choose with --image-feature of python -m data_prep.tfds"),
+        ("plain", "val", "'val' selects no examples"), ("full", "train", "choose one with --image-feature of python -m data_prep.tfds"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=sentence):
             samples.open_samples(f"tfds:{data_dir}/toy_fields/{name}/1.2.0", split)
@@ -185,29 +185,29 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(data_dir, tmp_path):
     cases = {
         "tfds build mnist --file_format=array_record": ["--dataset", "mnist"],
         "which holds toy_fields/bare/1.2.0, toy_fields/full/1.2.0": ["--dataset", "toy_fields/nosuch"],
-        "no prepared data set 'no such'": ["--dataset", "no such"],
-        "name one of those in it: bare/1.2.0, full/1.2.0": ["--dataset", data_dir / "toy_fields"],
-        "is no folder with a dataset_info.json": ["--dataset", tmp_path / "nowhere"],
+        "no prepared dataset 'no such'": ["--dataset", "no such"],
+        "pass one of the datasets in it: bare/1.2.0, full/1.2.0": ["--dataset", data_dir / "toy_fields"],
+        "is not a folder with a dataset_info.json": ["--dataset", tmp_path / "nowhere"],
         "is stored as tfrecord, which only TensorFlow reads": ["--dataset", records_only],
-        "cannot be read as a TFDS data set": ["--dataset", torn],
+        "cannot be read as a TFDS dataset": ["--dataset", torn],
         "is truncated or damaged": ["--dataset", cut],
-        "it has test (4), train (20), unlabelled (1)": ["--dataset", full, *one, "--tfds-split", "val"],
-        "'train[:0]' names no examples": ["--dataset", full, *one, "--tfds-split", "train[:0]"],
-        "'train[50%:10%]' names no examples": ["--dataset", full, *one, "--tfds-split", "train[50%:10%]"],
-        "'train[x' names no examples": ["--dataset", full, *one, "--tfds-split", "train[x"],
+        "it has test (4), train (20), unlabeled (1)": ["--dataset", full, *one, "--tfds-split", "val"],
+        "'train[:0]' selects no examples": ["--dataset", full, *one, "--tfds-split", "train[:0]"],
+        "'train[50%:10%]' selects no examples": ["--dataset", full, *one, "--tfds-split", "train[50%:10%]"],
+        "'train[x' selects no examples": ["--dataset", full, *one, "--tfds-split", "train[x"],
         "3 image features: image, scene/bands, scene/quick; choose": ["--dataset", full],
         "--image-feature where": ["--dataset", full, "--image-feature", "where"],
         "2 ClassLabels: label, scene/use; choose": ["--dataset", full, "--image-feature", "image"],
-        "none of 1 images is left (the first is": ["--dataset", full, *one, "--tfds-split", "unlabelled"],
+        "no images are left of 1 (the first is": ["--dataset", full, *one, "--tfds-split", "unlabeled"],
         "has no ClassLabel": ["--dataset", bare, "--label-feature", "label"],
         "must be 6 different names": [*tensor, "--bands", "a,b"],
-        "--bands is for a Tensor": ["--dataset", full, *one, "--bands", "r,g,b"],
-        "are not for the Tensor": [*tensor, "--max-side", 9],
+        "--bands only applies to a Tensor": ["--dataset", full, *one, "--bands", "r,g,b"],
+        "do not apply to the Tensor": [*tensor, "--max-side", 9],
     }
     for sentence, args in cases.items():
         with pytest.raises(UserError) as caught:
             convert(data_dir, tmp_path / "out", *args)
         assert sentence in str(caught.value) and "\n" not in str(caught.value), caught.value
-    with pytest.raises(UserError, match="lie one in the other"):
+    with pytest.raises(UserError, match="overlap"):
         convert(data_dir, bare / "out", "--dataset", bare)
     assert not (tmp_path / "out").exists() and not (bare / "out").exists()

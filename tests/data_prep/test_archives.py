@@ -41,7 +41,7 @@ def test_backslashes_in_a_zip_are_folders_and_are_told(tmp_path, capsys):
     images.main(["--input", str(tmp_path / "win.zip"), "--output", str(tmp_path / "out"), "--split", "train", "--workers", "1"])
     said = capsys.readouterr().out
     assert "5 names in " in said
-    assert "have backslashes, which are taken for folders" in said
+    assert "have backslashes, which are read as folders" in said
     info = records.load_info(tmp_path / "out")
     assert info.class_names == ["sea", "wood"]
     assert info.splits["train"].records == 2
@@ -54,7 +54,7 @@ def test_backslashes_that_are_no_folders_are_told(tmp_path, capsys):
     pack(tmp_path / "in.tar", {f"wood\\{i}.png": encode(np.full((40, 40, 3), i, np.uint8)) for i in range(3)})
     images.main(["--input", str(tmp_path / "in.tar"), "--output", str(tmp_path / "out"), "--split", "train", "--workers", "1"])
     assert "3 names in " in (said := capsys.readouterr().out)
-    assert "classes may lie hidden" in said
+    assert "classes in them are not found" in said
 
 
 def test_classes_that_no_list_of_names_can_hold_are_refused(tmp_path):
@@ -81,7 +81,7 @@ def test_archives_one_behind_the_other_are_refused(tmp_path):
     for name in ("one", "two"):
         pack(tmp_path / f"{name}.tar", {f"{name}/1.jpg": b"?"})
     (tmp_path / "both.tar").write_bytes((tmp_path / "one.tar").read_bytes() + (tmp_path / "two.tar").read_bytes())
-    with pytest.raises(UserError, match="both.tar goes on behind its end mark"):
+    with pytest.raises(UserError, match="both.tar continues after its end marker"):
         sources.take_stock([tmp_path / "both.tar"])
 
 
@@ -129,7 +129,7 @@ def test_packed_bombs_are_never_unpacked_into_memory(tmp_path, ending):
     inventory = sources.take_stock([tmp_path / f"in.{ending}"])
     assert [(item.key, sources.read(item)) for item in inventory] == [("good.png", good)]
     bombs = [(name, reason) for name, reason in inventory.rejected if "bomb" in name]
-    assert len(bombs) == 2 and all("packed to less than" in reason for _, reason in bombs)
+    assert len(bombs) == 2 and all("compressed to less than" in reason for _, reason in bombs)
 
 
 def test_damaged_bytes_of_archives_are_a_sentence_or_failed_images(tmp_path):

@@ -38,7 +38,7 @@ def contents(root: pathlib.Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """What is kept and what is stored anew: JPEG, PNG, TIFF, WebP, GIF, grey, alpha, 16 bit; and a corrupt file."""
+    """What is kept and what is stored anew: JPEG, PNG, TIFF, WebP, GIF, gray, alpha, 16 bit; and a corrupt file."""
     root = tmp_path_factory.mktemp("tree")
     rng = np.random.default_rng(3)
     for i in range(30):
@@ -47,7 +47,7 @@ def tree(tmp_path_factory):
         name, content = [
             ("kept.jpg", encode(values, "JPEG")), ("kept.png", encode(values, "PNG")),
             ("anew.tif", encode(values, "TIFF", compression="tiff_lzw")), ("anew.webp", encode(values, "WEBP")),
-            ("grey.jpg", encode(values[..., 0], "JPEG")), ("deep.png", encode(deep, "PNG")),
+            ("gray.jpg", encode(values[..., 0], "JPEG")), ("deep.png", encode(deep, "PNG")),
             ("deep.tif", encode(deep, "TIFF")), ("alpha.png", encode(np.dstack([values, values[..., 0]]), "PNG")),
         ][i % 8]  # fmt: skip
         place = root / ("town" if i % 2 else "field") / f"{i:02d}.{name}"
@@ -134,7 +134,7 @@ def bands_split(output: pathlib.Path) -> split_plan.Split:
 
 
 def write_bands(output: pathlib.Path, run=shards.run_jobs, convert=store_bands) -> None:
-    folder.write_split(bands_split(output), convert, workers=1, run=run, max_corrupt_share=0.05)
+    folder.write_split(bands_split(output), convert, workers=1, run=run, max_corrupt_fraction=0.05)
 
 
 @needs_beam
@@ -162,7 +162,7 @@ def test_a_pipeline_that_failed_goes_on_after_finished_shards(tmp_path):
     marker, out = tmp_path / "full", tmp_path / "beam/tiles"
     marker.touch()
     converting = functools.partial(fail_late, marker=str(marker))
-    with pytest.raises(UserError, match="the pipeline failed: .*No space left on device.*goes on after") as caught:
+    with pytest.raises(UserError, match="the pipeline failed: .*No space left on device.*resume after") as caught:
         write_bands(out, run_on_beam, converting)
     assert "\n" not in str(caught.value)
     partial = out / ".train.partial"
@@ -180,10 +180,10 @@ if HAS_BEAM:
     from apache_beam.runners.direct.direct_runner import DirectRunner
 
     class AwayResult(runner.PipelineResult):
-        cancelled = 0
+        canceled = 0
 
         def cancel(self):
-            AwayResult.cancelled += 1
+            AwayResult.canceled += 1
             self._state = runner.PipelineState.CANCELLED
 
     class AwayRunner(runner.PipelineRunner):
@@ -217,10 +217,10 @@ def test_runners_that_return_at_once(tree, tmp_path, monkeypatch):
     assert contents(tmp_path / "away") == contents(tmp_path / "local")
     with pytest.raises(UserError, match="ended as FAILED without shard tiles-train"):
         write_bands(tmp_path / "lost/tiles", run_away("lost"))
-    assert not (tmp_path / "lost").exists() and AwayResult.cancelled == 0
+    assert not (tmp_path / "lost").exists() and AwayResult.canceled == 0
     with pytest.raises(UserError, match="cannot be decoded"):  # found while the pipeline runs, which ends it
-        convert(tree, tmp_path / "stuck/set", "--max-corrupt-share", 0, driver=run_away("stuck"))
-    assert AwayResult.cancelled == 1
+        convert(tree, tmp_path / "stuck/set", "--max-corrupt-fraction", 0, driver=run_away("stuck"))
+    assert AwayResult.canceled == 1
 
 
 @needs_beam
@@ -242,7 +242,7 @@ def test_bad_options_are_one_sentence_and_leave_nothing(tree, tmp_path):
     own = ["images", "--input", str(tree), "--output", str(tmp_path / "out"), "--split", "train"]
     with pytest.raises(UserError, match="Unexpected pipeline runner: Nope"):
         beam.main([*own, "--", "--runner=Nope"])
-    with pytest.raises(UserError, match="--workers is for local processes"):
+    with pytest.raises(UserError, match="--workers only applies to local processes"):
         beam.main([*own, "--workers=2", "--", *DIRECT])
     assert not (tmp_path / "out").exists()
 

@@ -1,4 +1,4 @@
-"""From a folder of images to a data set folder, and the demo scenes."""
+"""From a folder of images to a dataset folder, and the demo scenes."""
 
 import errno
 import io
@@ -20,7 +20,7 @@ from pera_jax.common import lease
 from pera_jax.common.errors import UserError
 from pera_jax.data import codecs, file_tree, records
 
-COLOURS = np.random.default_rng(5).integers(0, 256, (24, 32, 3), np.uint8)
+COLORS = np.random.default_rng(5).integers(0, 256, (24, 32, 3), np.uint8)
 
 
 def encode(image: Image.Image, kind: str, **options) -> bytes:
@@ -46,8 +46,8 @@ def write_tree(root: pathlib.Path, files: dict[str, bytes]) -> pathlib.Path:
 
 
 def photograph(seed: int, kind: str = "JPEG") -> bytes:
-    grey = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
-    return encode(Image.fromarray(grey).resize((40, 30)), kind)
+    gray = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
+    return encode(Image.fromarray(gray).resize((40, 30)), kind)
 
 
 @pytest.fixture(scope="module")
@@ -76,38 +76,38 @@ def contents(root: pathlib.Path) -> dict[str, bytes]:
 
 
 def test_files_that_need_no_change_are_stored_byte_for_byte():
-    image = Image.fromarray(COLOURS)
+    image = Image.fromarray(COLORS)
     for kind in ("JPEG", "PNG"):
         stored = pixels.convert(encode(image, kind), max_side=32)
         assert stored.data == encode(image, kind) and stored.changes == ()
     lossless, changes = decoded(encode(image, "TIFF"))
-    np.testing.assert_array_equal(lossless, COLOURS)
+    np.testing.assert_array_equal(lossless, COLORS)
     assert changes == ("format TIFF",)
 
 
 def test_modes_become_rgb_by_the_stated_rules():
-    grey, deep = COLOURS[..., 0], COLOURS[..., 0].astype(np.uint16) * 256 + COLOURS[..., 1]
-    three = np.repeat(grey[..., None], 3, axis=2)
-    rgba = np.dstack([COLOURS, COLOURS[..., 0]])
-    over_black = np.round(COLOURS * (rgba[..., 3:] / 255.0))
-    palette = Image.fromarray(COLOURS).quantize(16)
+    gray, deep = COLORS[..., 0], COLORS[..., 0].astype(np.uint16) * 256 + COLORS[..., 1]
+    three = np.repeat(gray[..., None], 3, axis=2)
+    rgba = np.dstack([COLORS, COLORS[..., 0]])
+    over_black = np.round(COLORS * (rgba[..., 3:] / 255.0))
+    palette = Image.fromarray(COLORS).quantize(16)
     clear = encode(palette, "PNG", transparency=0)
     cut_out = np.array(palette.convert("RGB")) * (np.array(palette) != 0)[..., None]
-    key = encode(Image.fromarray(COLOURS), "PNG", transparency=tuple(int(value) for value in COLOURS[3, 4]))
-    without_key = COLOURS * (COLOURS != COLOURS[3, 4]).any(axis=2, keepdims=True)
-    cmyk = Image.fromarray(COLOURS).convert("CMYK")
+    key = encode(Image.fromarray(COLORS), "PNG", transparency=tuple(int(value) for value in COLORS[3, 4]))
+    without_key = COLORS * (COLORS != COLORS[3, 4]).any(axis=2, keepdims=True)
+    cmyk = Image.fromarray(COLORS).convert("CMYK")
     cases = {
-        "grey": (encode(Image.fromarray(grey), "PNG"), three, 0),
-        "1 bit": (encode(Image.fromarray(grey).convert("1", dither=0), "PNG"), (three >= 128) * 255, 0),
-        "grey JPEG": (encode(Image.fromarray(grey), "JPEG", quality=100), three, 3),
+        "gray": (encode(Image.fromarray(gray), "PNG"), three, 0),
+        "1 bit": (encode(Image.fromarray(gray).convert("1", dither=0), "PNG"), (three >= 128) * 255, 0),
+        "gray JPEG": (encode(Image.fromarray(gray), "JPEG", quality=100), three, 3),
         "16 bit PNG": (encode(Image.fromarray(deep), "PNG"), three, 0),
         "16 bit TIFF": (encode(Image.fromarray(deep), "TIFF"), three, 0),
         "alpha": (encode(Image.fromarray(rgba), "PNG"), over_black, 1),
-        "grey with alpha": (encode(Image.fromarray(np.dstack([grey, grey])), "PNG"),
+        "gray with alpha": (encode(Image.fromarray(np.dstack([gray, gray])), "PNG"),
                             np.round(three * (three / 255.0)), 1),
         "palette": (encode(palette, "PNG"), np.array(palette.convert("RGB")), 0),
         "palette with a clear entry": (clear, cut_out, 0),
-        "transparent colour": (key, without_key, 0),
+        "transparent color": (key, without_key, 0),
         "CMYK": (encode(cmyk, "TIFF"), np.array(cmyk.convert("RGB")), 0),
         "CMYK JPEG": (encode(cmyk, "JPEG", quality=100), np.array(cmyk.convert("RGB")), 12),
     }  # fmt: skip
@@ -117,27 +117,27 @@ def test_modes_become_rgb_by_the_stated_rules():
         assert np.abs(image.astype(int) - expected).max() <= tolerance, name
 
 
-def test_sixteen_bit_colour_png_loses_its_lower_bytes():
-    """Pillow writes no 16-bit colour, so the file is put together here."""
+def test_sixteen_bit_color_png_loses_its_lower_bytes():
+    """Pillow writes no 16-bit color, so the file is put together here."""
     import struct
     import zlib
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    deep = (COLOURS.astype(">u2") * 256 + 77).astype(">u2")
+    deep = (COLORS.astype(">u2") * 256 + 77).astype(">u2")
     rows = b"".join(b"\0" + row.tobytes() for row in deep)
-    head = struct.pack(">IIBBBBB", COLOURS.shape[1], COLOURS.shape[0], 16, 2, 0, 0, 0)
+    head = struct.pack(">IIBBBBB", COLORS.shape[1], COLORS.shape[0], 16, 2, 0, 0, 0)
     encoded = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     image, changes = decoded(encoded)
-    np.testing.assert_array_equal(image, COLOURS)
+    np.testing.assert_array_equal(image, COLORS)
     assert changes == ("16 bit",)
 
 
 def test_orientation_is_applied_and_size_limited():
-    image = Image.fromarray(COLOURS)
+    image = Image.fromarray(COLORS)
     exif = Image.Exif()
-    for orientation, turned in ((3, np.rot90(COLOURS, 2)), (6, np.rot90(COLOURS, -1)), (8, np.rot90(COLOURS))):
+    for orientation, turned in ((3, np.rot90(COLORS, 2)), (6, np.rot90(COLORS, -1)), (8, np.rot90(COLORS))):
         exif[0x0112] = orientation
         found, changes = decoded(encode(image, "PNG", exif=exif))
         np.testing.assert_array_equal(found, turned)
@@ -151,7 +151,7 @@ def test_orientation_is_applied_and_size_limited():
 @pytest.mark.parametrize(
     "encoded",
     [b"", b"<html>not found</html>", photograph(0)[:400], photograph(0, "PNG")[:400], photograph(0, "TIFF")[:400],
-     encode(Image.fromarray(COLOURS[..., 0].astype(np.float32)), "TIFF")],
+     encode(Image.fromarray(COLORS[..., 0].astype(np.float32)), "TIFF")],
     ids=["zero bytes", "text", "JPEG cut", "PNG cut", "TIFF cut", "float"],
 )  # fmt: skip
 def test_what_cannot_be_decoded(encoded):
@@ -243,7 +243,7 @@ def test_killed_conversion_goes_on_to_the_same_bytes(tmp_path):
     changed = command(*args[3:], out, "--max-side", 10)
     assert changed.returncode == 1 and "unfinished conversion of other images or with other options" in changed.stderr
     finished = subprocess.run([*args, str(out)], check=True, capture_output=True, text=True, timeout=120)
-    assert "going on after" in finished.stdout
+    assert "resuming after" in finished.stdout
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
@@ -252,17 +252,17 @@ def test_corrupt_images_are_named_and_fatal_above_the_share(tree, tmp_path):
     root = write_tree(tmp_path / "in", {**contents(tree), **bad, "field/bmp.jpg": photograph(4, "BMP")})
     (root / "town/gone.tif").symlink_to(root / "nowhere")
     args = ["--input", root, "--output", tmp_path / "deep/out", "--split", "train"]
-    refused = command(*args, "--max-corrupt-share", 0.12)
+    refused = command(*args, "--max-corrupt-fraction", 0.12)
     assert refused.returncode == 1 and "24 images cannot be decoded" in refused.stderr
     assert refused.stderr.count("Traceback") == 0 and not (tmp_path / "deep").exists()
-    done = command(*args, "--max-corrupt-share", 0.13)
+    done = command(*args, "--max-corrupt-fraction", 0.13)
     assert done.returncode == 0, done.stderr
     assert "left out: 3 rejected, 3 failed" in done.stdout
     report = json.loads((tmp_path / "deep/out/train.report.json").read_text())
     assert sorted(entry["key"] for entry in report["failed"]["first"]) == sorted(bad)
     assert report["written"] == 21 and all(entry["reason"] for entry in report["failed"]["first"])
     table = (tmp_path / "deep/out/train.inputs.csv").read_text().splitlines()
-    assert "rejected,town/gone.tif,a link that leads nowhere" in table and sum(r.startswith("failed") for r in table) == 3
+    assert "rejected,town/gone.tif,a broken link" in table and sum(r.startswith("failed") for r in table) == 3
     source = records.open_split(tmp_path / "deep/out", "train")
     keys = [records.decode_record(source.read(i)).key for i in range(len(source))]
     assert len(keys) == 21 and "field/bmp.jpg" in keys  # judged by its content
@@ -280,15 +280,15 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tree, tmp_path):
         "holds no image": (tmp_path / "empty", out, "train"),
         "holds no image (": (texts, out, "train"),
         "2 of 2 images cannot be decoded": (lies, out, "train"),
-        "lie one in the other": (tree, tree / "out", "train"),
-        "lie one in the other;": (tree, tree.parent, "train"),
-        "is no data set folder": (tree, full, "train"),
+        "overlap": (tree, tree / "out", "train"),
+        "overlap;": (tree, tree.parent, "train"),
+        "is no dataset folder": (tree, full, "train"),
         "is a file": (tree, full / "thesis.doc", "train"),
-        "is no name of a split": (tree, out, "../train"),
+        "is not a valid split name": (tree, out, "../train"),
     }
     before = contents(tmp_path), contents(tree)
     for sentence, (source, output, split) in cases.items():
-        done = command("--input", source, "--output", output, "--split", split, "--max-corrupt-share", 1)
+        done = command("--input", source, "--output", output, "--split", split, "--max-corrupt-fraction", 1)
         assert done.returncode == 1, sentence
         last = done.stderr.splitlines()[-1]
         assert last.startswith("error: ") and sentence in last and "Traceback" not in done.stderr
@@ -341,7 +341,7 @@ def test_two_conversions_do_not_share_a_folder(tree, tmp_path):
 # ---------------------------------------------------------------- the demo scenes
 
 
-def test_demo_scenes_are_seeded_and_their_colours_say_little(tmp_path):
+def test_demo_scenes_are_seeded_and_their_colors_say_little(tmp_path):
     names = list(demo_scenes.LAYOUTS)
     assert len(names) >= 8
     demo_scenes.main(["--output", str(tmp_path / "scenes"), "--images", "65", "--size", "48", "--seed", "3"])

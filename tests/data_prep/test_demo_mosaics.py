@@ -35,5 +35,5 @@ def test_the_probes_read_them(tmp_path, monkeypatch, capsys):
     assert [len(scene.images) for scene in change.scenes] == [2, 2, 2] and set(np.unique(change.scenes[0].mask)) == {0, 1}
     with Image.open(output / "change/train/A/pair_00.png") as one, Image.open(output / "change/train/B/pair_00.png") as other:
         assert np.mean(np.asarray(one) != np.asarray(other)) > 0.5  # another day, another light
-    with pytest.raises(UserError, match="exists and holds something else"):
+    with pytest.raises(UserError, match="already exists with other content"):
         demo_mosaics.main(["--output", str(output), "--seed", "1"])

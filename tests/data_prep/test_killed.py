@@ -83,5 +83,5 @@ def test_images_that_were_changed_while_a_conversion_rests_are_no_other_shards(t
     split_plan.write(split_plan.without(split, duplicates.find(inventory, sources.read, 1)))
     (root / "9.png").write_bytes(files[1][:-1] + b"?")  # as many bytes, and a duplicate no more
     changed = split_plan.without(split, duplicates.find(inventory, sources.read, 1))
-    with pytest.raises(UserError, match="images were changed since"):
-        folder.write_split(changed, images.convert_file, workers=1, max_corrupt_share=0)
+    with pytest.raises(UserError, match="images have changed since"):
+        folder.write_split(changed, images.convert_file, workers=1, max_corrupt_fraction=0)

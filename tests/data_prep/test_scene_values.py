@@ -79,7 +79,7 @@ def test_what_has_no_data_is_never_brighter_than_data_and_the_folder_says_how_mu
     np.testing.assert_array_equal(whole[kept], truth[kept])
     mapped = np.clip((whole - low) / (high - low), 0, 1)
     assert mapped[~kept].max() < 0.4
-    name = "no data to 0" if kind == "heights" else "no data to the least value"
+    name = "nodata to 0" if kind == "heights" else "nodata to the minimum"
     assert report["changed"] == {name: sum("no_data" in place for _, place in tiles.values())}
     assert f"changed: {name} in " in capsys.readouterr().out
     checked = verify.verify(tmp_path / "out", None, 1)
@@ -89,7 +89,7 @@ def test_what_has_no_data_is_never_brighter_than_data_and_the_folder_says_how_mu
 def test_a_false_word_on_what_has_no_data_is_found():
     image = drawn("decibels")[:, :4, :4].transpose(1, 2, 0)
     for facts in ({}, {"pixels": [1], "values": [0]}, {"pixels": [1, 0], "values": ["x", 0]}, {"pixels": [3, 0], "values": [0, 0]}):
-        with pytest.raises(ValueError, match="place does not say|should have no data"):
+        with pytest.raises(ValueError, match="place does not give|nodata pixels in band"):
             with_data(image, facts)
 
 
@@ -185,8 +185,8 @@ def test_fill_values_are_named_beforehand_and_can_be_declared(tmp_path, capsys):
     info, tiles, report = convert([path], tmp_path / "two", "--nodata", "-9999", "-32768", "--max-nodata", "0.3")
     assert "--nodata" not in capsys.readouterr().out and -0.3 <= info.ranges[0][0] < -0.28
     assert min(image.min() for image, _ in tiles.values()) >= -0.3
-    assert report["changed"]["no data to the least value"] == 8
-    with pytest.raises(UserError, match=r"--nodata -9999 is no value of uint16"):
+    assert report["changed"]["nodata to the minimum"] == 8
+    with pytest.raises(UserError, match=r"--nodata -9999 is not a value of uint16"):
         convert([write(tmp_path / "b.tif", values((1, 64, 64)))], tmp_path / "three", "--nodata", "-9999")
 
 
@@ -209,7 +209,7 @@ def test_patches_of_a_fill_value_amid_the_others_are_told(tmp_path, kind, dtype,
     assert hints(pixels) == {}
     pixels[0, 10:40, 10:40] = fill
     assert [(value, line.partition(";")[0]) for value, line in hints(pixels).items()] == [
-        (fill, f"{900 / 96**2:.2%} of the pixels that were looked at hold {fill} in all bands, in patches")
+        (fill, f"{900 / 96**2:.2%} of the pixels checked are {fill} in all bands, in patches")
     ]
 
 
@@ -290,7 +290,7 @@ def test_overviews_change_neither_names_nor_what_is_infrared(tmp_path, interleav
 def test_an_alpha_band_that_looks_like_a_band_is_named(tmp_path, capsys):
     write(tmp_path / "a.tif", values((4, 64, 64), "uint8"), photometric="RGB", alpha="yes")
     convert([tmp_path / "a.tif"], tmp_path / "out")
-    assert "in the alpha band, so it may be a band like others" in capsys.readouterr().out
+    assert "in the alpha band, so it may be an ordinary band" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- places
@@ -304,11 +304,11 @@ def points(function, side=64, step=16):
 def test_scenes_with_control_points_lie_where_these_say(tmp_path, capsys):
     straight = write(tmp_path / "in/a.tif", values((1, 64, 64)), transform=None, crs="EPSG:32633",
                      gcps=points(lambda c, r: (500_000 + 8 * c + 6 * r, 4_000_000 + 6 * c - 8 * r)))  # fmt: skip
-    assert scene_reader.describe(str(straight)).metres == pytest.approx((10, 10), rel=1e-6)
+    assert scene_reader.describe(str(straight)).meters == pytest.approx((10, 10), rel=1e-6)
     bent = write(tmp_path / "in/b.tif", values((1, 64, 64)), transform=None, crs="EPSG:32633",
                  gcps=points(lambda c, r: (500_000 + 10 * c + 0.05 * r * r, 4_000_000 - 10 * r)))  # fmt: skip
     _, tiles, _ = convert([straight, bent], tmp_path / "out", "--gsd", "20", tile="320m")
-    assert "2 scenes lie where their ground control points say" in capsys.readouterr().out
+    assert "2 scenes are georeferenced by their ground control points" in capsys.readouterr().out
     assert {place["georeference"] for _, place in tiles.values()} == {"gcps"}
     place = tiles["a.tif/000016_000000"][1]
     assert place["bounds"] == pytest.approx([500_192, 3_999_488, 500_640, 3_999_936], abs=0.1)
@@ -338,7 +338,7 @@ def test_scenes_with_rpcs_lie_where_these_say_at_their_middle_height(tmp_path):
     (tile, *_) = [tile for key, tile in cut([path], "64")[0].items()]
     assert tile.place["georeference"] == "rpcs" and tile.place["crs"] == "EPSG:4326" and "transform" not in tile.place
     assert tile.place["bounds"] == pytest.approx([9.99, 49.99, 10.01, 50.01], abs=2e-4)
-    across, down = scene_reader.describe(str(path)).metres
+    across, down = scene_reader.describe(str(path)).meters
     assert across == pytest.approx(0.02 / 64 * 71_700, rel=0.01) and down == pytest.approx(0.02 / 64 * 111_230, rel=0.01)
 
 
@@ -359,22 +359,22 @@ def test_a_few_unlike_scenes_are_left_out_named_and_counted(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "left out: 5 of 11 scenes: " in told and "deep.tif holds uint32" in told and "and 2 more" in told
     reasons = " ".join(report["rejected"]["reasons"])
-    for reason in ("holds uint32", "holds int16", "holds uint8, and most scenes uint16", "has the bands a, and most scenes a, b",
-                   "does not say where on the ground it lies"):  # fmt: skip
+    for reason in ("holds uint32", "holds int16", "has values of uint8, but most scenes of uint16", "has the bands a, but most scenes have a, b",
+                   "has no georeference"):  # fmt: skip
         assert reason in reasons
     for number in range(4):
         write(tmp_path / f"in/x{number}.tif", pixels.astype(np.uint32))
     os.remove(tmp_path / "in/0.tif"), os.remove(tmp_path / "in/1.tif"), os.remove(tmp_path / "in/2.tif")
-    with pytest.raises(UserError, match=r"holds uint32.*\(6 of 12 scenes are like that\)|holds uint32"):
+    with pytest.raises(UserError, match=r"has values of uint32.*\(6 of 12 scenes have this problem\)|has values of uint32"):
         os.remove(tmp_path / "in/3.tif")
         convert([tmp_path / "in"], tmp_path / "more")
 
 
 @pytest.mark.parametrize(
     "options, sentence",
-    [(["--tile", "64"], "claims 1,048,576 x 1,048,576 pixels, which are 268,435,456 tiles, and a split has at most 20,000,000"),
+    [(["--tile", "64"], "has 1,048,576 x 1,048,576 pixels and 268,435,456 tiles, more than 20,000,000"),
      (["--tile", "9", "--stride", "1"], "which are 1,099,4"), (["--tile", "300000"], "takes 83.8 GiB, more than 1"),
-     (["--tile", "9", "--gsd", "100000"], "has more than 16,777,216 pixels in one of --gsd 100000")],
+     (["--tile", "9", "--gsd", "100000"], "has more than 16,777,216 pixels per pixel of --gsd 100000")],
 )  # fmt: skip
 def test_a_file_that_claims_to_be_huge_is_refused_by_arithmetic(tmp_path, options, sentence):
     with rasterio.open(tmp_path / "a.tif", "w", driver="GTiff", width=1 << 20, height=1 << 20, count=1, dtype="uint8", tiled=True,
@@ -392,7 +392,7 @@ def test_what_gdal_does_not_undo_is_refused_and_further_pages_are_told(tmp_path,
     from PIL import Image
 
     pixels = values((64, 64), "uint8")
-    cases = {"white": "0 for white", "four": "values of 4 bits", "thumbnail": "only shows another one", "turned": "orientation 6"}
+    cases = {"white": "0 for white", "four": "values of 4 bits", "thumbnail": "thumbnail or mask as its first page", "turned": "orientation 6"}
     write(tmp_path / "white.tif", pixels[None], photometric="miniswhite")
     write(tmp_path / "four.tif", pixels[None] >> 4, nbits=4)
     with tifffile.TiffWriter(tmp_path / "thumbnail.tif") as file:
@@ -408,7 +408,7 @@ def test_what_gdal_does_not_undo_is_refused_and_further_pages_are_told(tmp_path,
     assert scene_reader.describe(str(tmp_path / "four.tif"), scaled=True).dtype == "float32"
     tifffile.imwrite(tmp_path / "pages.tif", np.stack([pixels, 255 - pixels]), photometric="minisblack")
     convert([tmp_path / "pages.tif"], tmp_path / "out", tile=64)
-    assert "1 scenes hold several pages, of which the first is taken" in capsys.readouterr().out
+    assert "1 scenes have several pages, of which the first is used" in capsys.readouterr().out
 
 
 def test_a_file_of_another_kind_is_not_opened_as_what_it_says(tmp_path):

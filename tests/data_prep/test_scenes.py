@@ -47,7 +47,7 @@ def contents(root):
 
 @given(st.integers(1, 400), st.integers(1, 100), st.integers(1, 150))
 def test_tiles_lie_inside_and_leave_out_less_than_half_a_stride(side, tile, stride):
-    grid = Grid.of((side, 7), None, length(str(tile)), length(str(stride)), None)
+    grid = Grid.from_sides((side, 7), None, length(str(tile)), length(str(stride)), None)
     tiles = [grid.tile(place) for place in range(grid.number)]
     columns = sorted({column for column, *_ in tiles})
     widths = {width for _, _, width, _ in tiles}
@@ -58,30 +58,30 @@ def test_tiles_lie_inside_and_leave_out_less_than_half_a_stride(side, tile, stri
         assert len(columns) < 2 or 2 * (columns[-1] - columns[-2]) >= stride  # no tile but a little moved
 
 
-def test_metres_become_pixels_and_a_near_ground_sample_distance_keeps_the_scene():
-    grid = Grid.of((1000, 500), (5.0, 10.0), length("320m"), length("160m"), None)
+def test_meters_become_pixels_and_a_near_ground_sample_distance_keeps_the_scene():
+    grid = Grid.from_sides((1000, 500), (5.0, 10.0), length("320m"), length("160m"), None)
     assert (grid.tile_sides, grid.stride, grid.step) == ((64, 32), (32, 16), (1.0, 1.0))
-    grid = Grid.of((1000, 500), (5.0, 10.0), length("320m"), length("16"), 20.0)
+    grid = Grid.from_sides((1000, 500), (5.0, 10.0), length("320m"), length("16"), 20.0)
     assert (grid.tile_sides, grid.stride, grid.step, grid.sides) == ((16, 16), (16, 16), (4.0, 2.0), (250, 250))
-    assert Grid.of((101, 100), (9.9948, 9.9974), length("50"), length("50"), 10.0).step == (1.0, 1.0)
+    assert Grid.from_sides((101, 100), (9.9948, 9.9974), length("50"), length("50"), 10.0).step == (1.0, 1.0)
 
 
-def metres(tmp_path, crs, transform):
+def meters(tmp_path, crs, transform):
     path = tmp_path / f"{time.monotonic_ns()}.tif"
-    return scene_reader.describe(str(write(path, values((1, 64, 64)), crs=crs, transform=transform))).metres
+    return scene_reader.describe(str(write(path, values((1, 64, 64)), crs=crs, transform=transform))).meters
 
 
 def test_pixels_are_measured_on_the_ground(tmp_path):
     """A degree of latitude has 111.41 km at 60 degrees north, one of longitude 55.80 km (tables of WGS84)."""
     degrees = rasterio.Affine(0.001, 0, 24.968, 0, -0.001, 60.032)
-    np.testing.assert_allclose(metres(tmp_path, "EPSG:4326", degrees), (55.80, 111.41), rtol=1e-4)
+    np.testing.assert_allclose(meters(tmp_path, "EPSG:4326", degrees), (55.80, 111.41), rtol=1e-4)
     mercator = rasterio.Affine(10, 0, 2_782_987, 0, -10, 8_400_057)  # 60 degrees north, where it doubles
-    np.testing.assert_allclose(metres(tmp_path, "EPSG:3857", mercator), (5.0, 5.0), rtol=4e-3)
+    np.testing.assert_allclose(meters(tmp_path, "EPSG:3857", mercator), (5.0, 5.0), rtol=4e-3)
     turned = rasterio.Affine(3, 4, 500_000, 4, -3, 4_000_000)
-    assert metres(tmp_path, "EPSG:32633", turned) == (5.0, 5.0)
+    assert meters(tmp_path, "EPSG:32633", turned) == (5.0, 5.0)
     feet = rasterio.Affine(10, 0, 6_000_000, 0, -10, 2_000_000)
-    np.testing.assert_allclose(metres(tmp_path, "EPSG:2227", feet), (3.048006, 3.048006), rtol=1e-6)
-    assert metres(tmp_path, None, NORTH_UP) is None
+    np.testing.assert_allclose(meters(tmp_path, "EPSG:2227", feet), (3.048006, 3.048006), rtol=1e-6)
+    assert meters(tmp_path, None, NORTH_UP) is None
 
 
 # ---------------------------------------------------------------- pixels
@@ -135,7 +135,7 @@ def test_larger_pixels_are_means_weighed_by_area_without_what_is_no_data(tmp_pat
         np.testing.assert_allclose(np.moveaxis(tile.pixels, 2, 0), mean[part], rtol=1e-5)
         held = [counts.sum() for _, counts in map(statistics.table, tile.stored.histogram)]
         assert held == (area[part] > 1e-9).sum(axis=(1, 2)).tolist()
-        assert tile.place["pixel_metres"] == [60, 60] and "other pixel size" in tile.stored.changes
+        assert tile.place["pixel_metres"] == [60, 60] and "resampled" in tile.stored.changes
         assert tile.place["transform"] == pytest.approx([60, 0, 60 * column, 0, -60, -60 * row])
 
 
@@ -192,7 +192,7 @@ def test_what_is_no_data_is_stored_as_0_not_counted_and_rejected_where_it_is_muc
     np.testing.assert_array_equal(np.moveaxis(tile.pixels, 2, 0), np.where(expected, pixels, least))
     whole = np.moveaxis(pixels, 0, 2)
     assert np.all(tile.stored.histogram == statistics.count(whole, np.moveaxis(expected, 0, 2)))
-    assert tile.stored.changes == ("no data to 0",)
+    assert tile.stored.changes == ("nodata to 0",)
     assert [tile.stored for tile in cut([path], max_nodata=share - 1e-6)[0].values()] == [None]
 
 
@@ -219,11 +219,11 @@ def test_bands_are_chosen_by_number_and_name_in_each_scene(tmp_path):
     assert cut([one], names=["a", "b", "c", "d"], bands=["d", "1"])[1] == ["d", "a"]
     bare = write(tmp_path / "bare.tif", pixels)
     assert cut([bare])[1] == ["band_1", "band_2", "band_3", "band_4"]
-    coloured = write(tmp_path / "colour.tif", pixels, photometric="RGB", alpha="yes")
-    assert cut([coloured])[1] == ["red", "green", "blue"]
-    both = cut([coloured], names=["r", "g", "b", "n"], bands=["n", "1"])
+    colored = write(tmp_path / "color.tif", pixels, photometric="RGB", alpha="yes")
+    assert cut([colored])[1] == ["red", "green", "blue"]
+    both = cut([colored], names=["r", "g", "b", "n"], bands=["n", "1"])
     assert both[1] == ["n", "r"] and np.array_equal(
-        np.moveaxis(both[0]["colour.tif/000000_000000"].pixels, 2, 0), pixels[[3, 0]]
+        np.moveaxis(both[0]["color.tif/000000_000000"].pixels, 2, 0), pixels[[3, 0]]
     )
     described = write(tmp_path / "described.tif", pixels, ("r", "g", "b", "nir"), photometric="RGB", alpha="yes")
     assert cut([described])[1] == ["r", "g", "b", "nir"]
@@ -353,7 +353,7 @@ def test_damaged_scenes_are_named_and_what_can_be_read_of_them_is_kept(tmp_path)
     refused = command(*args)
     assert refused.returncode == 1 and "Traceback" not in refused.stderr and not (tmp_path / "deep").exists()
     assert "3 of 5 scenes cannot be read (the first is " in refused.stderr.splitlines()[-1]
-    done = command(*args, "--max-corrupt-share", 0.6)
+    done = command(*args, "--max-corrupt-fraction", 0.6)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "deep/out/train.report.json").read_text())
     failed = {entry["key"]: entry["reason"] for entry in report["failed"]["first"]}
@@ -381,8 +381,8 @@ def bad_inputs(tmp_path):
         (tmp_path / "text").mkdir(exist_ok=True)
         (tmp_path / f"text/{name}.tif").write_text("<html>")
     return {
-        "holds no GeoTIFF (names ending in tif tiff); 1 other files are there": ["none"],
-        "nowhere does not exist; name GeoTIFFs": ["nowhere"],
+        "has no GeoTIFFs (names ending in tif tiff), but 1 other files": ["none"],
+        "nowhere does not exist; pass GeoTIFFs": ["nowhere"],
         "2 of 2 scenes cannot be read (the first is ": ["text"],
         "a.tif has no band 'swir'; it has 1 red, 2 green, 3 blue, 4 nir; choose --bands": [
             "four",
@@ -390,22 +390,22 @@ def bad_inputs(tmp_path):
             "red,swir",
         ],
         "a.tif has no band '5'": ["four", "--bands", "5"],
-        "chooses a band of a.tif twice": ["four", "--bands", "red,1"],
-        "a.tif has 4 bands, --band-names has 2": ["four", "--band-names", "x,y"],
+        "selects a band of a.tif twice": ["four", "--bands", "red,1"],
+        "a.tif has 4 bands, but --band-names has 2": ["four", "--band-names", "x,y"],
         "mixed/b.tif holds uint16 and ": ["mixed"],
-        "b.tif has the bands red, green, blue, and a.tif red, green, blue, nir; choose --bands that both have": [
+        "b.tif has the bands red, green, blue, but a.tif has red, green, blue, nir; choose common --bands": [
             "bands"
         ],
-        "a.tif holds int16; scenes of uint8, uint16, float32 are read": ["int16"],
-        "holds numbers of a palette": ["palette"],
-        "does not say where on the ground it lies, so metres mean nothing": ["lost/a.tif", "--gsd", "10"],
+        "a.tif has values of int16, expected uint8, uint16, float32": ["int16"],
+        "has a palette": ["palette"],
+        "has no georeference, so lengths in meters cannot be used": ["lost/a.tif", "--gsd", "10"],
         "give --tile and --stride in pixels": ["lost", "--stride", "10m"],
         "--tile 41 is larger than every scene: the largest, ": ["four", "--tile", "41"],
         "--tile 500m is larger than every scene: the largest, ": ["four", "--tile", "500m"],
-        "is smaller than a pixel of --gsd 1000; give a smaller one": ["four", "--gsd", "1000"],
-        "would have the same name; rename one": ["four/a.tif,twin"],
-        "lie one in the other": ["four", "--output", str(tmp_path / "four/out")],
-        "is no name of a split": ["four", "--split", "all"],
+        "is smaller than a pixel of --gsd 1000; use a smaller --gsd": ["four", "--gsd", "1000"],
+        "have the same name; rename one": ["four/a.tif,twin"],
+        "overlap": ["four", "--output", str(tmp_path / "four/out")],
+        "is not a valid split name": ["four", "--split", "all"],
     }
 
 
@@ -426,7 +426,7 @@ def test_scenes_without_data_end_the_command_and_leave_nothing(tmp_path):
     write(tmp_path / "in/a.tif", np.zeros((1, 40, 40), np.uint8), nodata=0)
     done = command("--input", tmp_path / "in", "--output", tmp_path / "deep/out", "--split", "train", "--tile", 20)
     assert done.returncode == 1 and "Traceback" not in done.stderr and not (tmp_path / "deep").exists()
-    assert done.stderr.splitlines()[-1].startswith("error: none of 4 images is left (the first is a.tif/")
+    assert done.stderr.splitlines()[-1].startswith("error: no images are left of 4 (the first is a.tif/")
 
 
 def test_without_rasterio_the_extra_is_named(tmp_path, monkeypatch):

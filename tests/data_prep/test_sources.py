@@ -36,7 +36,7 @@ def convert(inputs: list[pathlib.Path], out: pathlib.Path, labels: bool = True, 
         duplicates = duplicate_files.find(inventory, sources.read, 1)
     _, report = folder.write_split(
         split_plan.without(split, duplicates), None, workers=1, run=lambda jobs, report, **_: run(jobs, report),
-        max_corrupt_share=0.99, rejected=inventory.rejected, duplicates=[inventory.keys[i] for i in duplicates],
+        max_corrupt_fraction=0.99, rejected=inventory.rejected, duplicates=[inventory.keys[i] for i in duplicates],
     )  # fmt: skip
     assert report == json.loads((out / "train.report.json").read_text())
     source = records.open_split(out, "train")
@@ -147,7 +147,7 @@ def test_dropping_does_not_depend_on_workers(tmp_path):
     for workers in (1, 3):
         images.main(["--input", str(tmp_path / "in.tar.gz"), "--output", str(tmp_path / f"{workers}/set"), "--split", "train",
                      "--drop", "duplicates,small,blank", "--workers", str(workers), "--shard-size", "3",
-                     "--max-corrupt-share", "0.6"])  # fmt: skip
+                     "--max-corrupt-fraction", "0.6"])  # fmt: skip
     one, three = ({p.name: p.read_bytes() for p in (tmp_path / w / "set").iterdir()} for w in "13")
     assert one == three and json.loads(one["train.report.json"])["duplicates"]["number"] == 3
 
@@ -250,12 +250,12 @@ def test_a_stray_image_takes_no_labels_and_links_are_followed_where_they_are_to_
                      "--workers", "1"])  # fmt: skip
         told, info = capsys.readouterr().out, records.load_info(tmp_path / f"out {source.name}")
         assert info.class_names == ["park", "port"] and info.splits["train"].records == 3
-        assert "1 image lies beside the folders of the 2 classes park, port and is left out" in told and "logo.png" in told
+        assert "1 image lies outside the folders of the 2 classes park, port and is left out" in told and "logo.png" in told
         assert ("1 link leads out of" in told) == (not source.suffix)
     images.main(["--input", str(root / "train"), "--output", str(tmp_path / "followed"), "--split", "train", "--workers", "1",
                  "--follow-links"])  # fmt: skip
     assert records.load_info(tmp_path / "followed").class_names == ["park", "port", "river"]
     capsys.readouterr()
     images.main(["--input", str(root), "--output", str(tmp_path / "both"), "--split", "train", "--workers", "1"])
-    assert "classes are test, train, which look like splits; if they are, give --input" in (told := capsys.readouterr().out)
+    assert "classes are test, train, which look like splits; if they are, pass --input" in (told := capsys.readouterr().out)
     assert "aid/train, which holds park, port" in told

@@ -1,9 +1,8 @@
-"""Looking at a data set folder: verify, stats and browse."""
+"""Looking at a dataset folder: verify, stats and browse."""
 
 import csv
 import dataclasses
 import errno
-import hashlib
 import io
 import json
 import os
@@ -16,7 +15,7 @@ import sys
 import numpy as np
 import pytest
 import toy_data
-from array_record.python import array_record_module
+import toy_shards
 from PIL import Image
 
 from data_prep import browse, stats, verify
@@ -30,63 +29,33 @@ EVIL = '<script>alert("1")</script>&amp;'
 PLACE = {"source": "scene<b>", "crs": "EPSG:32633", "date": "2020-08-31", "bounds": [0, 0, 320, 320]}
 
 
-def png(pixels: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
 def write_set(
-    folder: pathlib.Path,
-    images: list[bytes],
-    *,
-    bands: tuple[str, ...] = records.RGB,
-    dtype: str = "uint8",
-    labels: list[int] | None = None,
-    class_names: list[str] | None = None,
-    keys: list[str] | None = None,
-    places: list[str] | None = None,
-    counts: np.ndarray | None = None,
-    shards: int = 2,
-) -> pathlib.Path:
-    """Writes a data set folder of one split, `train`, whose metadata fit the images, or the `counts` that are given."""
-    folder.mkdir(parents=True)
-    n = len(images)
-    keys = keys or [f"{i}.png" for i in range(n)]
-    encoded = [
-        records.encode_record(images[i], keys[i], labels[i] if labels else None, places[i] if places else "")
-        for i in range(n)
-    ]
-    names = [f"{folder.name}-train.array_record-{k:05d}-of-{shards:05d}" for k in range(shards)]
-    bounds = [n * k // shards for k in range(shards + 1)]
-    for k, name in enumerate(names):
-        writer = array_record_module.ArrayRecordWriter(str(folder / name), "group_size:1,uncompressed")
-        for record in encoded[bounds[k] : bounds[k + 1]]:
-            writer.write(record)
-        writer.close()
+    folder: pathlib.Path, images: list[bytes], *, bands: tuple[str, ...] = records.RGB, dtype: str = "uint8",
+    class_names: list[str] | None = None, counts: np.ndarray | None = None, shards: int = 2, **options,
+) -> pathlib.Path:  # fmt: skip
+    """Writes a dataset folder of one split, `train`, whose metadata fit the images, or the given `counts`.
+
+    Args:
+      options: of `toy_shards.Split`: labels, keys, places.
+    """
     if counts is None:
         counts = sum(statistics.count(codecs.decode_image(image)) for image in images)
     ranges = statistics.default_ranges(counts, dtype)
     mean, std = (values.tolist() for values in statistics.moments(counts, dtype, ranges))
-    split = records.SplitInfo(
-        records=n, shards=names, shard_records=np.diff(bounds).tolist(),
-        shard_bytes=[(folder / name).stat().st_size for name in names], ranges=ranges, mean=mean, std=std,
-        percentiles={"50": statistics.percentiles(counts, dtype, (50.0,))[0].tolist()},
-        fingerprint=hashlib.sha256(b"".join(hashlib.sha256(record).digest() for record in encoded)).hexdigest(),
-        source="",
+    percentiles = {"50": statistics.percentiles(counts, dtype, (50.0,))[0].tolist()}
+    bounds = [len(images) * k // shards for k in range(shards + 1)]
+    split = toy_shards.Split(
+        images, shards=np.diff(bounds).tolist(), **options,
+        facts={"ranges": ranges, "mean": mean, "std": std, "percentiles": percentiles},
     )  # fmt: skip
-    info = records.DatasetInfo(
-        name=folder.name, bands=list(bands), dtype=dtype, class_names=class_names, has_places=bool(places),
-        format_version=records.FORMAT_VERSION, splits={"train": split},
-    )  # fmt: skip
-    tfds_metadata.write(folder, folder, info)
+    toy_shards.write(folder, {"train": split}, bands=bands, dtype=dtype, class_names=class_names)
+    tfds_metadata.write(folder, folder, records.load_info(folder))
     (folder / statistics.file_name("train")).write_bytes(statistics.to_bytes(counts))
-    (folder / records.INFO_FILE).write_text(json.dumps(dataclasses.asdict(info)))
     return folder
 
 
 def photographs(number: int = 10) -> list[bytes]:
-    return [png(np.random.default_rng(i).integers(0, 256, (12, 16, 3), np.uint8)) for i in range(number)]
+    return [toy_shards.png(np.random.default_rng(i).integers(0, 256, (12, 16, 3), np.uint8)) for i in range(number)]
 
 
 def deep(number: int = 6, dtype: str = "uint16") -> list[np.ndarray]:
@@ -132,7 +101,7 @@ def flip(file: pathlib.Path, place: int) -> None:
 def test_a_sound_folder_and_one_with_every_kind_of_damage(sound, tmp_path):
     done = command("data_prep.verify", sound, "--workers", 2)
     assert done.returncode == 0, done.stderr
-    assert f"{sound} is sound" in done.stdout and "verify: 10/10 records" in done.stderr
+    assert f"{sound} is valid" in done.stdout and "verify: 10/10 records" in done.stderr
     assert re.search(r"train +2 +10 +10 .* 12 +16 +equal +equal", done.stdout)
 
     first, second = shard(sound), shard(sound, 1)
@@ -199,7 +168,7 @@ def test_a_worker_that_dies_is_a_finding_of_its_shard(sound):
     tasks = [check_shard.Task(sound, "train", 0, deadly), check_shard.Task(sound, "train", 1, info)]
     done = []
     found = {task.index: findings for task, findings in check_shard.check_all(tasks, 1, done.append)}
-    assert found[0].shard_problems == ["cannot be checked: the process that read it ended with status 7"]
+    assert found[0].shard_problems == ["cannot be checked: the worker process ended with status 7"]
     assert len(found[1].digests) == 5 and sum(done) == 10
 
 
@@ -211,9 +180,9 @@ def test_what_records_and_metadata_say_is_compared(tmp_path, in_process):
         return "\n".join(verify._sentence(problem) for problem in verify.verify(folder, split, 1)["problems"])
 
     bad = write_set(tmp_path / "labels", pictures, labels=[0, 2, 3, 3], class_names=names, shards=1)
-    assert "record 1: it has the label 2, and the data set has 2 classes" in texts(bad)
+    assert "record 1: it has the label 2, but the dataset has 2 classes" in texts(bad)
     assert "records 2 to 3: it has the label 3" in texts(bad)
-    bad = write_set(tmp_path / "unlabelled", pictures, class_names=names)
+    bad = write_set(tmp_path / "unlabeled", pictures, class_names=names)
     assert "it has no label" in texts(bad)
     bad = write_set(
         tmp_path / "bands", [*pictures[:3], codecs.encode_tiff(deep()[0])], counts=np.ones((3, 256), np.int64)
@@ -225,24 +194,24 @@ def test_what_records_and_metadata_say_is_compared(tmp_path, in_process):
     split = json.loads((good / records.INFO_FILE).read_text())["splits"]["train"]
     for changes, sentence in {
         "fingerprint": ("the fingerprint of the records is", "0" * 64),
-        "mean": ("mean and std in info.json are not those", [0.5, 0.5, 0.5]),
+        "mean": ("mean and std in info.json do not match", [0.5, 0.5, 0.5]),
         "percentiles": ("percentile 50 in info.json", {"50": [1.0, 2.0, 3.0]}),
-        "shard_bytes": ("bytes instead of 5", [5, 5]),
+        "shard_bytes": ("bytes, expected 5", [5, 5]),
     }.items():
-        toy_data.edit_info(good, splits={"train": {**split, changes: sentence[1]}})
+        toy_shards.edit_info(good, splits={"train": {**split, changes: sentence[1]}})
         assert sentence[0] in texts(good)
-    toy_data.edit_info(good, splits={"train": split}, class_names=["field", "city"])
-    assert "label.labels.txt names other classes" in texts(good)
+    toy_shards.edit_info(good, splits={"train": split}, class_names=["field", "city"])
+    assert "label.labels.txt lists other classes" in texts(good)
     for changes in ({"shards": split["shards"][:1]}, {"records": 3}, {"ranges": []}, {"mean": None}):
-        toy_data.edit_info(good, splits={"train": {**split, **changes}})
+        toy_shards.edit_info(good, splits={"train": {**split, **changes}})
         with pytest.raises(UserError, match="info.json is damaged: .*; copy it again"):
             verify.verify(good, None, 1)
-    toy_data.edit_info(good, splits={"train": split}, class_names=names)
+    toy_shards.edit_info(good, splits={"train": split}, class_names=names)
     file = good / statistics.file_name("train")
     counts = statistics.from_bytes(file.read_bytes())
     counts[0, [0, 255]] += 1, -1
     file.write_bytes(statistics.to_bytes(counts))
-    assert "2 pixels of band red are too many or too few" in texts(good)
+    assert "2 pixels of band red have other values" in texts(good)
     content, rng = file.read_bytes(), random.Random(0)
     for _ in range(200):
         damaged = bytearray(content)
@@ -253,7 +222,7 @@ def test_what_records_and_metadata_say_is_compared(tmp_path, in_process):
 
 
 def test_where_the_histogram_need_not_be_equal(tmp_path, in_process):
-    """Pixels without data are 0 and not counted; decoders of JPEG differ by a grey level."""
+    """Pixels without data are 0 and not counted; decoders of JPEG differ by a gray level."""
     images = deep(dtype="float32")
     images = [np.where(image == -100, np.float32(0), image) for image in images]
     counts = sum(statistics.count(image, (image != 0).all(axis=2)) for image in images)
@@ -265,7 +234,7 @@ def test_where_the_histogram_need_not_be_equal(tmp_path, in_process):
     result = verify.verify(tiles, None, 1)
     assert result["sound"] and re.fullmatch(r"equal \([\d,]+ without data\)", result["splits"]["train"]["histogram"])
     tiles = write_set(tmp_path / "fewer", encoded, counts=counts, **options)
-    assert "does not fit the pixels" in verify.verify(tiles, None, 1)["problems"][0]["text"]
+    assert "does not match the pixels" in verify.verify(tiles, None, 1)["problems"][0]["text"]
 
     info = records.load_info(write_set(tmp_path / "set", photographs()))
     ours = np.full((3, 256), 50)
@@ -356,7 +325,7 @@ def test_page_of_hostile_text_is_whole_and_runs_nothing(tmp_path):
     browse.main([str(folder), "--output", str(output)])
     assert output.read_bytes() == first
     browse.main([str(folder), "--output", str(output), "--seed", "1", "--images", "2", "--bands", "nir"])
-    assert "nir as grey" in output.read_text() and output.read_text().count("data:image/jpeg") <= 2
+    assert "nir as gray" in output.read_text() and output.read_text().count("data:image/jpeg") <= 2
     (folder / "train.report.json").write_text("{")
     shard(folder, 1).unlink()
     browse.main([str(folder), "--output", str(output)])
@@ -406,7 +375,7 @@ def test_every_command_replaces_its_own_files_alone(sound, tmp_path, in_process)
         command()
         command()  # over its own output
         file.write_bytes(b"my notes")
-        with pytest.raises(UserError, match=f"{file.name} is there, and this command did not write it"):
+        with pytest.raises(UserError, match=f"{file.name} already exists and was not written by this command"):
             command()
         assert file.read_bytes() == b"my notes"
         file.unlink()
@@ -443,14 +412,14 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(sound, tmp_path, in_proces
         (stats, [str(toy)], "train.histogram.npz cannot be read"),
         (stats, [str(sound), "--output", str(sound / "info.json")], "cannot write to .*info.json"),
         (browse, [str(toy), "--output", out], "train.histogram.npz cannot be read"),
-        (browse, [str(sound), "--output", nowhere], "--output .* lies in none"),
+        (browse, [str(sound), "--output", nowhere], "--output .* is a folder, or its folder does not exist"),
         (browse, [str(sound), "--output", str(tmp_path)], "is a folder"),
         (
             browse,
             [str(sound), "--output", out, "--bands", "red,nir,blue"],
-            "names 'nir', and the data set has red, green",
+            "names 'nir', and the dataset has red, green",
         ),
-        (browse, [str(sound), "--output", out, "--bands", "red,blue"], "names 2 bands; name three"),
+        (browse, [str(sound), "--output", out, "--bands", "red,blue"], "has 2 bands; expected three"),
         (browse, [str(sound), "--output", out, "--images", "-1"], "--images is -1"),
         (browse, [str(sound), "--output", out, "--seed", "-1"], "--seed is -1"),
     ]

@@ -20,11 +20,11 @@ from pera_jax import export
 from pera_jax.common import errors, files, lease
 from pera_jax.common.errors import UserError
 from pera_jax.data import codecs
+from pera_jax.data.decode import resized
 from pera_jax.data.images import foreign
 from pera_jax.data.labelled.samples import open_images
 from pera_jax.encoder import feature_folder, stablehlo
 from pera_jax.encoder import model as features
-from pera_jax.encoder.extract import resized
 
 LABELS = [0, 1, 2] * 7  # 21 images
 
@@ -192,7 +192,7 @@ def test_damage_to_stablehlo_is_seen_by_the_sum_beside_it(run, tmp_path):
     assert subprocess.run(check, cwd=tmp_path).returncode == 1
     (tmp_path / "a b.stablehlo").unlink()
     (tmp_path / "a b.stablehlo.sha256").write_text("mine")
-    with pytest.raises(UserError, match="a b.stablehlo.sha256 is there, and this command did not write it"):
+    with pytest.raises(UserError, match="a b.stablehlo.sha256 already exists and was not written by this command"):
         export.main(command)
     assert [path.name for path in tmp_path.iterdir()] == ["a b.stablehlo.sha256"]
 
@@ -212,8 +212,8 @@ def test_stablehlo_of_too_many_parameters_is_refused(run, tmp_path, monkeypatch)
     [
         (["--input", "{tmp}/nothing"], "the data set .*nothing does not exist"),
         (["--input", "{tmp}"], "holds no image"),
-        (["--input", "tfds:eurosat"], "tfds:eurosat needs a split; name one with --split"),
-        (["--input", "{shards}"], "has the splits test, train; name one with --split"),
+        (["--input", "tfds:eurosat"], "tfds:eurosat needs a split; choose one with --split"),
+        (["--input", "{shards}"], "has the splits test, train; choose one with --split"),
         (["--split", "val"], "has no folder 'val' for the split; it has train"),
         (["--run", "{tmp}"], "is not a run folder .no checkpoints/. and not an exported folder .no model.safetensors.; give one of the two"),
         (["--step", "3"], "has no checkpoint of step 3; there are 1"),
@@ -238,7 +238,7 @@ def test_bad_input_is_one_sentence(run, data, tmp_path, capsys, extra, sentence)
     with pytest.raises(SystemExit) as ended:
         errors.run(lambda: export.main(command(run, data, tmp_path / "out", *(part.format(**places) for part in extra))))
     said = capsys.readouterr()
-    lines = [line for line in said.err.splitlines() if not line.startswith("no classes are taken from the folders")]
+    lines = [line for line in said.err.splitlines() if not line.startswith("folders are not used as classes")]
     assert ended.value.code == 1 and said.out == "" and len(lines) == 1
     assert re.match(f"error: .*{sentence}", lines[0])
     assert sorted(tmp_path.rglob("*")) == before
@@ -266,7 +266,7 @@ def test_other_features_are_not_mixed(run, data, tmp_path):
 
 def test_two_exports_do_not_share_a_folder(run, data, tmp_path):
     with lease.held(tmp_path / "out", "--output"):
-        with pytest.raises(lease.InUse, match="out is in use by process .*; wait for its end, or choose another --output"):
+        with pytest.raises(lease.InUse, match="out is in use by process .*; wait until it ends, or choose another --output"):
             export.main(command(run, data, tmp_path / "out", "--split", "train"))
     assert not (tmp_path / "out").exists()
     with files.whole_folder(tmp_path / "vit") as begun, pytest.raises(lease.InUse, match="vit is in use by"):
@@ -282,8 +282,8 @@ def test_an_image_that_does_not_fit_is_named(run, data, tmp_path, monkeypatch):
     sound = sorted(copy.rglob("*.png"))[-1]
     content = sound.read_bytes()
     sound.write_bytes(codecs.encode_tiff(np.zeros((60, 60, 4), np.uint8)))  # judged by its content
-    options = ("--part-size", "5", "--batch-size", "5", "--max-corrupt-share", "0")
-    with pytest.raises(UserError, match=f"{sound.name} .*4 bands of uint8, and most images are 3 of uint8"):
+    options = ("--part-size", "5", "--batch-size", "5", "--max-corrupt-fraction", "0")
+    with pytest.raises(UserError, match=f"{sound.name} .*4 bands of uint8, but most images have 3 of uint8"):
         export.main(command(run, copy, out, *options))
     assert not out.exists()
     sound.write_bytes(content)

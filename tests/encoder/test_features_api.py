@@ -170,7 +170,7 @@ def change_config(folder: pathlib.Path, **changes) -> None:
     content = json.loads((folder / "config.json").read_text())
     entry = content["pera_jax"]
     entry.update(changes)
-    entry["digest"] = digests.of_json({name: value for name, value in entry.items() if name != "digest"})
+    entry["digest"] = digests.json_digest({name: value for name, value in entry.items() if name != "digest"})
     (folder / "config.json").write_text(json.dumps(content))
 
 

@@ -123,11 +123,11 @@ def fuzz(number: int, seed: int, folder: pathlib.Path) -> tuple[collections.Coun
                 weights = load.load_weights(copy, 2)
             except checkpoint.Damaged:
                 pass
-            if weights and (digests.of_leaves(weights.params), weights.meta) != saved[2][1:]:
+            if weights and (digests.leaf_digests(weights.params), weights.meta) != saved[2][1:]:
                 failures.append(f"{done}: other weights are read without a word")
             state, position, said = run.goes_on(copy)
             step = int(state.step)
-            if (digests.of_leaves(checkpoint.split(state)), position) != (saved[step][0], run.position(step)):
+            if (digests.leaf_digests(checkpoint.split(state)), position) != (saved[step][0], run.position(step)):
                 failures.append(f"{done}: other values are gone on with, without a word")
             noticed = "going on from the checkpoint of step 1" in said and (copy / "damaged_2").is_dir()
             if noticed != (step == 1):
@@ -145,7 +145,7 @@ def run_digests(run: Run, step: int):
     folder = run.folder / "checkpoints" / str(step)
     state, _ = checkpoint.restore(folder, run.abstract)
     weights = load.load_weights(run.folder, step)
-    return digests.of_leaves(checkpoint.split(state)), digests.of_leaves(weights.params), weights.meta
+    return digests.leaf_digests(checkpoint.split(state)), digests.leaf_digests(weights.params), weights.meta
 
 
 def main() -> None:

@@ -94,7 +94,7 @@ def make_cache(place: pathlib.Path) -> None:
 
 def read_cache(place: pathlib.Path) -> str:
     made = np.random.default_rng(0).normal(size=(20, 8)).astype(np.float32)
-    return digests.of_named(cache.Cache(place / "cache").arrays({"of": "x"}, lambda: {"class_token": made}))
+    return digests.arrays_digest(cache.Cache(place / "cache").arrays({"of": "x"}, lambda: {"class_token": made}))
 
 
 PLAN = {"format_version": 1, "weights": "w", "step": 3, "data": {"name": "toy", "split": "train"}, "arrays": {"class_token": [8]}}
@@ -105,7 +105,7 @@ def make_features(place: pathlib.Path) -> None:
     files.write_json(place / "features" / feature_folder.PLAN, PLAN)
     file = place / "features/class_token-00000.npy"
     np.save(file, np.ones((4, 8), np.float32))
-    feature_folder._write_sums(place / "features", {file.name: digests.of_file(file)})
+    feature_folder._write_sums(place / "features", {file.name: digests.file_digest(file)})
 
 
 def read_features(place: pathlib.Path) -> list:

@@ -10,11 +10,13 @@ import jax
 import labelled_toys
 import numpy as np
 import pytest
+import toy_shards
 from labelled_toys import write_shards
 from tensorboardX.proto import event_pb2
 
 from pera_jax import probe
 from pera_jax.common import errors
+from pera_jax.data import decode
 from pera_jax.data.labelled import samples
 from pera_jax.encoder import extract as features
 from pera_jax.encoder import load
@@ -39,7 +41,7 @@ def test_features_are_the_networks_tokens(run, data):
     weights, found = load.load_weights(run), samples.open_samples(str(data), "test")
     extractor = features.Extractor(weights.backbone, weights.meta)
     got = features.extract(extractor, found, 40, batch_size=5)
-    images = np.stack([features.resized(found.decode(found.raw(index)), 40) for index in range(len(found))])
+    images = np.stack([decode.resized(found.decode(found.raw(index)), 40) for index in range(len(found))])
     normalized = (images / 255.0 - 0.4) / 0.1
     model = vit.build(weights.meta["model"])
     encode = jax.jit(lambda images: model.apply({"params": weights.backbone}, images, blocks=4))
@@ -228,14 +230,14 @@ def test_bad_input_is_one_sentence(tmp_path, run, data, capsys, arguments, sente
 
 def test_a_damaged_image_ends_the_probe(tmp_path, run, capsys):
     folder = write_shards(tmp_path / "data", {"train": [0, 1, 2] * 8, "test": [0, 1, 2]})
-    raw = bytearray((folder / "train.array_record").read_bytes())
+    raw = bytearray((folder / toy_shards.shard("data", "train")).read_bytes())
     start = raw.find(b"IHDR", raw.find(b"IHDR") + 4)
     raw[start : start + 400] = bytes(400)
-    (folder / "train.array_record").write_bytes(raw)
+    (folder / toy_shards.shard("data", "train")).write_bytes(raw)
     command = ["--run", str(run), "--data", str(folder), "--tasks", "knn", "--output", str(tmp_path / "out")]
     with pytest.raises(SystemExit):
         errors.run(lambda: probe.main(command))
-    assert "is damaged; copy or convert it anew" in capsys.readouterr().err.splitlines()[-1]
+    assert "is damaged; copy or convert the dataset again" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
 

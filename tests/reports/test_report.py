@@ -1,6 +1,5 @@
 """The report: one page with everything in it, from whatever a run's folder holds; and what its pictures show."""
 
-import dataclasses
 import json
 import pathlib
 import re
@@ -10,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import scipy.special
-from array_record.python import array_record_module
+import toy_shards
 from PIL import Image
 
 from pera_jax import config as configs
@@ -36,24 +35,17 @@ BANDS = ("nir", "red", "green", "blue")
 
 
 def write_data(folder: pathlib.Path) -> pathlib.Path:
-    """A data set of four bands of uint16, three classes, images of several shapes."""
-    folder.mkdir()
-    splits = {}
-    for split, number in (("train", 20), ("test", 5), ("empty", 0)):
-        name, rng = f"{split}.array_record", np.random.default_rng(number)
-        writer = array_record_module.ArrayRecordWriter(str(folder / name), "group_size:1,uncompressed")
-        for index in range(number):
-            height, width = rng.integers(50, 90, 2)
-            pixels = rng.integers(500, 4000, (height, width, len(BANDS))).astype(np.uint16)
-            writer.write(records.encode_record(codecs.encode(pixels), f"{EVIL}/{index}.tif", index % 3))
-        writer.close()
-        size, ranges = (folder / name).stat().st_size, [[0.0, 5000.0]] * len(BANDS)
-        splits[split] = records.SplitInfo(
-            number, [name], [number], [size], ranges, [0.4] * len(BANDS), [0.1] * len(BANDS), {}, split, ""
-        )
-    info = records.DatasetInfo("small", list(BANDS), "uint16", CLASSES, False, records.FORMAT_VERSION, splits)
-    (folder / records.INFO_FILE).write_text(json.dumps(dataclasses.asdict(info)))
-    return folder
+    """A dataset of four bands of uint16, three classes, images of several shapes."""
+    splits, width = {}, len(BANDS)
+    for name, number in (("train", 20), ("test", 5), ("empty", 0)):
+        rng, images = np.random.default_rng(number), []
+        for _ in range(number):
+            height, columns = rng.integers(50, 90, 2)
+            images.append(codecs.encode(rng.integers(500, 4000, (height, columns, width)).astype(np.uint16)))
+        facts = {"ranges": [[0.0, 5000.0]] * width, "mean": [0.4] * width, "std": [0.1] * width, "fingerprint": name}
+        keys = [f"{EVIL}/{index}.tif" for index in range(number)]
+        splits[name] = toy_shards.Split(images, [index % 3 for index in range(number)], keys, facts=facts)
+    return toy_shards.write(folder, splits, bands=BANDS, dtype="uint16", class_names=CLASSES)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +62,7 @@ def run(tmp_path_factory, data) -> pathlib.Path:
     config.data.rgb = ("nir", "red", "green")
     bands = Bands(("red", "green", "nir"), "uint16", ((0.0, 5000.0),) * 3, (0.4,) * 3, (0.1,) * 3)
     objective = pera.PerA.from_config(config, bands)
-    meta = run_meta.describe(config, objective, Mixture.of(records.open_split(data, "train"), bands).card())
+    meta = run_meta.describe(config, objective, Mixture.from_source(records.open_split(data, "train"), bands).card())
     store = checkpoint_store.Store(str(workdir), keep_last=5, keep_every=100)
     optimizer = steps.make_optimizer(config.optimizer)
     state = jax.jit(lambda seed: steps.new_state(objective, optimizer, seed))(77)
@@ -178,7 +170,7 @@ def test_the_page_of_a_run_with_everything(run, data, tmp_path, capsys):
     # What is asked for anew takes the place of what was there, but of nothing else.
     (output / "tokens.png").rename(output / "kept")
     (output / "tokens.png").write_bytes(b"mine")
-    with pytest.raises(errors.UserError, match="tokens.png is there, and this command did not write it"):
+    with pytest.raises(errors.UserError, match="tokens.png already exists and was not written by this command"):
         report.main(["--run", str(run), "--output", str(output), "--images", "1", "--pairs", "1", "--split", "train"])
     assert (output / "tokens.png").read_bytes() == b"mine" and "finished at step 4" in text
     (output / "kept").rename(output / "tokens.png")
@@ -424,7 +416,7 @@ def test_images_are_of_many_classes_and_a_subset_reads_its_own(data, monkeypatch
     monkeypatch.setattr(images, "_MOST", 4)
     assert len(set(images.pick(source, 7, seed=0))) == 4
     subset = images.Subset(source, np.array([11, 2, 5]))
-    assert [records.decode_record(subset.read(i)).key for i in range(3)] == [f"{EVIL}/{i}.tif" for i in (11, 2, 5)]
+    assert [subset.record(i).key for i in range(3)] == [f"{EVIL}/{i}.tif" for i in (11, 2, 5)]
 
 
 def test_heads_stand_in_rows_and_maps_over_their_image():

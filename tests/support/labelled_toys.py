@@ -1,14 +1,10 @@
-"""Small labelled data sets of each kind, and a run with checkpoints, for the tests of probes and reports."""
+"""Small labeled datasets of each kind, and a run with checkpoints, for the tests of probes and reports."""
 
-import dataclasses
-import io
-import json
 import pathlib
 
 import jax
 import numpy as np
-from array_record.python import array_record_module
-from PIL import Image
+import toy_shards
 
 from pera_jax import config as configs
 from pera_jax.bands import Bands
@@ -20,7 +16,7 @@ from pera_jax.training.checkpoints import checkpoint_store, run_meta
 CLASSES = ["dots", "plain", "stripes"]
 
 
-def picture(label: int, rng: np.random.Generator) -> Image.Image:
+def picture(label: int, rng: np.random.Generator) -> np.ndarray:
     """Noise, with dots or stripes for two of the three classes; 50 to 90 px."""
     height, width = rng.integers(50, 90, 2)
     pixels = rng.integers(60, 120, (height, width, 3), dtype=np.uint8)
@@ -28,37 +24,22 @@ def picture(label: int, rng: np.random.Generator) -> Image.Image:
         pixels[::6, ::6] = 255
     if label == 2:
         pixels[:, ::8] //= 3
-    return Image.fromarray(pixels)
+    return pixels
 
 
 def pictures(labels: list) -> list[bytes]:
     """A PNG for each label; None as 0."""
-    rng, result = np.random.default_rng(len(labels)), []
-    for label in labels:
-        file = io.BytesIO()
-        picture(label or 0, rng).save(file, "PNG")
-        result.append(file.getvalue())
-    return result
+    rng = np.random.default_rng(len(labels))
+    return [toy_shards.png(picture(label or 0, rng)) for label in labels]
 
 
-def write_shards(folder: pathlib.Path, labels: dict[str, list], class_names=CLASSES, bands=None) -> pathlib.Path:
-    """A data set folder with one PNG per label and split."""
-    folder.mkdir()
-    splits = {}
-    for split, values in labels.items():
-        name = f"{split}.array_record"
-        writer = array_record_module.ArrayRecordWriter(str(folder / name), "group_size:1,uncompressed")
-        for index, (label, image) in enumerate(zip(values, pictures(values), strict=True)):
-            writer.write(records.encode_record(image, f"{index}.png", label))
-        writer.close()
-        size = (folder / name).stat().st_size
-        splits[split] = records.SplitInfo(
-            len(values), [name], [len(values)], [size], [[0.0, 255.0]] * 3, [0.4] * 3, [0.1] * 3, {}, split, ""
-        )
-    bands = bands or ["red", "green", "blue"]
-    info = records.DatasetInfo("small", bands, "uint8", class_names, False, records.FORMAT_VERSION, splits)
-    (folder / records.INFO_FILE).write_text(json.dumps(dataclasses.asdict(info)))
-    return folder
+def write_shards(folder: pathlib.Path, labels: dict[str, list], class_names=CLASSES, bands=records.RGB) -> pathlib.Path:
+    """A dataset folder with one PNG per label and split."""
+    facts = {"mean": [0.4] * 3, "std": [0.1] * 3}
+    splits = {
+        name: toy_shards.Split(pictures(values), values, facts=facts | {"fingerprint": name}) for name, values in labels.items()
+    }
+    return toy_shards.write(folder, splits, bands=bands, class_names=class_names)
 
 
 def write_folders(folder: pathlib.Path, labels: dict[str, list[int]]) -> pathlib.Path:

@@ -30,8 +30,8 @@ def bomb() -> bytes:
 
 def contents(rng) -> dict[str, bytes]:
     """One file of each kind, by a name that says what must become of it."""
-    colours = rng.integers(0, 256, (40, 48, 3), np.uint8)
-    photo, exif = Image.fromarray(colours), Image.Exif()
+    colors = rng.integers(0, 256, (40, 48, 3), np.uint8)
+    photo, exif = Image.fromarray(colors), Image.Exif()
     exif[0x0112] = 6
     jpeg, palette = encode(photo, "JPEG"), photo.quantize(8)
     return {
@@ -43,7 +43,7 @@ def contents(rng) -> dict[str, bytes]:
         "written/wrongly named.tif": encode(photo, "WEBP", lossless=True),
         "written/ünïcödé 🛰.PNG": encode(rng.integers(0, 256, (40, 40, 3), np.uint8)),
         f"written/{'long' * 50}.jpg": encode(photo, "JPEG", quality=50),
-        "small/1 pixel.png": encode(colours[:1, :1]),
+        "small/1 pixel.png": encode(colors[:1, :1]),
         "blank/blank.png": encode(np.full((50, 60, 3), int(rng.integers(256)), np.uint8)),
         "failed/cut.jpg": jpeg[: int(rng.integers(10, len(jpeg) // 2))],
         "failed/zero.png": b"",

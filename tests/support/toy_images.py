@@ -12,7 +12,7 @@ TURNED = {  # by EXIF orientation: how an upright picture lies in the file
     1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.swapaxes(0, 1), 6: np.rot90,
     7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: lambda a: np.rot90(a, -1),
 }  # fmt: skip
-_COLOUR_TYPES = {1: 0, 3: 2, 2: 4, 4: 6}  # of PNG, by the number of its bands
+_COLOR_TYPES = {1: 0, 3: 2, 2: 4, 4: 6}  # of PNG, by the number of its bands
 
 
 def _chunk(kind: bytes, content: bytes) -> bytes:
@@ -26,14 +26,14 @@ def png(
 
     Args:
       palette: uint8 [n, 3]; `values` are then its numbers.
-      transparent: the content of tRNS: the opacity of the colours of the palette, else the value that is transparent.
+      transparent: the content of tRNS: the opacity of the colors of the palette, else the value that is transparent.
     """
     height, width, bands = values.shape
     rows = []
     for row in values.reshape(height, -1):
         bits = np.unpackbits(row.astype(">u2")[:, None].view(np.uint8), axis=1)[:, 16 - depth :]
         rows.append(b"\0" + np.packbits(bits).tobytes())
-    kind = 3 if palette is not None else _COLOUR_TYPES[bands]
+    kind = 3 if palette is not None else _COLOR_TYPES[bands]
     content = b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0))
     content += _chunk(b"gAMA", struct.pack(">I", 100_000))  # linear light, as no one shows it: not applied
     if palette is not None:
@@ -80,7 +80,7 @@ def every_kind(seed: int = 0) -> dict[str, tuple[bytes, np.ndarray]]:
     rng = np.random.default_rng(seed)
     rgb = rng.integers(0, 256, (36, 44, 3), np.uint8)
     deep = rng.integers(0, 1 << 16, (36, 44, 3), np.uint16)
-    grey, three = rgb[..., :1], np.repeat(rgb[..., :1], 3, axis=2)
+    gray, three = rgb[..., :1], np.repeat(rgb[..., :1], 3, axis=2)
     cut = np.where(rng.random((36, 44, 1)) < 0.5, 0, 255).astype(np.uint8)  # what a raster calls alpha
     infrared = rng.integers(20, 120, (36, 44, 1), np.uint8)
     soft = np.concatenate([rgb, rgb[..., :1]], axis=2)
@@ -88,7 +88,7 @@ def every_kind(seed: int = 0) -> dict[str, tuple[bytes, np.ndarray]]:
     photo, cmyk = Image.fromarray(rgb), Image.fromarray(rgb).convert("CMYK")
     exif, seen = Image.Exif(), np.array(photo.resize((44, 36)))
     decoded = lambda content: np.array(Image.open(io.BytesIO(content)).convert("RGB"))  # noqa: E731
-    jpegs = {"jpeg": pillow(photo, "JPEG"), "grey jpeg": pillow(grey[..., 0], "JPEG"), "cmyk jpeg": pillow(cmyk, "JPEG")}
+    jpegs = {"jpeg": pillow(photo, "JPEG"), "gray jpeg": pillow(gray[..., 0], "JPEG"), "cmyk jpeg": pillow(cmyk, "JPEG")}
     files = {f"{name}.jpg": (content, decoded(content)) for name, content in jpegs.items()}
     for orientation, turn in TURNED.items():
         exif[0x0112] = orientation
@@ -101,12 +101,12 @@ def every_kind(seed: int = 0) -> dict[str, tuple[bytes, np.ndarray]]:
     files |= {
         "plain.png": (png(rgb, 8), rgb),
         "deep.png": (png(deep, 16), (deep >> 8).astype(np.uint8)),
-        "deep grey.png": (png(deep[..., :1], 16), np.repeat(deep[..., :1] >> 8, 3, axis=2).astype(np.uint8)),
-        "grey.png": (png(grey, 8), three),
-        "4 bits.png": (png(grey >> 4, 4), three >> 4 << 4 | three >> 4),
-        "1 bit.png": (png(grey >> 7, 1), (three >> 7) * 255),
+        "deep gray.png": (png(deep[..., :1], 16), np.repeat(deep[..., :1] >> 8, 3, axis=2).astype(np.uint8)),
+        "gray.png": (png(gray, 8), three),
+        "4 bits.png": (png(gray >> 4, 4), three >> 4 << 4 | three >> 4),
+        "1 bit.png": (png(gray >> 7, 1), (three >> 7) * 255),
         "alpha.png": (png(soft, 8), over_black(soft)),
-        "grey alpha.png": (png(soft[..., :2], 8), np.repeat(over_black(soft[..., :2]), 3, axis=2)),
+        "gray alpha.png": (png(soft[..., :2], 8), np.repeat(over_black(soft[..., :2]), 3, axis=2)),
         "palette.png": (png(numbers, 4, palette), palette[numbers[..., 0]]),
         "clear.png": (png(numbers, 4, palette, [0]), palette[numbers[..., 0]] * (numbers > 0).astype(np.uint8)),
         "lossless.webp": (pillow(photo, "WEBP", lossless=True), rgb),
@@ -117,9 +117,9 @@ def every_kind(seed: int = 0) -> dict[str, tuple[bytes, np.ndarray]]:
         "big.tif": (tiff(rgb, bigtiff=True, byteorder=">"), rgb),
         "packed.tiff": (tiff(rgb, compression="packbits"), rgb),
         "deep.tif": (tiff(deep, compression="lzw", predictor=True, byteorder=">"), (deep >> 8).astype(np.uint8)),
-        "deep grey.tif": (tiff(deep[..., :1]), np.repeat(deep[..., :1] >> 8, 3, axis=2).astype(np.uint8)),
-        "grey.tif": (tiff(grey), three),
-        "white is 0.tif": (tiff(255 - grey, photometric="miniswhite"), three),
+        "deep gray.tif": (tiff(deep[..., :1]), np.repeat(deep[..., :1] >> 8, 3, axis=2).astype(np.uint8)),
+        "gray.tif": (tiff(gray), three),
+        "white is 0.tif": (tiff(255 - gray, photometric="miniswhite"), three),
         "cut out.tif": (tiff(np.concatenate([rgb, cut], axis=2), extra=(2,)), rgb * (cut > 0).astype(np.uint8)),
         "infrared.tif": (tiff(np.concatenate([rgb, infrared], axis=2), extra=(2,)), rgb),
         "fourth.tif": (tiff(np.concatenate([rgb, infrared], axis=2), extra=(0,)), rgb),

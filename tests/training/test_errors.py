@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import toy_data
+import toy_shards
 from conftest import FAST
 
 from pera_jax import train
@@ -48,12 +49,12 @@ def refuse(config, workdir: pathlib.Path, message: str) -> None:
 
 def test_a_user_error_is_one_line_and_status_1(capsys):
     def main():
-        raise UserError("the thing is wrong; mend it")
+        raise UserError("the thing is wrong; fix it")
 
     with pytest.raises(SystemExit) as ended:
         errors.run(main)
     assert ended.value.code == 1
-    assert capsys.readouterr() == ("", "error: the thing is wrong; mend it\n")
+    assert capsys.readouterr() == ("", "error: the thing is wrong; fix it\n")
 
 
 def test_no_name_in_an_error_forges_a_line_or_controls_the_terminal(capsys):
@@ -123,16 +124,16 @@ def test_a_field_that_is_unknown_or_missing_is_named(config, tmp_path):
 
 
 def cut_short(folder):
-    shard = folder / toy_data.SHARD
+    shard = folder / toy_shards.shard("toy", "train")
     shard.write_bytes(shard.read_bytes()[:-1000])
 
 
 DAMAGE = {
-    "is damaged: it has": cut_short,
-    "shard .* is missing": lambda folder: (folder / toy_data.SHARD).unlink(),
-    "has ranges of 3 bands and the data set 4": lambda folder: toy_data.edit_info(folder, bands=["red", "green", "blue", "infrared"]),
-    "has format version 99": lambda folder: toy_data.edit_info(folder, format_version=99),
-    "info.json is damaged: it is no JSON": lambda folder: (folder / "info.json").write_text('{"name": '),
+    "is damaged: expected": cut_short,
+    "shard .* is missing": lambda folder: (folder / toy_shards.shard("toy", "train")).unlink(),
+    "has ranges of 3 bands and the data set 4": lambda folder: toy_shards.edit_info(folder, bands=["red", "green", "blue", "infrared"]),
+    "has format version 99": lambda folder: toy_shards.edit_info(folder, format_version=99),
+    "info.json is damaged: it is not valid JSON": lambda folder: (folder / "info.json").write_text('{"name": '),
 }
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import toy_data
+import toy_shards
 from test_train import assert_same_bits, everything, metrics_of, smoke
 
 from pera_jax import train
@@ -70,13 +71,13 @@ def test_bad_sets_are_one_sentence(data, tmp_path):
     for name, content, wrong in (
         ("few", dict(images=20), "needs at least 21 labeled images in split .*, got 20"),
         ("infrared", dict(bands=("red", "green", "nir")), "has no band 'blue'"),
-        ("damaged", dict(undecodable=(3,)), "record 3 of .* cannot be read"),
+        ("damaged", dict(undecodable=(3,)), "record 3 of .* is damaged"),
     ):
         folder = toy_data.write(tmp_path / name, **content)
         with pytest.raises(UserError, match=wrong):
             monitor.labeled_subset(settings(folder), bands, 40)
     folder = toy_data.write(tmp_path / "unlabelled")
-    toy_data.edit_info(tmp_path / "unlabelled", class_names=None)
+    toy_shards.edit_info(tmp_path / "unlabelled", class_names=None)
     with pytest.raises(UserError, match="needs at least two classes"):
         monitor.labeled_subset(settings(folder), bands, 40)
 

@@ -135,7 +135,7 @@ def test_config_json_is_a_config(tmp_path):
 
 
 @pytest.mark.parametrize("content, sentence", [
-    ("{", "cannot be read: it is no JSON"), ("[]", "is not the config.json of a run"), ('{"config": 3}', "is not the config.json"),
+    ("{", "cannot be read: it is not valid JSON"), ("[]", "is not the config.json of a run"), ('{"config": 3}', "is not the config.json"),
     ('{"config": {"totl": 1}}', "has the field totl, which this version does not know"),
     ('{"config": {"data": {"workers": "three"}}}', "has data.workers=three, which is not of the type of its default"),
     ('{"config": {"data": 3}}', "has data=3, which is not of the type"),

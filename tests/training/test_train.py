@@ -147,8 +147,8 @@ def test_a_run_killed_in_every_way_ends_in_the_same_bits(uninterrupted, data, tm
         seen = checkpoint.saved_steps(workdir)[-1]
         assert process.returncode == 0, stderr
         *progress, last = stderr.splitlines()  # no warnings either
-        again = "; again to stop at once" if name == "SIGINT" else ""
-        progress.remove(f"{name}: saving after this step{again}")
+        again = "; press Ctrl-C again to stop immediately" if name == "SIGINT" else ""
+        progress.remove(f"{name}: saving a checkpoint after this step{again}")
         assert last == f"stopped by {name} at step {seen} of {TOTAL}; checkpoint saved"
         assert not (workdir / "FINISHED").exists()
         assert all(line.startswith("step ") for line in progress)

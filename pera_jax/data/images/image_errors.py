@@ -1,4 +1,4 @@
-"""What stands in the way of decoding an image: damaged bytes, kinds that are not read, sizes that fit into no memory."""
+"""Errors of image decoding: damaged bytes, unsupported kinds, images too large for memory."""
 
 import contextlib
 import struct
@@ -12,23 +12,23 @@ from pera_jax.common import environment
 # What Pillow's decoders raise on damaged input: `UnidentifiedImageError` is an OSError, PNG raises SyntaxError.
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError,
                  struct.error, zlib.error, Image.DecompressionBombError)  # fmt: skip
-MOST_BYTES = 2 << 30  # of one image once it is decoded: 715 million pixels of 8-bit RGB, 2.1 billion of a mask
+MOST_BYTES = 2 << 30  # size of a decoded image: 715 million pixels of 8-bit RGB, 2.1 billion of a mask
 
 
 class ImageDecodeError(ValueError):
-    """The bytes are no image, an image that is damaged, or of a kind that is not read."""
+    """The bytes are not an image, or the image is damaged or of an unsupported kind."""
 
 
 @contextlib.contextmanager
 def decoding(
     errors: type[Exception] | tuple[type[Exception], ...] = DECODE_ERRORS, said: str = "undecodable image: "
 ) -> Iterator[None]:
-    """Turns what a decoder raises on damaged bytes, by default Pillow's, into ImageDecodeError.
+    """Converts exceptions of a decoder (by default Pillow) to ImageDecodeError.
 
-    What it raises because the machine fails becomes EnvironmentFault: a decoder loads libraries and takes memory.
+    Failures of the machine become EnvironmentFault: decoders load libraries and allocate memory.
 
     Args:
-      said: what the text of the ImageDecodeError begins with.
+      said: prefix of the message.
     """
     try:
         yield
@@ -40,9 +40,9 @@ def decoding(
 
 
 def check_size(height: int, width: int, bytes_per_pixel: int) -> None:
-    """Raises ImageDecodeError where an image would take more memory than `MOST_BYTES`."""
+    """Raises ImageDecodeError if a decoded image would take more than `MOST_BYTES` of memory."""
     if height * width * bytes_per_pixel > MOST_BYTES:
         raise ImageDecodeError(
-            f"claims {width} x {height} px, {height * width * bytes_per_pixel / 2**30:.1f} GiB once decoded, more than "
-            f"{MOST_BYTES / 2**30:.3g}; cut it into tiles first"
+            f"is {width} x {height} px and would take {height * width * bytes_per_pixel / 2**30:.1f} GiB when decoded, more than "
+            f"{MOST_BYTES / 2**30:.3g} GiB; cut it into tiles first"
         )

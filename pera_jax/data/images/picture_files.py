@@ -1,4 +1,4 @@
-"""Image files other than TIFF, by Pillow: upright, with what Pillow leaves out of PNG's depths and transparent values."""
+"""Image files other than TIFF, read by Pillow; also PNG bit depths and transparency that Pillow does not handle."""
 
 import io
 import warnings
@@ -8,7 +8,7 @@ from PIL import Image
 
 from pera_jax.data.images.image_errors import ImageDecodeError, check_size
 
-# Pillow remarks on odd metadata, thousands of times in a large folder. No `catch_warnings`: threads read images.
+# Pillow warns about unusual metadata. Not with `catch_warnings`, which is not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 _EXIF_ORIENTATION = 0x0112
 _TURNS = {
@@ -19,15 +19,15 @@ _PNG, _PNG_BIT_DEPTH = b"\x89PNG\r\n\x1a\n", 24  # signature; position of the by
 
 
 def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Pixels [H, W, ...] as EXIF's orientation, 1 to 8, means them to be seen; a view."""
+    """Rotates and flips pixels [H, W, ...] by the EXIF orientation, 1 to 8; returns a view."""
     return _TURNS.get(orientation, lambda a: a)(pixels)
 
 
 def opened(encoded: bytes) -> Image.Image:
-    """A file that is no TIFF, opened by Pillow's reader of its format; its pixels are not decoded yet.
+    """Opens a file other than TIFF with the Pillow reader of its format, without decoding the pixels.
 
-    The size is checked by the memory that it takes: the limit of `Image.open` is one of pixels, and sound masks have more.
-    Raises ImageDecodeError, or one of `DECODE_ERRORS`.
+    The size is limited by memory; the pixel limit of `Image.open` would reject valid masks. Raises ImageDecodeError or one
+    of `DECODE_ERRORS`.
     """
     from PIL import BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
@@ -43,16 +43,16 @@ def opened(encoded: bytes) -> Image.Image:
     elif encoded[:4] == b"RIFF" and encoded[8:12] == b"WEBP":
         image = WebPImagePlugin.WebPImageFile(file, "")
     else:
-        raise ImageDecodeError("no image of a known format, or cut off in its header")
+        raise ImageDecodeError("not an image of a known format, or truncated in its header")
     check_size(image.height, image.width, len(image.getbands()))
     return image
 
 
 def read(encoded: bytes) -> tuple[np.ndarray, int, list[str]]:
-    """Reads a file: (upright values [H, W, C], bits of a value, what became other than in the file).
+    """Reads a file: (upright values [H, W, C], bits per value, changes).
 
-    The values are uint8, or uint16 of 16 bits: grey or red, green, blue, then the opacity where there is one. Raises
-    ImageDecodeError where there is no rule, and on damaged bytes nearly anything.
+    The values are uint8, or uint16 for 16 bits: gray or RGB, followed by opacity if there is any. Raises ImageDecodeError
+    for unsupported modes, and almost any exception for damaged bytes.
     """
     if encoded.startswith(_PNG) and encoded[_PNG_BIT_DEPTH : _PNG_BIT_DEPTH + 1] == b"\x10":
         return _deep_png(encoded)
@@ -60,17 +60,17 @@ def read(encoded: bytes) -> tuple[np.ndarray, int, list[str]]:
         image.load()
         changes, orientation = _changes(image), _orientation(image)
         if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK"):
-            raise ImageDecodeError(f"no rule turns mode {image.mode} into 8-bit RGB")
+            raise ImageDecodeError(f"unsupported image mode {image.mode}")
         if image.mode != "RGB":
             changes.append("mode " + image.mode)
         elif image.has_transparency_data:
-            changes.append("transparent colour")
+            changes.append("transparent color")
         clear = image.info.get("transparency")
         if image.mode in ("1", "L"):
             values = np.asarray(image.convert("L"))[:, :, None]
             if isinstance(clear, int):
                 if image.format == "PNG" and image.mode == "L":
-                    clear *= _stretch(encoded)  # Pillow stretches grey of 2 and 4 bits, but not the transparent value
+                    clear *= _stretch(encoded)  # Pillow scales 2-bit and 4-bit gray, but not the transparent value
                 values = np.concatenate([values, np.where(values == clear, 0, 255).astype(np.uint8)], axis=2)
         else:
             values = np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))
@@ -78,9 +78,9 @@ def read(encoded: bytes) -> tuple[np.ndarray, int, list[str]]:
 
 
 def read_indices(encoded: bytes) -> np.ndarray:
-    """Reads a file of class indices: upright, [H, W, C] of the very values, of a palette the numbers. Errors as of `read`."""
+    """Reads class indices: upright, [H, W, C] with the exact values, for palettes the indices. Raises as `read`."""
     if not encoded.startswith((_PNG, b"GIF8", b"BM")):
-        raise ImageDecodeError("no PNG, TIFF, GIF or BMP; other formats do not keep class indices")
+        raise ImageDecodeError("not a PNG, TIFF, GIF or BMP; other formats do not preserve class indices")
     with opened(encoded) as image:
         values = np.asarray(image)
         if image.format == "PNG" and image.mode == "L" and encoded[_PNG_BIT_DEPTH] < 8:
@@ -91,28 +91,28 @@ def read_indices(encoded: bytes) -> np.ndarray:
 
 
 def _deep_png(encoded: bytes) -> tuple[np.ndarray, int, list[str]]:
-    """A PNG of 16 bits, of which Pillow keeps the upper 8 of colours and all of grey."""
-    import imagecodecs  # here: data sets of 8 bits do without it
+    """A 16-bit PNG; Pillow would only keep the upper 8 bits of colors."""
+    import imagecodecs  # imported late: not needed for 8 bits
 
     with opened(encoded) as image:
         changes, orientation = _changes(image), _orientation(image)
         check_size(image.height, image.width, 8)
-    values = imagecodecs.png_decode(encoded)  # a transparent colour becomes a band of opacity
+    values = imagecodecs.png_decode(encoded)  # a transparent color becomes an opacity band
     values = values if values.ndim == 3 else values[:, :, None]
     if values.dtype != np.uint16:
-        raise ImageDecodeError(f"a PNG of 16 bits that is decoded as {values.dtype}")
+        raise ImageDecodeError(f"a 16-bit PNG that decodes to {values.dtype}")
     return upright(values, orientation), 16, changes
 
 
 def _stretch(encoded: bytes) -> int:
-    """By what Pillow multiplies the grey values of a PNG."""
+    """The factor by which Pillow multiplies the gray values of a PNG."""
     return 255 // ((1 << encoded[_PNG_BIT_DEPTH]) - 1)
 
 
 def _changes(image: Image.Image) -> list[str]:
     changes = []
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-        changes.append("several frames")  # the further pictures of a camera's MPO file are no reason to recode a JPEG
+        changes.append("several frames")  # extra pictures in a camera's MPO file do not require re-encoding
     if image.format not in ("JPEG", "MPO", "PNG"):
         changes.append("format " + image.format)
     if _orientation(image) != 1:

@@ -1,8 +1,8 @@
-"""TIFF files as they are: the values of the first picture in their place, and what the tags say of them.
+"""TIFF files: the stored values of the first picture, and its tags.
 
-The first picture is the first page that neither shows another one smaller nor says where that has data: cameras and
-scanners write a thumbnail first. tifffile and imagecodecs read every layout (strips, tiles, planes, BigTIFF), byte order, compression and predictor that
-GDAL writes. Nothing is converted here but what no program stores otherwise: JPEG's YCbCr inside a TIFF comes out as RGB.
+The first picture is the first page that is neither a reduced image nor a mask, since cameras and scanners write a thumbnail
+first. tifffile and imagecodecs read every layout (strips, tiles, planes, BigTIFF), byte order, compression and predictor
+that GDAL writes. Values are not converted, except that JPEG-compressed YCbCr becomes RGB.
 """
 
 import dataclasses
@@ -24,26 +24,26 @@ WHITE_IS_ZERO, BLACK_IS_ZERO, RGB, PALETTE, SEPARATED, YCBCR = 0, 1, 2, 3, 5, 6 
 UNSPECIFIED, PREMULTIPLIED, STRAIGHT = 0, 1, 2  # ExtraSamples
 _JPEG = (6, 7, 34892, 33007)  # compressions
 _INK_SET, _GDAL_METADATA, _GDAL_NODATA, _ORIENTATION, _CMYK = 332, 42112, 42113, 274, 1
-_REDUCED, _MASK = 1, 4  # bits of NewSubfileType: pages that show another one smaller, or where it has data
+_REDUCED, _MASK = 1, 4  # bits of NewSubfileType: a reduced image, a mask
 
-# It tells of odd tags in lines of its own, with text from the file; what stops the reading is raised all the same.
+# tifffile logs unusual tags, with text from the file; fatal problems are still raised.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiff:
-    """The first picture of a file, as it is stored.
+    """The first picture of a file, as stored.
 
     Attributes:
-      values: [H, W, C] of the dtype of the file.
-      photometric: the tag's number.
-      extra: what the tag ExtraSamples says of the last bands, one number for each that it names.
-      depth: bits of a value; below 8 and between 8 and 16 the values are unpacked.
+      values: [H, W, C] in the dtype of the file.
+      photometric: value of the tag PhotometricInterpretation.
+      extra: values of the tag ExtraSamples, for the last bands.
+      depth: bits per value; depths other than 8, 16 and 32 are unpacked.
       palette: uint16 [3, 2^depth], or None.
       orientation: 1 to 8; not applied to `values`.
-      names: of the bands, "" where the file has none.
-      pages: whether the file holds further pictures.
-      nodata: the value that stands for no data, as GDAL declares it; None without one.
+      names: band names, "" if unnamed.
+      pages: whether the file has further pictures.
+      nodata: the nodata value declared by GDAL; None without one.
     """
 
     values: np.ndarray
@@ -58,24 +58,24 @@ class Tiff:
 
 
 def values_of(page) -> np.ndarray:
-    """The values of a page of tifffile in their places, [H, W, C], whatever the layout. Raises nearly anything."""
+    """The values of a tifffile page, [H, W, C], for any layout. May raise almost any exception for damaged bytes."""
     height, width = page.imagelength, page.imagewidth
     check_size(height, width, page.samplesperpixel * (page.dtype.itemsize if page.dtype else 1))
     if page.dtype is None or page.imagedepth != 1:
-        raise ImageDecodeError(f"holds values that cannot be read: {page.bitspersample} bits, depth {page.imagedepth}")
+        raise ImageDecodeError(f"has unsupported values: {page.bitspersample} bits, image depth {page.imagedepth}")
     segments = math.prod(page.chunked)
     if not len(page.dataoffsets) == len(page.databytecounts) == segments:
-        raise ImageDecodeError(f"has {len(page.dataoffsets)} strips or tiles instead of {segments}")
+        raise ImageDecodeError(f"is damaged: expected {segments} strips or tiles, got {len(page.dataoffsets)}")
     if any(bool(place) != bool(size) for place, size in zip(page.dataoffsets, page.databytecounts, strict=True)):
-        raise ImageDecodeError("has strips or tiles that are not there")  # where both are 0, GDAL left out what is empty
+        raise ImageDecodeError("is damaged: strips or tiles are missing")  # where both are 0, GDAL omitted an empty block
     found = page.asarray(squeeze=False, maxworkers=1)  # [planes, 1, H, W, samples of a plane]
     found = np.moveaxis(found[:, 0], 0, 2).reshape(height, width, -1)
     return np.ascontiguousarray(found, found.dtype.newbyteorder("="))
 
 
 def read(encoded: bytes) -> Tiff:
-    """Reads the first picture of a file. Raises ImageDecodeError, and on damaged bytes nearly anything."""
-    import tifffile  # here: data sets of JPEG and PNG do without it
+    """Reads the first picture of a file. Raises ImageDecodeError, and almost any exception for damaged bytes."""
+    import tifffile  # imported late: not needed for JPEG and PNG
 
     with tifffile.TiffFile(io.BytesIO(encoded)) as file:
         page = _picture(file)
@@ -83,12 +83,12 @@ def read(encoded: bytes) -> Tiff:
         if photometric == YCBCR:
             if int(page.compression) not in _JPEG:
                 return _by_pillow(encoded, page, file)
-            photometric = RGB  # which tifffile makes of it
+            photometric = RGB  # tifffile converts it
         if photometric == SEPARATED and page.tags.valueof(_INK_SET, _CMYK) != _CMYK:
-            raise ImageDecodeError("holds inks other than cyan, magenta, yellow and black")
+            raise ImageDecodeError("has inks other than cyan, magenta, yellow and black")
         depth = page.bitspersample
         if isinstance(depth, tuple):
-            raise ImageDecodeError(f"holds bands of {', '.join(map(str, depth))} bits")
+            raise ImageDecodeError(f"has bands of different depths: {', '.join(map(str, depth))} bits")
         values = values_of(page)
         return Tiff(
             values.astype(np.uint8) if values.dtype == bool else values, photometric,
@@ -105,19 +105,19 @@ class Head:
       orientation: 1 to 8.
       white_is_zero: whether the greatest value is the darkest.
       depth: bits of a value; None where bands differ.
-      beside: whether the page is no picture but shows another one smaller, or says where that has data.
+      auxiliary: whether the first page is a reduced image or a mask.
       pages: whether the file holds further pictures.
     """
 
     orientation: int = 1
     white_is_zero: bool = False
     depth: int | None = None
-    beside: bool = False
+    auxiliary: bool = False
     pages: bool = False
 
 
 def head_of(path: str) -> Head:
-    """The head of a file; that of a plain one where the tags cannot be read. Raises EnvironmentFault."""
+    """The head of a file; the defaults if its tags cannot be read. Raises EnvironmentFault."""
     import tifffile
 
     try:
@@ -128,31 +128,31 @@ def head_of(path: str) -> Head:
                 _orientation(page), int(page.photometric) == WHITE_IS_ZERO, depth if isinstance(depth, int) else None,
                 page is not picture, _further_pages(file, picture),
             )  # fmt: skip
-    except Exception as error:  # on damaged bytes tifffile raises nearly anything
+    except Exception as error:  # for damaged bytes, tifffile raises almost any exception
         environment.raise_if_fault(error, f"{printable(path)} cannot be read")
         return Head()
 
 
 def _picture(file):
-    """The page of tifffile's that is the first picture; the first of all where every one is beside another."""
+    """The tifffile page of the first picture; the first page if all are reduced images or masks."""
     first = file.pages.first
-    if not _beside(first):
+    if not _auxiliary(first):
         return first
     others = itertools.chain(itertools.islice(file.pages, 1, None), first.pages or ())
-    return next((page for page in others if not _beside(page)), first)
+    return next((page for page in others if not _auxiliary(page)), first)
 
 
-def _beside(page) -> bool:
+def _auxiliary(page) -> bool:
     return bool(int(page.subfiletype) & (_REDUCED | _MASK))
 
 
 def _by_pillow(encoded: bytes, page, file) -> Tiff:
-    """Subsampled colour that is not JPEG's: libtiff makes RGB of it. Pillow has turned it upright."""
+    """Subsampled color without JPEG compression: libtiff converts it to RGB, and Pillow rotates it upright."""
     from PIL import TiffImagePlugin
 
     check_size(page.imagelength, page.imagewidth, 4)
     if page is not file.pages.first:
-        raise ImageDecodeError("holds subsampled colour behind a thumbnail, which is not read")
+        raise ImageDecodeError("has subsampled color after a thumbnail, which is not supported")
     with TiffImagePlugin.TiffImageFile(io.BytesIO(encoded), "") as image:
         values = np.array(image.convert("RGB"))
     return Tiff(values, RGB, (), 8, None, 1, ("",) * 3, _further_pages(file, page))
@@ -161,10 +161,10 @@ def _by_pillow(encoded: bytes, page, file) -> Tiff:
 def _palette(page, depth: int) -> np.ndarray | None:
     if int(page.photometric) != PALETTE:
         return None
-    colours = np.asarray(page.colormap)
-    if colours.shape != (3, 1 << depth):
-        raise ImageDecodeError(f"has a palette of {colours.shape[-1]} colours for values of {depth} bits")
-    return colours if colours.max() > 255 else colours * 256  # some programs write 8 bits for the 16 that are asked
+    colors = np.asarray(page.colormap)
+    if colors.shape != (3, 1 << depth):
+        raise ImageDecodeError(f"is damaged: a palette of {colors.shape[-1]} colors for {depth} bits")
+    return colors if colors.max() > 255 else colors * 256  # some programs write 8-bit values instead of 16-bit ones
 
 
 def _orientation(page) -> int:
@@ -180,7 +180,7 @@ def _nodata(page) -> float | None:
 
 
 def _names(page, bands: int) -> tuple[str, ...]:
-    """The descriptions that GDAL gives bands."""
+    """The band descriptions written by GDAL."""
     names = [""] * bands
     text = page.tags.valueof(_GDAL_METADATA, "")
     try:
@@ -195,9 +195,9 @@ def _names(page, bands: int) -> tuple[str, ...]:
 
 
 def _further_pages(file, picture) -> bool:
-    """Whether there is a picture beside `picture` among the pages."""
+    """Whether the file has a picture other than `picture`."""
     try:
-        return any(page.offset != picture.offset and not _beside(page) for page in file.pages)
-    except Exception as error:  # a page that is damaged is no picture that anyone misses
+        return any(page.offset != picture.offset and not _auxiliary(page) for page in file.pages)
+    except Exception as error:  # a damaged page does not count
         environment.raise_if_fault(error, "a TIFF cannot be read")
         return False

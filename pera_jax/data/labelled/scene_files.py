@@ -1,4 +1,4 @@
-"""The files of labelled scenes, images and masks: found, read, and checked against each other."""
+"""Files of labeled scenes: finding, reading and checking images and masks."""
 
 import dataclasses
 import pathlib
@@ -17,13 +17,13 @@ MASK_ENDINGS = (".png", ".tif", ".tiff")
 
 
 class UnreadableScene(UserError):
-    """A file of a scene is damaged, or may not be read."""
+    """A file of a scene is damaged or cannot be read."""
 
 
-Seen = Callable[[pathlib.Path, bytes], None]  # is told each file and its content
+Seen = Callable[[pathlib.Path, bytes], None]  # called with each file and its content
 
 
-def _nobody(path: pathlib.Path, content: bytes) -> None:
+def _ignore(path: pathlib.Path, content: bytes) -> None:
     pass
 
 
@@ -31,10 +31,10 @@ def _nobody(path: pathlib.Path, content: bytes) -> None:
 class Scene:
     """
     Attributes:
-      key: the file's stem.
-      images: stored values [H, W, C] of the encoder's bands; one, or two dates.
-      mask: uint8 [H, W] of class indices, IGNORE without label.
-      changes: what the reading of its images changed, of `foreign.CHANGES`.
+      key: stem of the file names.
+      images: stored values [H, W, C] in the encoder's bands; one, or two dates.
+      mask: uint8 [H, W], class indices, IGNORE for unlabeled pixels.
+      changes: names from `foreign.CHANGES` of changes on reading.
     """
 
     key: str
@@ -44,13 +44,13 @@ class Scene:
 
 
 def files(folder: pathlib.Path, dates: int) -> dict[str, dict[str, pathlib.Path]]:
-    """The files of a folder of scenes by their kind ("image", or "A" and "B"; at last "label") and key, ascending.
+    """The files of a folder of scenes by kind ("image", or "A" and "B"; last "label") and key, sorted.
 
     Raises:
-      UserError: no such folder; no files; two of one key; one without its counterpart.
+      UserError: no such folder, no files, two files with the same key, a file without a counterpart.
     """
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}")
+        raise UserError(f"the folder {folder} does not exist")
     kinds = ("image",) if dates == 1 else ("A", "B")
     found = {kind: _files(folder / kind, foreign.ENDINGS) for kind in kinds} | {"label": _files(folder / "label", MASK_ENDINGS)}
     for kind in (*kinds[1:], "label"):
@@ -61,17 +61,17 @@ def files(folder: pathlib.Path, dates: int) -> dict[str, dict[str, pathlib.Path]
 
 
 def _files(folder: pathlib.Path, suffixes: Sequence[str]) -> dict[str, pathlib.Path]:
-    """The images of a folder by their stems, ascending."""
+    """The images of a folder by stem, sorted."""
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; images belong in image/ (or A/ and B/), masks in label/")
+        raise UserError(f"the folder {folder} does not exist; put images in image/ (or A/ and B/) and masks in label/")
     found = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in suffixes and not path.name.startswith("."):
             if path.stem in found:
-                raise UserError(f"{found[path.stem]} and {path} have one name; rename or remove one of them")
+                raise UserError(f"{found[path.stem]} and {path} have the same name; rename or remove one of them")
             found[path.stem] = path
     if not found:
-        raise UserError(f"{folder} holds no file {', '.join('*' + suffix for suffix in suffixes)}")
+        raise UserError(f"{folder} has no files {', '.join('*' + suffix for suffix in suffixes)}; add some")
     return found
 
 
@@ -80,18 +80,18 @@ def read(
     key: str,
     bands: Bands,
     names: Sequence[str],
-    seen: Seen = _nobody,
+    seen: Seen = _ignore,
 ) -> Scene:
     """Reads a scene.
 
     Args:
-      found: of `files`.
-      bands: of the encoder; images must have as many, of its dtype.
-      names: of the classes; (): masks may hold any.
-      seen: is told each file and its content.
+      found: result of `files`.
+      bands: of the encoder; images must have the same number of bands and dtype.
+      names: class names; () allows any class index.
+      seen: called with each file and its content.
 
     Raises:
-      UserError: a file that cannot be read or decoded; other bands; a value that is no class; several sizes.
+      UserError: a file cannot be read or decoded, has wrong bands, an invalid class index, or sizes differ.
     """
     *kinds, last = found
     change = len(kinds) == 2
@@ -103,7 +103,7 @@ def read(
         if shape != images[0].shape[:2]:
             raise UserError(
                 f"{found[kind][key]} is {shape[1]} x {shape[0]} px and {first} is {images[0].shape[1]} x "
-                f"{images[0].shape[0]} px; they must be of one size"
+                f"{images[0].shape[0]} px; they must have the same size"
             )
     changes = dict.fromkeys(change for picture in pictures for change in picture.changes)
     return Scene(key, images, mask, tuple(changes))
@@ -121,36 +121,36 @@ def _content(path, seen) -> bytes:
 
 def _image(path, bands, seen) -> foreign.Picture:
     try:
-        picture = foreign.read(_content(path, seen), colours=None if bands.is_rgb8() else False)
+        picture = foreign.read(_content(path, seen), colors=None if bands.is_rgb8() else False)
     except foreign.ImageDecodeError as error:
         raise UnreadableScene(f"{path} cannot be decoded ({error}); replace or remove it") from error
     pixels = picture.pixels
     if pixels.shape[2] != len(bands) or pixels.dtype != bands.dtype:
         raise UserError(
-            f"{path} has {pixels.shape[2]} bands of {pixels.dtype}, and the encoder takes {len(bands)} of "
-            f"{bands.dtype} ({several(bands.names, 10)})"
+            f"{path} does not fit the encoder: expected {len(bands)} bands of {bands.dtype} ({several(bands.names, 10)}), got "
+            f"{pixels.shape[2]} of {pixels.dtype}"
         )
     return picture
 
 
-def read_mask(path: pathlib.Path, change: bool, names: Sequence[str], seen: Seen = _nobody) -> np.ndarray:
-    """Reads a mask: uint8 [H, W] of class indices and IGNORE, of change 0 and 1. Arguments and errors as of `read`."""
+def read_mask(path: pathlib.Path, change: bool, names: Sequence[str], seen: Seen = _ignore) -> np.ndarray:
+    """Reads a mask: uint8 [H, W], class indices and IGNORE; for change, 0 and 1. Arguments and errors as in `read`."""
     try:
         mask = foreign.read_indices(_content(path, seen))
     except foreign.ImageDecodeError as error:
         raise UnreadableScene(f"{path} cannot be decoded as a mask ({error}); replace or remove it") from error
     if mask.shape[2] != 1 or mask.dtype.kind not in "ui":
-        raise UserError(f"{path} has {mask.shape[2]} bands of {mask.dtype}; a mask has one, of class indices")
+        raise UserError(f"{path} has {mask.shape[2]} bands of {mask.dtype}; a mask must have one band of class indices")
     mask = mask[..., 0]
     values = np.unique(mask)
     if change:
         if not (set(values.tolist()) <= {0, 1} or set(values.tolist()) <= {0, 255}):
-            raise UserError(f"{path} holds the values {_listed(values)}; a mask of change holds 0 and 255, or 0 and 1")
+            raise UserError(f"{path} has the values {_listed(values)}; a change mask must have 0 and 255, or 0 and 1")
         return (mask > 0).astype(np.uint8)
     limit = len(names) or IGNORE
     wrong = values[(values != IGNORE) & ((values < 0) | (values >= limit))]
     if len(wrong):
-        raise UserError(f"{path} holds the class {_listed(wrong)}; classes are 0 to {limit - 1}, and {IGNORE} no label")
+        raise UserError(f"{path} has the class {_listed(wrong)}; expected 0 to {limit - 1}, or {IGNORE} for unlabeled pixels")
     return mask.astype(np.uint8)
 
 

@@ -1,10 +1,10 @@
-"""Labelled scenes for the dense tasks, from folders of images and masks.
+"""Labeled scenes for dense tasks, from folders of images and masks.
 
-    segmentation: FOLDER[/SPLIT]/image/NAME.* and FOLDER[/SPLIT]/label/NAME.*, values the class index, 255 no label
-    change:       FOLDER[/SPLIT]/A/NAME.* and B/NAME.* (two dates), label/NAME.*, values 0 and 255 (or 1): changed
+    segmentation: FOLDER[/SPLIT]/image/NAME.* and FOLDER[/SPLIT]/label/NAME.*, class indices, 255 for unlabeled pixels
+    change:       FOLDER[/SPLIT]/A/NAME.* and B/NAME.* (two dates), label/NAME.*, 0 and 255 (or 1) for changed pixels
 
-Images are JPEG, PNG, WebP or TIFF, masks PNG or TIFF. With the subfolders of the splits there is one fold, from one split to the other; without
-them the scenes are tested in turn, by a head that was trained on the others.
+Images are JPEG, PNG, WebP or TIFF, masks PNG or TIFF. With split folders there is one fold, training split to test split;
+without them, scenes are cross-validated.
 """
 
 import collections
@@ -29,16 +29,16 @@ from pera_jax.parallel import distributed
 CHANGE_CLASSES = ("unchanged", "changed")
 CLASSES_FILE = "classes.txt"
 
-Fold = tuple[tuple[int, ...], tuple[int, ...]]  # (training scenes, test scenes), by their places
+Fold = tuple[tuple[int, ...], tuple[int, ...]]  # (training scenes, test scenes), by index
 
 
 @dataclasses.dataclass(frozen=True)
 class Dense:
-    """What a dense task gets.
+    """The input of a dense task.
 
     Attributes:
       folds: each scene is tested at most once.
-      patch: px, the side of what a token stands for.
+      patch: side of a patch in px.
       tokens: (stored image [H, W, C], window px, stride px) -> float32 [n, ceil(H / patch), ceil(W / patch), D]: the
         patch tokens of the n last blocks, the last block last; see `dense.encode`.
     """
@@ -52,11 +52,11 @@ class Dense:
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """Labelled scenes as they were read; `dense` adds the encoder.
+    """Labeled scenes of a folder; `dense` adds the encoder.
 
     Attributes:
-      fingerprints: SHA-256 over names and contents of all files of the training and of the test split; twice the same
-        where there are no splits.
+      fingerprints: SHA-256 over names and contents of all files, for the training and the test split; equal if there are
+        no splits.
     """
 
     scenes: tuple[Scene, ...]
@@ -75,26 +75,25 @@ def load(
     folds: int = 0,
     class_names: Sequence[str] = (),
     splits: tuple[str, str] = ("train", "test"),
-    max_corrupt_share: float = 0.0,
+    max_corrupt_fraction: float = 0.0,
 ) -> Folder:
     """Reads all scenes of a folder.
 
     Args:
       dates: 1 for segmentation, 2 for change.
-      bands: of the encoder; images must have as many, of its dtype.
-      folds: in how many parts the scenes of a folder without splits are tested; 0, or more than there are scenes: each
-        by itself.
-      class_names: of segmentation, where the folder has no classes.txt (one name a line); (): "class 0" and so on.
-      splits: the subfolders to train and to test on, see `folders`.
-      max_corrupt_share: the largest part of the scenes of a folder that may be damaged; these are left out, and named.
+      bands: of the encoder; images must have the same number of bands and dtype.
+      folds: number of cross-validation folds without splits; 0, or more than the number of scenes: leave one out.
+      class_names: for segmentation without a classes.txt (one name per line); () gives "class 0", "class 1", ...
+      splits: subfolders for training and test, see `folders`.
+      max_corrupt_fraction: maximum fraction of damaged scenes, which are skipped with a warning.
 
     Raises:
-      UserError: bad input, in one sentence that names the file.
+      UserError: invalid input; the message names the file.
     """
     folder = pathlib.Path(folder)
     places = folders(folder, splits)
     names = _class_names(folder, dates, class_names)
-    parts = [_read_part(place, dates, bands, names, max_corrupt_share) for place in places]
+    parts = [_read_part(place, dates, bands, names, max_corrupt_fraction) for place in places]
     scenes = tuple(scene for part, _ in parts for scene in part)
     if len(parts) == 2:
         first = len(parts[0][0])
@@ -108,27 +107,27 @@ def load(
 
 
 def folders(folder: pathlib.Path, splits: tuple[str, str]) -> tuple[pathlib.Path, ...]:
-    """Where the training and the test scenes lie; one folder where they are the same ones, in folds.
+    """The folders of the training and the test scenes; a single folder for cross-validation.
 
-    That is where neither split is a subfolder, or where one of them is "", none of its own: then the other, or without
-    such a subfolder the folder itself.
+    Cross-validation is used if neither split is a subfolder, on the folder itself, or if one split is "", on the other
+    split if that is a subfolder.
 
     Raises:
-      UserError: only one of two splits is there; twice the same split.
+      UserError: only one of two splits exists, or both are the same.
     """
     present = [split for split in splits if split and (folder / split).is_dir()]
     if not all(splits):
         return (folder / present[0],) if present else (folder,)
     if len(present) == 1:
         missing = splits[1 - splits.index(present[0])]
-        raise UserError(f"{folder} has the split {present[0]!r} but not {missing!r}; add it, or do without both")
+        raise UserError(f"{folder} has the split {present[0]!r} but not {missing!r}; add it, or remove both")
     if len(set(splits)) == 1 and present:
-        raise UserError(f"the training and the test split are both {splits[0]!r}; a test needs scenes of its own")
+        raise UserError(f"the training and the test split are both {splits[0]!r}; choose different splits")
     return tuple(folder / split for split in present) or (folder,)
 
 
 def _class_names(folder, dates, given):
-    """The names of the classes; () where masks alone tell their number."""
+    """The class names; () if their number follows from the masks."""
     if dates == 2:
         return CHANGE_CLASSES
     file = folder / CLASSES_FILE
@@ -138,11 +137,11 @@ def _class_names(folder, dates, given):
 
 
 def _cut(number: int, folds: int, folder: pathlib.Path) -> tuple[Fold, ...]:
-    """Folds of neighbours in order of names, which often show one place; each scene is tested once."""
+    """Folds of scenes with consecutive names, which often show the same place; each scene is tested once."""
     if number < 2:
-        raise UserError(f"{folder} holds one scene only; a test needs a scene of its own")
+        raise UserError(f"{folder} has only one scene; at least two are required")
     if folds == 1 or folds < 0:
-        raise UserError(f"folds={folds} leaves nothing to train on; take 0 (each scene by itself) or 2 and more")
+        raise UserError(f"folds={folds} is invalid; choose 0 (leave one out) or >= 2")
     tests = np.array_split(np.arange(number), folds if 0 < folds <= number else number)
     return tuple((tuple(np.setdiff1d(np.arange(number), test).tolist()), tuple(test.tolist())) for test in tests)
 
@@ -158,17 +157,17 @@ def _check_training(folder: pathlib.Path, scenes: Sequence[Scene]) -> None:
     if np.sum(classes != IGNORE) < 2:
         keys = several(scene.key for scene in scenes)
         raise UserError(
-            f"the training scenes {keys} of {folder} hold fewer than two classes; there is nothing to tell apart"
+            f"the training scenes {keys} of {folder} have fewer than two classes; at least two are required"
         )
 
 
-def _read_part(folder, dates, bands, names, max_corrupt_share) -> tuple[list[Scene], str]:
-    """The scenes of a folder or of a split of it, in order of names, and their fingerprint."""
+def _read_part(folder, dates, bands, names, max_corrupt_fraction) -> tuple[list[Scene], str]:
+    """The scenes of a folder or split, sorted by name, and their fingerprint."""
     found, digest = scene_files.files(folder, dates), hashlib.sha256()
 
     def seen(path, content):
         for part in (os.fsencode(path.relative_to(folder).as_posix()), content):
-            digest.update(len(part).to_bytes(8, "big"))  # so that no other names and contents give the same bytes
+            digest.update(len(part).to_bytes(8, "big"))  # makes the encoding unambiguous
             digest.update(part)
 
     scenes, faults = [], []
@@ -177,11 +176,11 @@ def _read_part(folder, dates, bands, names, max_corrupt_share) -> tuple[list[Sce
             scenes.append(scene_files.read(found, key, bands, names, seen))
         except scene_files.UnreadableScene as error:
             faults.append(error)
-            if len(faults) > max_corrupt_share * len(found["label"]):
+            if len(faults) > max_corrupt_fraction * len(found["label"]):
                 raise
     if faults:
         total = len(found["label"])
-        distributed.say(f"warning: {len(faults):,} of {total:,} scenes are left out: {several(faults)}")
+        distributed.say(f"warning: {len(faults):,} of {total:,} scenes are skipped: {several(faults)}")
     changes = collections.Counter(change for scene in scenes for change in scene.changes if change in foreign.CHANGES)
     for name, number in changes.most_common():
         distributed.say(f"{name}: {number:,} scenes {foreign.CHANGES[name]}")

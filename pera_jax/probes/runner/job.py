@@ -153,7 +153,7 @@ class Job:
             elif spec.name not in self._scenes:
                 self._scenes[spec.name] = scenes.load(
                     spec.data, _DATES[spec.task], bands, spec.settings["folds"], spec.settings.get("class_names", ()),
-                    (spec.train_split, spec.test_split), self._reading.max_corrupt_share,
+                    (spec.train_split, spec.test_split), self._reading.max_corrupt_fraction,
                 )  # fmt: skip
 
     def evaluate(self, network: Network, spec: Spec) -> Result:

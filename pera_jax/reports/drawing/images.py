@@ -5,10 +5,8 @@ import dataclasses
 import numpy as np
 
 from pera_jax.bands import Bands
-from pera_jax.common.errors import UserError
-from pera_jax.data import codecs, records
+from pera_jax.data import decode, records
 from pera_jax.data.labelled import samples
-from pera_jax.encoder import extract as features
 
 _MOST = 20_000  # images among which a few are chosen
 
@@ -37,8 +35,8 @@ class Subset:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def read(self, i: int) -> bytes:
-        return self.source.read(self.indices[i])
+    def record(self, i: int) -> records.Record:
+        return self.source.record(self.indices[i])
 
 
 def choose(labels: np.ndarray, number: int, seed: int) -> np.ndarray:
@@ -62,12 +60,8 @@ def choose(labels: np.ndarray, number: int, seed: int) -> np.ndarray:
 def read(source: records.RecordSource, bands: Bands, index: int, size: int) -> Shown:
     """Reads one image of a split. Raises UserError for a damaged record or a missing band."""
     places = bands.indices_in(source.info, source.path)
-    try:
-        record = records.decode_record(source.read(int(index)))
-        image = codecs.decode_bands(record.image, source.info, places)
-    except (RuntimeError, codecs.ImageDecodeError) as error:
-        raise UserError(f"record {index} of {source.path} is damaged; copy or convert the data set again") from error
-    return Shown(features.resized(image, size), record.key, record.label)
+    record = source.record(index)
+    return Shown(decode.resized_record(source, index, record, places, size), record.key, record.label)
 
 
 def pick(source: records.RecordSource, number: int, seed: int) -> np.ndarray:
@@ -76,7 +70,7 @@ def pick(source: records.RecordSource, number: int, seed: int) -> np.ndarray:
     if len(source) > _MOST:
         places = np.sort(np.random.default_rng(seed).choice(len(source), _MOST, replace=False))
     known = source.info.class_names  # without classes there are no labels to read
-    labels = samples.of_source(Subset(source, places)).labels if known else np.full(len(places), -1)
+    labels = samples.from_source(Subset(source, places)).labels if known else np.full(len(places), -1)
     return places[choose(labels, number, seed)]
 
 

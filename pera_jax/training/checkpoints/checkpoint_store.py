@@ -15,6 +15,7 @@ from pera_jax.common import environment, paths
 from pera_jax.common.environment import EnvironmentFault
 from pera_jax.common.errors import UserError
 from pera_jax.common.lease import Lease
+from pera_jax.common.text import first_line
 from pera_jax.parallel import distributed
 from pera_jax.training import step as steps
 from pera_jax.training.checkpoints import checkpoint, intact, ocp
@@ -121,9 +122,8 @@ class Store:
         what = f"the checkpoint of step {step} could not be written to {self.folder}"
         fault = environment.environment_fault(error)
         if fault is None:
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            return UserError(f"{what} ({reason}); {self.last_good()}: choose another workdir, then start again")
-        return EnvironmentFault.of(error, f"{what}: {fault}, then start again; {self.last_good()}")
+            return UserError(f"{what} ({first_line(error)}); {self.last_good()}: choose another workdir, then start again")
+        return EnvironmentFault.from_error(error, f"{what}: {fault}, then start again; {self.last_good()}")
 
     def close(self) -> None:
         """Ends as `wait` does, and leaves nothing half written."""

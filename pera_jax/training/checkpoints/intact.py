@@ -22,7 +22,7 @@ import numpy as np
 from pera_jax.common import digests, json_files
 from pera_jax.common.environment import EnvironmentFault, environment_fault, patiently
 from pera_jax.common.errors import Misfit, UserError
-from pera_jax.common.text import every, printable, several
+from pera_jax.common.text import every, first_line, several
 from pera_jax.config.renamed import migrated
 from pera_jax.parallel import distributed
 from pera_jax.parallel.sharding import path_of
@@ -52,9 +52,9 @@ class Removed(UserError):
 
 def sealed(items: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint's items with their digests in `meta`. Waits for the arrays; with several hosts all must call it."""
-    found = {name: _text(digests.of_leaves(items[name])) for name in _ARRAYS if name in items}
-    meta = items["meta"] | {ENTRY: found | {"data": digests.of_json(items["data"])}}
-    meta[ENTRY]["meta"] = digests.of_json(meta)  # of all that is there by now
+    found = {name: _text(digests.leaf_digests(items[name])) for name in _ARRAYS if name in items}
+    meta = items["meta"] | {ENTRY: found | {"data": digests.json_digest(items["data"])}}
+    meta[ENTRY]["meta"] = digests.json_digest(meta)  # of all that is there by now
     return items | {"meta": meta}
 
 
@@ -91,8 +91,7 @@ def read(folder: pathlib.Path, load: Callable[[], T]) -> T:
             raise Removed(f"the checkpoint {folder} was removed while it was read; take a later one") from error
         if not before:
             raise Damaged(f"{what}: the folder is empty") from error
-        first = (str(error).splitlines() or [""])[0]
-        raise Damaged(f"{what}: {printable(first) or type(error).__name__}") from error
+        raise Damaged(f"{what}: {first_line(error)}") from error
     if not kept(folder, before):
         raise Removed(f"the checkpoint {folder} was removed while it was read; take a later one")
     return found
@@ -188,7 +187,7 @@ def _unsealed(folder: pathlib.Path, stored: Any) -> tuple[dict[str, Any], dict[s
     found = stored.get(ENTRY)
     if isinstance(found, dict):
         others = {name: value for name, value in found.items() if name != "meta"}
-        if found.get("meta") != digests.of_json(meta | {ENTRY: others}):
+        if found.get("meta") != digests.json_digest(meta | {ENTRY: others}):
             raise Damaged(f"the checkpoint {folder} is damaged: its meta is not what was saved")
     elif found is not None or version > _WITHOUT_DIGESTS:
         raise Damaged(f"the checkpoint {folder} is damaged: its meta has lost its digests")
@@ -242,7 +241,7 @@ def differences(found: Any, wanted: Any) -> list[str]:
 
 def check_json(folder: pathlib.Path, name: str, value: Any, found: dict[str, Any] | None) -> None:
     """Raises Damaged where an item of JSON is not what was saved."""
-    if found is not None and found.get(name) != digests.of_json(value):
+    if found is not None and found.get(name) != digests.json_digest(value):
         raise Damaged(f"the checkpoint {folder} is damaged: its {name} is not what was saved")
 
 
@@ -262,7 +261,7 @@ def check_arrays(folder: pathlib.Path, name: str, tree: Any, found: dict[str, An
                 f"the checkpoint {folder} is damaged: {several(wrong)} of its {name} hold(s) values that are not finite"
             )
         return
-    saved, now = _parsed(found, name), {path: tuple(each.split(" ")) for path, each in digests.of_leaves(tree).items()}
+    saved, now = _parsed(found, name), {path: tuple(each.split(" ")) for path, each in digests.leaf_digests(tree).items()}
     other = [f"{path} is {saved.get(path, ('absent',))[0]} there and {each[0]} here" for path, each in now.items()
              if saved.get(path, ("",))[0] != each[0]]  # fmt: skip
     if other:  # the program has changed, not the checkpoint

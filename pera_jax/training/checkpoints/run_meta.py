@@ -1,13 +1,13 @@
 """What a checkpoint says of its run, the `meta`: JSON, enough to use the weights without the config's file."""
 
 import json
-import os
 import pathlib
 import subprocess
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from pera_jax.common import files
 from pera_jax.common.errors import UserError
 from pera_jax.models import vit
 from pera_jax.objectives.base import Objective
@@ -52,12 +52,9 @@ def write(workdir: str, meta: dict[str, Any]) -> None:
       UserError: the workdir cannot be written.
     """
     path = pathlib.Path(workdir) / "config.json"
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_bytes(as_bytes(meta))
-        os.replace(temporary, path)
+        files.write(path, as_bytes(meta))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror}; make room or choose another workdir") from error
 
 
