@@ -154,15 +154,15 @@ class StopSignal:
             )
 
     def _handle(self, number, frame) -> None:
-        """Nothing: the thread has the number from the pipe."""
+        """Does nothing: the thread reads the signal number from the pipe."""
 
 
 class StopInCall:
-    """What `StopSignal` is to a command, for a call in a program or a notebook, whose process it never ends.
+    """The counterpart of `StopSignal` for calls from a program or notebook; never ends the process.
 
-    Before there is anything to save SIGTERM and Ctrl-C raise KeyboardInterrupt. Later the first one asks for an end after
-    the step under way, and says so; Ctrl-C after that raises KeyboardInterrupt. The program's own handlers are back at the
-    end. Only the main thread gets signals: in another one nothing is changed.
+    Before `saving` is called, SIGTERM and Ctrl-C raise KeyboardInterrupt. After it, the first signal requests a stop after the
+    current step and prints a line; a second Ctrl-C raises KeyboardInterrupt. The previous handlers are restored at the end.
+    Has no effect outside the main thread, which alone receives signals.
     """
 
     ends_process = False
@@ -195,4 +195,4 @@ class StopInCall:
             raise KeyboardInterrupt
         if self.asked is None:
             self.asked = signal.Signals(number).name
-            print(f"{self.asked}: saving after this step; Ctrl-C to stop at once", file=sys.stderr, flush=True)
+            print(f"{self.asked}: saving a checkpoint after this step; press Ctrl-C to stop immediately", file=sys.stderr, flush=True)

@@ -62,7 +62,7 @@ def test_the_first_asks_and_says_so_the_second_ctrl_c_ends_at_once_and_a_second_
     process.communicate()
     process = start("command", "saves", "slow")
     process.send_signal(signal.SIGINT)
-    assert process.stderr.readline() == "SIGINT: saving a checkpoint after this step; again to stop at once\n"
+    assert process.stderr.readline() == "SIGINT: saving a checkpoint after this step; press Ctrl-C again to stop immediately\n"
     process.send_signal(signal.SIGINT)
     err = process.communicate(timeout=20)[1]
     assert process.returncode == 130
@@ -72,7 +72,7 @@ def test_the_first_asks_and_says_so_the_second_ctrl_c_ends_at_once_and_a_second_
 def test_in_a_program_of_others_the_first_asks_and_the_second_ctrl_c_is_a_keyboard_interrupt():
     process = start("library", "saves")
     process.send_signal(signal.SIGTERM)
-    said = "SIGTERM: saving a checkpoint after this step; Ctrl-C to stop at once\n"
+    said = "SIGTERM: saving a checkpoint after this step; press Ctrl-C to stop immediately\n"
     assert process.communicate(timeout=20) == ("asked by SIGTERM\n", said) and process.returncode == 0
     process = start("library", "saves", "slow")
     process.send_signal(signal.SIGINT)

@@ -70,7 +70,7 @@ def test_any_json_is_of_the_type_or_invalid_in_one_printable_line(value):
 
 def test_json_that_is_none():
     for text, sentence in ((b"[" * 100_000, "nested too deeply"), (b"\xff", "not valid UTF-8"), (b'"\\ud800"', "not valid UTF-8"),
-                           (b"{", "no JSON"), (b"", "no JSON"), (b"1" * 5000, "no JSON")):  # fmt: skip
+                           (b"{", "not valid JSON"), (b"", "not valid JSON"), (b"1" * 5000, "not valid JSON")):  # fmt: skip
         with pytest.raises(Invalid, match=sentence):
             json_files.loads(text)
     assert json_files.loads(rb'"\udce9"') == "\udce9"  # an undecodable byte of a file name

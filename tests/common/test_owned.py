@@ -34,5 +34,5 @@ def test_before_any_work_is_done(tmp_path):
         (tmp_path / name).write_bytes(b"my,notes\n")
     with pytest.raises(errors.UserError, match="results.csv already exists and was not written by this command"):
         results.check_writable(tmp_path)
-    with pytest.raises(errors.UserError, match="plan.json is there, .*choose another --json"):
+    with pytest.raises(errors.UserError, match="plan.json already exists .*choose another --json"):
         plan.main(["--config", "none.py", "--topology", "v5e:2x2", "--json", str(tmp_path / "plan.json")])

@@ -138,7 +138,7 @@ def test_an_info_that_cannot_be_true_is_refused_naming_the_field(folder):
         ({"std": [0.1, -0.1, 0.1]}, "split 'train' has a negative standard deviation"),
         ({"ranges": [[0, 255], [5, 5], [0, 255]]}, "split 'train' has a range that is not low < high"),
         ({"ranges": [[0, 255], [0], [0, 255]]}, "ranges[1]: expected array of length >= 2"),
-        ({"shard_records": [3, 10**9], "records": 10**9 + 3}, f"holds 1,000,000,000 records in {split['shard_bytes'][1]:,}"),
+        ({"shard_records": [3, 10**9], "records": 10**9 + 3}, f"claims 1,000,000,000 records in the {split['shard_bytes'][1]:,}"),
         ({"records": 1}, "split 'train' has 1 records, but its shards"),
         ({"records": "7"}, "records: expected int, got str"),
         ({"shard_bytes": [size]}, "has 2 shards, but 2 record counts and 1 sizes"),

@@ -137,8 +137,8 @@ def _move(source: str, target: str):
         (_move("train", "training"), "has no folder 'train' for the split; it has test, training"),
         (lambda folder: [_move(f"train/{name}", f"train/{name[-5:]}")(folder) for name in ("dots/0.png", "stripes/2.png")],
          "train/0.png is not in a class folder, like 1 other images of 5"),
-        (lambda folder: (folder / "train" / "water").mkdir(), "train/water holds no image"),
-        (lambda folder: shutil.rmtree(folder / "test") or (folder / "test").mkdir(), "test holds no image"),
+        (lambda folder: (folder / "train" / "water").mkdir(), "train/water has no images"),
+        (lambda folder: shutil.rmtree(folder / "test") or (folder / "test").mkdir(), "test has no images"),
         (lambda folder: shutil.rmtree(folder), "does not exist"),
         (lambda folder: (folder / "train/dots/0.png").write_bytes(b"x"), "dots/0.png cannot be read as an image"),
     ],
@@ -167,7 +167,7 @@ def test_a_few_images_beside_the_class_folders_are_left_out_and_named(folders, c
 
 def test_folders_that_look_like_splits_are_told(folders, capsys):
     samples.open_samples(str(folders.parent), folders.name)
-    assert "are test, train, which look like splits" in capsys.readouterr().err
+    assert "look like splits: test, train" in capsys.readouterr().err
     samples.open_images(str(folders))
     assert "folders are not used as classes (test, train)" in capsys.readouterr().err
 
@@ -190,7 +190,7 @@ def test_links_that_leave_the_folder_are_followed_where_they_are_to_be(folders, 
     (folders / "train/dots").rename(outside)
     (folders / "train/dots").symlink_to(outside)
     (folders / "train/plain/far.png").symlink_to(outside / "0.png")
-    with pytest.raises(UserError, match="the class folder .*dots holds no image; .*; 2 links lead out"):
+    with pytest.raises(UserError, match="the class folder .*dots has no images; .*; 2 links lead out"):
         samples.open_samples(str(folders), "train")
     assert len(samples.open_images(str(folders), "train")) == 4
     assert "2 links lead out of" in (told := capsys.readouterr().err) and "dots, plain/far.png; --follow-links" in told
@@ -211,7 +211,7 @@ def test_links_that_leave_the_folder_are_followed_where_they_are_to_be(folders, 
         ("key,label\n" + "".join(f"{i}.png,\x1b[31m{i % 2}\n" for i in range(5)), "control characters"),
         ("key,label\n0.png,a\n1.png, \n2.png,b\n3.png,\n4.png,b\n", r"line 3 .* has an empty label for the image 1.png \(2 such"),
         ("key,label,\n0.png,a,\n1.png,a,b\n", "line 3 .* expected 2 cells, got 3"),
-        ("key,a,b\n" + "".join(f"{i}.png,0,2\n" for i in range(5)), "has '2' for the image 0.png, which is neither"),
+        ("key,a,b\n" + "".join(f"{i}.png,0,2\n" for i in range(5)), "has '2' for the image 0.png; expected 0 or 1"),
     ],
 )
 def test_bad_tables(shards, tmp_path, content, sentence):

@@ -139,7 +139,7 @@ BAD = {
                            r"FOLDER/label/a\.png has the class 2; expected 0 to 1, or 255"),
     "a line that shifts the classes": (1, lambda f: (f / "classes.txt").write_text("x\n\ny\n"), "line 2 of .*classes.txt is blank"),
     "one name twice": (1, lambda f: (f / "classes.txt").write_text("x\ny\nx\n"), "two classes with the same name: x"),
-    "no names": (1, lambda f: (f / "classes.txt").write_text("\n"), r"FOLDER/classes\.txt holds 0 class names"),
+    "no names": (1, lambda f: (f / "classes.txt").write_text("\n"), r"FOLDER/classes\.txt has 0 class names"),
     "names that are not text": (1, lambda f: (f / "classes.txt").write_bytes(b"\xff\xfe\xfa"), "cannot be read as text"),
     "value of change": (2, lambda f: save(f / "label/c.png", image(12, 10, value=7)),
                         r"FOLDER/label/c\.png has the values 7; a change mask must have 0 and 255, or 0 and 1"),

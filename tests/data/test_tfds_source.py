@@ -184,7 +184,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(data_dir, tmp_path):
     tensor = ["--dataset", full, "--image-feature", "scene/bands", "--no-labels"]
     cases = {
         "tfds build mnist --file_format=array_record": ["--dataset", "mnist"],
-        "which holds toy_fields/bare/1.2.0, toy_fields/full/1.2.0": ["--dataset", "toy_fields/nosuch"],
+        "which has toy_fields/bare/1.2.0, toy_fields/full/1.2.0": ["--dataset", "toy_fields/nosuch"],
         "no prepared dataset 'no such'": ["--dataset", "no such"],
         "pass one of the datasets in it: bare/1.2.0, full/1.2.0": ["--dataset", data_dir / "toy_fields"],
         "is not a folder with a dataset_info.json": ["--dataset", tmp_path / "nowhere"],

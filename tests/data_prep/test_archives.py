@@ -60,7 +60,7 @@ def test_backslashes_that_are_no_folders_are_told(tmp_path, capsys):
 def test_classes_that_no_list_of_names_can_hold_are_refused(tmp_path):
     pack(tmp_path / "in.tar", {"a\nerror: forged/1.png": b"?", "b/1.png": b"?"})
     inventory = sources.take_stock([tmp_path / "in.tar"])
-    with pytest.raises(UserError, match=r"in.tar has classes .*'a\\nerror: forged'; rename them"):
+    with pytest.raises(UserError, match=r"in.tar has class names .*'a\\nerror: forged'; rename them"):
         inventory.label()
 
 
@@ -90,7 +90,7 @@ def test_classes_that_look_the_same_are_told(tmp_path):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "1.png").write_bytes(b"?")
     (told,) = sources.take_stock([tmp_path]).label()
-    assert told.endswith(r"different ones: 'Sea', 'sea ', 'cafe\u0301', 'caf\xe9'")
+    assert told.endswith(r"count as different: 'Sea', 'sea ', 'cafe\u0301', 'caf\xe9'")
 
 
 def test_damaged_archives_are_one_sentence_and_damaged_members_fail(tmp_path):

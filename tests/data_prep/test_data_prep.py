@@ -277,8 +277,8 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tree, tmp_path):
     cases = {
         "does not exist": (tmp_path / "nowhere", out, "train"),
         "neither a folder nor an archive": (texts / "a/b.txt", out, "train"),
-        "holds no image": (tmp_path / "empty", out, "train"),
-        "holds no image (": (texts, out, "train"),
+        "has no images": (tmp_path / "empty", out, "train"),
+        "has no images (": (texts, out, "train"),
         "2 of 2 images cannot be decoded": (lies, out, "train"),
         "overlap": (tree, tree / "out", "train"),
         "overlap;": (tree, tree.parent, "train"),
@@ -350,7 +350,7 @@ def test_demo_scenes_are_seeded_and_their_colors_say_little(tmp_path):
     assert [sum(name.startswith(split) for name in found) for split in ("train/", "test/")] == [53, 12]
     demo_scenes.main(["--output", str(tmp_path / "again"), "--images", "65", "--size", "48", "--seed", "3"])
     assert contents(tmp_path / "again") == found
-    with pytest.raises(UserError, match="holds something else"):
+    with pytest.raises(UserError, match="already exists with other content"):
         demo_scenes.main(["--output", str(tmp_path / "again"), "--images", "65", "--size", "48", "--seed", "4"])
 
     features, labels = [], []

@@ -180,8 +180,8 @@ def test_fill_values_are_named_beforehand_and_can_be_declared(tmp_path, capsys):
     path = write(tmp_path / "a.tif", pixels)
     info, _, _ = convert([path], tmp_path / "one")
     told = capsys.readouterr().out
-    assert told.index("give --nodata -9999:") < told.index("band ", told.index("train: 16 records"))
-    assert "give --nodata -32768:" in told and told.count("--nodata -9999") == 1 and info.ranges[0][0] < -9000
+    assert told.index("pass --nodata -9999:") < told.index("band ", told.index("train: 16 records"))
+    assert "pass --nodata -32768:" in told and told.count("--nodata -9999") == 1 and info.ranges[0][0] < -9000
     info, tiles, report = convert([path], tmp_path / "two", "--nodata", "-9999", "-32768", "--max-nodata", "0.3")
     assert "--nodata" not in capsys.readouterr().out and -0.3 <= info.ranges[0][0] < -0.28
     assert min(image.min() for image, _ in tiles.values()) >= -0.3
@@ -234,7 +234,7 @@ def scaled_pair(tmp_path):
 
 def test_scales_that_differ_need_a_word_and_applied_ones_make_scenes_comparable(tmp_path, capsys):
     ground = scaled_pair(tmp_path)
-    with pytest.raises(UserError, match="scale 0.0001 and offset -0.1 .*--scale apply, .* or --scale ignore") as caught:
+    with pytest.raises(UserError, match="scale 0.0001 and offset -0.1 .*--scale apply .* or --scale ignore") as caught:
         convert([tmp_path / "in"], tmp_path / "out")
     assert "old.tif scale 0.0001 and offset -0" in str(caught.value) and not (tmp_path / "out").exists()
     info, tiles, report = convert([tmp_path / "in"], tmp_path / "out", "--scale", "apply")
@@ -357,9 +357,9 @@ def test_a_few_unlike_scenes_are_left_out_named_and_counted(tmp_path, capsys):
     _, tiles, report = convert([tmp_path / "in"], tmp_path / "out", tile="320m")
     assert len(tiles) == 24 and report["rejected"]["number"] == 5 and report["inputs"] == 29
     told = capsys.readouterr().out
-    assert "left out: 5 of 11 scenes: " in told and "deep.tif holds uint32" in told and "and 2 more" in told
+    assert "left out: 5 of 11 scenes: " in told and "deep.tif has values of uint32" in told and "and 2 more" in told
     reasons = " ".join(report["rejected"]["reasons"])
-    for reason in ("holds uint32", "holds int16", "has values of uint8, but most scenes of uint16", "has the bands a, but most scenes have a, b",
+    for reason in ("has values of uint32", "holds int16", "has values of uint8, but most scenes of uint16", "has the bands a, but most scenes have a, b",
                    "has no georeference"):  # fmt: skip
         assert reason in reasons
     for number in range(4):
@@ -373,7 +373,7 @@ def test_a_few_unlike_scenes_are_left_out_named_and_counted(tmp_path, capsys):
 @pytest.mark.parametrize(
     "options, sentence",
     [(["--tile", "64"], "has 1,048,576 x 1,048,576 pixels and 268,435,456 tiles, more than 20,000,000"),
-     (["--tile", "9", "--stride", "1"], "which are 1,099,4"), (["--tile", "300000"], "takes 83.8 GiB, more than 1"),
+     (["--tile", "9", "--stride", "1"], "and 1,099,4"), (["--tile", "300000"], "takes 83.8 GiB, more than 1"),
      (["--tile", "9", "--gsd", "100000"], "has more than 16,777,216 pixels per pixel of --gsd 100000")],
 )  # fmt: skip
 def test_a_file_that_claims_to_be_huge_is_refused_by_arithmetic(tmp_path, options, sentence):

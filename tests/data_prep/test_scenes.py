@@ -324,7 +324,8 @@ def test_a_scene_larger_than_memory_is_read_by_windows(tmp_path):
         file.write(values((3, 50, 50), "uint8"), window=Window(50_000, 40_000, 50, 50))
     program = f"""
 import json
-from data_prep import scene_file, scene_place, scene_plan, scene_reader, scene_tiles, scenes
+from data_prep import scenes
+from data_prep.geo import scene_file, scene_place, scene_plan, scene_reader, scene_tiles
 from data_prep.geo.scene_grid import length
 files, _ = scene_plan.list_scenes([scene_plan.pathlib.Path({str(tmp_path / "big.tif")!r})])
 found, _, _ = scene_plan.look_at(files, 0.0)
@@ -384,7 +385,7 @@ def bad_inputs(tmp_path):
         "has no GeoTIFFs (names ending in tif tiff), but 1 other files": ["none"],
         "nowhere does not exist; pass GeoTIFFs": ["nowhere"],
         "2 of 2 scenes cannot be read (the first is ": ["text"],
-        "a.tif has no band 'swir'; it has 1 red, 2 green, 3 blue, 4 nir; choose --bands": [
+        "a.tif has no band 'swir'; choose --bands from 1 red, 2 green, 3 blue, 4 nir": [
             "four",
             "--bands",
             "red,swir",

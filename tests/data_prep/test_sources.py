@@ -258,4 +258,4 @@ def test_a_stray_image_takes_no_labels_and_links_are_followed_where_they_are_to_
     capsys.readouterr()
     images.main(["--input", str(root), "--output", str(tmp_path / "both"), "--split", "train", "--workers", "1"])
     assert "classes are test, train, which look like splits; if they are, pass --input" in (told := capsys.readouterr().out)
-    assert "aid/train, which holds park, port" in told
+    assert "aid/train, which contains park, port" in told

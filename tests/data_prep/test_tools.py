@@ -187,7 +187,7 @@ def test_what_records_and_metadata_say_is_compared(tmp_path, in_process):
     bad = write_set(
         tmp_path / "bands", [*pictures[:3], codecs.encode_tiff(deep()[0])], counts=np.ones((3, 256), np.int64)
     )
-    assert "4 bands of uint16 instead of 3 of uint8" in texts(bad)
+    assert "expected 3 bands of uint8, got 4 of uint16" in texts(bad)
 
     good = write_set(tmp_path / "good", pictures, labels=[0, 1, 0, 1], class_names=names)
     assert texts(good) == ""
@@ -393,7 +393,7 @@ def test_a_full_disk_leaves_no_temporary_file(sound, tmp_path, monkeypatch, step
         lambda: browse.main([str(sound), "--output", str(out / "page.html")]),
         lambda: stats.main([str(sound), "--output", str(out / "statistics")]),
     ):
-        with pytest.raises(UserError, match="cannot write .*: No space left on device; make room"):
+        with pytest.raises(UserError, match="cannot write .*: No space left on device; free some space"):
             command()
     assert not [path for path in out.rglob("*") if path.is_file()]
 
@@ -417,7 +417,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(sound, tmp_path, in_proces
         (
             browse,
             [str(sound), "--output", out, "--bands", "red,nir,blue"],
-            "names 'nir', and the dataset has red, green",
+            "unknown band 'nir'; the dataset has red, green",
         ),
         (browse, [str(sound), "--output", out, "--bands", "red,blue"], "has 2 bands; expected three"),
         (browse, [str(sound), "--output", out, "--images", "-1"], "--images is -1"),
