@@ -142,7 +142,7 @@ def test_an_info_that_cannot_be_true_is_refused_naming_the_field(folder):
         ({"records": 1}, "split 'train' has 1 records, but its shards"),
         ({"records": "7"}, "records: expected int, got str"),
         ({"shard_bytes": [size]}, "has 2 shards, but 2 record counts and 1 sizes"),
-        ({"percentiles": {"50": [1.0]}}, "has 50 of 1 bands and the dataset 3"),
+        ({"percentiles": {"50": [1.0]}}, "has percentile 50 for 1 bands, expected 3"),
         ({"percentiles": {"50": None}}, "expected array, got null"),
     ]:
         toy_shards.edit_info(folder, splits={"train": {**split, **changes}})

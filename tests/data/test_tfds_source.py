@@ -200,7 +200,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(data_dir, tmp_path):
         "2 ClassLabels: label, scene/use; choose": ["--dataset", full, "--image-feature", "image"],
         "no images are left of 1 (the first is": ["--dataset", full, *one, "--tfds-split", "unlabeled"],
         "has no ClassLabel": ["--dataset", bare, "--label-feature", "label"],
-        "must be 6 different names": [*tensor, "--bands", "a,b"],
+        "must be 6 unique names": [*tensor, "--bands", "a,b"],
         "--bands only applies to a Tensor": ["--dataset", full, *one, "--bands", "r,g,b"],
         "do not apply to the Tensor": [*tensor, "--max-side", 9],
     }

@@ -282,7 +282,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tree, tmp_path):
         "2 of 2 images cannot be decoded": (lies, out, "train"),
         "overlap": (tree, tree / "out", "train"),
         "overlap;": (tree, tree.parent, "train"),
-        "is no dataset folder": (tree, full, "train"),
+        "is not a dataset folder": (tree, full, "train"),
         "is a file": (tree, full / "thesis.doc", "train"),
         "is not a valid split name": (tree, out, "../train"),
     }

@@ -393,7 +393,7 @@ def bad_inputs(tmp_path):
         "a.tif has no band '5'": ["four", "--bands", "5"],
         "selects a band of a.tif twice": ["four", "--bands", "red,1"],
         "a.tif has 4 bands, but --band-names has 2": ["four", "--band-names", "x,y"],
-        "mixed/b.tif holds uint16 and ": ["mixed"],
+        "mixed/b.tif has values of uint16, but ": ["mixed"],
         "b.tif has the bands red, green, blue, but a.tif has red, green, blue, nir; choose common --bands": [
             "bands"
         ],

@@ -210,8 +210,8 @@ def test_stablehlo_of_too_many_parameters_is_refused(run, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("extra", "sentence"),
     [
-        (["--input", "{tmp}/nothing"], "the data set .*nothing does not exist"),
-        (["--input", "{tmp}"], "holds no image"),
+        (["--input", "{tmp}/nothing"], "the dataset .*nothing does not exist"),
+        (["--input", "{tmp}"], "has no images"),
         (["--input", "tfds:eurosat"], "tfds:eurosat needs a split; choose one with --split"),
         (["--input", "{shards}"], "has the splits test, train; choose one with --split"),
         (["--split", "val"], "has no folder 'val' for the split; it has train"),

@@ -194,7 +194,7 @@ def test_a_config_names_several_tasks(run, data, tmp_path):
         (["--image-size", "50"], r"image size 50 is not a multiple of the checkpoint's patch size 8 px; try 48"),
         (["--train-split", "part"], "split 'part' of .* has no image of stripes, which 'test' has"),
         (["--data", "{unlabeled}"], "has no labels"),
-        (["--data", "{strange}"], "the image 3.png of split 'train' of .* has none of the 3 classes"),
+        (["--data", "{strange}"], "the image 3.png of split 'train' of .* has no valid label for 3 classes"),
         (["--data", "{bands}"], "has no band 'red'; it has blue, green, infrared"),
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--poll", "-1"], "--poll is -1.0"),

@@ -102,7 +102,7 @@ WRONG_SETTINGS = {
     "total": {"total": "4"},
     "seed=-1 is out of range": {"seed": -1},
     "data.workers=-2 must be >= 0": {"data.workers": -2},
-    "data set folder nowhere does not exist": {"data.path": "nowhere"},
+    "dataset folder nowhere does not exist": {"data.path": "nowhere"},
     "has no split 'test'; it has train": {"data.split": "test"},
     "init_from|nowhere is not the folder of a run": {"init_from": "nowhere"},
     "nowhere is not the folder of a run": {"resume_from": "nowhere"},
@@ -131,7 +131,7 @@ def cut_short(folder):
 DAMAGE = {
     "is damaged: expected": cut_short,
     "shard .* is missing": lambda folder: (folder / toy_shards.shard("toy", "train")).unlink(),
-    "has ranges of 3 bands and the data set 4": lambda folder: toy_shards.edit_info(folder, bands=["red", "green", "blue", "infrared"]),
+    "has ranges for 3 bands, expected 4": lambda folder: toy_shards.edit_info(folder, bands=["red", "green", "blue", "infrared"]),
     "has format version 99": lambda folder: toy_shards.edit_info(folder, format_version=99),
     "info.json is damaged: it is not valid JSON": lambda folder: (folder / "info.json").write_text('{"name": '),
 }
@@ -232,7 +232,7 @@ def test_a_full_disk_names_the_last_good_checkpoint_and_leaves_it_whole(config, 
     (tiny_device / "filler").write_bytes(bytes(filler))
     arguments = ("--config", "configs/demo.py:smoke", f"--config.data.path={data}", "--workdir", str(workdir))
     message = sentence(command(*arguments))
-    assert "checkpoint of step 2 could not be written" in message and "no space left on device; make room" in message
+    assert "checkpoint of step 2 could not be written" in message and "no space left on device; free some space" in message
     assert message.endswith("the last good checkpoint is step 1")
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["1"]
     assert load.load_weights(workdir).step == 1
