@@ -38,7 +38,8 @@ def _fault_of_split(split: SplitInfo, bands: int) -> str | None:
     for name, held, size in zip(split.shards, split.shard_records, split.shard_bytes, strict=True):
         if held > size:  # protects readers from absurd record counts
             return f"claims {held:,} records in the {size:,} bytes of {printable(name)}"
-    statistics = {"ranges": split.ranges, "means": split.mean, "deviations": split.std, **{f"percentile {share}": values for share, values in split.percentiles.items()}}
+    statistics = {"ranges": split.ranges, "means": split.mean, "standard deviations": split.std}
+    statistics |= {f"percentile {percent}": values for percent, values in split.percentiles.items()}
     for name, values in statistics.items():
         if len(values) != bands:
             return f"has {printable(name)} for {len(values)} bands, expected {bands}"
