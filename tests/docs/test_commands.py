@@ -166,12 +166,12 @@ def here(workspace, monkeypatch, one_device):
     return workspace
 
 
-def in_this_process(tasks, work, workers):
+def in_this_process(tasks, work, workers, keep_going=False):
     for task in tasks:
-        said = []
-        result = work(task, said.append)
-        yield from ((processes.SAID, each) for each in said)
-        yield processes.DONE, result
+        news = []
+        result = work(task, news.append)
+        yield from ((processes.NEWS, task, each) for each in news)
+        yield processes.DONE, task, result
 
 
 # ---------------------------------------------------------------- how a command is run
