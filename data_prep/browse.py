@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         files.write(args.output, content := html.document(info.name, parts, page.STYLE))
     except OSError as error:
-        raise UserError(f"cannot write {args.output}: {error.strerror}; free some space or choose another file") from error
+        raise UserError(f"cannot write {args.output}: {error.strerror}; free disk space or choose another file") from error
     print(f"written to {printable(args.output)}, {len(content) / 1e6:.1f} MB")
 
 

@@ -136,7 +136,7 @@ def _write(output: pathlib.Path, info, split: str, counts: statistics.Histogram,
         for name, bytes_ in content.items():
             files.write(output / f"{split}.{name}", bytes_)
     except OSError as error:
-        raise UserError(f"cannot write to {output}: {error.strerror}; free some space or choose another --output") from error
+        raise UserError(f"cannot write to {output}: {error.strerror}; free disk space or choose another --output") from error
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             files.write(args.json, owned.json_text(found))
         except OSError as error:
-            raise UserError(f"cannot write {args.json}: {error.strerror}; free some space or choose another file") from error
+            raise UserError(f"cannot write {args.json}: {error.strerror}; free disk space or choose another file") from error
     if found["problems"]:
         raise UserError(f"{args.folder} is damaged, see the lines above; copy it again, or convert the dataset again")
     print(f"{printable(args.folder)} is valid")

@@ -1,11 +1,11 @@
-"""Does it fit, and what will it cost: the real training step, compiled for chips that need not be there.
+"""Predicts the memory and cost of a training by compiling its step for TPUs or for the devices of this machine.
 
     python -m pera_jax.plan --config pera_vitg16_1024 --topology v5e:16x16
     python -m pera_jax.plan --config pera_vitb16 --topology v6e:4x4 --per_device_batch 32 --no-search
     python -m pera_jax.plan --config demo --topology local
 
-TPU topologies need the extra `tpu` (libtpu, whose compiler runs on any machine); `local` is the devices of this one.
-Nothing is run: bytes, collectives and whether it fits are the compiler's own numbers for one chip.
+A TPU topology needs the extra `tpu`: libtpu, whose compiler runs without TPUs. `local` means the devices of this machine.
+Nothing is run: memory and collectives are the compiler's own numbers for one chip.
 """
 
 import argparse
@@ -33,42 +33,45 @@ from pera_jax.parallel import chips, sharding
 from pera_jax.training import schedules
 
 _GIB = 2**30
-_RESERVED = 0.5 * _GIB  # of a chip's memory: the runtime's own, and the next batch on its way
-TRIALS = 6  # compilations of a search at most
+_RESERVED = 0.5 * _GIB  # of a chip's memory, for the runtime and the transfer of the next batch
+TRIALS = 6  # maximum number of compilations in a search
 
 
 def devices_of(topology: str) -> list[Any]:
-    """The devices of a TPU topology such as "v5e:16x16", or "local" ones.
+    """The devices of a TPU topology such as "v5e:16x16", or of this machine for "local".
 
     Raises:
-      UserError: no such topology, or libtpu is not installed.
+      UserError: unknown topology, or libtpu is not installed.
     """
     if topology == "local":
         return jax.devices()
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"compiling for {topology} needs libtpu, the extra tpu: pip install 'jax[tpu]=={jax.__version__}'")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else it looks for the metadata server of a TPU machine
+        raise UserError(f"compiling for {topology} needs libtpu; run pip install 'jax[tpu]=={jax.__version__}'")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # otherwise libtpu queries the metadata server of a TPU VM
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as error:  # of many types, by the version of jax
-        raise UserError(f"no topology {topology!r} ({first_line(error)}); write one like v5e:16x16, v6e:8x8 or v5p:4x4x8") from error
+    except Exception as error:  # the type depends on the version of JAX
+        raise UserError(
+            f"--topology {topology!r} is invalid ({first_line(error)}); expected local, or a TPU topology such as v5e:16x16, v6e:8x8 "
+            "or v5p:4x4x8"
+        ) from error
 
 
-def _asked_for(refusal: str) -> Memory | None:
-    """The memory that a program would have taken for which the compiler found no room, where it says so."""
-    used = re.search(r"(?:Used |HLO temporaries \()([\d.]+)([KMG])", refusal)
+def _memory_in_error(message: str) -> Memory | None:
+    """The memory that a program needs, from the compiler's out-of-memory error; None if the error does not say."""
+    used = re.search(r"(?:Used |HLO temporaries \()([\d.]+)([KMG])", message)
     return Memory(0, int(float(used[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[used[2]])) if used else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A step compiled for `per_device` images on each device (of a part of the batch, where it is accumulated)."""
+    """A step compiled for a batch of `per_device` images per device."""
 
     per_device: int
-    memory: Memory | None  # None: the compiler found no room and does not say how much it wanted
+    memory: Memory | None  # None: the compiler ran out of memory and did not say how much is needed
     program: Program
-    text: str  # the compiled program, "" where there is none
+    text: str  # HLO of the compiled program; "" if the compiler ran out of memory
     seconds: float
 
 
@@ -78,9 +81,9 @@ def _shards(config, devices: list[Any]) -> int:
 
 
 def compile_step(config, devices: list[Any], per_device: int, make: Callable = objectives.from_config) -> Trial:
-    """Compiles the step of `config` for `per_device` images on each part of the mesh.
+    """Compiles the step of `config` for a batch of `per_device` images on each data shard of the mesh.
 
-    A batch smaller than a group of images (of drop path, of nearest neighbors) shrinks that group to itself.
+    Groups of images (of drop path and KoLeo) that are larger than the batch are reduced to the batch.
     """
     config = config.copy_and_resolve_references()
     shards = _shards(config, devices)
@@ -94,19 +97,19 @@ def compile_step(config, devices: list[Any], per_device: int, make: Callable = o
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "Ran out of memory" not in str(error):
             raise
-        return Trial(per_device, _asked_for(str(error)), program, "", time.perf_counter() - began)
+        return Trial(per_device, _memory_in_error(str(error)), program, "", time.perf_counter() - began)
     return Trial(per_device, memory_of(compiled), program, compiled.as_text(), time.perf_counter() - began)
 
 
-def largest(measure: Callable[[int], Memory | None], unit: int, room: float, first: tuple[int, Memory | None]) -> int:
-    """The largest multiple of `unit` whose memory is at most `room`, 0 where none fits.
+def largest(measure: Callable[[int], Memory | None], unit: int, limit: float, first: tuple[int, Memory | None]) -> int:
+    """The largest number of images per device, a multiple of `unit`, that needs at most `limit` bytes; 0 if none fits.
 
-    Memory grows by about the same for each image, so two measurements foretell the rest; what is returned was measured,
-    and so was that one unit more does not fit (unless `TRIALS` ran out).
+    Memory is nearly linear in the number of images, so two measurements predict the next trial. The returned number was
+    measured, and one unit more was measured not to fit, unless `TRIALS` was reached.
 
     Args:
-      measure: images per device -> its memory; None where the compiler finds no room.
-      first: a measurement that there is already.
+      measure: maps images per device to memory, or to None if the compiler runs out of memory.
+      first: an existing measurement, (images per device, memory).
     """
     known = {first[0]: first[1]}
 
@@ -115,9 +118,9 @@ def largest(measure: Callable[[int], Memory | None], unit: int, room: float, fir
         if count not in known:
             known[count] = measure(count)
         memory = known[count]
-        return memory is not None and memory.total <= room
+        return memory is not None and memory.total <= limit
 
-    low, high = 0, None  # the largest that is known to fit and the smallest known not to, in units
+    low, high = 0, None  # the largest number known to fit and the smallest known not to fit, in units
     trial = max(first[0] // unit, 1)
     for _ in range(TRIALS):
         if fits(trial):
@@ -126,29 +129,34 @@ def largest(measure: Callable[[int], Memory | None], unit: int, room: float, fir
             high = trial if high is None else min(high, trial)
         if high is not None and high - low <= 1:
             break
-        trial = _next_trial(known, unit, room, low, high)
+        trial = _next_trial(known, unit, limit, low, high)
     return low * unit
 
 
-def _next_trial(known: dict[int, Memory | None], unit: int, room: float, low: int, high: int | None) -> int:
+def _next_trial(known: dict[int, Memory | None], unit: int, limit: float, low: int, high: int | None) -> int:
     measured = sorted((count // unit, memory.total) for count, memory in known.items() if memory is not None)
     if len(measured) < 2:
         guess = 2 * low if high is None else (low + high) // 2
     else:
         (a, at_a), (b, at_b) = measured[0], measured[-1]
         slope = max((at_b - at_a) / (b - a), 1.0)
-        guess = int((room - at_b) / slope + b)
+        guess = int((limit - at_b) / slope + b)
     return max(low + 1, guess if high is None else min(guess, high - 1), 1)
 
 
 def plan(config, topology: str, per_device: int | None, search: bool, images: int, share: float, say=print) -> dict:
-    """Everything that the command prints, as JSON.
+    """The numbers that the command prints, as a JSON-serializable dict.
 
     Args:
-      per_device: images on each device; None: the config's batch over the devices.
-      images: of the data set, for durations in epochs.
-      share: of the chips' peak FLOP/s that the run is assumed to reach.
-      say: takes a line of progress.
+      topology: see `devices_of`.
+      per_device: images per device; None uses the config's batch_size.
+      search: also find the largest batch that fits.
+      images: size of the dataset, for durations in epochs.
+      share: assumed model FLOPs utilization, in (0, 1].
+      say: called with each line of progress.
+
+    Raises:
+      UserError: unknown topology, or an invalid config.
     """
     devices = devices_of(topology)
     chip = chips.chip_of(devices[0].device_kind)
@@ -156,22 +164,21 @@ def plan(config, topology: str, per_device: int | None, search: bool, images: in
     if per_device is None:
         per_device = config.batch_size // shards
     if per_device < 1:
-        raise UserError(f"batch_size={config.batch_size} is less than one image for each of {shards} parts of the mesh; "
-                        "name --per_device_batch")  # fmt: skip
-    room = chip.memory_bytes - _RESERVED if chip else math.inf
+        raise UserError(f"batch_size={config.batch_size} is smaller than the {shards} data shards of the mesh; set --per_device_batch")
+    limit = chip.memory_bytes - _RESERVED if chip else math.inf
 
     def measure(count: int) -> Trial:
         trial = compile_step(config, devices, count)
-        what = "no room" if trial.memory is None else f"{trial.memory.total / _GIB:.2f} GiB"
-        say(f"compiled for {count} images per device in {trial.seconds:.0f} s: {what}")
+        result = "out of memory" if trial.memory is None else f"{trial.memory.total / _GIB:.2f} GiB"
+        say(f"compiled for {count} images per device in {trial.seconds:.0f} s: {result}")
         return trial
 
     trial = measure(per_device)
     best = None
-    if search and math.isfinite(room):
+    if search and math.isfinite(limit):
         unit = max(config.drop_path.group, 1) * config.accumulate
         unit = unit if per_device % unit == 0 else per_device
-        best = largest(lambda count: measure(count).memory, unit, room, (per_device, trial.memory))
+        best = largest(lambda count: measure(count).memory, unit, limit, (per_device, trial.memory))
     program = trial.program
     parts = program.objective.flops_per_image()
     batch = per_device * shards
@@ -184,8 +191,8 @@ def plan(config, topology: str, per_device: int | None, search: bool, images: in
         "accumulate": config.accumulate, "remat": config.model.remat,
         "compiled": bool(trial.text),
         "memory": trial.memory and dataclasses.asdict(trial.memory),
-        "room": room if math.isfinite(room) else None,
-        "fits": bool(trial.text) and trial.memory.total <= room,
+        "room": limit if math.isfinite(limit) else None,
+        "fits": bool(trial.text) and trial.memory.total <= limit,
         "largest_per_device_batch": best,
         "flops_per_image": parts,
         "collectives": hlo.by_kind(hlo.collectives(trial.text)),
@@ -199,44 +206,44 @@ def plan(config, topology: str, per_device: int | None, search: bool, images: in
 
 
 def show(result: dict) -> str:
-    """The plan as a table of lines."""
+    """Formats the result of `plan` as text."""
     lines = [
         f"{result['config']} on {result['topology']}: {result['devices']} x {result['device']}, mesh "
         + " x ".join(f"{name} {size}" for name, size in result["mesh"].items()),
         f"{result['per_device_batch']} images per device, {result['batch_size']:,} in a batch"
-        + (f", worked on in {result['accumulate']} parts" if result["accumulate"] > 1 else "")
+        + (f", in {result['accumulate']} microbatches" if result["accumulate"] > 1 else "")
         + f"; remat {result['remat']}",
         "",
     ]
-    memory, room = result["memory"], result["room"]
+    memory, limit = result["memory"], result["room"]
     if memory is None:
-        lines.append("the compiler finds no room for it")
+        lines.append("DOES NOT FIT: the compiler runs out of memory")
     elif not result["compiled"]:
-        lines.append(f"the compiler finds no room for it: {memory['temporaries'] / _GIB:.1f} GiB are wanted")
+        lines.append(f"DOES NOT FIT: the compiler runs out of memory, {memory['temporaries'] / _GIB:.1f} GiB are needed")
     else:
         total = memory["arguments"] + memory["temporaries"]
         lines += [
-            f"{'parameters, optimiser, teacher, batch':40}{memory['arguments'] / _GIB:10.3f} GiB per chip",
+            f"{'parameters, optimizer, teacher, batch':40}{memory['arguments'] / _GIB:10.3f} GiB per chip",
             f"{'temporaries':40}{memory['temporaries'] / _GIB:10.3f} GiB per chip",
         ]
-        if room is not None:
+        if limit is not None:
             verdict = "fits" if result["fits"] else "DOES NOT FIT"
-            lines.append(f"{verdict + ', room that is left':40}{(room - total) / _GIB:10.3f} GiB of {room / _GIB:.1f}")
+            lines.append(f"{verdict + ', memory left':40}{(limit - total) / _GIB:10.3f} GiB of {limit / _GIB:.1f}")
     if result["largest_per_device_batch"] is not None:
         lines.append(f"{'largest batch that fits':40}{result['largest_per_device_batch']:10,} images per chip")
     lines += ["", f"{'FLOPs per image':40}{'GFLOP':>10}"]
     lines += [f"  {name:38}{value / 1e9:10.1f}" for name, value in result["flops_per_image"].items()]
-    lines.append(f"  {'together':38}{sum(result['flops_per_image'].values()) / 1e9:10.1f}")
+    lines.append(f"  {'total':38}{sum(result['flops_per_image'].values()) / 1e9:10.1f}")
     lines += ["", f"{'collectives per step and chip':40}{'count':>10}{'MiB':>12}"]
     for kind, row in result["collectives"].items():
         lines.append(f"  {kind:38}{row['count']:10,}{row['bytes'] / 2**20:12,.1f}")
     if not result["collectives"]:
         lines.append("  none")
     run = result["run"]
-    lines += ["", f"the run, {run['total']} of {run['images']:,} images: {run['steps']:,} steps"]
+    lines += ["", f"run of {run['total']} on {run['images']:,} images: {run['steps']:,} steps"]
     if "hours" in run:
         lines.append(
-            f"at {run['share_of_peak']:.0%} of peak: {run['seconds_per_step']:.3f} s a step, "
+            f"at {run['share_of_peak']:.0%} of peak: {run['seconds_per_step']:.3f} s per step, "
             f"{run['images_per_second']:,.0f} images/s, {run['hours']:,.1f} hours, {run['chip_hours']:,.0f} chip-hours"
         )
     return "\n".join(lines)
@@ -244,17 +251,17 @@ def show(result: dict) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m pera_jax.plan", description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True, help="a name, as pera_vitb16 or demo:smoke, or a file")
-    parser.add_argument("--topology", required=True, help="v5e:16x16, v6e:16x16, v5p:4x4x8, ... or local")
-    parser.add_argument("--per_device_batch", type=int, help="images on each device (default: the config's batch)")
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="changes a config field")
-    parser.add_argument("--no-search", action="store_true", help="do not look for the largest batch: compile once")
-    parser.add_argument("--images", type=int, default=5_000_000, help="of the data set (%(default)s)")
-    parser.add_argument("--share", type=float, default=0.4, help="of peak FLOP/s that is assumed (%(default)s)")
-    parser.add_argument("--json", type=paths.local_path, help="file to write the numbers to")
+    parser.add_argument("--config", required=True, help="a name such as pera_vitb16 or demo:smoke, or a file")
+    parser.add_argument("--topology", required=True, help="TPU topology such as v5e:16x16, v6e:16x16 or v5p:4x4x8, or local")
+    parser.add_argument("--per_device_batch", type=int, help="images per device (default: from the config's batch_size)")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a config field")
+    parser.add_argument("--no-search", action="store_true", help="compile once, without searching for the largest batch that fits")
+    parser.add_argument("--images", type=int, default=5_000_000, help="number of images in the dataset (default: %(default)s)")
+    parser.add_argument("--share", type=float, default=0.4, help="assumed fraction of peak FLOP/s (default: %(default)s)")
+    parser.add_argument("--json", type=paths.local_path, help="also write the numbers to this file")
     arguments = parser.parse_args(argv)
     if not 0 < arguments.share <= 1 or arguments.images < 1 or (arguments.per_device_batch or 1) < 1:
-        raise UserError("--share lies in (0, 1], --images and --per_device_batch are at least 1")
+        raise UserError("--share must be in (0, 1], --images and --per_device_batch >= 1")
     if arguments.json:
         owned.check(arguments.json, fix="--json")
     result = plan(

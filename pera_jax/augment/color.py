@@ -1,11 +1,11 @@
-"""Color changes of crops inside the jitted step, then normalization: the engine, whatever a method's policy.
+"""Color jitter and normalization of crops inside the jitted step. Which crops are jittered, and how much, is up to the method.
 
-Brightness and contrast are for all bands; contrast blends the three bands that are red, green and blue with their mean
-luma, any other with its own mean. Saturation, grayscale and hue are for the three, where the config says which they are.
+Brightness and contrast apply to all bands. Contrast blends red, green and blue with their mean luma, and any other band with
+its own mean. Saturation, grayscale and hue apply to red, green and blue, and need the config to say which bands these are.
 
-Brightness, contrast and saturation are one form, `a v + b luma + c`, and grayscale is saturation 0. They and the hue shift
-are applied in an order of the crop's own, with values clipped to [0, 1] after each. How that is done without paying
-for all 24 orders depends on the platform: see `apply`.
+Brightness, contrast and saturation have the common form `a v + b luma + c`; grayscale is saturation 0. These and the hue
+shift are applied in a random order per crop, and values are clipped to [0, 1] after each. See `apply` for how this is done
+on each platform without computing all 24 orders.
 """
 
 import functools
@@ -18,60 +18,62 @@ import numpy as np
 from pera_jax.bands import Bands
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-_NOTHING = 4  # in place of an operation that leaves the crop as it is
+_NO_OP = 4  # the index of no operation
 UNCHANGED = np.array([1, 1, 1, 0], np.float32)
 GRAYSCALE = np.array([1, 1, 0, 0], np.float32)
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
-Planes = tuple[jax.Array, ...]  # one array of values in [0, 1] per band: bands in the innermost axis do not vectorize
+Planes = tuple[jax.Array, ...]  # one array of values in [0, 1] per band; XLA vectorizes poorly with bands on the last axis
 
 
 class Jitter(NamedTuple):
-    """What happens to the colors of N crops.
+    """The color jitter of N crops.
 
-    factors: float32 [N, 4], of brightness, contrast and saturation (1 changes nothing, saturation 0 is grayscale), and the
-      hue shift in turns (0 changes nothing; within +-0.5).
-    order: int32 [N, 4], each row a permutation of BRIGHTNESS, CONTRAST, SATURATION, HUE: what is done first, then, ...
+    Attributes:
+      factors: float32 [N, 4]: the factors of brightness, contrast and saturation (1: unchanged; saturation 0: grayscale), and
+        the hue shift in turns, in [-0.5, 0.5] (0: unchanged).
+      order: int32 [N, 4]: each row is a permutation of BRIGHTNESS, CONTRAST, SATURATION, HUE, in order of application.
     """
 
     factors: jax.Array
     order: jax.Array
 
 
-Rgb = tuple[int, int, int] | None  # the channels that are red, green and blue, where there are such
+Rgb = tuple[int, int, int] | None  # indices of the red, green and blue channels; None if there are none
 
 
-def draw(key: jax.Array, number: int, reach: tuple[float, float, float, float]) -> Jitter:
-    """A jitter for each of `number` crops: factors uniform in 1 +- reach (the hue shift in +- reach), in a random order.
+def draw(key: jax.Array, number: int, strength: tuple[float, float, float, float]) -> Jitter:
+    """A random jitter for each of `number` crops, in random order.
 
     Args:
-      reach: of brightness, contrast, saturation and hue.
+      strength: s of brightness, contrast, saturation and hue: factors are uniform in [1 - s, 1 + s], the hue shift in
+        [-s, s].
     """
     factor_key, order_key = jax.random.split(key)
     draws = jax.random.uniform(factor_key, (number, 4), jnp.float32, minval=-1.0, maxval=1.0)
     order = jnp.argsort(jax.random.uniform(order_key, (number, 4), jnp.float32), axis=1).astype(jnp.int32)
-    return Jitter(UNCHANGED + jnp.array(reach, jnp.float32) * draws, order)
+    return Jitter(UNCHANGED + jnp.array(strength, jnp.float32) * draws, order)
 
 
 @jax.named_scope("color")
 def apply(crops: jax.Array, jitter: Jitter, bands: Bands, rgb: Rgb, dtype=jnp.float32) -> jax.Array:
-    """Each crop with its colors changed as its row of `jitter` says, then normalized.
+    """Applies row i of `jitter` to crop i, then normalizes.
 
-    Brightness multiplies; contrast blends with the crop's mean luma and saturation with each pixel's luma:
-    f x + (1 - f) y; hue turns in HSV. Values are clipped to [0, 1] after each. A crop whose row changes nothing comes
-    out as (bands.mapped(crop) - mean) / std.
+    Brightness multiplies. Contrast blends with the crop's mean luma, and saturation with each pixel's luma:
+    f x + (1 - f) y. Hue rotates in HSV. Values are clipped to [0, 1] after each. An unchanged crop is
+    `(bands.mapped(crop) - mean) / std`.
 
-    On CPU a loop over crops runs just the operations that change each crop: a quarter of the work. (Crops sharded over
-    several virtual CPU devices are gathered for it.) On other devices, which a loop would leave idle, all crops are
-    worked on together, and each keeps what it wants.
+    On CPU, a loop over crops runs only the operations that change each crop, which is a quarter of the work. (It gathers
+    crops that are sharded over several virtual CPU devices.) On other devices, which a loop would leave idle, all
+    operations run on the whole batch, and each crop selects its own result.
 
     Args:
-      crops: [N, H, W, C] of the bands' dtype.
-      bands: what maps to [0, 1], mean and std.
-      rgb: from `bands.rgb_places`; where it is None saturation and hue must be unchanged.
+      crops: [N, H, W, C] in the dtype of `bands`.
+      bands: range that maps to [0, 1], mean and std of each channel.
+      rgb: from `bands.rgb_indices`; if None, saturation and hue must be unchanged.
 
     Returns:
-      [N, H, W, C] in `dtype`, computed in float32 or, where `dtype` is wider, in it.
+      [N, H, W, C] in `dtype`, computed in float32, or in `dtype` if that is wider.
     """
     wide = jnp.promote_types(jnp.float32, dtype)
     settings = dict(bands=bands, rgb=rgb, wide=wide, dtype=dtype)
@@ -84,7 +86,7 @@ def apply(crops: jax.Array, jitter: Jitter, bands: Bands, rgb: Rgb, dtype=jnp.fl
 
 
 def apply_by_crop(crops: jax.Array, jitter: Jitter, bands: Bands, rgb: Rgb, wide, dtype) -> jax.Array:
-    """`apply` as a loop over crops; computes in `wide`."""
+    """`apply` as a loop over crops, computed in `wide`."""
 
     def one_crop(crop):
         image, factors, operations = crop  # [H, W, C], [4], [4]
@@ -98,7 +100,7 @@ def apply_by_crop(crops: jax.Array, jitter: Jitter, bands: Bands, rgb: Rgb, wide
             branches.append(lambda planes: _hue(planes, rgb, turn))
         planes = jax.lax.fori_loop(
             0,
-            jnp.sum(operations != _NOTHING),
+            jnp.sum(operations != _NO_OP),
             lambda step, planes: jax.lax.switch(operations[step], branches, planes),
             _planes(image, bands, wide),
         )
@@ -108,41 +110,41 @@ def apply_by_crop(crops: jax.Array, jitter: Jitter, bands: Bands, rgb: Rgb, wide
 
 
 def apply_together(crops: jax.Array, jitter: Jitter, bands: Bands, rgb: Rgb, wide, dtype) -> jax.Array:
-    """`apply` for all crops at once, one place of their orders after the other; computes in `wide`.
+    """`apply` on all crops at once, one position of their orders after the other, computed in `wide`.
 
-    At each place every crop gets an affine operation with its own coefficients and a hue shift, and keeps the one that
-    is its own. A scan, and not four copies of its body: it keeps the compiler from fusing the places into one kernel,
-    in which each band is computed from three, each of them from three again, and so on.
+    At each position, every crop gets both an affine operation with its own coefficients and a hue shift, and selects one.
+    A scan rather than four copies of its body, because XLA would fuse these into one kernel, which recomputes each band from
+    three bands, each of them from three bands again, and so on.
     """
     operations = _operations(jitter)
 
-    def place(state, here):
+    def position(state, inputs):
         planes, means = state
-        operation, a, b, c, turn = (value[:, None, None] for value in here)  # [N, 1, 1]
+        operation, a, b, c, turn = (value[:, None, None] for value in inputs)  # [N, 1, 1]
         after = _affine(planes, rgb, a, b=b if rgb else None, c=c, means=means)
         if rgb:
             turned, saturated = _hue(planes, rgb, turn), _colors(planes, after, rgb)
             after = tuple(
-                jnp.where(operation == HUE, hue, jnp.where(operation == SATURATION, grey, other))
-                for hue, grey, other in zip(turned, saturated, after, strict=True)
+                jnp.where(operation == HUE, hue, jnp.where(operation == SATURATION, gray, other))
+                for hue, gray, other in zip(turned, saturated, after, strict=True)
             )
-        return (after, _means(after, rgb, (1, 2))), None  # measured here, it costs no pass of its own
+        return (after, _means(after, rgb, (1, 2))), None  # the means are computed here to fuse with what precedes
 
     planes = _planes(crops, bands, wide)
-    places = [value.T for value in (operations, *_coefficients(jitter.factors, operations))]  # each [4, N]
-    (planes, _), _ = jax.lax.scan(place, (planes, _means(planes, rgb, (1, 2))), places)
+    inputs = [value.T for value in (operations, *_coefficients(jitter.factors, operations))]  # each [4, N]
+    (planes, _), _ = jax.lax.scan(position, (planes, _means(planes, rgb, (1, 2))), inputs)
     return _normalize(planes, bands, dtype)
 
 
 def _operations(jitter: Jitter) -> jax.Array:
-    """int32 [N, 4]: `order` without operations that change nothing, and `_NOTHING` in the places left at the end."""
+    """int32 [N, 4]: `order` without the operations that change nothing, padded with `_NO_OP` at the end."""
     changes = jnp.take_along_axis(jitter.factors != UNCHANGED, jitter.order, axis=1)  # [N, 4]
-    kept_first = jnp.argsort(~changes, axis=1, stable=True)
-    return jnp.take_along_axis(jnp.where(changes, jitter.order, _NOTHING), kept_first, axis=1)
+    changing_first = jnp.argsort(~changes, axis=1, stable=True)
+    return jnp.take_along_axis(jnp.where(changes, jitter.order, _NO_OP), changing_first, axis=1)
 
 
 def _coefficients(factors: jax.Array, operations: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Of each operation as a v + b luma + c mean(luma), and its hue shift in turns: each [N, 4]."""
+    """a, b, c of each operation as a v + b luma + c mean, and its hue shift in turns: each [N, 4]."""
     factor = jnp.take_along_axis(factors, jnp.minimum(operations, HUE), axis=1)
     is_affine = operations < HUE
     a = jnp.where(is_affine, factor, 1)
@@ -163,36 +165,35 @@ def _normalize(planes: Planes, bands: Bands, dtype) -> jax.Array:
 
 
 def _luma(planes: Planes, rgb: tuple[int, int, int]) -> jax.Array:
-    return sum(weight * planes[at] for weight, at in zip(_LUMA, rgb, strict=True))
+    return sum(weight * planes[band] for weight, band in zip(_LUMA, rgb, strict=True))
 
 
 def _means(planes: Planes, rgb: Rgb, axes: tuple[int, int]) -> Planes:
-    """What contrast blends each band with: the mean luma of the three colors, the mean of any other band."""
+    """What contrast blends each band with: the mean luma for red, green and blue, its own mean for any other band."""
     luma = jnp.mean(_luma(planes, rgb), axis=axes, keepdims=True) if rgb else None
     return tuple(
-        luma if rgb and at in rgb else jnp.mean(plane, axis=axes, keepdims=True) for at, plane in enumerate(planes)
+        luma if rgb and band in rgb else jnp.mean(plane, axis=axes, keepdims=True) for band, plane in enumerate(planes)
     )
 
 
 def _affine(planes: Planes, rgb: Rgb, a: jax.Array, *, b=None, c=None, means: Planes | None = None) -> Planes:
-    """clip(a v + b luma + c mean), b or c None where it is 0."""
+    """clip(a v + b luma + c mean); None for b or c means 0."""
     luma = 0 if b is None else b * _luma(planes, rgb)
     shifts = (luma,) * len(planes) if c is None else tuple(luma + c * mean for mean in means)
     return tuple(jnp.clip(a * plane + shift, 0, 1) for plane, shift in zip(planes, shifts, strict=True))
 
 
 def _colors(planes: Planes, changed: Planes, rgb: tuple[int, int, int]) -> Planes:
-    """`changed` for the three colors, `planes` for the other bands."""
-    return tuple(changed[at] if at in rgb else plane for at, plane in enumerate(planes))
+    """`changed` for red, green and blue, `planes` for the other bands."""
+    return tuple(changed[band] if band in rgb else plane for band, plane in enumerate(planes))
 
 
 def _hue(planes: Planes, rgb: tuple[int, int, int], turn: jax.Array) -> Planes:
-    """Turns the hue of the three colors by `turn` (within +-0.5) in HSV, keeping the largest and the smallest of the
-    three values.
+    """Rotates the hue of red, green and blue by `turn` (in [-0.5, 0.5]) in HSV; value and chroma do not change.
 
-    The hue, in sixths of a turn, is kept times the chroma, which spares the division and its case of no chroma.
+    The hue, in sixths of a turn, is represented multiplied by the chroma, which avoids a division by zero.
     """
-    red, green, blue = (planes[at] for at in rgb)
+    red, green, blue = (planes[band] for band in rgb)
     high, low = jnp.maximum(jnp.maximum(red, green), blue), jnp.minimum(jnp.minimum(red, green), blue)
     chroma = high - low
     hue = jnp.where(
@@ -206,4 +207,4 @@ def _hue(planes: Planes, rgb: tuple[int, int, int], turn: jax.Array) -> Planes:
         low + jnp.clip(2 * chroma - jnp.abs(hue - 2 * chroma), 0, chroma),
         low + jnp.clip(2 * chroma - jnp.abs(hue - 4 * chroma), 0, chroma),
     )
-    return tuple(turned[rgb.index(at)] if at in rgb else plane for at, plane in enumerate(planes))
+    return tuple(turned[rgb.index(band)] if band in rgb else plane for band, plane in enumerate(planes))

@@ -39,11 +39,11 @@ _WORDS = {os.strerror(number): kind for number, kind in _KIND_OF.items()} | {
 _WRAPPERS = (RuntimeError, ValueError, ImportError, EOFError)  # exception types whose text is searched, since they wrap errors of other libraries
 
 
-_MENDS = {
+_FIXES = {
     _FILES: "raise it with ulimit -n",
     _MEMORY: "give the job more memory, or fewer workers or a smaller batch",
     _THREADS: "raise the limits on memory and on their number (ulimit -v, ulimit -u, or the container's)",
-    _FULL: "free some space",
+    _FULL: "free disk space",
     _STORAGE: "check the disk or the shared file system",
     _DENIED: "grant access to it",
 }
@@ -77,7 +77,7 @@ def environment_fault(error: BaseException) -> str | None:
       with ulimit -n".
     """
     kind, reason = _find(error)
-    return None if kind is None else f"{reason}; {_MENDS[kind]}"
+    return None if kind is None else f"{reason}; {_FIXES[kind]}"
 
 
 def passing(error: BaseException) -> bool:

@@ -85,6 +85,6 @@ def _whole_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; make room or choose another --output") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}; free disk space or choose another --output") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,7 +1,6 @@
-"""FLOPs of what was traced: the matrix products of a program, counted.
+"""FLOPs of a traced program, counted from its matrix products.
 
-What the method itself costs is arithmetic, `Objective.flops_per_image`: nothing is computed twice there, while
-recomputation (`remat`) is a cost of the program.
+The FLOPs of a method, without recomputation (`remat`), are `Objective.flops_per_image`.
 """
 
 from collections.abc import Iterable
@@ -11,13 +10,12 @@ from jax.extend import core
 
 
 def matrix_products(jaxpr: core.Jaxpr) -> float:
-    """FLOPs of every `dot_general` in a traced program, bodies of loops times their trips.
+    """FLOPs of every `dot_general` in a traced program; the body of a `scan` counts once per iteration.
 
-    Unlike XLA's own analysis, which counts a loop's body once. `while` loops, whose trips are not known, must hold no
-    product; of the branches of a conditional the dearest counts.
+    (XLA's own cost analysis counts the body of a loop only once.) Of the branches of a `cond`, the most expensive one counts.
 
     Raises:
-      ValueError: a product in a `while` loop.
+      ValueError: a matrix product inside a `while` loop, whose trip count is unknown.
     """
     total = 0.0
     for equation in jaxpr.eqns:
@@ -32,7 +30,7 @@ def matrix_products(jaxpr: core.Jaxpr) -> float:
             continue
         inner = [matrix_products(sub) for sub in _inner(params.values())]
         if name == "while" and any(inner):
-            raise ValueError("a matrix product inside a while loop cannot be counted: its trips are not known")
+            raise ValueError("a matrix product inside a while loop cannot be counted, because the trip count is unknown; use scan")
         total += max(inner, default=0.0) if name == "cond" else params.get("length", 1) * sum(inner)
     return total
 

@@ -1,7 +1,7 @@
-"""What a compiled program moves between devices: collectives by kind, count and bytes, read from its text (HLO).
+"""The collectives of a compiled program: kind, count and bytes, parsed from its HLO text.
 
-A loop's body counts as often as the loop turns: as XLA notes, or else by its condition, `counter < constant`, and the
-constant that its body adds to the counter. The loops of a training step are all of fixed length.
+The body of a loop counts once per iteration. The trip count is XLA's annotation if there is one, or else follows from the
+condition `counter < constant` and the constant that the body adds to the counter.
 """
 
 import collections
@@ -16,7 +16,7 @@ _INSTRUCTION = re.compile(r"^(?:ROOT )?%?[\w.\-]+ = (.*)$")
 _SHAPE = re.compile(r"\b(pred|[a-z]+\d+)\[([\d,]*)\]")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_TURNS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
+_TRIP_COUNT = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
 _CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
 _BODY = re.compile(r"\bbody=%?([\w.\-]+)")
 _CONSTANT = re.compile(r"^%?([\w.\-]+) = [su]32\[\](?:\{[^ ]*\})? constant\((\d+)\)")
@@ -28,13 +28,13 @@ _NAME = re.compile(r'op_name="([^"]*)"')
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective of a program.
+    """A collective of a program.
 
     Attributes:
-      shapes: of its operands and results, as (dtype, dimensions).
-      bytes: of the larger of operand and result on one device, each time that it runs.
-      times: how often it runs.
-      name: where in the program it comes from, as JAX says.
+      shapes: (dtype, dimensions) of its operands and results.
+      bytes: size of its operand or result on one device, whichever is larger, per execution.
+      times: number of executions.
+      name: JAX's name of the operation, from the HLO metadata.
     """
 
     kind: str
@@ -45,7 +45,7 @@ class Collective:
 
 
 def collectives(text: str) -> list[Collective]:
-    """All collectives that the program whose HLO is `text` runs."""
+    """The collectives of the program with HLO `text`."""
     bodies, entry = _computations(text)
     found: list[Collective] = []
     if entry:
@@ -54,7 +54,7 @@ def collectives(text: str) -> list[Collective]:
 
 
 def by_kind(found: list[Collective]) -> dict[str, dict[str, int]]:
-    """For each kind that occurs: `places` in the program, `count` of runs, `bytes` of all runs on one device."""
+    """Totals by kind: `places` (instructions), `count` (executions), `bytes` (of all executions, on one device)."""
     table: dict[str, dict[str, int]] = collections.defaultdict(lambda: dict(places=0, count=0, bytes=0))
     for one in found:
         row = table[one.kind]
@@ -79,10 +79,11 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str | None]:
 
 
 def _walk(bodies, name: str, times: int, found: list[Collective], channels: set[str]) -> None:
-    """Adds the collectives of one computation and of those that it calls.
+    """Adds the collectives of a computation, and of those that it calls, to `found`.
 
     Args:
-      channels: those met inside of fusions; an asynchronous collective runs through several of them as one channel.
+      times: number of executions of the computation.
+      channels: channels already seen in fusions; an asynchronous collective may span several fusions with one channel.
     """
     for line in bodies.get(name, ()):
         match = _INSTRUCTION.match(line)
@@ -97,33 +98,34 @@ def _walk(bodies, name: str, times: int, found: list[Collective], channels: set[
                 channels.add(channel[1] if channel else line)
             found.append(_collective(kind, match[1], times))
             continue
-        turns = times * _turns(bodies, line) if operation[1] == "while" else times
+        inner_times = times * _trip_count(bodies, line) if operation[1] == "while" else times
         called = _CALLED.findall(line) + [c.strip().lstrip("%") for b in _BRANCHES.findall(line) for c in b.split(",")]
         for other in called:
-            _walk(bodies, other, turns, found, channels)
+            _walk(bodies, other, inner_times, found, channels)
 
 
-def _turns(bodies: dict[str, list[str]], loop: str) -> int:
-    """How often a loop turns; 1 where that cannot be told."""
-    if match := _TURNS.search(loop):
+def _trip_count(bodies: dict[str, list[str]], loop: str) -> int:
+    """The trip count of a loop; 1 if unknown."""
+    if match := _TRIP_COUNT.search(loop):
         return int(match[1])
     condition, body = (bodies.get(pattern.search(loop)[1], []) for pattern in (_CONDITION, _BODY))
     less = next((m for line in condition if (m := _LESS.search(line))), None)
     limit = _constants(condition).get(less[2]) if less else None
-    place = next((m for line in condition if less and (m := re.match(rf"%?{re.escape(less[1])} = .*index=(\d+)", line))), None)
-    if limit is None or place is None:
+    counter = rf"%?{re.escape(less[1])} = .*index=(\d+)" if less else ""
+    index = next((m for line in condition if less and (m := re.match(counter, line))), None)
+    if limit is None or index is None:
         return 1
-    return -(-limit // _increment(body, int(place[1])))
+    return -(-limit // _increment(body, int(index[1])))
 
 
-def _increment(body: list[str], place: int) -> int:
-    """What a loop's body adds to its counter, which is at `place` in what it carries; 1 where that cannot be told."""
+def _increment(body: list[str], index: int) -> int:
+    """What the body of a loop adds to its counter, element `index` of the carry; 1 if unknown."""
     root = next((line for line in body if line.startswith("ROOT") and " tuple(" in line), "")
     carried = re.findall(r"%?([\w.\-]+)", root[root.rfind(" tuple(") + 7 :].split(")")[0])
-    if place >= len(carried):
+    if index >= len(carried):
         return 1
-    grown = next((line for line in body if re.match(rf"%?{re.escape(carried[place])} = ", line)), "")
-    added = re.search(r" add\(%?([\w.\-]+), %?([\w.\-]+)\)", grown)
+    update = next((line for line in body if re.match(rf"%?{re.escape(carried[index])} = ", line)), "")
+    added = re.search(r" add\(%?([\w.\-]+), %?([\w.\-]+)\)", update)
     return max((_constants(body).get(name, 1) for name in added.groups()), default=1) if added else 1
 
 
@@ -132,12 +134,12 @@ def _constants(lines: list[str]) -> dict[str, int]:
 
 
 def _without_shapes(text: str) -> str:
-    """The instruction without its result's type, in whose layout words with brackets may stand: T(8,128)."""
+    """The instruction without the type of its result, whose layout may contain parentheses, e.g. T(8,128)."""
     depth = 0
-    for place, letter in enumerate(text):
+    for index, letter in enumerate(text):
         depth += (letter in "({[") - (letter in ")}]")
         if letter == " " and depth == 0:
-            return text[place:]
+            return text[index:]
     return text
 
 
@@ -150,10 +152,10 @@ def _collective(kind: str, text: str, times: int) -> Collective:
     )
     result = text[: len(text) - len(_without_shapes(text))]
     sizes = [_size(*shape) for shape in _parse(result)]
-    # An asynchronous start gives a tuple of operand and result; a combined one a tuple of results.
+    # The result of an asynchronous start is a tuple of operand and result; of a combined collective, a tuple of results.
     operand_and_result = "-start(" in text and len(sizes) > 1
     moved = max(sizes, default=0) if operand_and_result else sum(sizes)
-    if kind == "reduce-scatter":  # its operand is larger than its result
+    if kind == "reduce-scatter":  # the operand is larger than the result
         groups = re.search(r"replica_groups=\[(\d+),(\d+)\]", text) or re.search(r"replica_groups=\{\{([\d,]+)\}", text)
         moved *= (int(groups[2]) if groups.lastindex == 2 else groups[1].count(",") + 1) if groups else 1
     where = _NAME.search(text)

@@ -1,4 +1,4 @@
-"""The training step of a config as a program: traced and compiled for a mesh, without any data or values.
+"""The training step of a config, traced and compiled for a mesh without data or weights.
 
 Imports no data library, so that it runs where none is installed.
 """
@@ -19,23 +19,23 @@ from pera_jax.training import step as steps
 
 
 class Program:
-    """The step that training runs, over a mesh.
+    """The training step on a mesh.
 
     Attributes:
-      crops: shapes and dtype of a batch, [B, V, H, W, bands] of each crop type.
-      hyper: a value for each scalar that a step takes.
+      crops: shape [B, V, H, W, bands] and dtype of a batch, by crop type.
+      hyper: values of the scheduled hyperparameters, which are inputs of the step.
     """
 
     def __init__(self, config, devices: list | None = None, bands: Bands | None = None, make: Callable = objectives.from_config):
         """
         Args:
-          config: checked here as training would.
-          devices: all of them by default; those of a topology that is not there will do.
-          bands: uint8 of the names in config.data.bands by default, or red, green and blue.
-          make: the objective from (config, bands, device).
+          config: checked as in training.
+          devices: default: all local devices; may also be those of a topology description.
+          bands: default: uint8, named by config.data.bands, or else red, green and blue.
+          make: builds the objective from (config, bands, device).
 
         Raises:
-          UserError: as `config.check` and `objectives.from_config`.
+          UserError: see `config.check` and `objectives.from_config`.
         """
         self.config = config
         self.mesh = sharding.make_mesh(**config.mesh, devices=devices)
@@ -43,7 +43,7 @@ class Program:
         bands = bands or Bands.plain(config.data.bands or RGB)
         self.objective = make(config, bands, self.mesh.devices.flat[0])
         self.optimizer = steps.make_optimizer(config.optimizer)
-        # Any values will do; those of the middle of a run that is longer than every warm-up.
+        # The values do not matter for compilation; these are from the middle of a run longer than every warmup.
         run = schedules.scalars(config, self.objective.schedules(), steps_per_epoch=1000, total_steps=10**9)
         middle = run.at(10**9 // 2)
         self.hyper = {name: np.asarray(value, config.parameter_precision) for name, value in middle.items()}
@@ -55,7 +55,7 @@ class Program:
         }
 
     def trace(self) -> Any:
-        """The traced step: `.lower().compile()` it, or look at its `.jaxpr`."""
+        """The traced step, with `.jaxpr` and `.lower()`."""
         state = steps.abstract_state(self.objective, self.optimizer, self.mesh)
         config = self.config
         function = steps.make_step(
@@ -68,9 +68,9 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of a compiled step on one device."""
+    """Memory of a compiled step on one device, in bytes."""
 
-    arguments: int  # parameters, optimizer, teacher, centre, the batch; the new state takes the old one's place
+    arguments: int  # state (parameters, optimizer, teacher, ...) and batch; the new state is written in place
     temporaries: int
 
     @property
@@ -79,7 +79,7 @@ class Memory:
 
 
 def memory_of(compiled) -> Memory:
-    """What the compiler has planned; outputs that are no argument's memory again count as temporaries."""
+    """The compiler's memory plan; outputs that do not reuse the memory of an argument count as temporaries."""
     found = compiled.memory_analysis()
     extra = max(found.output_size_in_bytes - found.alias_size_in_bytes, 0)
     return Memory(found.argument_size_in_bytes, found.temp_size_in_bytes + extra)

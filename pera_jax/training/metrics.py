@@ -166,4 +166,4 @@ def _strict(value: int | float) -> int | float | str:
 
 
 def _unwritable(folder: pathlib.Path, error: OSError) -> UserError:
-    return UserError(f"cannot write to {folder}: {error.strerror}; free some space or choose another workdir")
+    return UserError(f"cannot write to {folder}: {error.strerror}; free disk space or choose another workdir")

@@ -169,4 +169,4 @@ def keep_earlier(workdir: str, meta: dict[str, Any], step: int) -> None:
             place = folder / f"until_step_{step:06d}_{number}.json"
         files.write(place, content)
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; free some space or choose another workdir") from error
+        raise UserError(f"cannot write {folder}: {error.strerror}; free disk space or choose another workdir") from error

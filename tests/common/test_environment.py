@@ -40,7 +40,7 @@ def raised(error: BaseException, cause: BaseException | None = None) -> BaseExce
         (OSError(errno.ENFILE, "x"), "too many files are open"),
         (OSError(errno.EIO, "x"), "input/output error"),
         (OSError(errno.ESTALE, "x"), "stale file handle"),
-        (OSError(errno.ENOSPC, "x"), "free some space"),
+        (OSError(errno.ENOSPC, "x"), "free disk space"),
         (BlockingIOError(errno.EAGAIN, "fork"), "no more threads or processes"),
         (PermissionError(errno.EACCES, "x"), "permission denied; grant access"),
         (MemoryError(), "not enough memory"),
@@ -120,9 +120,9 @@ def test_patience(monkeypatch):
         next(once)
         raise OSError(errno.ENOSPC, "x")
 
-    with pytest.raises(EnvironmentFault, match="free some space"):
+    with pytest.raises(EnvironmentFault, match="free disk space"):
         patiently(full, "x cannot be written")
-    assert next(once) == 1  # waiting makes no room
+    assert next(once) == 1  # waiting frees no disk space
     with pytest.raises(FileNotFoundError):
         patiently(lambda: open("/nowhere"), "x")
 

@@ -1,4 +1,4 @@
-"""The plan: what a compiled step moves, the search for the largest batch, and the command on the devices at hand."""
+"""The command `plan`: collectives read from HLO, the search for the largest batch, and a run on local devices."""
 
 import json
 
@@ -13,8 +13,8 @@ from pera_jax.cost import hlo
 from pera_jax.cost.program import Memory
 from pera_jax.parallel import chips, sharding
 
-# A loop of 3 x 2 turns as a TPU's compiler leaves it: no number of turns, a step of 2, an asynchronous collective that
-# runs through two fusions, one that starts and ends, and one of the kinds that are told by an operand.
+# A loop of three iterations as the TPU compiler leaves it: no trip count, a counter incremented by 2, an asynchronous
+# collective in two fusions, one with start and done, and one whose size depends on its operand.
 TEXT = """HloModule jit_step, is_scheduled=true
 
 %fused_computation.1 (param_0: bf16[1,48,3]) -> bf16[16,48,3] {
@@ -85,7 +85,7 @@ def test_collectives_of_a_program_compiled_here():
 @pytest.mark.parametrize("first", [1, 4, 16, 64])
 @pytest.mark.parametrize("limit", [7, 40, 1000])
 def test_the_search_finds_the_largest_batch_in_few_compilations(first, limit):
-    """Memory with a part that does not grow and steps, as buffers have; the compiler refuses what is far too large."""
+    """Memory with a constant part and steps, like that of real buffers; the compiler runs out of memory if it is far too large."""
     asked = []
 
     def memory(count):
@@ -96,21 +96,21 @@ def test_the_search_finds_the_largest_batch_in_few_compilations(first, limit):
         asked.append(count)
         return memory(count)
 
-    room = 1000 + 100 * limit + 30 * (limit % 3)
-    best = plan.largest(measure, 1, room, (first, memory(first)))
-    fits = [n for n in range(1, 2 * limit) if memory(n).total <= room]
+    limit_bytes = 1000 + 100 * limit + 30 * (limit % 3)
+    best = plan.largest(measure, 1, limit_bytes, (first, memory(first)))
+    fits = [n for n in range(1, 2 * limit) if memory(n).total <= limit_bytes]
     assert best == max(fits) and len(asked) <= plan.TRIALS
     assert len(set(asked)) == len(asked)
 
 
-def test_what_a_refused_program_wanted_is_read():
+def test_the_needed_memory_is_read_from_an_out_of_memory_error():
     for said in (
         "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.35G of 15.75G hbm. Exceeded by 1.60G.",
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (17.35G) exceeds "
         "available HBM (15.75G).",
     ):
-        assert plan._asked_for(said) == Memory(0, int(17.35 * 2**30))
-    assert plan._asked_for("RESOURCE_EXHAUSTED") is None
+        assert plan._memory_in_error(said) == Memory(0, int(17.35 * 2**30))
+    assert plan._memory_in_error("RESOURCE_EXHAUSTED") is None
 
 
 def test_nothing_fits():
@@ -132,9 +132,9 @@ def test_the_command_on_local_devices(tmp_path, capsys):
         plan.main([*arguments[:-1], "3", "--set", "accumulate=2"])
 
 
-def test_a_topology_without_libtpu_or_of_no_such_name(monkeypatch):
+def test_a_topology_without_libtpu(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs libtpu, the extra tpu: pip install"):
+    with pytest.raises(UserError, match=r"needs libtpu; run pip install"):
         plan.devices_of("v5e:4x4")
 
 

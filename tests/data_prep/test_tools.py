@@ -393,7 +393,7 @@ def test_a_full_disk_leaves_no_temporary_file(sound, tmp_path, monkeypatch, step
         lambda: browse.main([str(sound), "--output", str(out / "page.html")]),
         lambda: stats.main([str(sound), "--output", str(out / "statistics")]),
     ):
-        with pytest.raises(UserError, match="cannot write .*: No space left on device; free some space"):
+        with pytest.raises(UserError, match="cannot write .*: No space left on device; free disk space"):
             command()
     assert not [path for path in out.rglob("*") if path.is_file()]
 

@@ -164,13 +164,13 @@ def test_a_disk_that_is_full_leaves_nothing_half_written(tmp_path, monkeypatch):
     main = ["import-released", str(tmp_path / "a.safetensors"), "--heads", "2", "--output", str(tmp_path / "run")]
     with monkeypatch.context() as patched:
         patched.setattr(imports.ocp, "save_checkpointables", wrapped)
-        with pytest.raises(UserError, match="cannot write .*run: .*No space left on device; make room"):
+        with pytest.raises(UserError, match="cannot write .*run: .*No space left on device; free disk space"):
             export.main(main)
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
     export.main(main)
     with monkeypatch.context() as patched:
         patched.setattr(files, "write_json", full)
-        with pytest.raises(UserError, match="cannot write .*out: No space left on device; make room"):
+        with pytest.raises(UserError, match="cannot write .*out: No space left on device; free disk space"):
             export.main(["timm", "--run", str(tmp_path / "run"), "--output", str(tmp_path / "out")])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "run"]
 

@@ -124,11 +124,11 @@ def test_a_damaged_checkpoint_is_passed_over_and_a_full_disk_is_no_result(finish
         return read(*args, **kwargs)
 
     def full(*args):
-        raise UserError("free some space")
+        raise UserError("free disk space")
 
     monkeypatch.setattr(load, "load_weights", damaged_at_4)
     monkeypatch.setattr(results, "write", full)
-    with pytest.raises(UserError, match="free some space"):
+    with pytest.raises(UserError, match="free disk space"):
         run_follow(finished, tmp_path, chosen)
     assert times(tmp_path) == {}  # what was found is not taken for a failure of the task
     monkeypatch.setattr(results, "write", write)

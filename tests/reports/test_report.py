@@ -508,9 +508,9 @@ def test_classes_are_counted_by_hand():
 def test_scenes_show_where_the_prediction_is_wrong(tmp_path):
     truth = np.array([[0, 1, 255], [1, 1, 0]], np.uint8)
     predicted = np.array([[0, 0, 1], [1, 0, 0]], np.uint8)
-    for folder, content in (("label", truth), ("image", np.full((2, 3, 3), 90, np.uint8))):
-        (tmp_path / folder).mkdir()
-        Image.fromarray(content).save(tmp_path / folder / "7.png")
+    for kind, content in (("label", truth), ("image", np.full((2, 3, 3), 90, np.uint8))):
+        (tmp_path / kind).mkdir()
+        Image.fromarray(content).save(tmp_path / kind / "7.png")
     (tmp_path / "probe").mkdir()
     Image.fromarray(predicted).save(tmp_path / "probe/7.png")
     result = {"task": "segmentation", "file": tmp_path / "probe.json",

@@ -232,7 +232,7 @@ def test_a_full_disk_names_the_last_good_checkpoint_and_leaves_it_whole(config, 
     (tiny_device / "filler").write_bytes(bytes(filler))
     arguments = ("--config", "configs/demo.py:smoke", f"--config.data.path={data}", "--workdir", str(workdir))
     message = sentence(command(*arguments))
-    assert "checkpoint of step 2 could not be written" in message and "no space left on device; free some space" in message
+    assert "checkpoint of step 2 could not be written" in message and "no space left on device; free disk space" in message
     assert message.endswith("the last good checkpoint is step 1")
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["1"]
     assert load.load_weights(workdir).step == 1

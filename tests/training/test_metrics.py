@@ -90,7 +90,7 @@ def test_no_space_left_is_one_sentence(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
     try:
-        with pytest.raises(UserError, match=r"^cannot write to .*: File too large; free some space"):
+        with pytest.raises(UserError, match=r"^cannot write to .*: File too large; free disk space"):
             for step in range(1, 100):
                 writer.write(step, {"loss": 1.0, "another": 2.0})
         writer.close()  # what TensorBoard's file still holds back cannot be written either; that has been said

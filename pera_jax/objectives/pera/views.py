@@ -69,12 +69,12 @@ def check(settings: Any, rgb: tuple[str, ...], names: tuple[str, ...]) -> None:
 def draw_jitter(key: jax.Array, number: int, settings: Any) -> tuple[color.Jitter, color.Jitter]:
     """Independent jitters for the student's and the teacher's views of `number` crops; `settings` as in `check`."""
     student_key, teacher_key, change_key, gray_key, teacher_change_key = jax.random.split(key, 5)
-    reach = tuple(settings[name] for name in ("brightness", "contrast", "saturation", "hue"))
+    strength = tuple(settings[name] for name in ("brightness", "contrast", "saturation", "hue"))
 
     def happens(key, probability):
         return jax.random.uniform(key, (number, 1), jnp.float32) < probability  # [N, 1]
 
-    student, teacher = color.draw(student_key, number, reach), color.draw(teacher_key, number, reach)
+    student, teacher = color.draw(student_key, number, strength), color.draw(teacher_key, number, strength)
     changed = jnp.where(happens(gray_key, settings["student_grayscale"]), color.GRAYSCALE, student.factors)
     student_factors = jnp.where(happens(change_key, settings["student_change"]), changed, color.UNCHANGED)
     teacher_changed = happens(teacher_change_key, settings["teacher_jitter"])

@@ -55,7 +55,7 @@ def write(workdir: str, meta: dict[str, Any]) -> None:
     try:
         files.write(path, as_bytes(meta))
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; make room or choose another workdir") from error
+        raise UserError(f"cannot write {path}: {error.strerror}; free disk space or choose another workdir") from error
 
 
 def mark_finished(workdir: str, step: int | None) -> None:
