@@ -217,7 +217,7 @@ def _earlier(config, workdir: str) -> dict | None:
         for step in reversed(checkpoint.saved_steps(run)):
             with contextlib.suppress(checkpoint.Damaged, checkpoint.Removed):
                 folder = pathlib.Path(run).absolute() / checkpoint.FOLDER / str(step)
-                return intact.agreed(lambda: checkpoint.load_meta(folder))
+                return intact.on_all_hosts(lambda: checkpoint.load_meta(folder))
     return None
 
 
@@ -238,7 +238,7 @@ def _first_state(config, workdir, meta, objective, optimizer, abstract, mesh, da
         for step in reversed(checkpoint.saved_steps(run)):
             folder = newest.with_name(str(step))
             try:
-                before = intact.agreed(lambda: checkpoint.load_meta(folder))
+                before = intact.on_all_hosts(lambda: checkpoint.load_meta(folder))
                 changes = resume.check_same_run(before, meta, run, config.data.allow_changed_data, allow_config_change)
                 found = checkpoint.restore(folder, abstract)
             except checkpoint.Removed:
@@ -250,12 +250,14 @@ def _first_state(config, workdir, meta, objective, optimizer, abstract, mesh, da
                 continue
             for bad, error in damaged if distributed.main_host() else ():
                 moved = f"; moved to {checkpoint.set_aside(bad)}" if run == workdir else ""
-                distributed.say(f"{error}{moved}; going on from the checkpoint of step {step}")
+                distributed.say(f"{error.reason}{moved}; resuming from the checkpoint of step {step}")
             distributed.barrier("damaged checkpoints are set aside")
             state, position = found
             batches, images = resume.place_in_stream(position, before["config"]["batch_size"], config.batch_size)
             return state, position | {"batches": batches, "images": images}, changes
-        raise UserError(f"none of the checkpoints of {run} can be read; the newest one: {damaged[0][1]}")
+        raise UserError(
+            f"none of the checkpoints of {run} can be read (the newest: {damaged[0][1].reason}); start again in another --workdir"
+        )
     state = steps.init_sharded(objective, optimizer, mesh, config.seed)
     if config.init_from:
         state = warm_start.with_weights(state, config.init_from, objective)

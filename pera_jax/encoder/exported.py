@@ -35,7 +35,7 @@ def to_dict(meta: dict[str, Any], step: int, which: str, height: int, width: int
     }  # fmt: skip
 
 
-def sealed(entry: dict[str, Any], file: pathlib.Path) -> dict[str, Any]:
+def with_digests(entry: dict[str, Any], file: pathlib.Path) -> dict[str, Any]:
     """The entry from `to_dict` with the digests of the weight file and of the entry itself. Raises OSError."""
     entry = entry | {"sha256": digests.file_digest(file)}
     return entry | {"digest": digests.json_digest(entry)}

@@ -61,12 +61,12 @@ def load_weights(
       Damaged: the checkpoint cannot be read, or its values differ from those that were saved.
       Removed: training removed the checkpoint of `step` while it was read. With `step=None` the next one is loaded instead.
     """
-    return checkpoint.while_kept(run, step, lambda chosen: _load(run, chosen, which, verify, parts))
+    return checkpoint.read_while_present(run, step, lambda chosen: _load(run, chosen, which, verify, parts))
 
 
 def _load(run: str | pathlib.Path, step: int, which: str | None, verify: bool, parts: Sequence[str] | None) -> Weights:
     folder = pathlib.Path(run).absolute() / checkpoint.FOLDER / str(step)
-    meta, digests = intact.meta_of(folder)
+    meta, digests = intact.load_meta_and_digests(folder)
     networks = networks_of(meta)
     which = networks[0] if which is None else which
     if which not in networks:
@@ -108,7 +108,7 @@ def _check_complete(folder: pathlib.Path, item: str, stored: Any, digests: dict[
         saved = {path: leaf for path, leaf in saved.items() if path.startswith("params/")}
     found = intact.shapes_of(stored)
     if found != {path: tuple(leaf.shape) for path, leaf in saved.items()}:
-        raise intact.Damaged(f"the checkpoint {folder} is damaged: arrays of its {item} are missing or changed since it was saved; use another checkpoint with --step")
+        raise intact.Damaged(f"the checkpoint {folder} is damaged: arrays of its {item} are missing or differ in shape")
 
 
 def check_backbone(backbone: Any, meta: dict[str, Any], where: str) -> None:

@@ -80,7 +80,7 @@ def _report(run, output, data, step, split, number, number_of_pairs, image_size,
         return found, {which: dataclasses.replace(loaded[which], params=params[which]) for which in networks}
 
     beside_training = pathlib.Path(run).is_dir() and (step is not None or checkpoint.saved_steps(run))
-    found, networks = checkpoint.while_kept(run, step, read) if beside_training else read(step)
+    found, networks = checkpoint.read_while_present(run, step, read) if beside_training else read(step)
     data = _training_data(found.meta) if data is None else data
     subject = None if data is None or found.step is None else _Subject.open(found, networks, data, split, seed)
     found.faults.extend(subject.faults if subject else ())

@@ -167,7 +167,7 @@ def _save(run: pathlib.Path, objective, optimizer, params, teacher, meta: dict[s
         items |= checkpoint.split(steps.TrainState(step, params, teacher, opt_state, objective.init_state()))
     try:
         (run / checkpoint.FOLDER).mkdir()
-        ocp.save_checkpointables(run / checkpoint.FOLDER / "0", intact.sealed(items))
+        ocp.save_checkpointables(run / checkpoint.FOLDER / "0", intact.with_digests(items))
     except checkpoint.WRITE_ERRORS as error:
         raise OSError(errno.EIO, first_line(error)) from error
 

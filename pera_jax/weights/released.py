@@ -105,7 +105,7 @@ def export(run: str, step: int | None, output: pathlib.Path, verify: bool = True
     def both(chosen: int) -> list[load.Weights]:
         return [load.load_weights(run, chosen, which, verify=verify) for which in ("student", "teacher")]
 
-    student, teacher = checkpoint.while_kept(run, step, both)
+    student, teacher = checkpoint.read_while_present(run, step, both)
     try:
         import torch
     except ImportError as error:

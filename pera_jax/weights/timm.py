@@ -225,6 +225,6 @@ def export(weights: Weights, which: str, size: tuple[int, int] | None, output: p
     with files.whole_folder(output) as folder:
         file, settings = folder / exported.FILE, config(meta, weights.step, which, height, width)
         arrays.write(file, named)
-        settings[exported.ENTRY] = exported.sealed(settings[exported.ENTRY], file)
+        settings[exported.ENTRY] = exported.with_digests(settings[exported.ENTRY], file)
         files.write_json(folder / exported.CONFIG, settings)
         files.write(folder / "README.md", card.text(weights, which, height, width).encode())

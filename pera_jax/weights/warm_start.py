@@ -41,7 +41,7 @@ def with_weights(state: steps.TrainState, run: str, objective: Objective) -> ste
             return {"judged": first}
         return {"judged": first} | {name: load_weights(run, step, name) for name in networks_of(first.meta)}
 
-    found = checkpoint.while_kept(run, None, read)
+    found = checkpoint.read_while_present(run, None, read)
     source, complete = found["judged"], "student" in found
     student = found["student"].params if complete else {"backbone": source.backbone}
     ema = found["teacher"].params if "teacher" in found else {"backbone": source.backbone}

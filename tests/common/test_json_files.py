@@ -83,14 +83,14 @@ def test_a_meta_that_no_run_has_is_refused():
     meta_fields.check_meta(sound)
     for path, value, sentence in [
         ("model.width", -3, "model.width: expected int >= 1"),
-        ("model.width", 99, "model.width is 99, and the config gives 16"),
+        ("model.width", 99, "model.width is 99, but the config has 16"),
         ("std", [0.1, 0.0, 0.1], "std[1]: expected float > 0"),
-        ("ranges", [[0, 255]] * 2, "ranges is for 2 bands, and bands names 3"),
-        ("ranges", [[0, 255], [5, 5], [0, 255]], "a range has a lower end"),
+        ("ranges", [[0, 255]] * 2, "ranges has 2 bands, but bands has 3 names"),
+        ("ranges", [[0, 255], [5, 5], [0, 255]], "expected ranges with low < high"),
         ("dtype", "int8", "dtype: unknown value 'int8'"),
         ("config.model.depth", "4", "config.model.depth: expected int, got str"),
-        ("config.pera.heads.hidden", -1, "config.pera.heads.hidden: expected a number from 0 on, got -1"),
-        ("config.pera.masks", 3, "config.pera.masks: expected fields of its own, got int"),
+        ("config.pera.heads.hidden", -1, "config.pera.heads.hidden: expected a number in [0, 2**31), got -1"),
+        ("config.pera.masks", 3, "config.pera.masks: expected a group of fields, got int"),
         ("config.data.path", None, "config.data.path: expected str, got NoneType"),
         ("data", None, "data: expected object, got null"),
     ]:

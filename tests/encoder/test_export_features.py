@@ -216,7 +216,7 @@ def test_stablehlo_of_too_many_parameters_is_refused(run, tmp_path, monkeypatch)
         (["--input", "{shards}"], "has the splits test, train; choose one with --split"),
         (["--split", "val"], "has no folder 'val' for the split; it has train"),
         (["--run", "{tmp}"], "is not a run folder .no checkpoints/. and not an exported folder .no model.safetensors.; give one of the two"),
-        (["--step", "3"], "has no checkpoint of step 3; there are 1"),
+        (["--step", "3"], "has no checkpoint of step 3; choose one of 1"),
         (["--image-size", "50"], "the image size 50 is not a multiple of the checkpoint's patch size 8 px; try 48"),
         (["--image-size", "0"], "the image size 0 is not a multiple"),
         (["--blocks", "1,4"], "block 4 does not exist; the network has blocks 0 to 3"),

@@ -201,7 +201,7 @@ def test_bad_folders_are_one_sentence(exported, tmp_path, change, options, sente
 
 
 def test_what_runs_lack_is_one_sentence(run, tmp_path):
-    with pytest.raises(UserError, match="has no checkpoint of step 5; there are 4, 12"):
+    with pytest.raises(UserError, match="has no checkpoint of step 5; choose one of 4, 12"):
         features.load(run, step=5)
     with pytest.raises(UserError, match="nothing does not exist"):
         features.load(tmp_path / "nothing")

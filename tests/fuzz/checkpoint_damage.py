@@ -129,7 +129,7 @@ def fuzz(number: int, seed: int, folder: pathlib.Path) -> tuple[collections.Coun
             step = int(state.step)
             if (digests.leaf_digests(checkpoint.split(state)), position) != (saved[step][0], run.position(step)):
                 failures.append(f"{done}: other values are gone on with, without a word")
-            noticed = "going on from the checkpoint of step 1" in said and (copy / "damaged_2").is_dir()
+            noticed = "resuming from the checkpoint of step 1" in said and (copy / "damaged_2").is_dir()
             if noticed != (step == 1):
                 failures.append(f"{done}: goes on from step {step} and says {said!r}")
             counts[f"{kind}: {'noticed' if step == 1 else 'harmless'}"] += 1

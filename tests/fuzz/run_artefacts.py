@@ -81,7 +81,7 @@ def read_meta(place: pathlib.Path) -> None:
     if isinstance(meta, dict):
         meta.pop(intact.ENTRY, None)
         meta["format_version"] = 2 if meta.get("format_version") == intact.FORMAT_VERSION else meta.get("format_version")
-    found, _ = intact._unsealed(place, meta)
+    found, _ = intact._parse_meta(place, meta)
     Bands.from_metadata(found)
     vit.build(found["model"])
     objectives.from_metadata(found)

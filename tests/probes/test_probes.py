@@ -185,8 +185,8 @@ def test_a_config_names_several_tasks(run, data, tmp_path):
     ("arguments", "sentence"),
     [
         (["--run", "{tmp}/nothing"], "nothing does not exist"),
-        (["--run", "{tmp}"], "is not the folder of a run"),
-        (["--step", "5"], "has no checkpoint of step 5; there are 4, 12"),
+        (["--run", "{tmp}"], "is not a run folder"),
+        (["--step", "5"], "has no checkpoint of step 5; choose one of 4, 12"),
         (["--data", "{tmp}/nothing"], "nothing does not exist"),
         (["--test-split", "val"], "has no split 'val'; it has few, part, test and 1 more"),
         (["--test-split", "train"], "are both 'train'"),

@@ -211,7 +211,7 @@ def test_images_that_the_run_was_not_trained_on_are_told_and_damage_is_passed_on
     told = f"The images of {changed} are not the training data of this run: their fingerprint differs."
     assert told in capsys.readouterr().err.splitlines() and told in (tmp_path / "out/index.html").read_text()
     arrays.write_bytes(content)
-    with pytest.raises(errors.UserError, match="teacher do.es. not hold the values that were saved"):
+    with pytest.raises(errors.UserError, match="its teacher does not match its digests"):
         report.main(command)
     report.main([*command, "--no-verify"])
 
@@ -247,7 +247,7 @@ def test_broken_lines_doubled_steps_and_results_of_a_checkpoint_that_was_saved_a
         (["--run", "{tmp}/nothing"], "nothing does not exist"),
         (["--run", "{tmp}"], "is not a run folder: it has neither a checkpoint nor config.json"),
         (["--run", "{odd}"], "config.json is not the config of a run"),
-        (["--step", "5"], "has no checkpoint of step 5; there are 4"),
+        (["--step", "5"], "has no checkpoint of step 5; choose one of 4"),
         (["--data", "{tmp}/nothing"], "nothing does not exist"),
         (["--split", "val"], "has no split 'val'; it has empty, test, train"),
         (["--split", "empty"], "the split 'empty' of .* has no images"),

@@ -104,8 +104,8 @@ WRONG_SETTINGS = {
     "data.workers=-2 must be >= 0": {"data.workers": -2},
     "dataset folder nowhere does not exist": {"data.path": "nowhere"},
     "has no split 'test'; it has train": {"data.split": "test"},
-    "init_from|nowhere is not the folder of a run": {"init_from": "nowhere"},
-    "nowhere is not the folder of a run": {"resume_from": "nowhere"},
+    "init_from|nowhere is not a run folder": {"init_from": "nowhere"},
+    "nowhere is not a run folder": {"resume_from": "nowhere"},
 }
 
 

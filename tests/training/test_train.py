@@ -276,13 +276,13 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(finish
     spoil(workdir / "checkpoints" / "4")
     train.train(smoke("demo", data), str(workdir))
     said = capsys.readouterr().err.splitlines()[0]
-    assert "checkpoints/4 cannot be read" in said and said.endswith("going on from the checkpoint of step 2")
+    assert "checkpoints/4 cannot be read" in said and said.endswith("resuming from the checkpoint of step 2")
     assert_same_bits(everything(workdir, 4), everything(finished, 4))
     assert metrics_of(workdir) == metrics_of(finished)
     assert (workdir / "damaged_4").is_dir()
 
     for step in (2, 4):
         spoil(workdir / "checkpoints" / str(step))
-    with pytest.raises(UserError, match=f"none of the checkpoints of {workdir} can be read; the newest one: .*checkpoints/4 cannot"):
+    with pytest.raises(UserError, match=f"none of the checkpoints of {workdir} can be read .the newest: .*checkpoints/4 cannot"):
         train.train(smoke("demo", data), str(workdir))
     assert checkpoint.saved_steps(workdir) == [2, 4]

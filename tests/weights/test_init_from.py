@@ -105,9 +105,9 @@ def test_what_does_not_fit_is_named(imported):
     )
     objective, optimizer = pera.PerA.from_config(config, Bands.plain()), steps.make_optimizer(config.optimizer)
     born = jax.eval_shape(lambda: steps.new_state(objective, optimizer, 0))
-    with pytest.raises(UserError, match="does not fit this config: backbone/class_token is .16,. there and .32,. here") as error:
+    with pytest.raises(UserError, match="does not fit this config: expected backbone/class_token .32,., got .16,.") as error:
         warm_start.with_weights(born, imported[False], objective)
-    assert str(error.value).count(" there and ") > 20 and "prototype_head/gain is (32,) there and (64,) here" in str(error.value)
+    assert str(error.value).count("expected ") > 20 and "expected prototype_head/gain (64,), got (32,)" in str(error.value)
 
 
 def test_the_center_begins_as_the_mean_of_the_teachers_outputs(imported, tmp_path, capsys):

@@ -147,7 +147,7 @@ def _load(run: str, step: int, skipped: set[tuple[int, str]]) -> Weights | None:
     except checkpoint.Damaged as error:
         damaged = error
     if distributed.any_host(damaged is not None):
-        distributed.say(str(damaged or f"the checkpoint of step {step} cannot be read on another process"))
+        distributed.say(damaged.reason if damaged else f"the checkpoint of step {step} cannot be read on another process")
         skipped.add(save)
         return None
     if not distributed.any_host(weights is None):
@@ -169,7 +169,7 @@ def load_if_kept(run: str, step: int) -> Weights | None:
       Damaged: the checkpoint exists and cannot be read.
     """
     try:
-        return checkpoint.while_kept(run, step, lambda chosen: load.load_weights(run, chosen))
+        return checkpoint.read_while_present(run, step, lambda chosen: load.load_weights(run, chosen))
     except checkpoint.Removed:
         return None
     except UserError:

@@ -84,7 +84,7 @@ def load_network(run: str, step: int | None, encoder: str, verify: bool = True) 
         weights = _weights(run, chosen, encoder, verify)
         return weights, checkpoint.identity(checkpoint.folder_of(run, chosen)[0])
 
-    weights, saved = checkpoint.while_kept(run, step, read)
+    weights, saved = checkpoint.read_while_present(run, step, read)
     return Network.from_weights(weights, run, encoder, saved)
 
 

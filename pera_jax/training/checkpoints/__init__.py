@@ -1,4 +1,4 @@
-"""Checkpoints of trainings. `ocp` is Orbax, whose import logs: here it leaves the program's logging as it is."""
+"""Checkpoints of trainings. `ocp` is Orbax, imported without its changes to the logging configuration."""
 
 from pera_jax import calls
 

@@ -1,11 +1,11 @@
-"""Checkpoints of a run, by Orbax: the state, the data position, and everything that is needed to use the weights.
+"""Restores checkpoints of a run, written with Orbax by `checkpoint_store`.
 
-RUN/checkpoints/STEP holds four checkpointables: `state` (parameters, optimizer, step, what the objective keeps
-beside them), `teacher` (its weights, apart, so that evaluation reads only them; absent without a teacher), `data` (the position in the stream of batches) and `meta` (model shape,
-bands, their ranges, mean and std, data fingerprint, git revision, resolved config). A step's folder appears whole or not at all.
+RUN/checkpoints/STEP has up to four checkpointables: `state` (parameters, optimizer state, step, state of the objective),
+`teacher` (weights, stored separately so that evaluation reads nothing else; absent if the method has no teacher), `data` (the
+position in the stream of batches) and `meta` (model sizes, bands with their ranges, mean and std, dataset fingerprint, git
+revision, resolved config). Writing a checkpoint is atomic.
 
-With several hosts each writes its part, into one folder that all of them see; what is moved or removed, process 0 does.
-A training writes them by `checkpoint_store`.
+With several hosts, each writes its shards to the same folder on shared storage; process 0 moves and removes folders.
 """
 
 import dataclasses
@@ -22,20 +22,20 @@ from pera_jax.common.errors import UserError
 from pera_jax.common.text import several
 from pera_jax.training import step as steps
 from pera_jax.training.checkpoints import intact, ocp
-from pera_jax.training.checkpoints.intact import Damaged, Removed, differences, load_meta  # noqa: F401  of what is read here
+from pera_jax.training.checkpoints.intact import Damaged, Removed, differences, load_meta  # noqa: F401  part of this module's API
 
 T = TypeVar("T")
 
 FOLDER = "checkpoints"
 _STEP = re.compile(r"0|[1-9][0-9]*")  # as a folder's name
-_PATIENCE = 60.0  # seconds in which one checkpoint after the other may be removed while it is read
-_MOMENT = 0.3  # seconds in which a removal that is under way goes on
-# What a full disk, a lost mount or a denied write look like: Orbax and TensorStore wrap the system's error in several.
+_RETRY_SECONDS = 60.0  # how long to retry if each latest checkpoint is removed while it is read
+_REMOVAL_SECONDS = 0.3  # wait after a failure, so that a removal in progress becomes visible
+# Orbax and TensorStore raise these on a full disk, a lost mount or missing permissions.
 WRITE_ERRORS = (OSError, ValueError, RuntimeError)
 
 
 def split(state: steps.TrainState) -> dict[str, Any]:
-    """The checkpointables `state` and, where there is a teacher, `teacher`."""
+    """Splits a state into the checkpointables `state` and, if there is a teacher, `teacher`."""
     fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     teacher = fields.pop("teacher")
     return {"state": fields} | ({"teacher": teacher} if teacher else {})
@@ -44,19 +44,20 @@ def split(state: steps.TrainState) -> dict[str, Any]:
 def restore(
     folder: pathlib.Path, abstract: steps.TrainState, verify: bool = True
 ) -> tuple[steps.TrainState, dict[str, Any]]:
-    """The whole state in a checkpoint's folder, laid out as `abstract` says, and the data position.
+    """Restores the state, sharded like `abstract`, and the data position from a checkpoint's folder.
 
-    With several hosts all must call it, and all get it or none.
+    Every process must call it. It succeeds on all of them or on none.
 
     Args:
-      verify: compare arrays and position with the digests of the save.
+      abstract: shapes, dtypes and shardings of the state.
+      verify: check arrays and position against the digests.
 
     Raises:
-      UserError: leaves that are missing, too many or of another shape.
-      Damaged: an unreadable checkpoint, or one with other values than were saved.
+      Misfit: leaves are missing, unexpected, or differ in shape.
+      Damaged: the checkpoint cannot be read, or its values differ from those that were saved.
     """
     wanted = split(abstract)
-    _, digests = intact.agreed(lambda: intact.meta_of(folder))
+    _, digests = intact.on_all_hosts(lambda: intact.load_meta_and_digests(folder))
     if digests is not None:
         intact.check_shapes(folder, {name: intact.saved_shapes(digests, name) for name in wanted}, wanted)
 
@@ -69,10 +70,10 @@ def restore(
         if digests is None:
             intact.check_shapes(folder, stored, wanted)
         elif differences(stored, wanted):
-            raise Damaged(f"the checkpoint {folder} cannot be read: it has lost parts of {' or '.join(wanted)}")
+            raise Damaged(f"the checkpoint {folder} cannot be read: arrays of its {' or '.join(wanted)} are missing")
         return intact.read(folder, lambda: ocp.load_checkpointables(folder, wanted | {"data": None}))
 
-    found = intact.agreed(items)
+    found = intact.on_all_hosts(items)
 
     def check():
         if verify:
@@ -80,12 +81,12 @@ def restore(
             for name in wanted:
                 intact.check_arrays(folder, name, found[name], digests)
 
-    intact.agreed(check)
+    intact.on_all_hosts(check)
     return steps.TrainState(teacher=found.get("teacher", {}), **found["state"]), found["data"]
 
 
 def set_aside(folder: pathlib.Path) -> pathlib.Path:
-    """Moves a damaged checkpoint out of the way of the one that will be saved under its step; returns its new place."""
+    """Moves a damaged checkpoint to RUN/damaged_STEP, so that its step can be saved again; returns the new folder."""
     place = folder.parent.parent / f"damaged_{folder.name}"
     while place.exists():
         place = place.with_name(place.name + "_")
@@ -94,7 +95,7 @@ def set_aside(folder: pathlib.Path) -> pathlib.Path:
 
 
 def saved_steps(run: str | pathlib.Path) -> list[int]:
-    """The finished steps of a run, ascending; none where there is no run. Raises UserError for an address."""
+    """The steps of the finished checkpoints of a run, ascending; empty if there is no run. Raises UserError for a URL."""
     folder = pathlib.Path(paths.local(run)).absolute() / FOLDER
     if not folder.is_dir():
         return []
@@ -105,52 +106,54 @@ def folder_of(run: str | pathlib.Path, step: int | None) -> tuple[pathlib.Path, 
     """The folder of a run's checkpoint `step` (None: the latest), and the step.
 
     Raises:
-      UserError: no such run or step.
+      UserError: the run or step does not exist.
     """
     finished = saved_steps(run)
     if not (pathlib.Path(run) / FOLDER).is_dir():
-        raise UserError(f"{run} is not the folder of a run: it holds no {FOLDER}/")
+        raise UserError(f"{run} is not a run folder: it has no {FOLDER}/; give the --workdir of a training")
     if not finished:
-        raise UserError(f"{run} holds no finished checkpoint yet")
+        raise UserError(f"{run} has no finished checkpoint yet; wait for the first one, or give another run")
     if step is not None and step not in finished:
-        raise UserError(f"{run} has no checkpoint of step {step}; there are {several(finished, 10)}")
+        raise UserError(f"{run} has no checkpoint of step {step}; choose one of {several(finished, 10)}")
     chosen = finished[-1] if step is None else step
     return pathlib.Path(run).absolute() / FOLDER / str(chosen), chosen
 
 
 def identity(folder: pathlib.Path) -> str:
-    """SHA-256 of what Orbax notes of a save, its times among it: differs where a step was saved again. "" without."""
+    """SHA-256 of Orbax's metadata of a save, with its times: differs if a step was saved again. "" if it cannot be read."""
     try:
         return hashlib.sha256((folder / "_CHECKPOINT_METADATA").read_bytes()).hexdigest()
     except OSError:
         return ""
 
 
-def while_kept(run: str | pathlib.Path, step: int | None, read: Callable[[int], T]) -> T:
-    """What `read` gives for a checkpoint that stays there while it is read, beside a training that removes old ones.
+def read_while_present(run: str | pathlib.Path, step: int | None, read: Callable[[int], T]) -> T:
+    """Calls `read` on a checkpoint of a run that may still be training, which removes old checkpoints; returns its result.
 
     Args:
-      step: None for the latest; where that is removed meanwhile, the next one that is the latest is read.
-      read: takes the step; whatever is read together is of one checkpoint.
+      step: None for the latest; if training removes it meanwhile, the new latest one is read instead.
+      read: called with the step; everything that one call reads is from the same checkpoint.
 
     Raises:
-      UserError: no such run or step; what `read` raises.
-      Removed: the checkpoint of `step` was removed meanwhile, or one after the other for a minute.
+      UserError: the run or step does not exist; or raised by `read`.
+      Removed: the checkpoint of `step` was removed meanwhile, or that of every latest step for a minute.
     """
-    end = time.monotonic() + _PATIENCE
+    end = time.monotonic() + _RETRY_SECONDS
     while True:
         folder, chosen = folder_of(run, step)
-        before, found, failure = intact.files_of(folder), None, None
+        before, found, failure = intact.list_files(folder), None, None
         try:
             found = read(chosen)
-        except Exception as error:  # what a reader raises that finds half of it
+        except Exception as error:  # any type: the checkpoint may be half removed
             failure = error
-            time.sleep(_MOMENT)  # a removal goes on
-        # Files are removed one by one: what is still there after reading was there while reading.
-        if intact.kept(folder, before):
+            time.sleep(_REMOVAL_SECONDS)
+        # Files are removed one by one: if all are still there after reading, they were there while reading.
+        if intact.still_has(folder, before):
             if failure is not None:
                 raise failure
             return found
         if step is not None or time.monotonic() > end:
             left = several(saved_steps(run), 5)
-            raise Removed(f"training removed the checkpoint of step {chosen} of {run} while it was read; there are {left}")
+            raise Removed(
+                f"training removed the checkpoint of step {chosen} of {run} while it was read; choose one of {left}"
+            )

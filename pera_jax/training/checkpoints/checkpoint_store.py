@@ -1,4 +1,4 @@
-"""Writes the checkpoints of a run that trains, in the background; keeps some and leaves nothing half written."""
+"""Writes the checkpoints of a training in the background, removes old ones, and cleans up after failed saves."""
 
 import contextlib
 import dataclasses
@@ -20,43 +20,46 @@ from pera_jax.parallel import distributed
 from pera_jax.training import step as steps
 from pera_jax.training.checkpoints import checkpoint, intact, ocp
 
-_REMOVAL_SECONDS, _QUIET_SECONDS = 20.0, 1.0  # longest wait for threads of a failed save; silence that ends it
+_CLEANUP_SECONDS, _QUIET_SECONDS = 20.0, 1.0  # longest wait for the threads of a failed save; pause that ends it
 
 
 @dataclasses.dataclass(frozen=True)
 class _FirstOfEvery:
-    """Orbax's policy to keep the first checkpoint at or after each multiple of `steps`, whatever steps are saved.
+    """An Orbax preservation policy: keeps the first checkpoint at or after each multiple of `steps`.
 
-    What is judged is the row of checkpoints that are there. One that was removed had no multiple between itself and the
-    one before it, so the row tells the same as that of all that were ever saved.
+    It sees only the checkpoints that still exist. This gives the same result as seeing all that were ever saved, because
+    there is no multiple between a removed checkpoint and the one before it.
     """
 
     steps: int
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         multiples = [0, *(each.step // self.steps for each in checkpoints)]
-        return [before < here for before, here in zip(multiples, multiples[1:])]
+        return [before < now for before, now in zip(multiples, multiples[1:])]
 
 
 class Store:
-    """The checkpoints of one run that trains."""
+    """Writes the checkpoints of one training."""
 
     def __init__(self, workdir: str, keep_last: int, keep_every: int, lease: Lease | None = None):
-        """Opens `workdir`/checkpoints, which removes saves that were not finished.
+        """Opens `workdir`/checkpoints and removes unfinished saves.
 
         Args:
-          keep_last, keep_every: the last `keep_last` checkpoints stay, and the first at or after each multiple of
-            `keep_every` steps.
-          lease: of the workdir; None for a host that does not hold it.
+          keep_last: number of latest checkpoints to keep.
+          keep_every: also keep the first checkpoint at or after each multiple of this number of steps.
+          lease: lease on the workdir; None except on the main host.
+
+        Raises:
+          UserError: the folder cannot be opened.
         """
         policies = ocp.training.preservation_policies
         self.folder = pathlib.Path(paths.local(workdir)).absolute() / checkpoint.FOLDER
-        self._response, self._step = None, None  # of the save under way
+        self._response, self._step = None, None  # of the save in progress
         self._lease = lease
         try:
             self._checkpointer = ocp.training.Checkpointer(
                 self.folder,
-                # Every save that is asked for; the default policy skips one while another is under way.
+                # The default policy skips a save while another one is in progress.
                 save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
                 preservation_policy=policies.AnyPreservationPolicy(
                     [policies.LatestN(keep_last), _FirstOfEvery(keep_every)]
@@ -64,33 +67,33 @@ class Store:
                 cleanup_tmp_directories=True,
             )
         except OSError as error:
-            raise UserError(f"cannot open the checkpoints in {self.folder}: {error.strerror}") from error
+            raise UserError(f"cannot open {self.folder}: {error.strerror}; choose another workdir") from error
 
     def check_owned(self) -> None:
-        """Raises UserError where another process has taken the workdir over."""
+        """Raises UserError if another process has taken over the workdir."""
         if self._lease:
             self._lease.check()
 
     def last_good(self) -> str:
-        """Which checkpoint to go on from, in words."""
+        """A clause that names the last good checkpoint, for error messages."""
         finished = checkpoint.saved_steps(self.folder.parent)
         return f"the last good checkpoint is step {finished[-1]}" if finished else "there is no checkpoint yet"
 
     def save(self, state: steps.TrainState, meta: dict[str, Any], data: dict[str, Any]) -> None:
-        """Starts writing `state` in the background under its own step; waits for the write before it, if any.
+        """Waits for the previous save, then starts to save `state` in the background.
 
         Raises:
-          UserError: this or the previous checkpoint could not be written; names the last good one. Another process has
-            taken the workdir over.
+          UserError: this or the previous checkpoint could not be written (the message names the last good one), or another
+            process has taken over the workdir.
         """
         self.check_owned()
         self.wait()
         step = int(state.step)
-        items = intact.sealed(checkpoint.split(state) | {"data": data, "meta": meta | {"step": step}})
+        items = intact.with_digests(checkpoint.split(state) | {"data": data, "meta": meta | {"step": step}})
         try:
             self._check_space(items)
             response = self._checkpointer.save_checkpointables_async(step, items)
-        except jax.errors.JaxRuntimeError:  # another host is lost: that is no matter of the disk
+        except jax.errors.JaxRuntimeError:  # another host is lost; the disk is not at fault
             raise
         except checkpoint.WRITE_ERRORS as error:
             raise self._failed(step, error) from error
@@ -99,14 +102,14 @@ class Store:
         self._response, self._step = response, step
 
     def _check_space(self, items: dict[str, Any]) -> None:
-        """Raises OSError where the device has no room, before Orbax's threads run into it in several places at once."""
+        """Raises OSError if the disk has too little free space, before several threads of Orbax fail with it."""
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(items) if isinstance(leaf, jax.Array))
-        # The hosts must agree: one that saved alone would wait for the others.
+        # The hosts must agree, because one that saves alone would wait for the others.
         if distributed.any_host(shutil.disk_usage(self.folder).free < needed):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def wait(self) -> None:
-        """Waits until the last save is whole. Raises UserError as `save`."""
+        """Waits until the last save has finished. Raises UserError like `save`."""
         if self._response is None:
             return
         response, self._response = self._response, None
@@ -122,30 +125,29 @@ class Store:
         what = f"the checkpoint of step {step} could not be written to {self.folder}"
         fault = environment.environment_fault(error)
         if fault is None:
-            return UserError(f"{what} ({first_line(error)}); {self.last_good()}: choose another workdir, then start again")
-        return EnvironmentFault.from_error(error, f"{what}: {fault}, then start again; {self.last_good()}")
+            return UserError(f"{what} ({first_line(error)}); choose another workdir and re-run; {self.last_good()}")
+        return EnvironmentFault.from_error(error, f"{what}: {fault}, then re-run the same command; {self.last_good()}")
 
     def close(self) -> None:
-        """Ends as `wait` does, and leaves nothing half written."""
+        """Waits like `wait`, then removes unfinished saves."""
         try:
             self.wait()
         finally:
-            with contextlib.suppress(*checkpoint.WRITE_ERRORS):  # `wait` has told them
+            with contextlib.suppress(*checkpoint.WRITE_ERRORS):  # `wait` has raised them
                 self._checkpointer.close()
-            if distributed.main_host() and not (self._lease and self._lease.lost):  # else they are another's
-                _remove_half_written(self.folder)
+            if distributed.main_host() and not (self._lease and self._lease.lost):  # otherwise another process owns the folder
+                _remove_unfinished(self.folder)
 
 
-def _remove_half_written(folder: pathlib.Path) -> None:
-    """Removes what failed saves have left, until it stays away.
+def _remove_unfinished(folder: pathlib.Path) -> None:
+    """Removes the folders of failed saves repeatedly, until no new ones appear.
 
-    A save fails with the first of its threads that fails; the others still write, and make their folders again.
+    When one thread of a save fails, the others continue to write and create their folders again.
     """
-    deadline, since_last = time.monotonic() + _REMOVAL_SECONDS, None
+    deadline, since_last = time.monotonic() + _CLEANUP_SECONDS, None
     while time.monotonic() < deadline:
-        halves = list(folder.glob("*.orbax-checkpoint-tmp"))
-        for half in halves:
-            shutil.rmtree(half, ignore_errors=True)
+        for unfinished in list(folder.glob("*.orbax-checkpoint-tmp")):
+            shutil.rmtree(unfinished, ignore_errors=True)
             since_last = time.monotonic()
         if since_last is None or time.monotonic() - since_last > _QUIET_SECONDS:
             return

@@ -1,7 +1,7 @@
-"""Whether what is read from a checkpoint is what was saved, and why not: damage, removal, or the machine that reads.
+"""Verifies that a checkpoint holds what was saved, and tells damage from removal and from failures of the machine.
 
-At a save the digests of the arrays (`common.digests`), of the data position and of the `meta` itself are written into the
-`meta`, as its entry `digests`. A checkpoint of format version 2 has none; of its arrays only shapes and NaN are checked.
+The digests of the arrays (`common.digests`), of the data position and of the `meta` itself are saved in the `meta`, as its
+entry `digests`. A checkpoint of format version 2 has no digests; its arrays are only checked for shapes and finite values.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
-import ml_dtypes  # noqa: F401  NumPy knows bfloat16 by its name with it
+import ml_dtypes  # noqa: F401  makes np.dtype("bfloat16") work
 import numpy as np
 
 from pera_jax.common import digests, json_files
@@ -32,29 +32,37 @@ T = TypeVar("T")
 
 ENTRY = "digests"
 FORMAT_VERSION = 4
-_WITHOUT_DIGESTS = 2  # the last version without
-_READ = (2, 3, 4)
+_WITHOUT_DIGESTS = 2  # the last format version without digests
+_SUPPORTED = (2, 3, 4)
 _ARRAYS = ("state", "teacher")
-_LATE_SECONDS = 0.1
-_EMPTY_SECONDS = 1.0  # that a folder which is being removed is there without a file, at most
+_LATE_SECONDS = 0.1  # wait for threads that still read after a failure
+_EMPTY_SECONDS = 1.0  # maximum time for which a folder that is being removed exists without files
 
 
 class Damaged(UserError):
-    """A checkpoint that cannot be read, or that holds other values than were saved; the one before it may be whole."""
+    """A checkpoint that cannot be read, or whose values differ from those that were saved. Others of the run may be intact.
+
+    Attributes:
+      reason: the message without its fix.
+    """
+
+    def __init__(self, reason: str):
+        super().__init__(f"{reason}; use another checkpoint")
+        self.reason = reason
 
 
 class Removed(UserError):
-    """A checkpoint that was removed while it was read, as training does with old ones."""
+    """A checkpoint that training removed while it was read, because of `checkpoint.keep_last`."""
 
 
-# ---------------------------------------------------------------- at the save
+# ---------------------------------------------------------------- saving
 
 
-def sealed(items: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's items with their digests in `meta`. Waits for the arrays; with several hosts all must call it."""
+def with_digests(items: dict[str, Any]) -> dict[str, Any]:
+    """Adds the digests of a checkpoint's items to its `meta`. Waits for the arrays; every process must call it."""
     found = {name: _text(digests.leaf_digests(items[name])) for name in _ARRAYS if name in items}
     meta = items["meta"] | {ENTRY: found | {"data": digests.json_digest(items["data"])}}
-    meta[ENTRY]["meta"] = digests.json_digest(meta)  # of all that is there by now
+    meta[ENTRY]["meta"] = digests.json_digest(meta)  # includes the digests so far
     return items | {"meta": meta}
 
 
@@ -62,21 +70,21 @@ def _text(found: dict[str, str]) -> str:
     return "\n".join(f"{path} {digest}" for path, digest in found.items())
 
 
-# ---------------------------------------------------------------- at the reading
+# ---------------------------------------------------------------- loading
 
 
 def read(folder: pathlib.Path, load: Callable[[], T]) -> T:
-    """What `load` gives of a checkpoint's folder.
+    """Calls `load`, which reads from a checkpoint's folder, and returns its result.
 
     Raises:
-      EnvironmentFault: the machine could not do it, several times: no damage, nothing is to be moved away.
-      Removed: the folder has lost files meanwhile.
-      Damaged: `load` failed in another way; Orbax raises many kinds of errors on files that are missing, cut or changed.
+      EnvironmentFault: the machine failed repeatedly; the checkpoint is not at fault.
+      Removed: files of the folder were removed meanwhile.
+      Damaged: any other failure; Orbax raises many types of errors if files are missing, truncated or modified.
     """
-    before = files_of(folder)
+    before = list_files(folder)
     what = f"the checkpoint {folder} cannot be read"
     try:
-        # Several hosts would not try again together.
+        # Several hosts would not retry in step with each other.
         with _without_tracebacks():
             found = patiently(load, what) if jax.process_count() == 1 else load()
     except UserError:
@@ -84,39 +92,39 @@ def read(folder: pathlib.Path, load: Callable[[], T]) -> T:
     except Exception as error:
         fault = environment_fault(error)
         if fault:
-            raise EnvironmentFault(f"{what}: {fault}, and start again; the data are not damaged") from error
+            raise EnvironmentFault(f"{what}: {fault}, and re-run the same command; the data is not damaged") from error
         if isinstance(error, jax.errors.JaxRuntimeError):  # another host is lost
             raise
-        if not kept(folder, before):
-            raise Removed(f"the checkpoint {folder} was removed while it was read; take a later one") from error
+        if not still_has(folder, before):
+            raise Removed(f"the checkpoint {folder} was removed while it was read; use a later one") from error
         if not before:
             raise Damaged(f"{what}: the folder is empty") from error
         raise Damaged(f"{what}: {first_line(error)}") from error
-    if not kept(folder, before):
-        raise Removed(f"the checkpoint {folder} was removed while it was read; take a later one")
+    if not still_has(folder, before):
+        raise Removed(f"the checkpoint {folder} was removed while it was read; use a later one")
     return found
 
 
 @contextlib.contextmanager
 def _without_tracebacks() -> Iterator[None]:
-    """Keeps what Orbax's other tasks and TensorStore's threads print after the first error of a load off the terminal."""
+    """Suppresses what other tasks of Orbax and threads of TensorStore print after the first error of a load."""
     logs, hook = [logging.getLogger(name) for name in ("asyncio", "absl")], sys.unraisablehook
     levels = [log.level for log in logs]
 
-    def without_late_answers(raised):
+    def without_late_errors(raised):
         closed = isinstance(raised.exc_value, RuntimeError) and str(raised.exc_value) == "Event loop is closed"
-        if not (closed or inspect.iscoroutine(raised.object)):  # the others of a load whose first error is told
+        if not (closed or inspect.iscoroutine(raised.object)):  # other tasks of the same load
             hook(raised)
 
     for log in logs:
         log.setLevel(logging.CRITICAL + 1)
-    sys.unraisablehook = without_late_answers
+    sys.unraisablehook = without_late_errors
     try:
         yield
     except Exception:
-        time.sleep(_LATE_SECONDS)  # for the threads that still read
-        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # those that Orbax gives up
-        gc.collect()  # what became of a task that nobody waits for is logged when it goes
+        time.sleep(_LATE_SECONDS)
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)  # Orbax abandons them
+        gc.collect()  # the error of a task that is never awaited is logged on its deletion, so delete it here
         raise
     finally:
         for log, level in zip(logs, levels, strict=True):
@@ -124,28 +132,28 @@ def _without_tracebacks() -> Iterator[None]:
         sys.unraisablehook = hook
 
 
-def files_of(folder: pathlib.Path) -> set[pathlib.Path]:
-    """What lies in a folder, at any depth; nothing where it is gone."""
+def list_files(folder: pathlib.Path) -> set[pathlib.Path]:
+    """Everything in a folder, at any depth; empty if the folder does not exist."""
     try:
         return set(folder.rglob("*"))
     except FileNotFoundError:
         return set()
 
 
-def kept(folder: pathlib.Path, before: set[pathlib.Path]) -> bool:
-    """Whether a folder has lost nothing since it held `before`, as it does in a removal, file by file and itself at last."""
+def still_has(folder: pathlib.Path, before: set[pathlib.Path]) -> bool:
+    """Whether a folder still has all files of `before`. A removal deletes one file after the other, and the folder last."""
     if not before:
         time.sleep(_EMPTY_SECONDS)
-    return folder.is_dir() and files_of(folder) >= before
+    return folder.is_dir() and list_files(folder) >= before
 
 
-def agreed(load: Callable[[], T]) -> T:
-    """What `load` gives, on every host or on none: raises Damaged or UserError on all hosts where it does on one."""
+def on_all_hosts(load: Callable[[], T]) -> T:
+    """Calls `load` on every host and returns its result; raises Damaged or UserError on all hosts if any of them does."""
     found = error = None
     try:
         found = load()
-    except UserError as wrong:
-        error = wrong
+    except UserError as raised:
+        error = raised
     kind = distributed.max_over_hosts(0 if error is None else 1 if isinstance(error, Damaged) else 2)
     if kind == 1:
         raise error or Damaged("the checkpoint cannot be read on another host")
@@ -155,31 +163,31 @@ def agreed(load: Callable[[], T]) -> T:
 
 
 def load_meta(folder: pathlib.Path) -> dict[str, Any]:
-    """The `meta` of a checkpoint's folder, as it was saved.
+    """Loads the `meta` of a checkpoint's folder, with current config names.
 
     Raises:
-      UserError: a checkpoint of another format version.
-      Damaged: one that cannot be read, or whose `meta` is not what was saved.
+      UserError: an unsupported format version.
+      Damaged: the checkpoint cannot be read, or its `meta` does not match its digest.
     """
-    return meta_of(folder)[0]
+    return load_meta_and_digests(folder)[0]
 
 
-def meta_of(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The `meta`, and the digests of a checkpoint that has some."""
+def load_meta_and_digests(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """As `load_meta`; also returns the digests, or None for a checkpoint without."""
     stored = read(folder, lambda: ocp.load_checkpointables(folder, {"meta": None})["meta"])
-    meta, found = _unsealed(folder, stored)
+    meta, found = _parse_meta(folder, stored)
     step = meta.get("step")
-    if step is not None and folder.name != str(step):  # a folder that was renamed, or took the place of another
+    if step is not None and folder.name != str(step):  # the folder was renamed
         raise Damaged(f"the checkpoint {folder} is not of step {folder.name}: it was saved at step {step}")
     return meta, found
 
 
-def _unsealed(folder: pathlib.Path, stored: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """A stored `meta` as (what was handed to `sealed`, digests or None for a checkpoint that was written without).
+def _parse_meta(folder: pathlib.Path, stored: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Splits a stored `meta` into (`meta` without digests, digests or None), the inverse of `with_digests`, and checks both.
 
     Raises:
-      Damaged: a `meta` that is not as it was written.
-      UserError: of a format version that this program does not read.
+      Damaged: the `meta` does not match its digest, or is invalid.
+      UserError: an unsupported format version.
     """
     if not isinstance(stored, dict) or not isinstance(stored.get("format_version"), int):
         raise Damaged(f"the checkpoint {folder} cannot be read: its meta has no format version")
@@ -188,27 +196,29 @@ def _unsealed(folder: pathlib.Path, stored: Any) -> tuple[dict[str, Any], dict[s
     if isinstance(found, dict):
         others = {name: value for name, value in found.items() if name != "meta"}
         if found.get("meta") != digests.json_digest(meta | {ENTRY: others}):
-            raise Damaged(f"the checkpoint {folder} is damaged: its meta is not what was saved")
+            raise Damaged(f"the checkpoint {folder} is damaged: its meta does not match its digest")
     elif found is not None or version > _WITHOUT_DIGESTS:
-        raise Damaged(f"the checkpoint {folder} is damaged: its meta has lost its digests")
-    if version not in _READ:
+        raise Damaged(f"the checkpoint {folder} is damaged: the digests are missing from its meta")
+    if version not in _SUPPORTED:
         raise UserError(
-            f"the checkpoint {folder} has format version {version}, this program reads {', '.join(map(str, _READ))}; use the "
-            "version of the program that wrote it"
+            f"the checkpoint {folder} has format version {version}, expected {_SUPPORTED[0]} to {_SUPPORTED[-1]}; use the "
+            "version of pera_jax that wrote it"
         )
     if isinstance(meta.get("config"), dict):
         meta |= {"config": migrated(meta["config"])}
     try:
         meta_fields.check_meta(meta)
     except json_files.Invalid as error:
-        if found is not None:  # it is what was saved
-            raise UserError(f"the checkpoint {folder} does not fit this program: in its meta, {error}") from error
+        if found is not None:  # it matches its digest, so it was saved like this
+            raise UserError(
+                f"the checkpoint {folder} does not fit this version of pera_jax: in its meta, {error}; use the version that wrote it"
+            ) from error
         raise Damaged(f"the checkpoint {folder} is damaged: in its meta, {error}") from error
     return meta, found
 
 
 def saved_shapes(found: dict[str, Any], name: str) -> dict[str, jax.ShapeDtypeStruct]:
-    """Each leaf of an item by its path, "a/b/c", as it was saved."""
+    """Shape and dtype of each leaf of an item when it was saved, by path "a/b/c"."""
     result = {}
     for path, (described, _) in _parsed(found, name).items():
         dtype, _, sides = described.rstrip("]").partition("[")
@@ -217,60 +227,55 @@ def saved_shapes(found: dict[str, Any], name: str) -> dict[str, jax.ShapeDtypeSt
 
 
 def check_shapes(folder: pathlib.Path, stored: Any, wanted: Any) -> None:
-    """Raises UserError where leaves are missing, too many or of another shape than the `wanted` ones."""
+    """Raises Misfit if leaves are missing, unexpected, or differ in shape from those of `wanted`."""
     differing = differences(stored, wanted)
     if differing:
         raise Misfit(f"the checkpoint {folder} does not fit this config: {every(differing)}")
 
 
 def shapes_of(tree: Any) -> dict[str, tuple[int, ...]]:
-    """The shape of each leaf of a tree by its path, "a/b/c"."""
+    """The shape of each leaf of a tree, by path "a/b/c"."""
     return {path_of(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def differences(found: Any, wanted: Any) -> list[str]:
-    """What is another, missing or too much among the paths and shapes of two trees, a line each."""
-
-    there, here = shapes_of(found), shapes_of(wanted)
+    """One line for each leaf whose shape differs, or that only one of two trees has."""
+    before, now = shapes_of(found), shapes_of(wanted)
     return [
-        f"{path} is {there.get(path, 'absent')} there and {here.get(path, 'absent')} here"
-        for path in sorted(there.keys() | here.keys())
-        if there.get(path) != here.get(path)
+        f"expected {path} {now.get(path, 'absent')}, got {before.get(path, 'absent')}"
+        for path in sorted(before.keys() | now.keys())
+        if before.get(path) != now.get(path)
     ]
 
 
 def check_json(folder: pathlib.Path, name: str, value: Any, found: dict[str, Any] | None) -> None:
-    """Raises Damaged where an item of JSON is not what was saved."""
+    """Raises Damaged if a JSON item does not match its digest."""
     if found is not None and found.get(name) != digests.json_digest(value):
-        raise Damaged(f"the checkpoint {folder} is damaged: its {name} is not what was saved")
+        raise Damaged(f"the checkpoint {folder} is damaged: its {name} does not match its digest")
 
 
 def check_arrays(folder: pathlib.Path, name: str, tree: Any, found: dict[str, Any] | None) -> None:
-    """Compares an item's arrays, or some of them under their own paths, with what was saved.
+    """Checks the arrays of an item, or a subtree of it with full paths, against the digests `found`.
 
-    With several hosts all must call it where the arrays are spread over them.
+    Every process must call it if the arrays are sharded over several hosts.
 
     Raises:
-      Damaged: leaves with other values, or, without digests, with values that are not finite; names some of them.
-      UserError: leaves of another dtype or shape than were saved.
+      Damaged: values differ from those that were saved; without digests: values are not finite.
+      Misfit: leaves differ in dtype or shape from those that were saved.
     """
     if found is None:
         wrong = digests.not_finite(tree)
         if wrong:
-            raise Damaged(
-                f"the checkpoint {folder} is damaged: {several(wrong)} of its {name} hold(s) values that are not finite"
-            )
+            raise Damaged(f"the checkpoint {folder} is damaged: its {name} has NaN or infinite values in {several(wrong)}")
         return
     saved, now = _parsed(found, name), {path: tuple(each.split(" ")) for path, each in digests.leaf_digests(tree).items()}
-    other = [f"{path} is {saved.get(path, ('absent',))[0]} there and {each[0]} here" for path, each in now.items()
+    other = [f"expected {path} {each[0]}, got {saved.get(path, ('absent',))[0]}" for path, each in now.items()
              if saved.get(path, ("",))[0] != each[0]]  # fmt: skip
     if other:  # the program has changed, not the checkpoint
-        raise Misfit(f"the checkpoint {folder} does not fit this program: {every(other)}")
+        raise Misfit(f"the checkpoint {folder} does not fit this version of pera_jax: {every(other)}")
     wrong = [path for path, each in now.items() if each != saved[path]]
     if wrong:
-        raise Damaged(
-            f"the checkpoint {folder} is damaged: {several(wrong)} of its {name} do(es) not hold the values that were saved"
-        )
+        raise Damaged(f"the checkpoint {folder} is damaged: its {name} does not match its digests in {several(wrong)}")
 
 
 def _parsed(found: dict[str, Any], name: str) -> dict[str, tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""What the `meta` of a checkpoint, a run's config.json and an export's config.json must hold to be used."""
+"""Schema of the `meta` of checkpoints, and of the config.json of runs and exports."""
 
 import dataclasses
 import math
@@ -18,8 +18,8 @@ _Depth = Annotated[int, msgspec.Meta(ge=1, le=1 << 12)]
 _Ratio = Annotated[float, msgspec.Meta(gt=0, le=1 << 10)]
 _Deviation = Annotated[float, msgspec.Meta(gt=0, le=1e300)]
 
-# Fields of the config that reports use; what the network is made of is asked for by `objectives.from_metadata`.
-_NEEDED = ("name", "objective", "total", "seed", "batch_size", "data.path", "data.split", "data.rgb")
+# Config fields that reports use. (`objectives.from_metadata` checks those that define the network.)
+_REQUIRED = ("name", "objective", "total", "seed", "batch_size", "data.path", "data.split", "data.rgb")
 
 
 @dataclasses.dataclass
@@ -36,7 +36,7 @@ class _Model:
 
 @dataclasses.dataclass
 class _Used:
-    """What the use of an encoder needs."""
+    """The fields needed to use an encoder."""
 
     format_version: int
     model: _Model
@@ -51,9 +51,9 @@ class _Used:
         lengths = {"ranges": len(self.ranges), "mean": len(self.mean), "std": len(self.std), "model.bands": self.model.bands}
         for name, length in lengths.items():
             if length != len(self.bands):
-                raise ValueError(f"{name} is for {length} bands, and bands names {len(self.bands)}")
+                raise ValueError(f"{name} has {length} bands, but bands has {len(self.bands)} names")
         if not all(low < high for low, high in self.ranges):
-            raise ValueError("a range has a lower end that is not below its upper end")
+            raise ValueError("expected ranges with low < high")
 
 
 @dataclasses.dataclass
@@ -97,28 +97,28 @@ def check_meta(meta: Any) -> None:
     """Checks the `meta` of a checkpoint or of a run's config.json.
 
     Raises:
-      json_files.Invalid: a field that is missing, of another type or that does not fit the others; the message names it.
+      json_files.Invalid: names a field that is missing, has another type, or contradicts the others.
     """
     used = json_files.convert(meta, _Meta)
     _check_config(used.config, _reference(used.config), "config")
-    for field in _NEEDED:
+    for field in _REQUIRED:
         value = used.config
         for name in field.split("."):
             value = value.get(name)
             if value is None:
                 raise json_files.Invalid(f"config: missing field {field}")
     _check_sizes(used.config.get(used.config["objective"]), f"config.{used.config['objective']}")
-    asked = {name: value for name, value in used.config.get("model", {}).items() if value}  # 0: by the variant
+    asked = {name: value for name, value in used.config.get("model", {}).items() if value}  # 0: set by model.variant
     asked |= {"image_size": used.config.get("crops", {}).get("global_size")}
     for name, value in dataclasses.asdict(used.model).items():
         if asked.get(name) not in (None, value):
-            raise json_files.Invalid(f"model.{name} is {value}, and the config gives {asked[name]}")
+            raise json_files.Invalid(f"model.{name} is {value}, but the config has {asked[name]}")
 
 
 def _reference(config: dict[str, Any]) -> ConfigDict:
-    """The default config of the method that a config names; of one that is not there the common fields count.
+    """The default config of the method that a config names, or the default config if that method is not installed.
 
-    An encoder can be used without the method that trained it.
+    (An encoder can be used without the method that trained it.)
     """
     try:
         return configs.default(config.get("objective", ""))
@@ -127,34 +127,34 @@ def _reference(config: dict[str, Any]) -> ConfigDict:
 
 
 def _check_sizes(fields: Any, place: str) -> None:
-    """Whole numbers of a method's own fields, at any depth, are sizes or counts."""
+    """Checks that all integers in the fields of a method are sizes or counts. Raises json_files.Invalid."""
     for name, value in fields.items() if isinstance(fields, dict) else ():
         _check_sizes(value, f"{place}.{name}")
         if isinstance(value, int) and not isinstance(value, bool) and not 0 <= value < 1 << 31:
-            raise json_files.Invalid(f"{place}.{name}: expected a number from 0 on, got {value}")
+            raise json_files.Invalid(f"{place}.{name}: expected a number in [0, 2**31), got {value}")
 
 
 def check_exported(entry: Any) -> None:
-    """As `check_meta`, of the entry that an export for timm leaves in config.json."""
+    """Like `check_meta`, for the entry that an export for timm adds to config.json."""
     json_files.convert(entry, _Exported)
 
 
 def _check_config(found: dict[str, Any], reference: ConfigDict, place: str) -> None:
-    """Checks the types of the fields that are there; one that the config has got since is not."""
+    """Checks the types of the fields that are present. (An older config lacks fields that were added later.)"""
     for name, default in reference.items():
-        if name not in found or name == "schedules":  # of which some are numbers in one run and fields in another
+        if name not in found or name == "schedules":  # a schedule is a number or a group of fields
             continue
         value, where = found[name], f"{place}.{name}"
         if isinstance(default, ConfigDict):
             if not isinstance(value, dict):
-                raise json_files.Invalid(f"{where}: expected fields of its own, got {type(value).__name__}")
+                raise json_files.Invalid(f"{where}: expected a group of fields, got {type(value).__name__}")
             _check_config(value, default, where)
-        elif not _alike(value, default):
+        elif not _same_type(value, default):
             raise json_files.Invalid(f"{where}: expected {type(default).__name__}, got {type(value).__name__}")
 
 
-def _alike(value: Any, default: Any) -> bool:
-    """Whether a value out of JSON is of the type of a config's default."""
+def _same_type(value: Any, default: Any) -> bool:
+    """Whether a value from JSON has the type of a config's default."""
     if isinstance(default, bool) or isinstance(value, bool):
         return isinstance(value, bool) and isinstance(default, bool)
     if isinstance(value, int) and abs(value) >= 1 << 63:

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its run, the `meta`: JSON, enough to use the weights without the config's file."""
+"""The `meta` of a run: JSON with everything needed to use its weights, without the config file."""
 
 import json
 import pathlib
@@ -15,7 +15,7 @@ from pera_jax.training.checkpoints import intact
 
 
 def git_revision() -> str:
-    """The revision of the program's checkout with `-dirty` for local changes, or "unknown" outside of one."""
+    """The git revision of this checkout, with `-dirty` if there are local changes; "unknown" outside of a checkout."""
     command = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -24,10 +24,10 @@ def git_revision() -> str:
 
 
 def describe(config: ConfigDict, objective: Objective, data: dict[str, Any]) -> dict[str, Any]:
-    """The `meta` of a run's checkpoints: JSON, enough to use the weights without the config's file.
+    """The `meta` of a run's checkpoints.
 
     Args:
-      data: the data set's card, from `Mixture.card`.
+      data: the dataset's card, from `Mixture.card`.
     """
     return {
         "format_version": intact.FORMAT_VERSION,
@@ -46,7 +46,7 @@ def as_bytes(meta: dict[str, Any]) -> bytes:
 
 
 def write(workdir: str, meta: dict[str, Any]) -> None:
-    """Writes `meta` to `workdir`/config.json, for people to read, and for the report of a run without a checkpoint.
+    """Writes `meta` to `workdir`/config.json, for people, and for the report of a run without checkpoints.
 
     Raises:
       UserError: the workdir cannot be written.
@@ -59,7 +59,7 @@ def write(workdir: str, meta: dict[str, Any]) -> None:
 
 
 def mark_finished(workdir: str, step: int | None) -> None:
-    """Writes `workdir`/FINISHED, the sign that a run has come to its last `step`; None takes it away."""
+    """Writes `step` to `workdir`/FINISHED, which marks a run that has reached its last step; None removes the file."""
     path = pathlib.Path(workdir) / "FINISHED"
     if step is None:
         path.unlink(missing_ok=True)
