@@ -111,7 +111,7 @@ def _same_fields(config: ConfigDict, reference: ConfigDict, prefix: str) -> None
     unknown = sorted(set(config) - set(reference))
     if unknown:
         now = new_name(f"{prefix}{unknown[0]}")
-        fix = f"it is called {now} now" if now else f"known here: {', '.join(sorted(reference))}"
+        fix = f"it is now called {now}" if now else f"known here: {', '.join(sorted(reference))}"
         raise UserError(f"the config has no field {prefix}{unknown[0]}; {fix}")
     missing = sorted(set(reference) - set(config))
     if missing:
@@ -119,5 +119,5 @@ def _same_fields(config: ConfigDict, reference: ConfigDict, prefix: str) -> None
     for name, value in reference.items():
         if isinstance(value, ConfigDict):
             if not isinstance(config[name], ConfigDict):
-                raise UserError(f"the config's field {prefix}{name} must hold fields of its own, not {config[name]!r}")
+                raise UserError(f"the config's field {prefix}{name} must be a group of fields, got {config[name]!r}")
             _same_fields(config[name], value, f"{prefix}{name}.")

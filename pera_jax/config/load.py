@@ -1,6 +1,7 @@
-"""Configs by name or file: those that come with the program, a file of one's own, the config.json of a run."""
+"""Loads configs: those of this package by name, other Python files by path, or the config.json of a run."""
 
 import ast
+import functools
 import os
 import pathlib
 import runpy
@@ -19,13 +20,13 @@ _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 
 
 def folder() -> pathlib.Path:
-    """The folder of the configs that come with the program: beside the package in a checkout, in it where it is installed."""
+    """The folder of this package's configs: in the package if it is installed, beside it in a checkout."""
     installed = _PACKAGE / "configs"
     return installed if installed.is_dir() else _PACKAGE.parent / "configs"
 
 
 def names() -> list[str]:
-    """The names of the configs that come with the program, sorted."""
+    """The names of this package's configs, sorted."""
     return sorted(file.stem for file in folder().glob("*.py"))
 
 
@@ -33,10 +34,10 @@ def find(config: str) -> tuple[str, str]:
     """The Python file that defines `get_config`, and the argument to call it with ("" for none).
 
     Args:
-      config: "NAME" of `names()`, or a file "OWN.py", both also with ":ARGUMENT"; or "RUN/config.json".
+      config: one of `names()` or a path "FILE.py", optionally followed by ":ARGUMENT"; or "RUN/config.json".
 
     Raises:
-      UserError: no such config.
+      UserError: the config does not exist.
     """
     text = str(paths.local(config))
     if text.endswith(".json"):
@@ -46,21 +47,22 @@ def find(config: str) -> tuple[str, str]:
         return str(folder() / f"{name}.py"), argument
     if not os.path.isfile(name):
         raise UserError(
-            f"config {printable(name)} does not exist; name one of {several(names(), 20)}, a Python file of your own, or the "
-            "config.json of a run"
+            f"config {printable(name)} does not exist; expected one of {several(names(), 20)}, a Python file, or the config.json "
+            "of a run"
         )
     return name, argument
 
 
 def load(config: str | os.PathLike | ConfigDict, changes: Sequence[str] | Mapping[str, Any] = ()) -> ConfigDict:
-    """The config of that name or file, see `find`; or a copy of one that is loaded already.
+    """Loads a config, and overrides fields of it.
 
     Args:
-      changes: {"field.of.config": value}, or "field.of.config=value" each, the value as Python writes it; words need no
-        quotes.
+      config: a name or path, see `find`; or a loaded config, which is copied.
+      changes: overrides, as {"model.width": 384} or ["model.width=384"]. In strings, values are Python literals; other text
+        is a string.
 
     Raises:
-      UserError: no such config, or a change that does not fit.
+      UserError: the config does not exist, an unknown field, or a value of the wrong type.
     """
     if isinstance(config, ConfigDict):
         config = config.copy_and_resolve_references()
@@ -71,17 +73,18 @@ def load(config: str | os.PathLike | ConfigDict, changes: Sequence[str] | Mappin
         try:
             config.update_from_flattened_dict({new_name(field) or field: value})
         except (KeyError, AttributeError) as error:
-            raise UserError(f"the config has no field {field}") from error
+            raise UserError(f"the config has no field {field}; pera_jax/config/defaults.py lists the fields") from error
         except TypeError as error:
-            raise UserError(f"{field}={value} is of another type than its default") from error
+            default = functools.reduce(getattr, (new_name(field) or field).split("."), config)
+            raise UserError(f"expected {field} as {run_file.expected_type(default)}, got {value!r}; change its value") from error
     return config
 
 
 def assignment(change: str) -> tuple[str, Any]:
-    """Name and value of "NAME=VALUE", the value as Python writes it; words need no quotes. Raises UserError."""
+    """Splits "NAME=VALUE"; VALUE is a Python literal, or else a string. Raises UserError."""
     name, equals, text = change.partition("=")
     if not equals:
-        raise UserError(f"the change {change!r} is not of the form NAME=VALUE")
+        raise UserError(f"expected NAME=VALUE, got {change!r}")
     try:
         return name, ast.literal_eval(text)
     except (ValueError, SyntaxError):

@@ -1,6 +1,6 @@
-"""A run's own config.json as a config: `--config RUN/config.json`, also with `--config.FIELD=VALUE`.
+"""The config.json of a run as a config: `--config RUN/config.json`, optionally with `--config.FIELD=VALUE`.
 
-ml_collections reads Python files that define `get_config`; this is one, whose argument is the JSON file.
+ml_collections loads Python files that define `get_config`; this is such a file, and its argument is the JSON file.
 """
 
 import pathlib
@@ -16,18 +16,21 @@ from pera_jax.config.renamed import migrated
 
 
 def get_config(path: str) -> ConfigDict:
-    """The config that `path`, the config.json of a run, holds; fields that it does not know have their default.
+    """The config in the config.json of a run; fields missing from it have their defaults.
+
+    Args:
+      path: the config.json.
 
     Raises:
-      UserError: no such file, or one that is no config.
+      UserError: the file cannot be read, is not a config.json, or has an unknown or invalid field.
     """
     try:
         content = json_files.loads(pathlib.Path(path).read_bytes())
     except (OSError, json_files.Invalid) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"the config {path} cannot be read: {reason}; name the config.json of a run") from error
+        raise UserError(f"the config {path} cannot be read: {reason}; give the config.json of a run") from error
     if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
-        raise UserError(f"{path} is not the config.json of a run: it has no config; name another file")
+        raise UserError(f"{path} is not the config.json of a run: it has no entry 'config'; give another file")
     values = migrated(content["config"])
     config = default(values.get("objective", "pera"))
     _fill(config, values, path, "")
@@ -38,20 +41,27 @@ def _fill(config: ConfigDict, values: dict[str, Any], path: str, prefix: str) ->
     for name, value in values.items():
         field = f"{prefix}{name}"
         if name not in config:
-            raise UserError(f"{path} has the field {printable(field)}, which this version does not know; remove it")
+            raise UserError(f"{path} has an unknown field {printable(field)}; remove it, or use the version of pera_jax that wrote it")
         if isinstance(config[name], ConfigDict) and isinstance(value, dict):
             _fill(config[name], value, path, f"{field}.")
             continue
         try:
-            if value is None:  # ConfigDict takes it for everything
+            if value is None:  # ConfigDict accepts None for any type
                 raise TypeError
-            config[name] = _tuples(value)  # raises where it is not of the type of the default
+            config[name] = _tuples(value)  # raises if the type differs from that of the default
         except (TypeError, ValueError, AttributeError) as error:
             raise UserError(
-                f"{path} has {field}={printable(value)}, which is not of the type of its default; mend it"
+                f"expected {field} in {path} as {expected_type(config[name])}, got {printable(value)}; correct it"
             ) from error
 
 
+def expected_type(default: Any) -> str:
+    """Describes the type of a config field for error messages."""
+    if isinstance(default, ConfigDict):
+        return "a group of fields"
+    return f"{type(default).__name__}, such as the default {printable(repr(default))}"
+
+
 def _tuples(value: Any) -> Any:
-    """JSON has lists where configs have tuples."""
+    """Converts the lists of JSON to the tuples of configs."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value

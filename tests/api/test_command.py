@@ -94,7 +94,7 @@ def test_a_loaded_config_is_copied_before_it_is_changed():
     assert configs.load(config, {"model.width": 48}).model.width == 48 and config.model.width == 96
     with pytest.raises(UserError, match="the config has no field model.breadth"):
         configs.load(config, {"model.breadth.x": 1})
-    with pytest.raises(UserError, match="model.width=wide is of another type"):
+    with pytest.raises(UserError, match="expected model.width as int, such as the default 96, got 'wide'"):
         configs.load(config, {"model.width": "wide"})
 
 
@@ -103,6 +103,6 @@ def test_another_name_is_one_sentence_that_lists_the_known_ones(name):
     with pytest.raises(UserError) as raised:
         configs.load(name)
     assert str(raised.value) == (
-        f"config {name.partition(':')[0]} does not exist; name one of aid_small, demo, demo_probes, pera_vitb16, "
-        "pera_vitg16_1024, probes, a Python file of your own, or the config.json of a run"
+        f"config {name.partition(':')[0]} does not exist; expected one of aid_small, demo, demo_probes, pera_vitb16, "
+        "pera_vitg16_1024, probes, a Python file, or the config.json of a run"
     )

@@ -203,7 +203,7 @@ def test_a_config_names_several_tasks(run, data, tmp_path):
         (["--set", "knn.kk=3"], "unknown setting 'kk' in knn; the settings of knn are k, "),
         (["--set", "knn.k=3"], "expected knn.k as tuple, such as the default"),
         (["--set", "linear.k=3"], "unknown name 'linear' in NAME.FIELD=VALUE; expected one of knn"),
-        (["--set", "k"], "'k' is not of the form"),
+        (["--set", "k"], "expected NAME=VALUE, got 'k'"),
         (["--config", "{tmp}/none.py"], "data cannot be combined with a probe config"),
         (["--follow", "--step", "4"], "--follow evaluates the teacher of every checkpoint"),
     ],

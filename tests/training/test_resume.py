@@ -127,19 +127,19 @@ def test_config_json_is_a_config(tmp_path):
     read.batch_size = config.batch_size
     assert read.to_json() == config.to_json()
     bridged = f"{run_file.__file__}:{file}"
-    assert config_flags.flags_of(["x", "--config", str(file), "--config.total=1 steps"]) == [
+    assert config_flags.resolve(["x", "--config", str(file), "--config.total=1 steps"]) == [
         "x", "--config", bridged, "--config.total=1 steps"
     ]  # fmt: skip
     named = f"--config={configs.find('demo')[0]}"
-    assert config_flags.flags_of([f"--config={file}", "--config=demo:smoke"]) == [f"--config={bridged}", f"{named}:smoke"]
+    assert config_flags.resolve([f"--config={file}", "--config=demo:smoke"]) == [f"--config={bridged}", f"{named}:smoke"]
 
 
 @pytest.mark.parametrize("content, sentence", [
     ("{", "cannot be read: it is not valid JSON"), ("[]", "is not the config.json of a run"), ('{"config": 3}', "is not the config.json"),
-    ('{"config": {"totl": 1}}', "has the field totl, which this version does not know"),
-    ('{"config": {"data": {"workers": "three"}}}', "has data.workers=three, which is not of the type of its default"),
-    ('{"config": {"data": 3}}', "has data=3, which is not of the type"),
-    ('{"config": {"total": null}}', "has total=None"),
+    ('{"config": {"totl": 1}}', "has an unknown field totl"),
+    ('{"config": {"data": {"workers": "three"}}}', "expected data.workers in .* as int, such as the default -1, got three"),
+    ('{"config": {"data": 3}}', "expected data in .* as a group of fields, got 3"),
+    ('{"config": {"total": null}}', "expected total in .* as str, such as the default .*, got None"),
 ])  # fmt: skip
 def test_a_config_json_that_is_none_is_one_sentence(content, sentence, tmp_path):
     (tmp_path / "config.json").write_text(content)
