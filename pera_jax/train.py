@@ -14,7 +14,6 @@ import contextlib
 import functools
 import gc
 import os
-import pathlib
 import signal
 import sys
 from collections.abc import Mapping
@@ -38,12 +37,12 @@ from pera_jax.parallel import cluster, distributed, global_arrays, sharding
 from pera_jax.probes.online import Monitor
 from pera_jax.training import metrics, opening, profiling, resume, schedules
 from pera_jax.training import step as steps
-from pera_jax.training.checkpoints import checkpoint, checkpoint_store, intact, run_meta
+from pera_jax.training.checkpoints import checkpoint, checkpoint_store, run_meta
 from pera_jax.training.loop import Loop, explain_out_of_memory
 from pera_jax.training.watchdog import Watchdog
-from pera_jax.weights import warm_start
+from pera_jax.weights import initial_state
 
-_COMPILER_BYTES = 256 << 20  # that the compiler must find at least: it aborts the process where it finds none
+_COMPILER_BYTES = 256 << 20  # minimum free memory for the compiler, which aborts the process if it runs out
 
 
 @calls.logging_unchanged()
@@ -51,23 +50,23 @@ def train(
     config: str | os.PathLike | ConfigDict, workdir: str | os.PathLike, profile: str | None = None, *,
     data: str | os.PathLike | None = None, changes: Mapping[str, Any] | None = None, allow_config_change: bool = False,
 ) -> None:  # fmt: skip
-    """Trains to the end of `config.total`, or until Ctrl-C or SIGTERM asks for an end; also as `pera_jax.train(...)`.
+    """Trains until `config.total`, or until SIGINT or SIGTERM; also available as `pera_jax.train(...)`.
 
-    The same call resumes from the newest checkpoint of `workdir`. Ctrl-C saves after the step under way; a second one, and
-    one before the first step, is a KeyboardInterrupt. On one host nothing here ends the process: `stall_seconds` is for
-    the command.
+    The same call resumes from the newest checkpoint of `workdir`. Ctrl-C saves a checkpoint after the current step and
+    returns; a second Ctrl-C, or one before the first step, raises KeyboardInterrupt. On a single host, this function never
+    ends the process; `config.stall_seconds` only applies to the command.
 
     Args:
-      config: a name, as "pera_vitb16" or "demo:smoke", a file of one's own, the config.json of a run, or a ConfigDict,
-        which is not changed.
-      workdir: folder for checkpoints and metrics; where several hosts train, one that all of them see.
-      profile: "FIRST:LAST", the steps of which a trace is written to WORKDIR/profile.
-      data: dataset folder, instead of `config.data.path`; several with commas between.
-      changes: other fields, as {"total": "100 steps", "model.width": 384}.
-      allow_config_change: resume although fields that shape the run differ, see `pera_jax.training.resume`.
+      config: a name such as "pera_vitb16" or "demo:smoke", the path of a Python config or of a run's config.json, or a
+        ConfigDict, which is not modified.
+      workdir: folder for checkpoints and metrics; with several hosts, on shared storage.
+      profile: "FIRST:LAST", the steps to trace into WORKDIR/profile.
+      data: dataset folder, or several separated by commas; replaces `config.data.path`.
+      changes: overrides of other config fields, e.g. {"total": "100 steps", "model.width": 384}.
+      allow_config_change: resume even if fields differ that define the run, see `pera_jax.training.resume`.
 
     Raises:
-      UserError: for every wrong input, before anything is written to `workdir`; a loss that is not finite; a full disk.
+      UserError: invalid input (before anything is written to `workdir`), a non-finite loss, or a full disk.
     """
     path = {} if data is None else {"data.path": os.fspath(data)}
     config = configs.load(config, path | dict(changes or {}))
@@ -77,26 +76,26 @@ def train(
 
 
 def _train(config, workdir, profile, allow_config_change, stop, stack: contextlib.ExitStack) -> None:
-    watchdog = stack.enter_context(Watchdog(config.stall_seconds if stop.ends_process else 0))  # first: opening devices and data may hang
+    watchdog = stack.enter_context(Watchdog(config.stall_seconds if stop.ends_process else 0))  # first, because opening devices and data may hang
     stack.enter_context(explain_out_of_memory(config))
 
-    # ---- mesh and checks that need neither data nor model
+    # ---- mesh; checks that need neither data nor model
     paths.local(workdir, "workdir")
     mesh = sharding.make_mesh(**config.mesh)
     configs.check(config, sharding.batch_shards(mesh), sharding.weight_shards(mesh), jax.process_count())
 
-    # ---- data set
+    # ---- dataset
     data = mixture.open_mixture(config.data)
     for source in data.sources:
         if source.damaged:
             lost = sum(source.split_info.shard_records[number] for number in source.damaged)
-            distributed.say(f"{source.path}: {len(source.damaged)} damaged shard(s); others replace their {lost} records")
+            distributed.say(f"{source.path}: skipping {len(source.damaged)} damaged shard(s); other records replace their {lost}")
     watchdog.reset()
     steps_per_epoch = len(data) // config.batch_size
     if steps_per_epoch < 1:
         raise UserError(
-            f"{config.data.path} holds {len(data)} images in split {config.data.split!r}, fewer than "
-            f"batch_size={config.batch_size}; make the batch smaller"
+            f"{config.data.path} has {len(data)} images in split {config.data.split!r}, fewer than "
+            f"batch_size={config.batch_size}; reduce batch_size"
         )
 
     # ---- durations, schedules
@@ -106,21 +105,22 @@ def _train(config, workdir, profile, allow_config_change, stop, stack: contextli
         )
 
     total = duration("total", config.total, None)
-    every = {
-        "log": duration("log_every", config.log_every, total),
-        "save": duration("checkpoint.every", config.checkpoint.every, total),
-        "keep": duration("checkpoint.keep_every", config.checkpoint.keep_every, total),
-        "monitor": duration("monitor.every", config.monitor.every, total),
+    intervals = {
+        "log": ("log_every", config.log_every),
+        "save": ("checkpoint.every", config.checkpoint.every),
+        "keep": ("checkpoint.keep_every", config.checkpoint.keep_every),
+        "monitor": ("monitor.every", config.monitor.every),
     }
+    every = {name: duration(*field, total) for name, field in intervals.items()}
     for name, value in every.items():
         if value < 1:
-            raise UserError(f"the interval of {name} must be at least \"1 steps\", got 0 steps")
+            raise UserError(f"{intervals[name][0]}={intervals[name][1]!r} is less than one step; use at least '1 steps'")
     schedule = schedules.scalars(
         config, objectives.method(config.objective).schedules(), steps_per_epoch=steps_per_epoch, total_steps=total
     )
 
-    # ---- what a run that is gone on with has been trained with so far
-    data = resume.with_own_statistics(data, _earlier(config, workdir), config.data)
+    # ---- normalization statistics of the run that is resumed, if any
+    data = resume.with_own_statistics(data, initial_state.earlier_meta(config, workdir), config.data)
 
     # ---- objective, optimizer, step
     objective = objectives.from_config(config, data.bands)
@@ -136,18 +136,18 @@ def _train(config, workdir, profile, allow_config_change, stop, stack: contextli
     if config.monitor.data:
         monitor = Monitor(config.monitor, objective, judged(objective, abstract.params, abstract.teacher), mesh)
 
-    # ---- from here on no other process works in the workdir, and this one may write to it
+    # ---- take the lease on the workdir: from here on, no other process trains in it
     owned = []
     distributed.on_main_host(lambda: owned.append(stack.enter_context(lease.held(workdir, "--workdir"))))
 
     # ---- state: (1) checkpoint in the workdir, else (2) resume_from, else (3) init_from (weights), else (4) scratch
-    state, position, changes = _first_state(
+    state, position, changes = initial_state.restore_or_init(
         config, workdir, meta, objective, optimizer, abstract, mesh, data, allow_config_change
     )
     watchdog.reset()
     start = int(state.step)
     if start >= total:
-        if distributed.main_host() and checkpoint.saved_steps(workdir):  # killed before it could say so
+        if distributed.main_host() and checkpoint.saved_steps(workdir):  # it may have been killed before this
             run_meta.mark_finished(workdir, start)
         distributed.say(f"{workdir} is at step {start} of {total}: nothing left to do")
         return
@@ -157,12 +157,12 @@ def _train(config, workdir, profile, allow_config_change, stop, stack: contextli
     said = opening.lines(
         config, objective, mesh, data, abstract.params, total=total, steps_per_epoch=steps_per_epoch, hosts=jax.process_count()
     )
-    for line in (*said, "compiling the step, which takes longest where it was never compiled before"):
+    for line in (*said, "compiling the step; without a compilation cache this can take minutes"):
         distributed.say(line)
 
     environment.check_memory(_COMPILER_BYTES)
 
-    # ---- loop; only from here on is anything written that stays
+    # ---- loop; nothing permanent is written to the workdir before this
     stop.several_hosts = jax.process_count() > 1
     shared = distributed.SharedStop() if stop.several_hosts else None
     stream = pipeline.make_pipeline(
@@ -171,7 +171,7 @@ def _train(config, workdir, profile, allow_config_change, stop, stack: contextli
         rows=global_arrays.local_rows(jax.sharding.NamedSharding(mesh, sharding.BATCH), config.batch_size),
     )
     stack.callback(stream.close)
-    stack.callback(gc.collect)  # before it: JAX lets go of the last batch, which lies in the workers' memory
+    stack.callback(gc.collect)  # runs before `stream.close`: JAX releases the last batch, which is in the workers' shared memory
     store = checkpoint_store.Store(workdir, config.checkpoint.keep_last, every["keep"], owned[0] if owned else None)
     stack.callback(store.close)
     writer = None
@@ -185,7 +185,7 @@ def _train(config, workdir, profile, allow_config_change, stop, stack: contextli
     stack.callback(tracer.close)
     stack.enter_context(jax.set_mesh(mesh))
     stack.enter_context(distributed.exit_on_error())
-    stack.enter_context(explain_out_of_memory(config))  # again: `exit_on_error` lets nothing through
+    stack.enter_context(explain_out_of_memory(config))  # again, because `exit_on_error` does not let exceptions pass
 
     loop = Loop(
         config, objective, mesh, store, meta, writer, watchdog, every, total, position, start, data.names(), monitor
@@ -194,10 +194,10 @@ def _train(config, workdir, profile, allow_config_change, stop, stack: contextli
         scalars = {name: np.asarray(value, config.parameter_precision) for name, value in schedule.at(step).items()}
         tracer.before(step + 1, state)
         batch, placed = loop.next_batch(stream, state), global_arrays.replicated(scalars, mesh)
-        # What the step needs lies on the devices by now: a transfer inside of it would be an oversight that costs every step.
+        # All inputs of the step are on the devices by now; an implicit transfer would cost time in every step.
         with jax.transfer_guard("disallow"), jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
             state, out = train_step(state, batch, placed)
-        batch = None  # it may lie in the workers' memory
+        batch = None  # releases the workers' shared memory
         tracer.after(step + 1, state)
         if not shared:
             stop.saving()
@@ -211,69 +211,15 @@ def _train(config, workdir, profile, allow_config_change, stop, stack: contextli
         distributed.say(f"stopped by {asked} at step {int(state.step)} of {total}; checkpoint saved")
 
 
-def _earlier(config, workdir: str) -> dict | None:
-    """The `meta` of the newest readable checkpoint of the run being resumed; None for a new run."""
-    for run in filter(None, (workdir, config.resume_from)):
-        for step in reversed(checkpoint.saved_steps(run)):
-            with contextlib.suppress(checkpoint.Damaged, checkpoint.Removed):
-                folder = pathlib.Path(run).absolute() / checkpoint.FOLDER / str(step)
-                return intact.on_all_hosts(lambda: checkpoint.load_meta(folder))
-    return None
-
-
-def _first_state(config, workdir, meta, objective, optimizer, abstract, mesh, data, allow_config_change):
-    """The initial state, from the workdir, `resume_from`, `init_from` or scratch, in this order.
-
-    Returns:
-      (state, data position, changes of the config); changes is None for a new run.
-    """
-    own = checkpoint.saved_steps(workdir)
-    distributed.check_equal(
-        own[-1] if own else -1, f"{workdir} is not the same folder on every host; choose one on storage that they share"
-    )
-    run = workdir if own else config.resume_from
-    if run:
-        newest, _ = checkpoint.folder_of(run, None)
-        damaged = []
-        for step in reversed(checkpoint.saved_steps(run)):
-            folder = newest.with_name(str(step))
-            try:
-                before = intact.on_all_hosts(lambda: checkpoint.load_meta(folder))
-                changes = resume.check_same_run(before, meta, run, config.data.allow_changed_data, allow_config_change)
-                found = checkpoint.restore(folder, abstract)
-            except checkpoint.Removed:
-                if run == workdir or jax.process_count() > 1:
-                    raise
-                return _first_state(config, workdir, meta, objective, optimizer, abstract, mesh, data, allow_config_change)
-            except checkpoint.Damaged as error:
-                damaged.append((folder, error))
-                continue
-            for bad, error in damaged if distributed.main_host() else ():
-                moved = f"; moved to {checkpoint.set_aside(bad)}" if run == workdir else ""
-                distributed.say(f"{error.reason}{moved}; resuming from the checkpoint of step {step}")
-            distributed.barrier("damaged checkpoints are set aside")
-            state, position = found
-            batches, images = resume.place_in_stream(position, before["config"]["batch_size"], config.batch_size)
-            return state, position | {"batches": batches, "images": images}, changes
-        raise UserError(
-            f"none of the checkpoints of {run} can be read (the newest: {damaged[0][1].reason}); start again in another --workdir"
-        )
-    state = steps.init_sharded(objective, optimizer, mesh, config.seed)
-    if config.init_from:
-        state = warm_start.with_weights(state, config.init_from, objective)
-        state = warm_start.with_estimate(state, config, objective, data, mesh)
-    return state, {"batches": 0, "images": 0, "replaced": 0, "drawn": []}, None
-
-
 def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
     """The command's flags; not at import, which would give them to every program that imports this module."""
     DEFINE_config_file("config", None, "a name such as demo or demo:smoke, your own file, or RUN/config.json", flag_values=into)
     flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics and config.json; an existing run in it is resumed", flag_values=into)
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if SLURM or TPU detection does not apply", flag_values=into)
-    flags.DEFINE_integer("num_processes", None, "total number of processes, as --coordinator", flag_values=into)
-    flags.DEFINE_integer("process_id", None, "index of this process from 0, as --coordinator", flag_values=into)
-    flags.DEFINE_integer("join_seconds", cluster.JOIN_SECONDS, "how long to wait for all hosts at startup", flag_values=into)
-    allow = "resume with another total, batch_size, schedules, ...; see pera_jax/training/resume.py"
+    flags.DEFINE_integer("num_processes", None, "total number of processes, with --coordinator", flag_values=into)
+    flags.DEFINE_integer("process_id", None, "index of this process from 0, with --coordinator", flag_values=into)
+    flags.DEFINE_integer("join_seconds", cluster.JOIN_SECONDS, "seconds to wait for all hosts at startup", flag_values=into)
+    allow = "resume even if total, batch_size, schedules, ... differ; see pera_jax/training/resume.py"
     flags.DEFINE_bool("allow_config_change", False, allow, flag_values=into)
     flags.DEFINE_string("profile", None, "FIRST:LAST, the steps to trace into WORKDIR/profile", flag_values=into)
 
@@ -281,14 +227,14 @@ def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
 def main(argv, stop: interrupts.StopSignal):
     given = flags.FLAGS
     if argv[1:]:
-        raise UserError(f"unexpected argument {several(argv[1:])}; every option starts with --, as in --workdir runs/NAME")
+        raise UserError(f"unexpected argument {several(argv[1:])}; options start with --, e.g. --workdir runs/NAME")
     opening.show_device_warnings()
-    # Orbax logs each step of a save, and tracebacks of what it raises as well; progress and one sentence are enough.
+    # Orbax logs each phase of a save, and a traceback of what it also raises.
     logging.set_verbosity(logging.FATAL)
     if not given.config:
-        raise UserError("name a config: --config demo")
+        raise UserError("no config; choose one with --config, e.g. --config demo")
     if not given.workdir:
-        raise UserError("name the folder for checkpoints and metrics: --workdir runs/NAME")
+        raise UserError("no folder for checkpoints and metrics; choose one with --workdir, e.g. --workdir runs/NAME")
     arguments = cluster.from_flags(given.coordinator, given.num_processes, given.process_id, os.environ)
     cluster.initialize(arguments, given.join_seconds)
     with distributed.exit_on_error(), contextlib.ExitStack() as stack:
@@ -296,19 +242,19 @@ def main(argv, stop: interrupts.StopSignal):
 
 
 def run():
-    # A process that ends at once leaves semaphores and memory to multiprocessing's tracker, which removes them: no warning.
+    # After an immediate exit, multiprocessing's resource tracker removes semaphores and shared memory: suppress its warning.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     define_flags()
     with interrupts.StopSignal() as stop:
         try:
             errors.run(lambda: app.run(functools.partial(main, stop=stop), flags_parser=config_flags.parse))
         except SystemExit as end:
-            if end.code:  # all is closed; the interpreter's own end would wait for threads of libraries that have failed
+            if end.code:  # everything is closed; a normal exit would wait for threads of failed libraries
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(end.code if isinstance(end.code, int) else errors.INPUT)
             raise
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is left is the end of the interpreter
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the exit of the interpreter remains
 
 
 if __name__ == "__main__":

@@ -28,13 +28,13 @@ import numpy as np
 import tiny
 from absl import logging
 
-from pera_jax import train
 from pera_jax.common import digests
 from pera_jax.common.errors import UserError
 from pera_jax.encoder import load
 from pera_jax.parallel import sharding
 from pera_jax.training import step as steps
 from pera_jax.training.checkpoints import checkpoint, checkpoint_store, run_meta
+from pera_jax.weights import initial_state
 
 CARD = {"name": "toy", "fingerprint": "f", "class_names": None, "records": 10, "split": "train"}
 KINDS = ("bit", "bits", "zeros", "cut", "emptied", "removed")
@@ -78,7 +78,7 @@ class Run:
         """(state, position, what was said) of a training that is started again."""
         said = io.StringIO()
         with contextlib.redirect_stderr(said):
-            state, position, _ = train._first_state(
+            state, position, _ = initial_state.restore_or_init(
                 self.config, str(workdir), self.meta, self.objective, self.optimizer, self.abstract, self.mesh, None, False
             )
         return state, {name: position[name] for name in self.position(0)}, said.getvalue()

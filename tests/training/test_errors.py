@@ -88,7 +88,7 @@ def test_ctrl_c_is_one_line_too(capsys):
 
 WRONG_SETTINGS = {
     "batch_size=12 is not divisible by the 8 shard": {"batch_size": 12},
-    "holds 48 images in split 'train', fewer than batch_size=64": {"batch_size": 64},
+    "has 48 images in split 'train', fewer than batch_size=64": {"batch_size": 64},
     "crops.global_size=50 is not a multiple of the patch size 8": {"crops.global_size": 50},
     "crops.local_size=20 is not a multiple of the patch size 8": {"crops.local_size": 20},
     "split 36 patches into 0 student": {"pera.masks.student": 0.01},
@@ -200,10 +200,10 @@ def test_wrong_flags_end_with_one_sentence(data, tmp_path):
     )
     workdir = ("--workdir", str(tmp_path / "run"))
     started = {
-        """wrong: 'pth' Did you mean "path" """: command("--config", "configs/demo.py:smoke", f"--config.data.pth={data}", *workdir),
+        """flag or config: 'pth' Did you mean "path" """: command("--config", "configs/demo.py:smoke", f"--config.data.pth={data}", *workdir),
         "pth": command("--config", str(bad_file), *workdir),
-        "name a config": command(*workdir),
-        "name the folder": command("--config", "configs/demo.py:smoke"),
+        "no config; choose one": command(*workdir),
+        "no folder for checkpoints": command("--config", "configs/demo.py:smoke"),
         "nowhere.py": command("--config", "configs/nowhere.py", *workdir),
         "takes no argument 'small'": command("--config", "configs/demo.py:small", *workdir),
         "does not exist": command("--run", str(tmp_path / "run"), "--data", data, module="pera_jax.probe"),

@@ -140,7 +140,7 @@ def test_a_bad_monitor_leaves_nothing_behind(data, tmp_path):
     for changes, wrong in (
         (dict(data=str(tmp_path / "none")), "does not exist"),
         (dict(split="test"), "has no split 'test'"),
-        (dict(every="0 steps"), "the interval of monitor must be at least"),
+        (dict(every="0 steps"), "monitor.every='0 steps' is less than one step"),
         (dict(images=8), "needs at least 21 labeled images .*, got 8"),
     ):
         with pytest.raises(UserError, match=wrong):
