@@ -3,7 +3,7 @@
     python benchmarks/codecs.py                                       # made images of every dtype
     python benchmarks/codecs.py --input scenes/*.tif --tile 256       # tiles of your own, read with rasterio
 
-"tiff zstd" is what data sets hold: horizontal differences, Zstandard. "tiff deflate" is the same with zlib's code at level 6,
+"tiff zstd" is what datasets hold: horizontal differences, Zstandard. "tiff deflate" is the same with zlib's code at level 6,
 which every TIFF reader knows; "lerc" is Esri's code for rasters, without loss (floats it then stores as they are). Made
 images: noise of many scales, as the ground has it, and a little white noise, as a sensor has it. Times are CPU times, the best of --repeat.
 """

@@ -255,9 +255,9 @@ def show(rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)} (default all)")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--rows", type=int, default=len(TABLE), help="rows of the table of steps, from its top")
-    parser.add_argument("--seconds", type=float, default=480, help="after which nothing new is begun (default 480)")
+    parser.add_argument("--seconds", type=float, default=480, help="after which nothing new is begun (default: 480)")
     parser.add_argument("--json", type=pathlib.Path, help="file to write the numbers to, after each part")
     options = parser.parse_args()
     parts = options.parts.split(",")

@@ -185,7 +185,7 @@ def _make_records(folder: pathlib.Path, side: int, number: int) -> records.Recor
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", help="a file of configs/, for its crops (default: the published crops)")
-    parser.add_argument("--data", help="a data set folder (default: JPEGs of two sizes made for the purpose)")
+    parser.add_argument("--data", help="a dataset folder (default: JPEGs of two sizes made for the purpose)")
     parser.add_argument("--split", default="train")
     parser.add_argument("--images", type=int, default=400, help="images to time, for each of the two measurements")
     parser.add_argument("--batch-size", type=int, default=16)

@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="a file of configs/, with :smoke if wished")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="changes a config field")
     parser.add_argument("--batch", type=int, help="images; groups larger than it become the whole batch")
-    parser.add_argument("--steps", type=int, default=5, help="steps to time (default 5)")
+    parser.add_argument("--steps", type=int, default=5, help="steps to time (default: 5)")
     parser.add_argument("--no-run", action="store_true", help="count FLOPs only: compile nothing, run nothing")
     parser.add_argument("--json", type=pathlib.Path, help="file to write the numbers to")
     arguments = parser.parse_args()

@@ -155,10 +155,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--scale", choices=("apply", "ignore"), help="what to do with scale and offset of the files; default: "
                         "ignore, but an error where they differ")  # fmt: skip
     parser.add_argument("--max-nodata", type=command.fraction, default=0.1, metavar="F", help="maximum fraction "
-                        "of unreadable images (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--workers", type=command.count, default=len(os.sched_getaffinity(0)), help="default: all cores")
+                        "of nodata pixels in a tile (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--workers", type=command.count, default=len(os.sched_getaffinity(0)), help="number of processes (default: all cores)")
     parser.add_argument("--max-corrupt-fraction", type=command.fraction, default=0.05, metavar="F", help="maximum fraction "
-                        "of unreadable images (default: %(default)s)")  # fmt: skip
+                        "of unreadable scenes, and of unreadable tiles (default: %(default)s)")  # fmt: skip
     parser.add_argument("--shard-size", type=command.count, metavar="N", help="tiles per shard; default: 512, or more where "
                         "that would make over 512 shards")  # fmt: skip
     return parser.parse_args(argv)

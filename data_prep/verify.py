@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m data_prep.verify", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=paths.local_path, help="dataset folder")
     parser.add_argument("--split", help="check only this split")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="number of processes (default: all cores)")
     parser.add_argument("--json", type=paths.local_path, metavar="FILE", help="also write the findings to this file")
     args = parser.parse_args(argv)
     if args.workers < 1:

@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", required=True, help="output file for the weights with the classifier, and the class names")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=5e-4, help="learning rate of the classifier (default 5e-4)")
+    parser.add_argument("--learning-rate", type=float, default=5e-4, help="learning rate of the classifier (default: 5e-4)")
     parser.add_argument("--layer-decay", type=float, default=0.75, help="learning rate factor from each block to the one before")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args(argv)

@@ -7,21 +7,21 @@ import sys
 COMMANDS = {
     "train": (("pera_jax.train",), "pre-train an encoder"),
     "probe": (("pera_jax.probe",), "score the frozen features of a checkpoint"),
-    "features": (("pera_jax.export", "features"), "write the features of a whole data set as NumPy arrays"),
-    "export": (("pera_jax.export",), "weights to and from timm, PyTorch and StableHLO"),
-    "report": (("pera_jax.report",), "a page of pictures, scores and curves about a run"),
-    "plan": (("pera_jax.plan",), "memory and cost of a training, on chips that need not be there"),
-    "prep-images": (("data_prep.images",), "convert a folder of images, or archives, to a data set folder"),
-    "prep-scenes": (("data_prep.scenes",), "cut georeferenced scenes into tiles of a data set folder"),
-    "prep-tfds": (("data_prep.tfds",), "convert a TensorFlow data set to a data set folder"),
+    "features": (("pera_jax.export", "features"), "write the features of a whole dataset as NumPy arrays"),
+    "export": (("pera_jax.export",), "export weights to timm, PyTorch or StableHLO, or import them"),
+    "report": (("pera_jax.report",), "write an HTML page with figures, scores and curves of a run"),
+    "plan": (("pera_jax.plan",), "predict the memory and cost of a training, also on TPUs that this machine does not have"),
+    "prep-images": (("data_prep.images",), "convert a folder of images, or archives, to a dataset folder"),
+    "prep-scenes": (("data_prep.scenes",), "cut georeferenced scenes into tiles of a dataset folder"),
+    "prep-tfds": (("data_prep.tfds",), "convert a TensorFlow dataset to a dataset folder"),
     "prep-beam": (("data_prep.beam",), "convert images with Apache Beam"),
-    "verify": (("data_prep.verify",), "check every record of a data set folder"),
-    "stats": (("data_prep.stats",), "statistics of every band of a data set folder"),
-    "browse": (("data_prep.browse",), "a page of images of a data set folder"),
+    "verify": (("data_prep.verify",), "check every record of a dataset folder"),
+    "stats": (("data_prep.stats",), "print statistics of every band of a dataset folder"),
+    "browse": (("data_prep.browse",), "write an HTML page with images of a dataset folder"),
     "demo-scenes": (("data_prep.demo_scenes",), "draw the demo's labeled scenes"),
     "demo-mosaics": (("data_prep.demo_mosaics",), "draw the demo's scenes with masks"),
 }
-"""Name: (module and the arguments that stand first, one line of help)."""
+"""Name -> ((module, first arguments...), help)."""
 
 
 def overview() -> str:
@@ -37,7 +37,7 @@ def main() -> None:
     if name in ("-h", "--help"):
         print(overview())
     elif name not in COMMANDS:
-        unknown = f"error: there is no command {name!r}; choose from {', '.join(COMMANDS)}"
+        unknown = f"error: unknown command {name!r}; choose from {', '.join(COMMANDS)}"
         print(unknown if name else overview(), file=sys.stderr)
         sys.exit(2)
     else:

@@ -4,7 +4,7 @@
     python -m pera_jax.export released --run runs/aid --output aid.params    # PyTorch state dict of the authors' code
     python -m pera_jax.export import-released pera.params --output runs/pera
     python -m pera_jax.export import-timm vit_base.safetensors --output runs/vit_base
-    python -m pera_jax.export features --run runs/aid --input images --output features    # NumPy arrays of a data set
+    python -m pera_jax.export features --run runs/aid --input images --output features    # NumPy arrays of a dataset
     python -m pera_jax.export stablehlo --run runs/aid --output aid.stablehlo             # runs without pera_jax
 
 An import becomes a run folder with one checkpoint at step 0: probe it, export it, or start a training from it with
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     artifact.add_argument("--output", required=True, type=paths.local_path, help="output file, read by jax.export.deserialize")
     for command in (out, artifact):
         command.add_argument("--image-size", type=_size, help="px, SIDE or HEIGHTxWIDTH (default: size of the global crops)")
-    folder = commands.add_parser("features", help="write the features of a data set as NumPy arrays")
+    folder = commands.add_parser("features", help="write the features of a dataset as NumPy arrays")
     folder.add_argument("--input", required=True, type=paths.local, help="images: a folder of images, of class folders or of shards, or tfds:NAME")
     folder.add_argument("--split", default="", help="split to export (default: all images of a folder, or the only split of shards)")
     folders.add_options(folder)
@@ -63,12 +63,12 @@ def _parser() -> argparse.ArgumentParser:
     folder.add_argument("--image-size", type=int, help="px, a multiple of the patch size (default: size of the global crops)")
     folder.add_argument("--maps", action="store_true", help="also write the maps of patch tokens")
     folder.add_argument("--blocks", type=_blocks, default=(), help="also write the tokens of these blocks: 0-based 3,7,11, or last4")
-    folder.add_argument("--part-size", type=int, default=1024, help="images per file (default 1024)")
+    folder.add_argument("--part-size", type=int, default=1024, help="images per file (default: 1024)")
     folder.add_argument("--batch-size", type=int, default=256, help="images decoded at a time; does not change the features")
     dictionary = commands.add_parser("released", help="export student, teacher and heads for the authors' PyTorch code")
     dictionary.add_argument("--output", required=True, type=paths.local_path, help="output file, read by torch.load")
     for command in (out, artifact, folder):
-        command.add_argument("--which", choices=features.NETWORKS, help="default: the teacher, or the student if the method has no teacher")
+        command.add_argument("--which", choices=features.NETWORKS, help="network to export (default: the teacher, or the student if the method has no teacher)")
     for command in (out, dictionary, artifact, folder):
         command.add_argument("--run", required=True, type=paths.local, help="run folder (the --workdir of the training)"
                              + ", or a folder exported for timm" * (command in (artifact, folder)))  # fmt: skip

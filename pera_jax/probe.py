@@ -38,7 +38,7 @@ def probe(
     Args:
       run: the run folder.
       tasks: any of "knn", "linear", "logistic", "segmentation", "change", all on `data`; or
-      config: a probe config by name or path, such as "probes": several tasks on several data sets.
+      config: a probe config by name or path, such as "probes": several tasks on several datasets.
       changes: overrides of task settings, such as {"knn.k": (20,)}.
       image_size: px; None for the size of the global crops in training.
       batch_size: images decoded at a time; does not change scores.
@@ -74,24 +74,24 @@ def output_folder(run: str, output: str | os.PathLike | None) -> pathlib.Path:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m pera_jax.probe", description="Evaluates the frozen features of a checkpoint.")
     parser.add_argument("--run", required=True, type=paths.local, help="run folder (the --workdir of the training)")
-    parser.add_argument("--config", type=paths.local, help="probe config by name (e.g. probes) or path: several tasks on several data sets")
-    parser.add_argument("--tasks", default="knn,linear", help=f"comma-separated list of {', '.join(specs.TASKS)} (default knn,linear)")
+    parser.add_argument("--config", type=paths.local, help="probe config by name (e.g. probes) or path: several tasks on several datasets")
+    parser.add_argument("--tasks", default="knn,linear", help=f"comma-separated list of {', '.join(specs.TASKS)} (default: knn,linear)")
     parser.add_argument("--data", type=paths.local, help="labeled images: a folder of shards, of class folders or of scenes, or tfds:NAME")
-    parser.add_argument("--train-split", help="default train")
-    parser.add_argument("--test-split", help="default test; '' for leave-one-out on a small data set without a test split")
+    parser.add_argument("--train-split", help="training split (default: train)")
+    parser.add_argument("--test-split", help="test split (default: test); '' for leave-one-out on a small dataset without a test split")
     parser.add_argument("--labels", type=paths.local, help="CSV file of labels: key,label or key and one 0/1 column per class")
     parser.add_argument("--image-size", type=int, help="px, a multiple of the patch size (default: size of the global crops)")
     parser.add_argument("--set", action="append", default=[], metavar="NAME.FIELD=VALUE", dest="changes",
                         help="override a task setting, e.g. linear.seeds=(0,1,2,3,4)")  # fmt: skip
-    parser.add_argument("--encoder", default="teacher", help=f"one of {', '.join(ENCODERS)} (default teacher)")
+    parser.add_argument("--encoder", default="teacher", help=f"one of {', '.join(ENCODERS)} (default: teacher)")
     parser.add_argument("--step", type=int, help="step of the checkpoint (default: the latest)")
     parser.add_argument("--output", type=paths.local, help="folder for the results (default: RUN/probe)")
     parser.add_argument("--batch-size", type=int, default=256, help="images decoded at a time; does not change scores")
     folders.add_options(parser)
     parser.add_argument("--no-verify", action="store_true", help="do not check the weights against their digests")
     parser.add_argument("--follow", action="store_true", help="evaluate each new checkpoint until the run ends")
-    parser.add_argument("--poll", type=float, default=10.0, help="seconds between checks for a new checkpoint (default 10)")
-    parser.add_argument("--patience", type=float, default=24.0, help="hours without a new checkpoint before giving up (default 24)")
+    parser.add_argument("--poll", type=float, default=10.0, help="seconds between checks for a new checkpoint (default: 10)")
+    parser.add_argument("--patience", type=float, default=24.0, help="hours without a new checkpoint before giving up (default: 24)")
     parser.add_argument("--show", action="store_true", help="print existing results and exit")
     cluster.add_options(parser)
     options = parser.parse_args(argv)

@@ -21,7 +21,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options for output, image conversion and workers."""
     parser.add_argument("--output", type=paths.local_path, required=True, help="dataset folder; created if missing")
     parser.add_argument("--split", required=True, help="name of the split: train, test, ...")
-    parser.add_argument("--workers", type=count, default=len(os.sched_getaffinity(0)), help="default: all cores")
+    parser.add_argument("--workers", type=count, default=len(os.sched_getaffinity(0)), help="number of processes (default: all cores)")
     parser.add_argument("--max-side", type=count, metavar="PX", help="downsize images whose longer side is larger")
     parser.add_argument("--jpeg-quality", type=_quality, metavar="Q", help="store changed images as JPEG instead of PNG")
     parser.add_argument("--min-side", type=count, default=32, metavar="PX", help="images with a smaller "

@@ -114,7 +114,7 @@ def write_split(
             finally:
                 _tidy(split)
     except OSError as error:
-        raise UserError(f"cannot write {error.filename or split.folder}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {error.filename or split.folder}: {error.strerror or error}; free disk space or choose another --output") from error
     except KeyboardInterrupt as error:
         raise UserError("interrupted; re-run the same command to resume after the finished shards") from error
     finally:

@@ -193,4 +193,4 @@ def run_jobs(
                 else:
                     yield content
         except processes.WorkFailed as error:
-            raise UserError(f"a shard cannot be written: {error}") from error
+            raise UserError(f"cannot write a shard: {error}") from error

@@ -46,7 +46,7 @@ def list_scenes(places: list[pathlib.Path]) -> tuple[Files, list[tuple[str, str]
     if not scenes:
         endings = " ".join(ending[1:] for ending in ENDINGS)
         raise UserError(
-            f"--input {places[0]} has no GeoTIFFs (names ending in {endings}), but {len(rejected)} other files"
+            f"--input {places[0]} has no GeoTIFFs (names ending in {endings}), but {len(rejected)} other files; pass GeoTIFFs"
         )
     return dict(sorted(scenes.items())), rejected
 

@@ -197,7 +197,7 @@ def take_stock(inputs: list[pathlib.Path], follow: bool = False) -> Inventory:
         if not path.exists():
             raise UserError(f"--input {path} does not exist; pass a folder of images or an archive")
         if not path.is_dir() and not (path.is_file() and archives.is_archive(path)):
-            raise UserError(f"--input {path} is neither a folder nor an archive ({' '.join(archives.ENDINGS)})")
+            raise UserError(f"--input {path} is neither a folder nor an archive ({' '.join(archives.ENDINGS)}); pass one of these")
         if path.is_dir() and len(inputs) > 1:
             raise UserError(f"--input {path} is one of several inputs, but a folder; pass a single folder, or only archives")
     if len({path.name for path in inputs}) < len(inputs):
@@ -210,7 +210,7 @@ def take_stock(inputs: list[pathlib.Path], follow: bool = False) -> Inventory:
     if not inventory.keys:
         raise UserError(
             f"--input {inputs[0]} has no images (names ending in {' '.join(e[1:] for e in foreign.ENDINGS)}), "
-            f"but {len(inventory.rejected)} other files"
+            f"but {len(inventory.rejected)} other files; pass a folder of images"
             + "".join(f"; {line}" for line in [file_tree.links_out(inputs[0], inventory.rejected)] if line)
         )
     if inputs[0].is_dir():

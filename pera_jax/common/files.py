@@ -77,7 +77,7 @@ def whole_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
 @contextlib.contextmanager
 def _whole_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path} is already there; choose another --output, or remove it")
+        raise UserError(f"{path} already exists; choose another --output, or remove it")
     temporary = path.with_name(path.name + ".tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)  # of a command that was killed

@@ -56,7 +56,7 @@ def convert(value: Any, kind: type[T]) -> T:
     except msgspec.ValidationError as error:
         raise Invalid(_sentence(str(error))) from error
     except UnicodeEncodeError as error:  # msgspec tries to parse a string that is not valid UTF-8 as a number
-        raise Invalid("a field that must not be a string contains one that is not valid UTF-8") from error
+        raise Invalid("a field contains a string that is not valid UTF-8") from error
     except RecursionError as error:
         raise Invalid("it is nested too deeply") from error
 

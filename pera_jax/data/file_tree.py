@@ -85,7 +85,7 @@ def files_below(root: pathlib.Path, follow: bool = False) -> Iterator[Found]:
                     else:
                         yield Found(name, 0, None, "not a regular file")
     except OSError as error:
-        raise UserError(f"cannot read {printable(error.filename)}: {error.strerror}") from error
+        raise UserError(f"cannot read {printable(error.filename)}: {error.strerror}; fix or remove it") from error
 
 
 def _link(entry: os.DirEntry, name: str, inside: str | None) -> tuple[Found | None, str | None]:

@@ -106,7 +106,7 @@ def pick_image(builder: read_only_builder.ReadOnlyBuilder, wanted: str | None = 
     if wanted is None and len(encoded) != 1 and len(found) != 1:
         raise UserError(f"{builder.info.full_name} has {_listed('image feature', found)}; choose one with --image-feature")
     if wanted is not None and wanted not in found:
-        raise UserError(f"--image-feature {wanted}: {builder.info.full_name} has {_listed('image feature', found)}")
+        raise UserError(f"--image-feature {wanted} does not exist in {builder.info.full_name}, which has {_listed('image feature', found)}")
     return wanted or (encoded if len(encoded) == 1 else list(found))[0]
 
 
@@ -118,7 +118,7 @@ def pick_label(builder: read_only_builder.ReadOnlyBuilder, wanted: str | None = 
         has = _listed("ClassLabel", found)
         raise UserError(f"{builder.info.full_name} has {has}; choose one with --label-feature, or pass --no-labels")
     if wanted is not None and wanted not in found:
-        raise UserError(f"--label-feature {wanted}: {builder.info.full_name} has {_listed('ClassLabel', found)}")
+        raise UserError(f"--label-feature {wanted} does not exist in {builder.info.full_name}, which has {_listed('ClassLabel', found)}")
     return wanted or (found[0] if found else None)
 
 

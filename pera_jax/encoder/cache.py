@@ -78,7 +78,7 @@ class Cache:
             with files.replacing(place, temporary), open(temporary, "wb") as file:  # savez would append .npz to a name
                 np.savez(file, of=np.array(text), **arrays)
         except OSError as error:
-            distributed.say(f"cannot cache features in {self.folder}: {error.strerror}")
+            distributed.say(f"warning: cannot cache features in {self.folder}: {error.strerror}")
 
 
 def _read(place: pathlib.Path, text: str) -> dict[str, np.ndarray] | None:

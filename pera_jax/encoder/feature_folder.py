@@ -1,4 +1,4 @@
-"""Writes the features of a data set as NumPy arrays to a folder.
+"""Writes the features of a dataset as NumPy arrays to a folder.
 
     python -m pera_jax.export features --run runs/aid --input images --output features
 

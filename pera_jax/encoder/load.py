@@ -118,4 +118,4 @@ def check_backbone(backbone: Any, meta: dict[str, Any], where: str) -> None:
     abstract = jax.eval_shape(lambda: network.init(jax.random.key(0), image))["params"]
     differing = intact.differences(backbone, abstract)
     if differing:
-        raise Misfit(f"the backbone in {where} does not match its metadata: {every(differing)}")
+        raise Misfit(f"the backbone in {where} does not match its metadata: {every(differing)}; use another checkpoint")

@@ -25,7 +25,7 @@ _SEARCHED = 10  # at most this many records are read per image of the set
 
 
 def labeled_subset(settings, bands: Bands, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Reads a class-balanced subset of `settings.images` images, or fewer if the data set is too small.
+    """Reads a class-balanced subset of `settings.images` images, or fewer if the dataset is too small.
 
     Records are read in a fixed random order, and the first ones of each class are used. At most ten times `settings.images`
     records are read.
@@ -38,12 +38,12 @@ def labeled_subset(settings, bands: Bands, side: int) -> tuple[np.ndarray, np.nd
       (stored values [N, side, side, C], labels int64 [N]).
 
     Raises:
-      UserError: a data set that cannot be read, has other bands, no classes or too few images.
+      UserError: a dataset that cannot be read, has other bands, no classes or too few images.
     """
     source = records.open_split(settings.data, settings.split)
     classes = len(source.info.class_names or ())
     if classes < 2:
-        raise UserError(f"monitor.data={settings.data} needs at least two classes; give a labeled data set, or \"\" to disable the monitor")
+        raise UserError(f"monitor.data={settings.data} needs at least two classes; give a labeled dataset, or \"\" to disable the monitor")
     places = bands.indices_in(source.info, source.path)
     order = np.random.default_rng(0).permutation(len(source))[: _SEARCHED * settings.images]
     quota, taken, images, labels = -(-settings.images // classes), np.zeros(classes, int), [], []
@@ -60,7 +60,7 @@ def labeled_subset(settings, bands: Bands, side: int) -> tuple[np.ndarray, np.nd
     if len(images) <= NEIGHBORS:
         raise UserError(
             f"the monitor needs at least {NEIGHBORS + 1} labeled images in split {settings.split!r} of {settings.data}, got "
-            f"{len(images)}; raise monitor.images or use a larger data set"
+            f"{len(images)}; raise monitor.images or use a larger dataset"
         )
     return np.stack(images), np.array(labels)
 

@@ -58,7 +58,7 @@ def check(data: Labeled) -> None:
         if tokens is None:
             continue
         if not len(tokens.class_tokens):
-            raise UserError(f"the {part} split has no images; use another split, or convert the data set again")
+            raise UserError(f"the {part} split has no images; use another split, or convert the dataset again")
         if not all(np.isfinite(bound).all() for bound in _bounds(tokens)):
             raise UserError(f"the features of the {part} images contain NaN or infinite values; probe an earlier checkpoint")
     several, names = data.train_labels.ndim == 2, np.array(data.class_names)

@@ -50,7 +50,7 @@ def report(
       The path of the page.
 
     Raises:
-      UserError: a run, step, data set or split that does not exist; data with other bands; invalid numbers; an output that
+      UserError: a run, step, dataset or split that does not exist; data with other bands; invalid numbers; an output that
         cannot be written.
     """
     for option, value in (("--pairs", number_of_pairs), ("--images", number)):
@@ -105,7 +105,7 @@ def _report(run, output, data, step, split, number, number_of_pairs, image_size,
 
 
 def _training_data(meta) -> str | None:
-    """The (first) training data set of the run, if the folder still exists."""
+    """The (first) training dataset of the run, if the folder still exists."""
     path = meta["config"]["data"]["path"].split(",")[0].strip()
     return path if path and (pathlib.Path(path) / records.INFO_FILE).is_file() else None
 

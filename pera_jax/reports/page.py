@@ -30,7 +30,7 @@ summary { cursor: pointer; }
 }
 """
 )
-NO_DATA = "no images; give a data set folder with --data."
+NO_DATA = "no images; give a dataset folder with --data."
 NO_CHECKPOINT = "the run has no complete checkpoint yet."
 NO_RESULTS = "the run has not been probed yet; use python -m pera_jax.probe."
 

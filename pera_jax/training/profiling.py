@@ -24,7 +24,7 @@ def parse_range(text: str | None, start: int, total: int) -> tuple[int, int] | N
     if not (first.isdigit() and last.isdigit()) or int(first) > int(last):
         raise UserError(f"--profile={text} is invalid; expected FIRST:LAST, such as 20:25")
     if int(first) <= start or int(last) > total:
-        raise UserError(f"--profile={text} is out of range; this run does steps {start + 1} to {total}")
+        raise UserError(f"--profile={text} is out of range; expected steps within {start + 1} to {total}")
     return int(first), int(last)
 
 

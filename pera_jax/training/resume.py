@@ -95,7 +95,7 @@ def check_same_run(
                 f"{found['data']['name']} with {found['data']['fingerprint']}; {mend}, or set data.allow_changed_data=True"
             )
         was, now = (f"{card['name']} ({card['records']:,} images)" for card in (found["data"], wanted["data"]))
-        changes.append(Change("data set", was, now))
+        changes.append(Change("dataset", was, now))
     if found["git"] != wanted["git"]:
         changes.append(Change("program", found["git"], wanted["git"]))
     return sorted(changes, key=lambda change: change not in shaping)

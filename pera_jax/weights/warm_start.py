@@ -65,7 +65,7 @@ def with_weights(state: steps.TrainState, run: str, objective: Objective) -> ste
     teacher = fitted(ema, state.teacher) if objective.teacher_keys else state.teacher
     differing = sorted({*intact.differences(params, state.params), *intact.differences(teacher, state.teacher)})
     if differing:
-        raise Misfit(f"init_from={run} does not fit this config: {every(differing)}")
+        raise Misfit(f"init_from={run} does not fit this config: {every(differing)}; change the config, or use other weights")
     distributed.say(f"starting from {run}, step {source.step}: {'; '.join(notes)}")
     params, teacher = jax.tree.map(_sharded_like, (params, teacher), (state.params, state.teacher))
     return state.replace(params=params, teacher=teacher)

@@ -65,7 +65,7 @@ def test_first_arguments_of_the_table_stand_first_and_own_modules_are_found(monk
 
 def test_an_unknown_command_is_one_sentence_and_none_is_the_help(monkeypatch, capsys):
     assert run(monkeypatch, "trian") == 2
-    assert re.fullmatch("error: there is no command 'trian'; choose from train, probe, .*\n", capsys.readouterr().err)
+    assert re.fullmatch("error: unknown command 'trian'; choose from train, probe, .*\n", capsys.readouterr().err)
     assert run(monkeypatch) == 2
     assert capsys.readouterr().err.startswith("usage: pera-jax COMMAND")
 

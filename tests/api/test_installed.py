@@ -77,7 +77,7 @@ def site(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """An empty folder but for the data set, and a config of one's own."""
+    """An empty folder but for the dataset, and a config of one's own."""
     folder = tmp_path_factory.mktemp("empty")
     toy_data.write(folder / "toy")
     own = (ROOT / "configs" / "demo.py").read_text().replace("configs.finish(config, argument)", "configs.smoke(config)")

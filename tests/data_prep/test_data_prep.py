@@ -312,7 +312,7 @@ def test_no_space_left(tree, tmp_path, monkeypatch):
     convert = [sys.executable, "-m", "data_prep.images", *map(str, args)]
     done = subprocess.run(limit + convert, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "a shard cannot be written: write() failed: File too large" in done.stderr.splitlines()[-1]
+    assert "cannot write a shard: write() failed: File too large" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "a").exists()
 
     real, full = os.replace, [True]

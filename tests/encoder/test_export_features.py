@@ -1,4 +1,4 @@
-"""Features of a data set in a folder, and networks as StableHLO: what they hold, killed and begun again, bad input."""
+"""Features of a dataset in a folder, and networks as StableHLO: what they hold, killed and begun again, bad input."""
 
 import csv
 import json

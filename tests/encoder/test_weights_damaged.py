@@ -149,7 +149,7 @@ def test_sizes_that_make_no_network_are_refused(tmp_path):
     arrays.write(file, {name: array for name, array in named.items() if name.startswith("teacher.")})
     assert "has no student; import only the teacher's backbone with --teacher-only" in refused(file, tmp_path)
     imports.import_released(file, tmp_path / "alone", imports.Options(heads=2), teacher_only=True)
-    with pytest.raises(UserError, match="alone is already there; choose another --output"):
+    with pytest.raises(UserError, match="alone already exists; choose another --output"):
         imports.import_released(file, tmp_path / "alone", imports.Options(heads=2), teacher_only=True)
 
 

@@ -1,4 +1,4 @@
-"""Data sets, pictures, archives, names and tables: a sound one of each, and what reads it. See `artefacts`."""
+"""Datasets, pictures, archives, names and tables: a sound one of each, and what reads it. See `artefacts`."""
 
 import json
 import pathlib
@@ -22,7 +22,7 @@ from pera_jax.data.images import foreign
 from pera_jax.data.images.image_errors import ImageDecodeError
 from pera_jax.data.labelled import label_tables, samples, scenes
 
-# ---------------------------------------------------------------- data sets
+# ---------------------------------------------------------------- datasets
 
 
 def make_shards(place: pathlib.Path) -> None:

@@ -1,4 +1,4 @@
-"""The probe job on a small run and data set: what scores may depend on, what is written, bad input."""
+"""The probe job on a small run and dataset: what scores may depend on, what is written, bad input."""
 
 import csv
 import functools

@@ -96,7 +96,7 @@ def test_changed_data_keep_the_statistics_that_the_run_was_trained_with(tmp_path
     assert resume.with_own_statistics(second, found, settings) is second
     before, now = found, found | {"data": second.card()}
     (said,) = check(before, now, allow_changed_data=True)
-    assert said == "data set toy (48 images) -> second (48 images)"
+    assert said == "dataset toy (48 images) -> second (48 images)"
 
 
 def dataclasses_of(settings, **changes):

@@ -50,7 +50,7 @@ def files(folder: pathlib.Path, dates: int) -> dict[str, dict[str, pathlib.Path]
       UserError: no such folder, no files, two files with the same key, a file without a counterpart.
     """
     if not folder.is_dir():
-        raise UserError(f"the folder {folder} does not exist")
+        raise UserError(f"the folder {folder} does not exist; give a folder of scenes")
     kinds = ("image",) if dates == 1 else ("A", "B")
     found = {kind: _files(folder / kind, foreign.ENDINGS) for kind in kinds} | {"label": _files(folder / "label", MASK_ENDINGS)}
     for kind in (*kinds[1:], "label"):

@@ -11,7 +11,7 @@ from pera_jax.encoder.extract import Features
 class Labeled:
     """
     Attributes:
-      train, test: features of N training and M test images; `test` is None for leave-one-out on a small data set.
+      train, test: features of N training and M test images; `test` is None for leave-one-out on a small dataset.
       train_labels, test_labels: int64 [N] below `classes`, or bool [N, classes] for multi-label images; [M] likewise.
     """
 

@@ -12,7 +12,7 @@ spread.
 Settings:
   blocks: numbers of last blocks whose tokens are concatenated.
   held_out: fraction of the training images held out to choose hyperparameters.
-  shares: fractions of all images to train on, in addition to the split of the data set; default: none.
+  shares: fractions of all images to train on, in addition to the split of the dataset; default: none.
   seeds: seeds of held-out splits, batches and the splits of `shares`; the first one is also the seed of the intervals.
 
 Details:
@@ -127,7 +127,7 @@ def run(
       UserError: no test images; labels or settings rejected by `splits`.
     """
     if data.test is None:
-        raise UserError(f"{task} needs a test split; use knn (leave-one-out) for a data set without one")
+        raise UserError(f"{task} needs a test split; use knn (leave-one-out) for a dataset without one")
     if not settings["blocks"] or min(settings["blocks"]) < 1:
         raise UserError(f"invalid blocks={settings['blocks']}; expected at least one integer >= 1")
     splits.check(data)

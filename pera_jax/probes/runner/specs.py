@@ -20,7 +20,7 @@ TASKS = WHOLE_IMAGES | DENSE
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """One task on one data set.
+    """One task on one dataset.
 
     Attributes:
       name: name of the result.

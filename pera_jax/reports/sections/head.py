@@ -57,7 +57,7 @@ def data_facts(meta: dict[str, Any]) -> list[tuple[str, object]]:
     data = meta["data"]
     names = data.get("class_names")
     facts = [
-        ("data set", f"{data['name']}, split {data['split']}"), ("records", f"{data['records']:,}"),
+        ("dataset", f"{data['name']}, split {data['split']}"), ("records", f"{data['records']:,}"),
         ("fingerprint", data["fingerprint"][:16]), ("values", meta["dtype"]),
     ]  # fmt: skip
     for part in data.get("sets", []):

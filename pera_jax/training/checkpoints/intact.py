@@ -230,7 +230,7 @@ def check_shapes(folder: pathlib.Path, stored: Any, wanted: Any) -> None:
     """Raises Misfit if leaves are missing, unexpected, or differ in shape from those of `wanted`."""
     differing = differences(stored, wanted)
     if differing:
-        raise Misfit(f"the checkpoint {folder} does not fit this config: {every(differing)}")
+        raise Misfit(f"the checkpoint {folder} does not fit this config: {every(differing)}; use the config that it was trained with")
 
 
 def shapes_of(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -272,7 +272,7 @@ def check_arrays(folder: pathlib.Path, name: str, tree: Any, found: dict[str, An
     other = [f"expected {path} {each[0]}, got {saved.get(path, ('absent',))[0]}" for path, each in now.items()
              if saved.get(path, ("",))[0] != each[0]]  # fmt: skip
     if other:  # the program has changed, not the checkpoint
-        raise Misfit(f"the checkpoint {folder} does not fit this version of pera_jax: {every(other)}")
+        raise Misfit(f"the checkpoint {folder} does not fit this version of pera_jax: {every(other)}; use the version that wrote it")
     wrong = [path for path, each in now.items() if each != saved[path]]
     if wrong:
         raise Damaged(f"the checkpoint {folder} is damaged: its {name} does not match its digests in {several(wrong)}")
