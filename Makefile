@@ -1,8 +1,11 @@
-# `make demo` runs the main job from nothing to scores and pictures; `make test` runs the tests.
-# Both make what they need in .venv from the pinned requirements. `make test-quick` runs a part of the tests that takes a
-# minute. `make test-beam` runs the tests that need Apache Beam,
-# in .venv-beam: Beam does not go with the newest Pillow. `make test-torch` runs those that need PyTorch and timm, in
-# .venv-torch. `make test-gpu-compile` compiles every published config for H100s, without a GPU, in .venv-gpu (an hour).
+# make demo              trains, probes and reports a small example
+# make test              runs the tests
+# make test-quick        runs the tests that need no training and no compilation (about a minute)
+# make test-beam         runs the tests that need Apache Beam (in .venv-beam, because Beam requires an older Pillow)
+# make test-torch        runs the tests that need PyTorch and timm (in .venv-torch)
+# make test-gpu-compile  compiles the published configs for H100s without a GPU (in .venv-gpu, about an hour)
+#
+# Each target first installs the pinned requirements into its environment, by default .venv.
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +16,7 @@ GPU := .venv-gpu
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
 DEMO := demo
-# The inner loop: what needs no training, no compilation of a step and no processes.
+# Tests without training, compilation of a step, or subprocesses.
 QUICK := tests/test_house.py $(addprefix tests/common/test_,digests json_files lease owned paths text) \
 	$(addprefix tests/objectives/test_,losses masking reference views) \
 	$(addprefix tests/models/test_,drop_path initial_values models) \
@@ -33,9 +36,9 @@ demo: $(VENV)/ready
 	$(PY) -m pera_jax.probe --run $(DEMO)/run --config configs/demo_probes.py --encoder untrained
 	$(PY) -m pera_jax.probe --run $(DEMO)/run --config configs/demo_probes.py
 	$(PY) -m pera_jax.report --run $(DEMO)/run --data $(DEMO)/shards --output $(DEMO)/report
-	@echo "demo: done in $$(( $$(date +%s) - $$(cat .demo-began) )) s after set-up; everything lies in $(DEMO)/:"
-	@echo "  scenes/, mosaics/  the images    shards/  the data set    run/  checkpoints, metrics.jsonl, tb/, probe/"
-	@echo "  report/index.html  the report    (start again from nothing: make clean)"
+	@echo "demo: done in $$(( $$(date +%s) - $$(cat .demo-began) )) s after setup; results are in $(DEMO)/:"
+	@echo "  scenes/, mosaics/  the images    shards/  the dataset    run/  checkpoints, metrics.jsonl, tb/, probe/"
+	@echo "  report/index.html  the report    (to start over: make clean)"
 	@rm -f .demo-began
 
 test: $(VENV)/ready-test
@@ -54,7 +57,7 @@ test-gpu-compile: $(GPU)/ready
 	$(GPU)/bin/python -m pytest -q -s tests/with_gpu_compiler
 
 $(VENV)/ready: requirements.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is %d.%d; set PYTHON=" % sys.version_info[:2])'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expected Python 3.11 or newer, got %d.%d; set PYTHON=" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@

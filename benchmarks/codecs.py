@@ -1,11 +1,11 @@
-"""Size and time of the codec of TIFF records beside others.
+"""Compares the codec of TIFF records with others: compressed size and CPU time.
 
-    python benchmarks/codecs.py                                       # made images of every dtype
-    python benchmarks/codecs.py --input scenes/*.tif --tile 256       # tiles of your own, read with rasterio
+    python benchmarks/codecs.py                                       # synthetic images of every dtype
+    python benchmarks/codecs.py --input scenes/*.tif --tile 256       # tiles of your own scenes, read with rasterio
 
-"tiff zstd" is what datasets hold: horizontal differences, Zstandard. "tiff deflate" is the same with zlib's code at level 6,
-which every TIFF reader knows; "lerc" is Esri's code for rasters, without loss (floats it then stores as they are). Made
-images: noise of many scales, as the ground has it, and a little white noise, as a sensor has it. Times are CPU times, the best of --repeat.
+"tiff zstd" is the codec of datasets: horizontal differencing and Zstandard. "tiff deflate" uses zlib level 6 instead, which
+every TIFF reader supports. "lerc" is Esri's raster codec in lossless mode, which stores floats uncompressed. Synthetic images
+are noise on many scales, like the ground, plus a little white noise, like a sensor. Times are CPU times, the best of --repeat.
 """
 
 import argparse
@@ -24,11 +24,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from pera_jax.common import errors  # noqa: E402
 from pera_jax.data import codecs  # noqa: E402
 
-_MOST_TILES = 16  # of one file
+_MAX_TILES = 16  # per file
 
 
 def deflate(pixels: np.ndarray) -> bytes:
-    """As `codecs.encode_tiff`, but packed with zlib's code."""
+    """Like `codecs.encode_tiff`, but with zlib compression."""
     buffer = io.BytesIO()
     tifffile.imwrite(
         buffer, np.ascontiguousarray(np.moveaxis(pixels, 2, 0)), photometric="minisblack", compression="zlib",
@@ -42,27 +42,27 @@ def lerc(pixels: np.ndarray) -> bytes:
     return imagecodecs.lerc_encode(np.ascontiguousarray(np.moveaxis(pixels, 2, 0)), level=0.0)
 
 
-def lerc_back(encoded: bytes) -> np.ndarray:
+def lerc_decode(encoded: bytes) -> np.ndarray:
     return np.ascontiguousarray(np.moveaxis(imagecodecs.lerc_decode(encoded), 0, 2))
 
 
 CODECS = {
     "tiff zstd": (codecs.encode_tiff, codecs.decode_image),
     "tiff deflate": (deflate, codecs.decode_image),
-    "lerc": (lerc, lerc_back),
+    "lerc": (lerc, lerc_decode),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--input", type=pathlib.Path, nargs="+", help="GeoTIFFs; default: made images")
-    parser.add_argument("--tile", type=int, default=256, help="side of a tile in pixels (%(default)s)")
-    parser.add_argument("--repeat", type=int, default=3, help="times each is measured (%(default)s)")
+    parser.add_argument("--input", type=pathlib.Path, nargs="+", help="GeoTIFFs (default: synthetic images)")
+    parser.add_argument("--tile", type=int, default=256, help="tile size in pixels (default: %(default)s)")
+    parser.add_argument("--repeat", type=int, default=3, help="number of measurements (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.input:
         sets = {path.name: tiles_of(path, arguments.tile) for path in arguments.input}
     else:
-        sets = {f"{bands} bands of {dtype}, made": made(bands, dtype, arguments.tile)
+        sets = {f"{bands} bands of {dtype}, synthetic": synthetic(bands, dtype, arguments.tile)
                 for bands, dtype in ((4, "uint8"), (13, "uint16"), (10, "float32"))}  # fmt: skip
     wide = max(map(len, sets))
     print(f"{'images':{wide}}  {'codec':12}  {'MB':>7}  {'of raw':>6}  {'encode MB/s':>11}  {'decode MB/s':>11}")
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def measure(tiles: list[np.ndarray], encode: Callable, decode: Callable, repeat: int) -> tuple[float, float, float]:
-    """(MB, CPU seconds to encode all tiles, to decode them). Raises ValueError where pixels change."""
+    """(MB, CPU seconds to encode all tiles, CPU seconds to decode them). Raises ValueError if pixels change."""
     times = []
     for _ in range(repeat):
         start = time.process_time()
@@ -89,8 +89,8 @@ def measure(tiles: list[np.ndarray], encode: Callable, decode: Callable, repeat:
     return sum(map(len, encoded)) / 1e6, *map(min, zip(*times, strict=True))
 
 
-def made(bands: int, dtype: str, side: int) -> list[np.ndarray]:
-    """Four tiles [side, side, bands] of noise whose strength falls with its frequency."""
+def synthetic(bands: int, dtype: str, side: int) -> list[np.ndarray]:
+    """Four tiles [side, side, bands] of noise whose amplitude decreases with frequency."""
     rng = np.random.default_rng(0)
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None])
     strength = 1 / np.maximum(frequency, 1 / side) ** 1.5
@@ -110,7 +110,7 @@ def made(bands: int, dtype: str, side: int) -> list[np.ndarray]:
 
 
 def tiles_of(path: pathlib.Path, side: int) -> list[np.ndarray]:
-    """The first tiles [<= side, <= side, C] of a scene. Raises UserError where it cannot be read or holds another dtype."""
+    """The first tiles [<= side, <= side, C] of a scene. Raises UserError if it cannot be read or has an unsupported dtype."""
     from data_prep.convert.pixels import Rejected
     from data_prep.geo import scene_file, scene_reader
 
@@ -123,9 +123,9 @@ def tiles_of(path: pathlib.Path, side: int) -> list[np.ndarray]:
         tiles = [
             scene_reader.Tile((*place, width, height), width, height, tuple(scene.names), scene.alpha) for place in places
         ]
-        return [scene_reader.read(str(path), tile)[0] for tile in tiles[:_MOST_TILES]]
+        return [scene_reader.read(str(path), tile)[0] for tile in tiles[:_MAX_TILES]]
     except (codecs.ImageDecodeError, Rejected) as error:
-        raise errors.UserError(f"--input {path} cannot be read ({error}); name GeoTIFFs") from error
+        raise errors.UserError(f"--input {path} cannot be read ({error}); pass GeoTIFFs") from error
 
 
 if __name__ == "__main__":

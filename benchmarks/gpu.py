@@ -1,14 +1,14 @@
-"""What one GPU reaches: agreement of attention kernels, images per second, MFU and peak memory, and where the time goes.
+"""Benchmarks one GPU: accuracy and speed of attention kernels, images per second, MFU and memory of the step, a profile.
 
     python benchmarks/gpu.py --json gpu.json                       # everything, about eight minutes on an H100
     python benchmarks/gpu.py --parts kernels --seconds 60
 
-Needs jax, flax, optax, einops and ml_collections, and no data library. Parts, in this order: `kernels` (cuDNN's attention at
-the published lengths beside float64, and its time beside XLA's), `gradients` (of the whole loss by both, beside float32),
-`steps` (the table), `profile` (the ten largest kernels of its first row). What is measured is printed and written at once, and
-what does not fit into `--seconds` is named and left out.
+Needs jax, flax, optax, einops and ml_collections, but no data library. Parts, in this order: `kernels` (errors and times of
+attention by cuDNN and by XLA at the published sequence lengths), `gradients` (of the whole loss with both, compared with
+float32), `steps` (the table), `profile` (the ten kernels that take most time in its first row). Results are printed and
+written as soon as they are measured; rows that do not fit into `--seconds` are listed and skipped.
 
-MFU is the method's FLOPs (`pera_jax.cost.flops`, nothing counted twice) over the time and the chip's peak bf16 rate.
+MFU is the FLOPs of the method (`Objective.flops_per_image`, without recomputation) divided by time and peak bf16 FLOP/s.
 """
 
 import argparse
@@ -31,7 +31,6 @@ from pera_jax import config as configs  # noqa: E402
 from pera_jax.common import errors, files
 from pera_jax.common.errors import UserError  # noqa: E402
 from pera_jax.common.text import first_line  # noqa: E402
-from pera_jax.cost import flops
 from pera_jax.cost.program import Program, memory_of  # noqa: E402
 from pera_jax.models import attention  # noqa: E402
 from pera_jax.models.precision import Precision  # noqa: E402
@@ -40,9 +39,9 @@ from pera_jax.parallel import chips, sharding  # noqa: E402
 from pera_jax.training import step as steps  # noqa: E402
 
 PARTS = ("kernels", "gradients", "steps", "profile")
-# Class token, patches and learnable ones of the published crops: student and teacher, global and local; a whole image.
+# Sequence lengths with the published crops: student and teacher, global and local, with class token; and a whole image.
 LENGTHS = (8, 23, 158, 315, 471, 785)
-# (batch, remat, attention, scan, prototypes), what matters most first.
+# (batch, remat, attention, scan, prototypes), the most important first.
 TABLE = (
     (128, "none", "auto", True, 131072),
     (64, "block", "auto", True, 131072),
@@ -58,7 +57,7 @@ TABLE = (
 
 
 def timed(function, *arguments, seconds: float = 0.3) -> float:
-    """Seconds of a call: the median of five runs of as many calls as fill `seconds`, after three that do not count."""
+    """Seconds per call: the median of five runs that together take `seconds`, after three warmup calls."""
     for _ in range(3):
         jax.block_until_ready(function(*arguments))
     began = time.perf_counter()
@@ -82,7 +81,7 @@ def relative(ours, wanted) -> float:
 
 
 def kernels(crops: int = 64, heads: int = 12, width: int = 64) -> list[dict]:
-    """Errors and times of attention, forward and backward, by length; errors relative to float32 on the same bf16 values."""
+    """Errors and times of attention, forward and backward, by length. Errors are relative to float32 on the same bf16 inputs."""
     half, single = Precision.from_names("bfloat16"), Precision()
     rows = []
     for tokens in LENGTHS:
@@ -91,7 +90,7 @@ def kernels(crops: int = 64, heads: int = 12, width: int = 64) -> list[dict]:
         query, key, value, weight = (jax.random.normal(k, (crops, tokens, heads, width), jnp.bfloat16) for k in keys)
 
         def fused(q, k, v):
-            q, k, v = (jnp.pad(x, padding, constant_values=3.0) for x in (q, k, v))  # no zeros: padding must not count
+            q, k, v = (jnp.pad(x, padding, constant_values=3.0) for x in (q, k, v))  # not zeros, to test that padding is masked
             return attention._fused(q, k, v, tokens)[:, :tokens]
 
         def plain(precision):
@@ -118,7 +117,7 @@ def kernels(crops: int = 64, heads: int = 12, width: int = 64) -> list[dict]:
 
 
 def gradients() -> dict:
-    """Relative distance of the whole loss's gradients to float32, of a ViT-B of four blocks at the published crops."""
+    """Relative error of the gradients of the whole loss, compared with float32, for a ViT-B of four blocks."""
     found = {}
     for name, settings in {
         "float32": {"precision": "float32"}, "cudnn": {"model.attention": "cudnn"}, "xla": {"model.attention": "xla"},
@@ -158,21 +157,21 @@ def program_of(row) -> Program:
 
 
 class Table:
-    """The steps of `TABLE`, each compiled and timed before the next, so that no trial of kernels disturbs a measurement."""
+    """The steps of `TABLE`, compiled and timed one after the other, so that autotuning does not disturb a measurement."""
 
     def __init__(self):
         self.programs, self.compiled = {}, {}
         self.state, self.prototypes = None, None
 
     def compile(self, row) -> float:
-        """Seconds that it took."""
+        """Compiles a row; returns the seconds this took."""
         began = time.monotonic()
         self.programs[row] = program_of(row)
         self.compiled[row] = self.programs[row].trace().lower().compile()
         return time.monotonic() - began
 
     def run(self, row, calls=None, before=lambda: None) -> float:
-        """Seconds of a step."""
+        """Seconds per step; with `calls`, runs that many steps after one warmup step and `before()`, and returns 0."""
         program, compiled = self.programs[row], self.compiled[row]
         if self.prototypes != row[-1]:
             self.state = None
@@ -207,7 +206,7 @@ class Table:
             return result | {"failed": first_line(error)}
         program, compiled = self.programs[row], self.compiled[row]
         chip = chips.chip_of(jax.devices()[0].device_kind)
-        work = sum(flops.per_image(program.objective).values()) * batch
+        work = sum(program.objective.flops_per_image().values()) * batch
         memory = memory_of(compiled)
         return result | {
             "milliseconds": 1e3 * seconds, "images_per_second": batch / seconds,
@@ -218,7 +217,7 @@ class Table:
 
 
 def largest_kernels(table: Table, row, number: int = 10) -> list[dict]:
-    """The kernels that take most of three steps, from a trace: name, ms per step, calls per step, share."""
+    """The kernels that take most time in three traced steps: name, ms per step, calls per step, share."""
     calls = 3
     with tempfile.TemporaryDirectory() as folder:
         table.run(row, calls, before=lambda: jax.profiler.start_trace(folder))
@@ -255,14 +254,14 @@ def show(rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--rows", type=int, default=len(TABLE), help="rows of the table of steps, from its top")
-    parser.add_argument("--seconds", type=float, default=480, help="after which nothing new is begun (default: 480)")
-    parser.add_argument("--json", type=pathlib.Path, help="file to write the numbers to, after each part")
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"comma-separated list of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--rows", type=int, default=len(TABLE), help="number of rows of the table of steps to measure")
+    parser.add_argument("--seconds", type=float, default=480, help="start no new measurement after this time (default: 480)")
+    parser.add_argument("--json", type=pathlib.Path, help="also write the numbers to this file, after each part")
     options = parser.parse_args()
     parts = options.parts.split(",")
     if unknown := set(parts) - set(PARTS):
-        raise UserError(f"--parts {', '.join(sorted(unknown))} is not among {', '.join(PARTS)}")
+        raise UserError(f"unknown --parts {', '.join(sorted(unknown))}; expected any of {', '.join(PARTS)}")
     began = time.monotonic()
     deadline = began + options.seconds
     result = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
@@ -294,7 +293,7 @@ def main() -> None:
             files.write_json(options.json, result | {"steps": measured})
     if measured:
         done("steps", measured)
-        print("".join(f"left out for want of time: {row}\n" for row in rows[len(measured) :]), end="")
+        print("".join(f"skipped, out of time: {row}\n" for row in rows[len(measured) :]), end="")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# What one GPU reaches, in about eight minutes: the authors' numbers on this device, then benchmarks/gpu.py.
+# Benchmarks one GPU in about eight minutes: first the authors' reference values, then benchmarks/gpu.py.
 # Needs Python, JAX with CUDA, Flax, Optax, Orbax, einops and ml_collections; no data library.
+#
 #   benchmarks/gpu.sh [FOLDER FOR gpu.json] [SECONDS]
 set -u
 cd "$(dirname "$0")/.."

@@ -1,13 +1,12 @@
-"""What the host's input pipeline costs: CPU time by part, and images that are delivered.
+"""Cost of the input pipeline on the host: CPU time by part, and images delivered per second.
 
-    python benchmarks/input.py                                 # published crops; JPEGs of quality 90, 512 and 2,000 px
+    python benchmarks/input.py                                 # published crops; JPEGs of 512 and 2,000 px, quality 90
     python benchmarks/input.py --config configs/aid_small.py --data shards/aid --workers 1 2 --json input.json
 
-The parts are timed one after the other in this process, in CPU time, so other work on the machine matters little; of
-made images for two sizes, whose costs are compared. Then the real pipeline runs with each number of workers. The CPU
-time of all its processes, start-up aside, divided by the images delivered, says what batches, the hand-over to the main
-process and Grain take beyond the parts. Images per second are by the clock and need a machine that does nothing else:
-the load before is printed with them.
+First, the parts are timed one by one in this process. They are CPU times, so other load on the machine matters little. With
+synthetic images, the costs of two image sizes are compared. Then the real pipeline runs with each number of workers. The CPU
+time of all its processes without startup, per image, minus the parts, is the overhead of batching, transfer to the main
+process and Grain. Images per second are wall-clock times and need an otherwise idle machine; the load before is printed.
 """
 
 import argparse
@@ -34,10 +33,10 @@ from pera_jax.data import crops as geometry  # noqa: E402
 from pera_jax.data.mixture import Mixture  # noqa: E402
 from pera_jax.objectives import base  # noqa: E402
 
-_MADE_SIZES = {512: 64, 2000: 8}  # pixels along a side: images
+_SYNTHETIC_SIZES = {512: 64, 2000: 8}  # side in pixels: number of images
 _PARTS = {
     "read": "read the record",
-    "decode": "draw boxes, decode, lay out",
+    "decode": "draw boxes, decode, convert layout",
     "global": "global crops",
     "local": "local crops",
 }
@@ -53,7 +52,7 @@ def main() -> None:
         else:
             sources = {
                 f"{side} px": _make_records(pathlib.Path(folder) / str(side), side, number)
-                for side, number in _MADE_SIZES.items()
+                for side, number in _SYNTHETIC_SIZES.items()
             }
         parts = {name: time_parts(source, crops, arguments.images) for name, source in sources.items()}
         first = next(iter(sources))
@@ -66,15 +65,15 @@ def main() -> None:
     print(f"{'CPU ms per image':48}" + "".join(f"{name:>14}" for name in parts))
     for part, words in _PARTS.items():
         print(f"{words:48}" + "".join(f"{spent.get(part, 0.0):14.3f}" for spent in parts.values()))
-    print(f"{'all but the record':48}" + "".join(f"{totals[n] - spent['read']:14.3f}" for n, spent in parts.items()))
-    print(f"{'for comparison: decode as a whole':48}" + "".join(f"{spent['whole']:14.3f}" for spent in parts.values()))
+    print(f"{'all but reading':48}" + "".join(f"{totals[n] - spent['read']:14.3f}" for n, spent in parts.items()))
+    print(f"{'for comparison: decode whole images':48}" + "".join(f"{spent['whole']:14.3f}" for spent in parts.values()))
     if not arguments.data:
         small, large = (totals[name] - parts[name]["read"] for name in parts)
-        pixels = (max(_MADE_SIZES) / min(_MADE_SIZES)) ** 2
+        pixels = (max(_SYNTHETIC_SIZES) / min(_SYNTHETIC_SIZES)) ** 2
         print(f"the larger image costs {large / small:.1f} times the smaller one, for {pixels:.1f} times the pixels")
 
     print(f"\npipeline, {first}; {os.cpu_count()} cores")
-    headings = f"{'images/s':>12}{'CPU ms/image':>15}{'beyond parts':>15}{'start-up, s':>15}"
+    headings = f"{'images/s':>12}{'CPU ms/image':>15}{'beyond parts':>15}{'startup, s':>15}"
     print(f"{'workers':>8}{'load before':>14}{headings}")
     for workers, run in runs.items():
         print(
@@ -97,7 +96,7 @@ def main() -> None:
 
 
 def time_parts(source: records.RecordSource, crops: pipeline.Crops, images: int) -> dict[str, float]:
-    """CPU milliseconds per image of each part, without workers; "whole" is Pillow's decode, which is none of them."""
+    """CPU milliseconds per image of each part, without workers; "whole" is a full decode, for comparison only."""
     pipeline.keep_memory()
     rng = np.random.default_rng(0)
     info, places = source.info, tuple(range(len(source.info.bands)))
@@ -127,7 +126,7 @@ def time_parts(source: records.RecordSource, crops: pipeline.Crops, images: int)
 def time_pipeline(
     source: records.RecordSource, crops: pipeline.Crops, images: int, batch_size: int, workers: int
 ) -> dict[str, float]:
-    """Images delivered per second, CPU milliseconds per image of all processes, CPU seconds of their start."""
+    """Images delivered per second, CPU milliseconds per image of all processes, CPU seconds of their startup."""
     batch_size = min(batch_size, len(source))
     batches, warm_up = max(images // batch_size, 1), 4 * max(workers, 1)
     load, began = os.getloadavg()[0], _cpu()
@@ -148,7 +147,7 @@ def time_pipeline(
 
 
 def _cpu() -> float:
-    """CPU seconds of this process so far, and of its worker processes (those from Linux's /proc)."""
+    """CPU seconds so far of this process and of its worker processes (the latter from Linux's /proc)."""
     seconds = time.process_time()
     for process in multiprocessing.active_children():
         fields = pathlib.Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
@@ -157,7 +156,7 @@ def _cpu() -> float:
 
 
 def _make_records(folder: pathlib.Path, side: int, number: int) -> records.RecordSource:
-    """Images of `side` x `side` pixels with the spectrum of natural ones, as JPEG of quality 90: 100 kB for 512 px."""
+    """Synthetic images of `side` x `side` pixels with the spectrum of natural images, as JPEG of quality 90 (512 px: 100 kB)."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     shard = folder / "made.array_record"
@@ -165,15 +164,15 @@ def _make_records(folder: pathlib.Path, side: int, number: int) -> records.Recor
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)) + 1 / 512
     for i in range(number):
         noise = rng.normal(size=(2, side, side))
-        grey, tint = (np.fft.irfft2(np.fft.rfft2(n) / frequency**p) for n, p in zip(noise, (1.45, 1.6), strict=True))
-        grey, tint = (50 * grey / grey.std())[..., None], (15 * tint / tint.std())[..., None]
-        pixels = (127 + grey + tint * np.array([1.0, 0.2, -1.0])).clip(0, 255).astype(np.uint8)  # [side, side, 3]
+        gray, tint = (np.fft.irfft2(np.fft.rfft2(n) / frequency**p) for n, p in zip(noise, (1.45, 1.6), strict=True))
+        gray, tint = (50 * gray / gray.std())[..., None], (15 * tint / tint.std())[..., None]
+        pixels = (127 + gray + tint * np.array([1.0, 0.2, -1.0])).clip(0, 255).astype(np.uint8)  # [side, side, 3]
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "JPEG", quality=90)
         writer.write(records.encode_record(file.getvalue(), f"{i}.jpg", None))
     writer.close()
     size = shard.stat().st_size
-    print(f"made {number} images of {side} x {side} pixels, {size / number / 1e3:.0f} kB each")
+    print(f"created {number} images of {side} x {side} pixels, {size / number / 1e3:.0f} kB each")
     split = records.SplitInfo(
         number, [shard.name], [number], [size], [[0.0, 255.0]] * 3, [0.5] * 3, [0.2] * 3, {}, "", ""
     )
@@ -184,16 +183,16 @@ def _make_records(folder: pathlib.Path, side: int, number: int) -> records.Recor
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--config", help="a file of configs/, for its crops (default: the published crops)")
-    parser.add_argument("--data", help="a dataset folder (default: JPEGs of two sizes made for the purpose)")
+    parser.add_argument("--config", help="config whose crops are used (default: the published crops)")
+    parser.add_argument("--data", help="dataset folder (default: synthetic JPEGs of two sizes)")
     parser.add_argument("--split", default="train")
-    parser.add_argument("--images", type=int, default=400, help="images to time, for each of the two measurements")
+    parser.add_argument("--images", type=int, default=400, help="number of images in each of the two measurements")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="numbers of workers to run with")
-    parser.add_argument("--json", help="file to write the numbers to")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="numbers of workers to measure")
+    parser.add_argument("--json", help="also write the numbers to this file")
     arguments = parser.parse_args()
     if min(arguments.images, arguments.batch_size) < 1 or min(arguments.workers) < 0:
-        raise UserError("--images and --batch-size must be at least 1, --workers at least 0")
+        raise UserError("--images and --batch-size must be >= 1, --workers >= 0")
     return arguments
 
 

@@ -1,12 +1,12 @@
-"""What disjoint masks save: memory of a training step as PerA, and with dense inputs.
+"""Memory saved by disjoint masks: compares the step of PerA with one on dense inputs.
 
     python benchmarks/memory.py --topology v5e:4x4                        # ViT-B/16 at 448 px, bf16
     python benchmarks/memory.py --topology local --config configs/demo.py --batches 8 16
 
-Compiles the step twice for each row, for the two `--batches` of images a chip, so that what each image costs is told
-apart from what does not grow; nothing is run. "Dense": both networks see all patches of the same crops; there are no masks,
-hence no learnable tokens and no pixel term. Networks, heads, the other terms and stochastic depth are the same.
-A topology that is not there needs libtpu (the extra `tpu`).
+Compiles the step for each row with both numbers of images per chip in `--batches`, to separate memory per image from constant
+memory. Nothing is run. In the dense variant, both networks see all patches of the same crops; without masks there are no
+learnable tokens and no pixel loss. Networks, heads, the other losses and drop path are the same.
+A TPU topology needs libtpu (the extra `tpu`).
 """
 
 import argparse
@@ -27,7 +27,7 @@ from pera_jax.common import errors, files  # noqa: E402
 from pera_jax.losses import prototypes
 from pera_jax.objectives.pera import PerA  # noqa: E402
 
-CHIPS = (16, 32, 80)  # GB of memory of chips of today, for the largest batch
+CHIPS = (16, 32, 80)  # GB of memory per chip, for the largest batch
 _GB, _GIB = 1e9, 2**30
 
 
@@ -37,20 +37,20 @@ class Dense(PerA):
     def outputs(self, params, teacher, views, drop_path):
         tokens = {"teacher": [], "student": []}
         for name, tree in (("teacher", teacher), ("student", params)):
-            tokens, views = jax.lax.optimization_barrier((tokens, views))  # one network after the other, as PerA
+            tokens, views = jax.lax.optimization_barrier((tokens, views))  # one network after the other, as in PerA
             for kind, view in views.items():
                 depth = drop_path[kind] if drop_path and name == "student" else None
-                seen = self.encoder.apply({"params": tree["backbone"]}, getattr(view, name), drop_path=depth)["class_token"]
-                tokens[name].append(rearrange(seen, "(b v) d -> b v d", v=self.crops[kind].number))
+                token = self.encoder.apply({"params": tree["backbone"]}, getattr(view, name), drop_path=depth)["class_token"]
+                tokens[name].append(rearrange(token, "(b v) d -> b v d", v=self.crops[kind].number))
         student, teacher = (
             prototypes.Prototypes(*self.prototype_head.apply({"params": tree["prototype_head"]}, jnp.concatenate(x, axis=1)))
             for tree, x in ((params, tokens["student"]), (teacher, tokens["teacher"]))
         )
-        teacher, aligned = jax.lax.stop_gradient((teacher, jnp.concatenate(tokens["teacher"], axis=1)))
-        return student, teacher, self.pixel_targets(None), aligned
+        teacher, class_tokens = jax.lax.stop_gradient((teacher, jnp.concatenate(tokens["teacher"], axis=1)))
+        return student, teacher, self.pixel_targets(None), class_tokens
 
     def pixel_targets(self, view):
-        return jnp.zeros((1, 1, 1))  # nothing is guessed
+        return jnp.zeros((1, 1, 1))  # nothing is predicted
 
 
 def dense(config, bands, device=None):
@@ -59,10 +59,10 @@ def dense(config, bands, device=None):
 
 
 def measure(config, devices, batches: tuple[int, int], make) -> dict:
-    """Bytes of the step on a device for two batches, and what follows from them; "refused" where a batch found no room."""
+    """Memory of the step per device for two batch sizes, and a linear fit; "refused" if the compiler ran out of memory."""
     trials = [plan.compile_step(config, devices, images, make) for images in batches]
     for trial in trials:
-        if not trial.text:  # what the compiler says it wanted is after it gave up on speed, and not to be compared
+        if not trial.text:  # the size in the error is after memory reduction, so it is not comparable
             return {"refused": trial.per_device, "wanted": trial.memory.temporaries if trial.memory else None}
     small, large = (trial.memory for trial in trials)
     each = (large.temporaries - small.temporaries) / (batches[1] - batches[0])
@@ -76,15 +76,15 @@ def measure(config, devices, batches: tuple[int, int], make) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/pera_vitb16.py")
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="changes a config field")
-    parser.add_argument("--topology", default="local", help="v5e:4x4, ... or local (default)")
-    parser.add_argument("--batches", type=int, nargs=2, default=(16, 32), help="images a chip (default: 16 32)")
-    parser.add_argument("--remat", nargs="+", default=("none", "dots", "block"), help="policies (default: all)")
-    parser.add_argument("--json", type=pathlib.Path, help="file to write the numbers to, row by row")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a config field")
+    parser.add_argument("--topology", default="local", help="TPU topology such as v5e:4x4, or local (default: local)")
+    parser.add_argument("--batches", type=int, nargs=2, default=(16, 32), help="images per chip (default: 16 32)")
+    parser.add_argument("--remat", nargs="+", default=("none", "dots", "block"), help="remat policies (default: all)")
+    parser.add_argument("--json", type=pathlib.Path, help="also write the numbers to this file, row by row")
     arguments = parser.parse_args()
     devices = plan.devices_of(arguments.topology)
     rows = []
-    print(f"{arguments.config} on {arguments.topology}, {arguments.batches[1]} images a chip; GB = 1e9 bytes\n")
+    print(f"{arguments.config} on {arguments.topology}, {arguments.batches[1]} images per chip; GB = 1e9 bytes\n")
     print(f"{'input':8}{'remat':8}{'state':>10}{'temporaries':>13}{'per image':>11}   largest batch on "
           + ", ".join(f"{chip} GB" for chip in CHIPS))  # fmt: skip
     for name, make in (("PerA", PerA.from_config), ("dense", dense)):
@@ -93,15 +93,15 @@ def main() -> None:
             began = time.perf_counter()
             row = {"input": name, "remat": remat} | measure(config, devices, tuple(arguments.batches), make)
             rows.append(row)
-            said = f"({time.perf_counter() - began:.0f} s)"
+            duration = f"({time.perf_counter() - began:.0f} s)"
             if "refused" in row:
-                wanted = f": it wanted {row['wanted'] / _GB:.1f} GB" if row["wanted"] else ""
-                print(f"{name:8}{remat:8}no room for {row['refused']} images a chip{wanted}   {said}", flush=True)
+                needed = f", {row['wanted'] / _GB:.1f} GB needed" if row["wanted"] else ""
+                print(f"{name:8}{remat:8}out of memory for {row['refused']} images per chip{needed}   {duration}", flush=True)
             else:
                 largest = ", ".join(f"{images:,}" for images in row["largest"].values())
                 print(
                     f"{name:8}{remat:8}{row['arguments'] / _GB:7.2f} GB{row['temporaries'] / _GB:10.2f} GB"
-                    f"{row['per_image'] / 1e6:8.1f} MB   {largest}   {said}", flush=True
+                    f"{row['per_image'] / 1e6:8.1f} MB   {largest}   {duration}", flush=True
                 )  # fmt: skip
             if arguments.json:
                 files.write_json(arguments.json, rows)

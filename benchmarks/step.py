@@ -1,19 +1,18 @@
-"""The training step of a config: CPU time, FLOPs beside the method's own, and bytes.
+"""The training step of a config: FLOPs, CPU time and memory.
 
     python benchmarks/step.py --config configs/aid_small.py
     python benchmarks/step.py --config configs/pera_vitb16.py --batch 16 --no-run
     python benchmarks/step.py --config configs/demo.py --set model.width=192 --set batch_size=32 --json step.json
 
-Runs the step that training runs, on made-up crops, over all local devices. Needs jax, flax, optax, einops and
-ml_collections (pure Python: a wheel can be carried), and no data library.
+Runs the training step on random crops on all local devices. Needs jax, flax, optax, einops and ml_collections, but no data
+library.
 
-FLOPs are counted three ways: the method's by arithmetic; the matrix products of the step as it is traced, each loop's
-body times its trips; and XLA's own number, elementwise work included. XLA counts a loop's body once, so for it the
-loops over blocks and over pairs are unrolled. The class term's logits are made again in the backward pass whatever the
-config says, and are in the traced and in XLA's numbers. The loop over crops that makes the looks on CPU holds no matrix
-product and is left to count as one crop.
+FLOPs are counted in three ways: those of the method, by arithmetic; the matrix products of the traced step, loop bodies
+once per iteration; and XLA's cost analysis, with elementwise operations. XLA counts the body of a loop only once, so the
+loops over blocks and pairs are unrolled for it. The logits of the class loss are always recomputed in the backward pass,
+which the last two numbers include. The loop over crops for color jitter on CPU has no matrix product and is not unrolled.
 
-On CPUs with glibc, GLIBC_TUNABLES=glibc.malloc.hugetlb=1 before the command spares page faults (system time).
+On CPUs with glibc, GLIBC_TUNABLES=glibc.malloc.hugetlb=1 before the command avoids page faults (system time).
 """
 
 import argparse
@@ -38,13 +37,14 @@ from pera_jax.cost.program import Program, memory_of  # noqa: E402
 from pera_jax.parallel import sharding
 from pera_jax.training import step as steps  # noqa: E402
 
-_SIDE = 2048  # of the matrix product that the step is measured against
+_SIDE = 2048  # size of the matrix product that the step is compared with
+
 
 def xla_flops(config, remat: str) -> float:
-    """XLA's count per image of the step for one device, before fusion, with every loop of matrix products unrolled.
+    """XLA's FLOPs per image of the step on one device, before fusion, with every `scan` unrolled.
 
     Args:
-      remat: as the config's field `model.remat`.
+      remat: replaces `config.model.remat`.
     """
     config = config.copy_and_resolve_references()
     config.model.update(dict(scan=False, remat=remat))
@@ -59,7 +59,7 @@ def xla_flops(config, remat: str) -> float:
 
 
 def time_step(program: Program, compiled, number: int) -> dict[str, float]:
-    """Seconds of CPU and of the clock per step: the median of `number` steps after two that are not counted."""
+    """CPU seconds and wall-clock seconds per step: the medians of `number` steps after two warmup steps."""
     state = steps.init_sharded(program.objective, program.optimizer, program.mesh, program.config.seed)
     rng = np.random.default_rng(0)
     noise = {kind: rng.integers(0, 256, crops.shape, np.uint8) for kind, crops in program.crops.items()}
@@ -76,7 +76,7 @@ def time_step(program: Program, compiled, number: int) -> dict[str, float]:
 
 
 def time_product() -> dict[str, float]:
-    """FLOP/s of a float32 matrix product, per second of CPU and of the clock: the best of five."""
+    """FLOP/s of a float32 matrix product, per CPU second and per wall-clock second: the best of five."""
     product = jax.jit(functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST))
     matrix = jax.random.normal(jax.random.key(0), (_SIDE, _SIDE))
     rates = []
@@ -90,7 +90,7 @@ def time_product() -> dict[str, float]:
 
 
 def measure(config, number: int, run: bool) -> dict:
-    """Everything that the command prints, as JSON."""
+    """The numbers that the command prints, as a JSON-serializable dict."""
     program = Program(config)
     parts = program.objective.flops_per_image()
     method = sum(parts.values())
@@ -134,7 +134,7 @@ def show(result: dict) -> None:
     for name, words in rows.items():
         if name in count:
             print(f"{words:44}{count[name] / 1e6:18,.1f}   {count[name] / count['method']:.3f} x the method")
-    print("Traced: loop bodies times their trips. XLA: before fusion, one device; on CPU the looks of one crop only.")
+    print("Traced: loop bodies once per iteration. XLA: before fusion, one device; on CPU, color jitter of one crop only.")
     if "bytes" not in result:
         return
     print()
@@ -145,21 +145,21 @@ def show(result: dict) -> None:
     print(f"{'images per second':44}{result['images_per_second']:18.2f}")
     per = "per CPU second" if jax.default_backend() == "cpu" else "per second"
     print(f"{f'GFLOP {per}, {_SIDE} x {_SIDE} float32 product':44}{result['matmul_flops_per_second'] / 1e9:18.1f}")
-    print(f"{'share of it that the step reaches':44}{result['share_of_matmul']:18.1%}")
+    print(f"{'fraction of it that the step reaches':44}{result['share_of_matmul']:18.1%}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="a file of configs/, with :smoke if wished")
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="changes a config field")
-    parser.add_argument("--batch", type=int, help="images; groups larger than it become the whole batch")
-    parser.add_argument("--steps", type=int, default=5, help="steps to time (default: 5)")
-    parser.add_argument("--no-run", action="store_true", help="count FLOPs only: compile nothing, run nothing")
-    parser.add_argument("--json", type=pathlib.Path, help="file to write the numbers to")
+    parser.add_argument("--config", required=True, help="config by name or path, e.g. demo:smoke")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a config field")
+    parser.add_argument("--batch", type=int, help="number of images; larger groups are reduced to the batch")
+    parser.add_argument("--steps", type=int, default=5, help="number of steps to time (default: 5)")
+    parser.add_argument("--no-run", action="store_true", help="only count FLOPs, without compiling or running the step")
+    parser.add_argument("--json", type=pathlib.Path, help="also write the numbers to this file")
     arguments = parser.parse_args()
     config = configs.load(arguments.config, arguments.set)
     if arguments.steps < 1 or (arguments.batch is not None and arguments.batch < 1):
-        raise UserError("--steps and --batch must be at least 1")
+        raise UserError("--steps and --batch must be >= 1")
     if arguments.batch:
         config.batch_size = arguments.batch
         configs.limit_groups(config, arguments.batch)

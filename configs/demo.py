@@ -1,8 +1,8 @@
-"""The demo: a small ViT on a few procedural scenes, minutes on two CPU cores. `make demo` runs it.
+"""The demo: a small ViT on procedurally generated scenes. `make demo` runs it.
 
 Command:  pera-jax train --config demo --workdir demo/run
 Cost:     2 to 3 minutes on two cores.
-Reached:  docs/evaluate.md, "The demo".
+Results:  docs/evaluate.md, "The demo".
 """
 
 from pera_jax import config as configs

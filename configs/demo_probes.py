@@ -1,7 +1,7 @@
-"""The probes of the demo: classes of its scenes, land cover in patchworks of them, and new buildings between two dates.
+"""The probes of the demo: scene classification, land-cover segmentation, and detection of new buildings.
 
 Command:  pera-jax probe --run demo/run --config demo_probes      (`make demo` runs it)
-Reached:  docs/evaluate.md, "The demo".
+Results:  docs/evaluate.md, "The demo".
 """
 
 from ml_collections import ConfigDict

@@ -2,11 +2,10 @@
 
 Command:  pera-jax train --config pera_vitb16 --config.data.path=SHARDS --workdir runs/vitb16
 Cost:     86 M parameters in the backbone; 425 GFLOP per image (docs/cost.md).
-Reached:  not trained to the end here.
+Results:  none yet; it has not been trained to the end.
 
-The paper gives the batch per GPU (16) but not the number of GPUs; the learning rate is not scaled with the global batch,
-which is therefore a field of its own. KoLeo and drop path work on groups of 16 images, one GPU's batch in the paper,
-whatever the mesh is here.
+The paper gives the batch per GPU (16) but not the number of GPUs, so batch_size is a choice; the learning rate is not scaled
+with it. KoLeo and drop path work on groups of 16 images, the batch of one GPU in the paper, on any mesh.
 """
 
 from pera_jax import config as configs

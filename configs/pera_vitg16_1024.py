@@ -3,9 +3,9 @@
 Command:  pera-jax train --config pera_vitg16_1024 --config.data.path=SHARDS --workdir runs/vitg16
 Cost:     505 M parameters in the backbone; parameters and optimizer state are sharded over the devices (`mesh.fsdp`);
           docs/pods.md has memory and chip-hours.
-Reached:  not trained to the end here.
+Results:  none yet; it has not been trained to the end.
 
-Differs from ViT-B/16 in its sizes and in the teacher's momentum and temperature.
+Differs from pera_vitb16 in model size, teacher momentum and teacher temperature.
 """
 
 from pera_jax import config as configs

@@ -2,8 +2,8 @@
 
     python examples/finetune.py exported aid --output tuned.pth
 
-reads aid/train/CLASS/NAME.jpg and aid/test/CLASS/NAME.jpg and needs torch, torchvision and timm. The
-learning rate decays from the last block to the first; the test images are used once, after the last epoch.
+reads aid/train/CLASS/NAME.jpg and aid/test/CLASS/NAME.jpg, and needs torch, torchvision and timm. The learning rate decays
+from the last block to the first (layer decay). The test images are used only once, after the last epoch.
 """
 
 import argparse
@@ -68,12 +68,12 @@ def main(argv: list[str] | None = None) -> None:
 
     model.eval()
     with torch.no_grad():
-        right = sum(
+        correct = sum(
             (model(images.to(device)).argmax(1).cpu() == labels).sum().item()
             for images, labels in DataLoader(test, options.batch_size, num_workers=options.workers)
         )
     torch.save({"model": model.state_dict(), "classes": train.classes}, options.output)
-    print(f"{right} of {len(test)} test images correct: {right / len(test):.4f}; written to {options.output}")
+    print(f"{correct} of {len(test)} test images correct: {correct / len(test):.4f}; written to {options.output}")
 
 
 if __name__ == "__main__":
