@@ -3,9 +3,10 @@
     python benchmarks/codecs.py                                       # synthetic images of every dtype
     python benchmarks/codecs.py --input scenes/*.tif --tile 256       # tiles of your own scenes, read with rasterio
 
-"tiff zstd" is the codec of datasets: horizontal differencing and Zstandard. "tiff deflate" uses zlib level 6 instead, which
-every TIFF reader supports. "lerc" is Esri's raster codec in lossless mode, which stores floats uncompressed. Synthetic images
-are noise on many scales, like the ground, plus a little white noise, like a sensor. Times are CPU times, the best of --repeat.
+"tiff zstd" is the codec of datasets: horizontal differencing and Zstandard. "tiff deflate" uses zlib level 6 instead,
+which every TIFF reader supports. "lerc" is Esri's raster codec in lossless mode, which stores floats uncompressed.
+Synthetic images are noise on many scales, like the ground, plus a little white noise, like a sensor. Times are CPU
+times, the best of --repeat.
 """
 
 import argparse
@@ -110,7 +111,8 @@ def synthetic(bands: int, dtype: str, side: int) -> list[np.ndarray]:
 
 
 def tiles_of(path: pathlib.Path, side: int) -> list[np.ndarray]:
-    """The first tiles [<= side, <= side, C] of a scene. Raises UserError if it cannot be read or has an unsupported dtype."""
+    """The first tiles [<= side, <= side, C] of a scene. Raises UserError if it cannot be read or has an unsupported
+    dtype."""
     from data_prep.convert.pixels import Rejected
     from data_prep.geo import scene_file, scene_reader
 
@@ -121,7 +123,8 @@ def tiles_of(path: pathlib.Path, side: int) -> list[np.ndarray]:
         places = [(column, row) for row in range(0, scene.sides[1] - height + 1, height)
                   for column in range(0, scene.sides[0] - width + 1, width)]  # fmt: skip
         tiles = [
-            scene_reader.Tile((*place, width, height), width, height, tuple(scene.names), scene.alpha) for place in places
+            scene_reader.Tile((*place, width, height), width, height, tuple(scene.names), scene.alpha)
+            for place in places
         ]
         return [scene_reader.read(str(path), tile)[0] for tile in tiles[:_MAX_TILES]]
     except (codecs.ImageDecodeError, Rejected) as error:

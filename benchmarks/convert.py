@@ -5,8 +5,8 @@
 
 For each number, creates that many JPEG images of 64 px in a tar (or another archive, or a folder), converts them with
 `python -m data_prep.images`, and opens and shuffles the result as training does, each in a separate process. CPU time
-includes all processes of the conversion. Memory is the peak resident size of the conversion's main process, of its largest
-worker, and of the training startup. Files need about 6 kB per image, in a temporary folder in --folder.
+includes all processes of the conversion. Memory is the peak resident size of the conversion's main process, of its
+largest worker, and of the training startup. Files need about 6 kB per image, in a temporary folder in --folder.
 """
 
 import argparse
@@ -84,8 +84,8 @@ def peak(process: int) -> int:
 
 
 def convert(source: pathlib.Path, folder: pathlib.Path, workers: int, drop: str | None) -> dict[str, float]:
-    """Seconds, CPU seconds, and peak resident memory of the main process and of the largest worker (bytes, sampled ten times a
-    second) of one conversion."""
+    """Seconds, CPU seconds, and peak resident memory of the main process and of the largest worker (bytes, sampled ten
+    times a second) of one conversion."""
     command = [sys.executable, "-m", "data_prep.images", "--input", source, "--output", folder, "--split", "train",
                "--workers", workers, *(["--drop", drop] if drop else [])]  # fmt: skip
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
@@ -133,10 +133,16 @@ def start_in_process(folder: pathlib.Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--numbers", type=int, nargs="+", default=(10_000, 100_000), help="numbers of images (default: 10000 100000)")
-    parser.add_argument("--source", choices=("tar", "tar.gz", "zip", "folder"), default="tar", help="kind of input (default: tar)")
+    parser.add_argument(
+        "--numbers", type=int, nargs="+", default=(10_000, 100_000), help="numbers of images (default: 10000 100000)"
+    )
+    parser.add_argument(
+        "--source", choices=("tar", "tar.gz", "zip", "folder"), default="tar", help="kind of input (default: tar)"
+    )
     parser.add_argument("--drop", help="see python -m data_prep.images")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="number of processes (default: all cores)")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="number of processes (default: all cores)"
+    )
     parser.add_argument("--folder", help="parent of the temporary folder (default: the system's)")
     parser.add_argument("--json", type=pathlib.Path, help="also write the numbers to this file")
     arguments = parser.parse_args()

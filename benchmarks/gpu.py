@@ -1,14 +1,16 @@
-"""Benchmarks one GPU: accuracy and speed of attention kernels, images per second, MFU and memory of the step, a profile.
+"""Benchmarks one GPU: accuracy and speed of attention kernels, images per second, MFU and memory of the step, a
+profile.
 
     python benchmarks/gpu.py --json gpu.json                       # everything, about eight minutes on an H100
     python benchmarks/gpu.py --parts kernels --seconds 60
 
-Needs jax, flax, optax, einops and ml_collections, but no data library. Parts, in this order: `kernels` (errors and times of
-attention by cuDNN and by XLA at the published sequence lengths), `gradients` (of the whole loss with both, compared with
-float32), `steps` (the table), `profile` (the ten kernels that take most time in its first row). Results are printed and
-written as soon as they are measured; rows that do not fit into `--seconds` are listed and skipped.
+Needs jax, flax, optax, einops and ml_collections, but no data library. Parts, in this order: `kernels` (errors and
+times of attention by cuDNN and by XLA at the published sequence lengths), `gradients` (of the whole loss with both,
+compared with float32), `steps` (the table), `profile` (the ten kernels that take most time in its first row). Results
+are printed and written as soon as they are measured; rows that do not fit into `--seconds` are listed and skipped.
 
-MFU is the FLOPs of the method (`Objective.flops_per_image`, without recomputation) divided by time and peak bf16 FLOP/s.
+MFU is the FLOPs of the method (`Objective.flops_per_image`, without recomputation) divided by time and peak bf16
+FLOP/s.
 """
 
 import argparse
@@ -81,7 +83,8 @@ def relative(ours, wanted) -> float:
 
 
 def kernels(crops: int = 64, heads: int = 12, width: int = 64) -> list[dict]:
-    """Errors and times of attention, forward and backward, by length. Errors are relative to float32 on the same bf16 inputs."""
+    """Errors and times of attention, forward and backward, by length. Errors are relative to float32 on the same bf16
+    inputs."""
     half, single = Precision.from_names("bfloat16"), Precision()
     rows = []
     for tokens in LENGTHS:
@@ -90,7 +93,8 @@ def kernels(crops: int = 64, heads: int = 12, width: int = 64) -> list[dict]:
         query, key, value, weight = (jax.random.normal(k, (crops, tokens, heads, width), jnp.bfloat16) for k in keys)
 
         def fused(q, k, v):
-            q, k, v = (jnp.pad(x, padding, constant_values=3.0) for x in (q, k, v))  # not zeros, to test that padding is masked
+            # not zeros, to test that padding is masked
+            q, k, v = (jnp.pad(x, padding, constant_values=3.0) for x in (q, k, v))
             return attention._fused(q, k, v, tokens)[:, :tokens]
 
         def plain(precision):
@@ -157,7 +161,8 @@ def program_of(row) -> Program:
 
 
 class Table:
-    """The steps of `TABLE`, compiled and timed one after the other, so that autotuning does not disturb a measurement."""
+    """The steps of `TABLE`, compiled and timed one after the other, so that autotuning does not disturb a
+    measurement."""
 
     def __init__(self):
         self.programs, self.compiled = {}, {}
@@ -254,9 +259,13 @@ def show(rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"comma-separated list of {', '.join(PARTS)} (default: all)")
+    parser.add_argument(
+        "--parts", default=",".join(PARTS), help=f"comma-separated list of {', '.join(PARTS)} (default: all)"
+    )
     parser.add_argument("--rows", type=int, default=len(TABLE), help="number of rows of the table of steps to measure")
-    parser.add_argument("--seconds", type=float, default=480, help="start no new measurement after this time (default: 480)")
+    parser.add_argument(
+        "--seconds", type=float, default=480, help="start no new measurement after this time (default: 480)"
+    )
     parser.add_argument("--json", type=pathlib.Path, help="also write the numbers to this file, after each part")
     options = parser.parse_args()
     parts = options.parts.split(",")

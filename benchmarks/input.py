@@ -3,10 +3,11 @@
     python benchmarks/input.py                                 # published crops; JPEGs of 512 and 2,000 px, quality 90
     python benchmarks/input.py --config configs/aid_small.py --data shards/aid --workers 1 2 --json input.json
 
-First, the parts are timed one by one in this process. They are CPU times, so other load on the machine matters little. With
-synthetic images, the costs of two image sizes are compared. Then the real pipeline runs with each number of workers. The CPU
-time of all its processes without startup, per image, minus the parts, is the overhead of batching, transfer to the main
-process and Grain. Images per second are wall-clock times and need an otherwise idle machine; the load before is printed.
+First, the parts are timed one by one in this process. They are CPU times, so other load on the machine matters little.
+With synthetic images, the costs of two image sizes are compared. Then the real pipeline runs with each number of
+workers. The CPU time of all its processes without startup, per image, minus the parts, is the overhead of batching,
+transfer to the main process and Grain. Images per second are wall-clock times and need an otherwise idle machine; the
+load before is printed.
 """
 
 import argparse
@@ -66,7 +67,9 @@ def main() -> None:
     for part, words in _PARTS.items():
         print(f"{words:48}" + "".join(f"{spent.get(part, 0.0):14.3f}" for spent in parts.values()))
     print(f"{'all but reading':48}" + "".join(f"{totals[n] - spent['read']:14.3f}" for n, spent in parts.items()))
-    print(f"{'for comparison: decode whole images':48}" + "".join(f"{spent['whole']:14.3f}" for spent in parts.values()))
+    print(
+        f"{'for comparison: decode whole images':48}" + "".join(f"{spent['whole']:14.3f}" for spent in parts.values())
+    )
     if not arguments.data:
         small, large = (totals[name] - parts[name]["read"] for name in parts)
         pixels = (max(_SYNTHETIC_SIZES) / min(_SYNTHETIC_SIZES)) ** 2
@@ -100,7 +103,9 @@ def time_parts(source: records.RecordSource, crops: pipeline.Crops, images: int)
     pipeline.keep_memory()
     rng = np.random.default_rng(0)
     info, places = source.info, tuple(range(len(source.info.bands)))
-    out = {name: np.empty((number, size, size, len(places)), info.dtype) for name, (number, size, _) in crops.specs.items()}
+    out = {
+        name: np.empty((number, size, size, len(places)), info.dtype) for name, (number, size, _) in crops.specs.items()
+    }
     spent = defaultdict(float)
     images = min(images, 8 * len(source))
     warm_up = images // 4
@@ -156,7 +161,8 @@ def _cpu() -> float:
 
 
 def _make_records(folder: pathlib.Path, side: int, number: int) -> records.RecordSource:
-    """Synthetic images of `side` x `side` pixels with the spectrum of natural images, as JPEG of quality 90 (512 px: 100 kB)."""
+    """Synthetic images of `side` x `side` pixels with the spectrum of natural images, as JPEG of quality 90 (512 px:
+    100 kB)."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     shard = folder / "made.array_record"

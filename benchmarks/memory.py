@@ -3,9 +3,9 @@
     python benchmarks/memory.py --topology v5e:4x4                        # ViT-B/16 at 448 px, bf16
     python benchmarks/memory.py --topology local --config configs/demo.py --batches 8 16
 
-Compiles the step for each row with both numbers of images per chip in `--batches`, to separate memory per image from constant
-memory. Nothing is run. In the dense variant, both networks see all patches of the same crops; without masks there are no
-learnable tokens and no pixel loss. Networks, heads, the other losses and drop path are the same.
+Compiles the step for each row with both numbers of images per chip in `--batches`, to separate memory per image from
+constant memory. Nothing is run. In the dense variant, both networks see all patches of the same crops; without masks
+there are no learnable tokens and no pixel loss. Networks, heads, the other losses and drop path are the same.
 A TPU topology needs libtpu (the extra `tpu`).
 """
 
@@ -40,10 +40,14 @@ class Dense(PerA):
             tokens, views = jax.lax.optimization_barrier((tokens, views))  # one network after the other, as in PerA
             for kind, view in views.items():
                 depth = drop_path[kind] if drop_path and name == "student" else None
-                token = self.encoder.apply({"params": tree["backbone"]}, getattr(view, name), drop_path=depth)["class_token"]
+                token = self.encoder.apply({"params": tree["backbone"]}, getattr(view, name), drop_path=depth)[
+                    "class_token"
+                ]
                 tokens[name].append(rearrange(token, "(b v) d -> b v d", v=self.crops[kind].number))
         student, teacher = (
-            prototypes.Prototypes(*self.prototype_head.apply({"params": tree["prototype_head"]}, jnp.concatenate(x, axis=1)))
+            prototypes.Prototypes(
+                *self.prototype_head.apply({"params": tree["prototype_head"]}, jnp.concatenate(x, axis=1))
+            )
             for tree, x in ((params, tokens["student"]), (teacher, tokens["teacher"]))
         )
         teacher, class_tokens = jax.lax.stop_gradient((teacher, jnp.concatenate(tokens["teacher"], axis=1)))
@@ -59,7 +63,8 @@ def dense(config, bands, device=None):
 
 
 def measure(config, devices, batches: tuple[int, int], make) -> dict:
-    """Memory of the step per device for two batch sizes, and a linear fit; "refused" if the compiler ran out of memory."""
+    """Memory of the step per device for two batch sizes, and a linear fit; "refused" if the compiler ran out of
+    memory."""
     trials = [plan.compile_step(config, devices, images, make) for images in batches]
     for trial in trials:
         if not trial.text:  # the size in the error is after memory reduction, so it is not comparable
@@ -96,7 +101,10 @@ def main() -> None:
             duration = f"({time.perf_counter() - began:.0f} s)"
             if "refused" in row:
                 needed = f", {row['wanted'] / _GB:.1f} GB needed" if row["wanted"] else ""
-                print(f"{name:8}{remat:8}out of memory for {row['refused']} images per chip{needed}   {duration}", flush=True)
+                print(
+                    f"{name:8}{remat:8}out of memory for {row['refused']} images per chip{needed}   {duration}",
+                    flush=True,
+                )
             else:
                 largest = ", ".join(f"{images:,}" for images in row["largest"].values())
                 print(

@@ -4,13 +4,14 @@
     python benchmarks/step.py --config configs/pera_vitb16.py --batch 16 --no-run
     python benchmarks/step.py --config configs/demo.py --set model.width=192 --set batch_size=32 --json step.json
 
-Runs the training step on random crops on all local devices. Needs jax, flax, optax, einops and ml_collections, but no data
-library.
+Runs the training step on random crops on all local devices. Needs jax, flax, optax, einops and ml_collections, but no
+data library.
 
 FLOPs are counted in three ways: those of the method, by arithmetic; the matrix products of the traced step, loop bodies
-once per iteration; and XLA's cost analysis, with elementwise operations. XLA counts the body of a loop only once, so the
-loops over blocks and pairs are unrolled for it. The logits of the class loss are always recomputed in the backward pass,
-which the last two numbers include. The loop over crops for color jitter on CPU has no matrix product and is not unrolled.
+once per iteration; and XLA's cost analysis, with elementwise operations. XLA counts the body of a loop only once, so
+the loops over blocks and pairs are unrolled for it. The logits of the class loss are always recomputed in the backward
+pass, which the last two numbers include. The loop over crops for color jitter on CPU has no matrix product and is not
+unrolled.
 
 On CPUs with glibc, GLIBC_TUNABLES=glibc.malloc.hugetlb=1 before the command avoids page faults (system time).
 """
@@ -134,7 +135,9 @@ def show(result: dict) -> None:
     for name, words in rows.items():
         if name in count:
             print(f"{words:44}{count[name] / 1e6:18,.1f}   {count[name] / count['method']:.3f} x the method")
-    print("Traced: loop bodies once per iteration. XLA: before fusion, one device; on CPU, color jitter of one crop only.")
+    print(
+        "Traced: loop bodies once per iteration. XLA: before fusion, one device; on CPU, color jitter of one crop only."
+    )
     if "bytes" not in result:
         return
     print()

@@ -2,12 +2,12 @@
 
 Command:  pera-jax train --config aid_small --config.data.path=shards/aid --workdir runs/aid
 Cost:     128,000 images; 3,600 CPU-seconds on cores that reach 35 GFLOP/s in a float32 matrix product.
-Results:  docs/evaluate.md, "Half an hour on two cores". Probe it with `--image-size 128`: crops show a scene at a larger
-          scale than whole images resized to the crop size, and small patches benefit from the finer grid.
+Results:  docs/evaluate.md, "Half an hour on two cores". Probe it with `--image-size 128`: crops show a scene at a
+          larger scale than whole images resized to the crop size, and small patches benefit from the finer grid.
 
-Hyperparameters were chosen on held-out images of the training split, with a quarter of the steps: patches of 8 px on crops of
-64 px had 8 points more kNN accuracy than patches of 16 px on crops of 96 px at equal cost; a batch of 32 with twice the steps
-was better than 64; a peak learning rate of 2.5e-3 lost 4 points.
+Hyperparameters were chosen on held-out images of the training split, with a quarter of the steps: patches of 8 px on
+crops of 64 px had 8 points more kNN accuracy than patches of 16 px on crops of 96 px at equal cost; a batch of 32 with
+twice the steps was better than 64; a peak learning rate of 2.5e-3 lost 4 points.
 """
 
 from pera_jax import config as configs

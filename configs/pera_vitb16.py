@@ -4,8 +4,8 @@ Command:  pera-jax train --config pera_vitb16 --config.data.path=SHARDS --workdi
 Cost:     86 M parameters in the backbone; 425 GFLOP per image (docs/cost.md).
 Results:  none yet; it has not been trained to the end.
 
-The paper gives the batch per GPU (16) but not the number of GPUs, so batch_size is a choice; the learning rate is not scaled
-with it. KoLeo and drop path work on groups of 16 images, the batch of one GPU in the paper, on any mesh.
+The paper gives the batch per GPU (16) but not the number of GPUs, so batch_size is a choice; the learning rate is not
+scaled with it. KoLeo and drop path work on groups of 16 images, the batch of one GPU in the paper, on any mesh.
 """
 
 from pera_jax import config as configs

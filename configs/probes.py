@@ -14,7 +14,8 @@ ZURICH = ("road", "building", "tree", "grass", "bare soil", "water", "railway", 
 def get_config(argument=None):
     del argument
     aid = dict(data="shards/aid", image_size=128)
-    # Chosen on held-out labels for patches of 8 px. For patches of 14 or 16 px, use the default window 224 and stride 112.
+    # Chosen on held-out labels for patches of 8 px. For patches of 14 or 16 px, use the default window 224 and stride
+    # 112.
     window = dict(window=64, stride=32)
     return ConfigDict(
         dict(

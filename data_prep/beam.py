@@ -4,13 +4,14 @@
     python -m data_prep.beam tfds --dataset /mnt/tfds/eurosat/rgb/2.0.0 --output /mnt/shards/eurosat --split train \\
         -- --runner=FlinkRunner --flink_master=HOST:8081 --environment_type=DOCKER --environment_config=IMAGE
 
-First the command (images, scenes or tfds) with its options, as in `python -m data_prep.COMMAND`; after -- the options of
-Beam. The dataset folder is the same byte for byte as without Beam, and either command can resume the other.
+First the command (images, scenes or tfds) with its options, as in `python -m data_prep.COMMAND`; after -- the options
+of Beam. The dataset folder is the same byte for byte as without Beam, and either command can resume the other.
 
 * Inputs and --output must be on a mount that this machine and all workers see under the same path (NFS, Filestore, a
   bucket with gcsfuse), since workers write shards directly.
 * A compressed tar is read from the start for each shard: unpack it, or convert it to a plain tar or zip.
-* Workers need this package and its requirements, for example a container image with requirements-beam.txt and this checkout.
+* Workers need this package and its requirements, for example a container image with requirements-beam.txt and this
+  checkout.
 * Equal bytes require equal encoders: changed images are encoded by Pillow, whose versions may differ.
   Pillow 12.3 (requirements-beam.txt) and 13.0 (requirements.txt) write the same bytes; `make test-beam` compares them.
 """

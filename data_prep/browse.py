@@ -3,9 +3,10 @@
     python -m data_prep.browse shards/aid --output aid.html
     python -m data_prep.browse shards/sentinel2 --output sentinel2.html --bands nir,red,green --images 96
 
-The page has the metadata of the dataset and, for each split, sample images, counts of classes and sizes, locations and dates
-of tiles, band statistics with histograms, and the report of the conversion. It needs no network and contains no scripts.
-Sizes, classes and locations are counted over all records, or over a random sample of 100,000 for larger splits.
+The page has the metadata of the dataset and, for each split, sample images, counts of classes and sizes, locations and
+dates of tiles, band statistics with histograms, and the report of the conversion. It needs no network and contains no
+scripts. Sizes, classes and locations are counted over all records, or over a random sample of 100,000 for larger
+splits.
 """
 
 import argparse
@@ -30,7 +31,9 @@ def main(argv: list[str] | None = None) -> None:
     """The command. Raises UserError."""
     parser = argparse.ArgumentParser(prog="python -m data_prep.browse", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=paths.local_path, help="dataset folder")
-    parser.add_argument("--output", type=paths.local_path, required=True, help="the HTML file to write; an earlier page is replaced")
+    parser.add_argument(
+        "--output", type=paths.local_path, required=True, help="the HTML file to write; an earlier page is replaced"
+    )
     parser.add_argument("--split", help="only this split")
     parser.add_argument("--bands", metavar="R,G,B", help="bands to show as red, green, blue; or one band as gray")
     parser.add_argument("--images", type=int, default=48, metavar="N", help="images per split (default: %(default)s)")
@@ -41,7 +44,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.seed < 0:
         raise UserError(f"--seed is {args.seed}; it must be >= 0")
     if args.output.is_dir() or not args.output.resolve().parent.is_dir():
-        raise UserError(f"--output {args.output} is a folder, or its folder does not exist; choose a file in an existing folder")
+        raise UserError(
+            f"--output {args.output} is a folder, or its folder does not exist; choose a file in an existing folder"
+        )
 
     owned.check(args.output)
     info, names = folder_info.load(args.folder, args.split)
@@ -52,7 +57,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         files.write(args.output, content := html.document(info.name, parts, page.STYLE))
     except OSError as error:
-        raise UserError(f"cannot write {args.output}: {error.strerror}; free disk space or choose another file") from error
+        raise UserError(
+            f"cannot write {args.output}: {error.strerror}; free disk space or choose another file"
+        ) from error
     print(f"written to {printable(args.output)}, {len(content) / 1e6:.1f} MB")
 
 

@@ -3,9 +3,9 @@
     python -m data_prep.demo_mosaics --output mosaics
 
 makes mosaics/cover/{train,test}/{image,label} with classes.txt, and mosaics/change/{train,test}/{A,B,label}, as
-`pera_jax.data.labelled.scenes` reads them. A scene is a patchwork of fields, each filled with the layout of one class of
-`data_prep.demo_scenes`; one exposure for the whole. The second date of a pair has an exposure of its own, and roofs where
-some fields were; every fourth pair shows no change.
+`pera_jax.data.labelled.scenes` reads them. A scene is a patchwork of fields, each filled with the layout of one class
+of `data_prep.demo_scenes`; one exposure for the whole. The second date of a pair has an exposure of its own, and roofs
+where some fields were; every fourth pair shows no change.
 """
 
 import argparse
@@ -78,7 +78,8 @@ def layout(rng: np.random.Generator) -> np.ndarray:
 
 
 def pair(rng: np.random.Generator, fields: np.ndarray, changes: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The classes of the fields, int [fields], at two dates: up to two become buildings; with `changes`, at least one."""
+    """The classes of the fields, int [fields], at two dates: up to two become buildings; with `changes`, at least
+    one."""
     before = rng.integers(0, len(CLASSES), _FIELDS)
     shown = np.unique(fields)
     before[shown[0]] = (BUILT + 1) % len(CLASSES)  # at least one field to build on

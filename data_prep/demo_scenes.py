@@ -2,9 +2,9 @@
 
     python -m data_prep.demo_scenes --output scenes
 
-The classes differ in layout (rows, circles, grids, bands, single objects), while colors, brightness and contrast come from
-the same distributions, so that color statistics say little about the class. Each image only depends on --seed, --size and
-its number. Rendering takes about 9 ms per image.
+The classes differ in layout (rows, circles, grids, bands, single objects), while colors, brightness and contrast come
+from the same distributions, so that color statistics say little about the class. Each image only depends on --seed,
+--size and its number. Rendering takes about 9 ms per image.
 """
 
 import argparse
@@ -35,7 +35,9 @@ def main(argv: list[str] | None = None) -> None:
     """The command. Raises UserError."""
     parser = argparse.ArgumentParser(prog="python -m data_prep.demo_scenes", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=paths.local_path, required=True, help="folder to create")
-    parser.add_argument("--images", type=int, default=1500, help="total number; a fifth is for testing (default: %(default)s)")
+    parser.add_argument(
+        "--images", type=int, default=1500, help="total number; a fifth is for testing (default: %(default)s)"
+    )
     parser.add_argument("--size", type=int, default=128, help="image size in pixels (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     args = parser.parse_args(argv)
@@ -134,7 +136,8 @@ def expose(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     wanted = np.array([0.016 + cast[0], 0.012 + cast[1], -0.028 - cast.sum()])
     chroma = (chroma + 0.6 * (wanted - chroma.mean(axis=(0, 1)))) * rng.uniform(0.8, 1.4)
     purple = np.clip((chroma[..., 0] + chroma[..., 2]) / 2 - chroma[..., 1] - 0.01, 0, None)
-    chroma += purple[..., None] * np.array([-0.3, 0.6, -0.3])  # otherwise gray areas in green scenes would become purple
+    # otherwise gray areas in green scenes would become purple
+    chroma += purple[..., None] * np.array([-0.3, 0.6, -0.3])
     picture = gray + chroma
     picture += rng.normal(0, rng.uniform(0.004, 0.014), picture.shape[:2])[..., None]
     levels = (np.clip(picture, 0, 1) * 255).round().astype(np.uint8)

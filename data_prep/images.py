@@ -16,8 +16,9 @@
 * OUTPUT/SPLIT.report.json accounts for every input as written, duplicate, rejected or failed, and lists images that are
   exact duplicates, smaller than --min-side, or blank; --drop leaves these out. OUTPUT/SPLIT.inputs.csv has the complete
   list. More than --max-corrupt-fraction of failed images is an error.
-* After a kill or a full disk, re-run the same command to resume after the finished shards. It must have the same relative
-  paths, file sizes and options; --workers and --max-corrupt-fraction may differ. A complete split is not changed.
+* After a kill or a full disk, re-run the same command to resume after the finished shards. It must have the same
+  relative paths, file sizes and options; --workers and --max-corrupt-fraction may differ. A complete split is not
+  changed.
 """
 
 import argparse
@@ -38,7 +39,9 @@ from pera_jax.data import file_tree, records
 def main(argv: list[str] | None = None, driver: Callable = run_jobs) -> None:
     """The command; `driver` runs the jobs, see `run` of `folder.write_split`. Raises UserError."""
     parser = argparse.ArgumentParser(prog="python -m data_prep.images", description=__doc__.splitlines()[0])
-    parser.add_argument("--input", type=paths.local_path, required=True, nargs="+", help="folder of images, or archives")
+    parser.add_argument(
+        "--input", type=paths.local_path, required=True, nargs="+", help="folder of images, or archives"
+    )
     parser.add_argument("--no-labels", action="store_true", help="do not use folders as classes")
     parser.add_argument("--follow-links", action="store_true", help="follow links that lead out of the folder")
     command.add_options(parser)
@@ -84,7 +87,9 @@ def make_split(
     """The plan of the conversion."""
     digest = inventory.digest([records.FORMAT_VERSION, dataset, name, inventory.class_names, shards, options])
     bands = list(records.RGB)
-    return split_plan.Split(output, dataset, name, bands, "uint8", inventory.class_names, False, inventory, shards, digest)
+    return split_plan.Split(
+        output, dataset, name, bands, "uint8", inventory.class_names, False, inventory, shards, digest
+    )
 
 
 def convert_file(item: Item, **options) -> pixels.Stored:

@@ -4,24 +4,24 @@
     python -m data_prep.scenes --input naip_2020.tif --output shards/naip --split train --tile 640m --stride 320m \
         --gsd 2.5 --bands red,green,blue --band-names red,green,blue,nir
 
-* Scenes: files below the folders of --input whose names end in tif or tiff (any case); files passed directly may have any
-  format that rasterio opens (JPEG 2000, PNG, VRT). They are read by windows, so their size does not matter. Bands, nodata
-  and resampling: see `data_prep.geo.scene_reader`.
-* Tiles: see `data_prep.geo.scene_grid`. A tile is left out if more than --max-nodata of any band is nodata, or if a band
-  has no data at all.
-* Bands: --bands selects and orders bands by number (from 1) or name; --band-names names all bands of the files in order,
-  including an alpha band if it is an ordinary band.
-* Values: uint8, uint16 or float32, unchanged. --scale apply stores value * scale + offset as float32; it must be set if the
-  scales of the scenes differ. --nodata adds nodata values to those declared in the files.
+* Scenes: files below the folders of --input whose names end in tif or tiff (any case); files passed directly may have
+  any format that rasterio opens (JPEG 2000, PNG, VRT). They are read by windows, so their size does not matter. Bands,
+  nodata and resampling: see `data_prep.geo.scene_reader`.
+* Tiles: see `data_prep.geo.scene_grid`. A tile is left out if more than --max-nodata of any band is nodata, or if a
+  band has no data at all.
+* Bands: --bands selects and orders bands by number (from 1) or name; --band-names names all bands of the files in
+  order, including an alpha band if it is an ordinary band.
+* Values: uint8, uint16 or float32, unchanged. --scale apply stores value * scale + offset as float32; it must be set if
+  the scales of the scenes differ. --nodata adds nodata values to those declared in the files.
 * Scenes that differ from the majority (dtype, bands, no georeference) are left out and listed.
-* Records: three bands of uint8 as PNG, everything else as TIFF. Nodata pixels are stored as the minimum of the tile's band,
-  at most 0, and do not count in the histogram. The key is SCENE/ROW_COLUMN in grid pixels; `place` is documented in
-  `scene_place.place`.
-* Order: tiles are assigned to shards by a hash of the key, so that shards mix locations; within a shard they have the order
-  of the scenes, so that each part of a file is read once.
+* Records: three bands of uint8 as PNG, everything else as TIFF. Nodata pixels are stored as the minimum of the tile's
+  band, at most 0, and do not count in the histogram. The key is SCENE/ROW_COLUMN in grid pixels; `place` is documented
+  in `scene_place.place`.
+* Order: tiles are assigned to shards by a hash of the key, so that shards mix locations; within a shard they have the
+  order of the scenes, so that each part of a file is read once.
 * OUTPUT/SPLIT.report.json accounts for every tile, and for every file without tiles, as in `data_prep.images`.
-* Damaged files: the readable tiles are kept. More than --max-corrupt-fraction of scenes that cannot be opened, or of tiles
-  that cannot be read, is an error.
+* Damaged files: the readable tiles are kept. More than --max-corrupt-fraction of scenes that cannot be opened, or of
+  tiles that cannot be read, is an error.
 * After a kill or a full disk, re-run the same command to resume after the finished shards, as with `data_prep.images`.
 """
 
@@ -60,7 +60,9 @@ def main(argv: list[str] | None = None, driver: Callable = run_jobs) -> None:
     scenes, unreadable, unfit = scene_plan.look_at(files, args.max_corrupt_fraction, scaled)
     choices, others = scene_plan.choose_bands(files, scenes, args.bands, args.band_names)
     unfit |= others
-    tiles, others = scene_tiles.plan_tiles(files, scenes, unreadable, choices, args.tile, args.stride or args.tile, args.gsd)
+    tiles, others = scene_tiles.plan_tiles(
+        files, scenes, unreadable, choices, args.tile, args.stride or args.tile, args.gsd
+    )
     unfit |= others
     choices = {name: choice for name, choice in choices.items() if name not in unfit}
     names, dtype = next(iter(choices.values())).names, scenes[next(iter(choices))].dtype
@@ -76,8 +78,8 @@ def main(argv: list[str] | None = None, driver: Callable = run_jobs) -> None:
         print(f"{args.split}: already complete in {printable(args.output)}, {info.splits[args.split].records} records")
         return
     workers = f", {args.workers} workers" if driver is run_jobs else ""
-    print(f"{args.split}: {len(tiles)} tiles of {len(choices) + len(unreadable)} scenes, {several(names, 20)} of {dtype}, "
-          f"{split.shards} shards{workers}", flush=True)  # fmt: skip
+    print(f"{args.split}: {len(tiles)} tiles of {len(choices) + len(unreadable)} scenes, {several(names, 20)} of "
+          f"{dtype}, {split.shards} shards{workers}", flush=True)  # fmt: skip
     hints, odd = scene_hints.beforehand(split.items, dtype, names, args.nodata)
     for line in (*notes, *odd, *hints.values()):
         print(line, flush=True)
@@ -87,7 +89,9 @@ def main(argv: list[str] | None = None, driver: Callable = run_jobs) -> None:
         rejected=rejected + list(unfit.items()),
     )  # fmt: skip
     written = info.splits[args.split]
-    print(f"{args.split}: {written.records} records, {sum(written.shard_bytes) / 1e6:.1f} MB, in {printable(args.output)}")
+    print(
+        f"{args.split}: {written.records} records, {sum(written.shard_bytes) / 1e6:.1f} MB, in {printable(args.output)}"
+    )
     print_bands(names, written)
     if not scaled:  # values of the files, as --nodata takes them
         found = scene_hints.fills(statistics.load(args.output, args.split), dtype, names)
@@ -112,7 +116,8 @@ def _notes(scenes: dict, choices: dict, unfit: dict[str, str], scale: str | None
         notes.append(f"left out: {len(unfit)} of {len(unfit) + len(taken)} scenes: {shown}")
     if number := sum(choice.alpha is not None for choice in choices.values()):
         notes.append(
-            f"the alpha band of {number} scenes is used as data mask; if it is an ordinary band, name it in --band-names"
+            f"the alpha band of {number} scenes is used as data mask; if it is an ordinary band, name it in "
+            "--band-names"
         )
     if number := sum(scene.pages for scene in taken.values()):
         notes.append(f"{number} scenes have several pages, of which the first is used")
@@ -140,7 +145,9 @@ def _show(output: pathlib.Path, report: dict) -> None:
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m data_prep.scenes", description=__doc__.splitlines()[0])
-    parser.add_argument("--input", type=paths.local_path, required=True, nargs="+", help="folders of GeoTIFFs, or files")
+    parser.add_argument(
+        "--input", type=paths.local_path, required=True, nargs="+", help="folders of GeoTIFFs, or files"
+    )
     parser.add_argument("--output", type=paths.local_path, required=True, help="dataset folder; created if missing")
     parser.add_argument("--split", required=True, help="name of the split: train, test, ...")
     parser.add_argument(
@@ -148,19 +155,26 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--stride", type=length, metavar="L", help="step between tiles; default: the tile size")
     parser.add_argument("--gsd", type=_positive, metavar="M", help="meters per pixel; default: that of the scene")
-    parser.add_argument("--bands", type=_names, metavar="B,B", help="band numbers (from 1) or names; default: all except alpha")
+    parser.add_argument(
+        "--bands", type=_names, metavar="B,B", help="band numbers (from 1) or names; default: all except alpha"
+    )
     parser.add_argument("--band-names", type=_names, metavar="N,N", help="names for all bands of the files")
     parser.add_argument("--nodata", type=_number, nargs="+", default=[], metavar="V", help="nodata values in "
                         "addition to those declared in the files")  # fmt: skip
-    parser.add_argument("--scale", choices=("apply", "ignore"), help="what to do with scale and offset of the files; default: "
-                        "ignore, but an error where they differ")  # fmt: skip
+    parser.add_argument("--scale", choices=("apply", "ignore"), help="what to do with scale and offset of the files; "
+                        "default: ignore, but an error where they differ")  # fmt: skip
     parser.add_argument("--max-nodata", type=command.fraction, default=0.1, metavar="F", help="maximum fraction "
                         "of nodata pixels in a tile (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--workers", type=command.count, default=len(os.sched_getaffinity(0)), help="number of processes (default: all cores)")
-    parser.add_argument("--max-corrupt-fraction", type=command.fraction, default=0.05, metavar="F", help="maximum fraction "
-                        "of unreadable scenes, and of unreadable tiles (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--shard-size", type=command.count, metavar="N", help="tiles per shard; default: 512, or more where "
-                        "that would make over 512 shards")  # fmt: skip
+    parser.add_argument(
+        "--workers",
+        type=command.count,
+        default=len(os.sched_getaffinity(0)),
+        help="number of processes (default: all cores)",
+    )
+    parser.add_argument("--max-corrupt-fraction", type=command.fraction, default=0.05, metavar="F", help="maximum "
+                        "fraction of unreadable scenes, and of unreadable tiles (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--shard-size", type=command.count, metavar="N", help="tiles per shard; default: 512, or more "
+                        "where that would make over 512 shards")  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -172,7 +186,9 @@ def _positive(text: str) -> float:
 
 def _number(text: str) -> float:
     if not math.isfinite(float(text)):
-        raise argparse.ArgumentTypeError(f"expected a finite number, got {text}; NaN and infinity always count as nodata")
+        raise argparse.ArgumentTypeError(
+            f"expected a finite number, got {text}; NaN and infinity always count as nodata"
+        )
     return float(text)
 
 
@@ -196,8 +212,8 @@ def print_bands(names: list[str], split: records.SplitInfo) -> None:
 def convert_tile(item: Item, max_nodata: float, nodata: tuple[float, ...] = (), scaled: bool = False) -> Stored:
     """Reads and encodes one item of `scene_tiles.plan_tiles`; `nodata` and `scaled` as in `scene_reader.read`.
 
-    Raises ImageDecodeError if the file is damaged, Rejected if more than the fraction `max_nodata` of a band, or all of it,
-    is nodata.
+    Raises ImageDecodeError if the file is damaged, Rejected if more than the fraction `max_nodata` of a band, or all of
+    it, is nodata.
     """
     if not isinstance(item.part, Tile):
         raise codecs.ImageDecodeError(item.part[0])

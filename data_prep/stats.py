@@ -7,8 +7,8 @@ prints a table for each split; with --output it also writes SPLIT.statistics.csv
 SPLIT.histograms.png to that folder, which is created if missing.
 
 All values are in stored units, over all valid pixels. `low` and `high` are the range that maps to [0, 1] by default,
-`mean in range` and `std in range` are computed after that mapping. For float32 the histogram distinguishes values to 1/4096
-or better.
+`mean in range` and `std in range` are computed after that mapping. For float32 the histogram distinguishes values to
+1/4096 or better.
 """
 
 import argparse
@@ -68,7 +68,8 @@ def describe(info: records.DatasetInfo, split: str, counts: statistics.Histogram
     shares = (_LEAST, *statistics.PERCENTILES, 100.0)
     found = statistics.percentiles(counts, info.dtype, shares)  # [S, C]
     least, most = found[0], found[-1]
-    whole = [[low, high if high > low else low + 1.0] for low, high in zip(least, most)]  # the full range, without clipping
+    # the full range, without clipping
+    whole = [[low, high if high > low else low + 1.0] for low, high in zip(least, most)]
     mean, std = statistics.moments(counts, info.dtype, whole)
     extent = np.array([high - low for low, high in whole])
     in_range = statistics.moments(counts, info.dtype, ranges)
@@ -117,7 +118,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"written to {printable(args.output)}")
 
 
-def _write(output: pathlib.Path, info, split: str, counts: statistics.Histogram, described: list[BandStatistics]) -> None:
+def _write(
+    output: pathlib.Path, info, split: str, counts: statistics.Histogram, described: list[BandStatistics]
+) -> None:
     rows = [band.row() for band in described]
     table = io.StringIO()
     writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
@@ -136,7 +139,9 @@ def _write(output: pathlib.Path, info, split: str, counts: statistics.Histogram,
         for name, bytes_ in content.items():
             files.write(output / f"{split}.{name}", bytes_)
     except OSError as error:
-        raise UserError(f"cannot write to {output}: {error.strerror}; free disk space or choose another --output") from error
+        raise UserError(
+            f"cannot write to {output}: {error.strerror}; free disk space or choose another --output"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@
     python -m data_prep.tfds --dataset ~/tensorflow_datasets/eurosat/all/2.0.0 --tfds-split train --split train \\
         --output shards/eurosat13 --bands B01,B02,B03,B04,B05,B06,B07,B08,B09,B10,B11,B12,B8A
 
-* Dataset: a folder prepared by TFDS (with dataset_info.json and features.json), or the name NAME[/CONFIG][:VERSION] of a
-  dataset in --data-dir. It must be prepared with `--file_format=array_record`; other formats require TensorFlow.
+* Dataset: a folder prepared by TFDS (with dataset_info.json and features.json), or the name NAME[/CONFIG][:VERSION] of
+  a dataset in --data-dir. It must be prepared with `--file_format=array_record`; other formats require TensorFlow.
 * Images: the only image feature, or --image-feature; nested features are written OUTER/INNER. The encoded bytes of an
   `Image` are treated like a file: see `data_prep.convert.pixels`. JPEG and PNG that need no change are stored byte for
   byte. A `Tensor` [height, width, bands] of uint8, uint16 or float32 is stored losslessly with all bands.
-* Classes: the only `ClassLabel`, or --label-feature, with its names. Images with label -1 have no class and are rejected,
-  unless --no-labels is given.
+* Classes: the only `ClassLabel`, or --label-feature, with its names. Images with label -1 have no class and are
+  rejected, unless --no-labels is given.
 * Keys: the `tfds_id` of each example: its shard and its index there.
 * Report, cleaning, resuming and workers: as in `data_prep.images`.
 """
@@ -37,12 +37,22 @@ from pera_jax.data.tfds_sets import bands_of, feature_of, open_dataset, pick_ima
 def main(argv: list[str] | None = None, driver: Callable = run_jobs) -> None:
     """The command; `driver` runs the jobs, see `run` of `folder.write_split`. Raises UserError."""
     parser = argparse.ArgumentParser(prog="python -m data_prep.tfds", description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", required=True, type=paths.local, help="folder of a prepared dataset, or NAME[/CONFIG][:VERSION]")
-    parser.add_argument("--data-dir", type=paths.local, help=f"folder of the datasets named by --dataset; default: {constants.DATA_DIR}")
+    parser.add_argument(
+        "--dataset", required=True, type=paths.local, help="folder of a prepared dataset, or NAME[/CONFIG][:VERSION]"
+    )
+    parser.add_argument(
+        "--data-dir", type=paths.local, help=f"folder of the datasets named by --dataset; default: {constants.DATA_DIR}"
+    )
     parser.add_argument("--tfds-split", help="TFDS split or slice, e.g. train[:80%%]; default: that of --split")
-    parser.add_argument("--image-feature", metavar="NAME", help="image feature to convert; required if there are several")
-    parser.add_argument("--label-feature", metavar="NAME", help="ClassLabel feature to convert; required if there are several")
-    parser.add_argument("--bands", metavar="NAME,NAME,...", help="band names of a Tensor feature; default: band_1,band_2,...")
+    parser.add_argument(
+        "--image-feature", metavar="NAME", help="image feature to convert; required if there are several"
+    )
+    parser.add_argument(
+        "--label-feature", metavar="NAME", help="ClassLabel feature to convert; required if there are several"
+    )
+    parser.add_argument(
+        "--bands", metavar="NAME,NAME,...", help="band names of a Tensor feature; default: band_1,band_2,..."
+    )
     parser.add_argument("--no-labels", action="store_true", help="convert without classes")
     command.add_options(parser)
     command.add_range(parser)
@@ -58,7 +68,9 @@ def main(argv: list[str] | None = None, driver: Callable = run_jobs) -> None:
     options = command.conversion(args)
     if not isinstance(feature_of(builder, image), features.Image):
         if args.max_side or args.jpeg_quality or args.span or set(args.drop) - {"duplicates"}:
-            raise UserError(f"--max-side, --jpeg-quality, --range and --drop small,blank do not apply to the Tensor {image!r}")
+            raise UserError(
+                f"--max-side, --jpeg-quality, --range and --drop small,blank do not apply to the Tensor {image!r}"
+            )
         options = {}
 
     info = folder.existing_info(args.output)
@@ -73,7 +85,9 @@ def main(argv: list[str] | None = None, driver: Callable = run_jobs) -> None:
         builder.info.full_name, examples.pieces,
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode("ascii")).hexdigest()
-    split = split_plan.Split(args.output, dataset, args.split, bands, dtype, class_names, False, examples, shards, digest)
+    split = split_plan.Split(
+        args.output, dataset, args.split, bands, dtype, class_names, False, examples, shards, digest
+    )
     read = functools.partial(tfds_examples.read_bytes, **reading)
     convert = functools.partial(tfds_examples.convert_example, **reading, **options)
     command.write(split, read, convert, args, driver=driver)

@@ -6,13 +6,13 @@
 * Shards: exist, have the size and number of records given in info.json, and can be read.
 * Records: match their checksums, and contain images with the bands and dtype of the dataset and valid labels.
 * Fingerprint: recomputed from all records.
-* Histogram and statistics: SPLIT.histogram.npz is compared with the pixels, and info.json with the histogram. For lossless
-  images every value is compared; for JPEG, whose decoders differ by a gray level, the number of pixels and their mean to
-  two gray levels. Nodata pixels are not counted: the place of a tile gives their number and value.
+* Histogram and statistics: SPLIT.histogram.npz is compared with the pixels, and info.json with the histogram. For
+  lossless images every value is compared; for JPEG, whose decoders differ by a gray level, the number of pixels and
+  their mean to two gray levels. Nodata pixels are not counted: the place of a tile gives their number and value.
 * Files for TensorFlow Datasets: exist, and list the same splits, shards and classes.
 
-Every problem is reported with its shard and record number, counted from 0; the exit status is then 1. Changed bits in the
-padding of a shard, on which no record depends, are harmless and not detected.
+Every problem is reported with its shard and record number, counted from 0; the exit status is then 1. Changed bits in
+the padding of a shard, on which no record depends, are harmless and not detected.
 """
 
 import argparse
@@ -38,7 +38,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m data_prep.verify", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=paths.local_path, help="dataset folder")
     parser.add_argument("--split", help="check only this split")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="number of processes (default: all cores)")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="number of processes (default: all cores)"
+    )
     parser.add_argument("--json", type=paths.local_path, metavar="FILE", help="also write the findings to this file")
     args = parser.parse_args(argv)
     if args.workers < 1:
@@ -59,7 +61,9 @@ def main(argv: list[str] | None = None) -> None:
         try:
             files.write(args.json, owned.json_text(found))
         except OSError as error:
-            raise UserError(f"cannot write {args.json}: {error.strerror}; free disk space or choose another file") from error
+            raise UserError(
+                f"cannot write {args.json}: {error.strerror}; free disk space or choose another file"
+            ) from error
     if found["problems"]:
         raise UserError(f"{args.folder} is damaged, see the lines above; copy it again, or convert the dataset again")
     print(f"{printable(args.folder)} is valid")

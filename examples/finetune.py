@@ -2,8 +2,8 @@
 
     python examples/finetune.py exported aid --output tuned.pth
 
-reads aid/train/CLASS/NAME.jpg and aid/test/CLASS/NAME.jpg, and needs torch, torchvision and timm. The learning rate decays
-from the last block to the first (layer decay). The test images are used only once, after the last epoch.
+reads aid/train/CLASS/NAME.jpg and aid/test/CLASS/NAME.jpg, and needs torch, torchvision and timm. The learning rate
+decays from the last block to the first (layer decay). The test images are used only once, after the last epoch.
 """
 
 import argparse
@@ -23,11 +23,17 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", help="folder of the exported weights")
     parser.add_argument("data", type=pathlib.Path, help="folder with train/CLASS and test/CLASS")
-    parser.add_argument("--output", required=True, help="output file for the weights with the classifier, and the class names")
+    parser.add_argument(
+        "--output", required=True, help="output file for the weights with the classifier, and the class names"
+    )
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--learning-rate", type=float, default=5e-4, help="learning rate of the classifier (default: 5e-4)")
-    parser.add_argument("--layer-decay", type=float, default=0.75, help="learning rate factor from each block to the one before")
+    parser.add_argument(
+        "--learning-rate", type=float, default=5e-4, help="learning rate of the classifier (default: 5e-4)"
+    )
+    parser.add_argument(
+        "--layer-decay", type=float, default=0.75, help="learning rate factor from each block to the one before"
+    )
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args(argv)
 
@@ -35,18 +41,25 @@ def main(argv: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     stored = json.loads((pathlib.Path(options.weights) / "config.json").read_text())["pera_jax"]
     if (stored["bands"], stored["dtype"]) != (["red", "green", "blue"], "uint8"):
-        raise SystemExit(f"{options.weights} expects {stored['dtype']} images with the bands {', '.join(stored['bands'])}, got RGB files; export RGB weights")
+        raise SystemExit(
+            f"{options.weights} expects {stored['dtype']} images with the bands {', '.join(stored['bands'])}, got RGB "
+            "files; export RGB weights"
+        )
 
     size, to_input = stored["image_size"], [v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
                                             v2.Normalize(stored["mean"], stored["std"])]  # fmt: skip
-    augment = v2.Compose([v2.RandomResizedCrop(size, (0.4, 1)), v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(), *to_input])
+    augment = v2.Compose(
+        [v2.RandomResizedCrop(size, (0.4, 1)), v2.RandomHorizontalFlip(), v2.RandomVerticalFlip(), *to_input]
+    )
     train = datasets.ImageFolder(options.data / "train", augment)
     test = datasets.ImageFolder(options.data / "test", v2.Compose([v2.Resize(size), *to_input]))
     if train.classes != test.classes:
         raise SystemExit(f"the class folders of train and test differ in {options.data}; give both the same classes")
     batches = DataLoader(train, options.batch_size, shuffle=True, num_workers=options.workers)
 
-    model = timm.create_model(f"local-dir:{options.weights}", pretrained=True, num_classes=len(train.classes)).to(device)
+    model = timm.create_model(f"local-dir:{options.weights}", pretrained=True, num_classes=len(train.classes)).to(
+        device
+    )
     groups = timm.optim.param_groups_layer_decay(model, weight_decay=0.05, layer_decay=options.layer_decay)
     groups = [group | {"lr": options.learning_rate * group["lr_scale"]} for group in groups]
     optimizer, total = torch.optim.AdamW(groups), options.epochs * len(batches)

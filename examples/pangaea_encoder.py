@@ -3,8 +3,8 @@
     encoder = PerA("exported", {"optical": ["B4", "B3", "B2"]})
     maps = encoder({"optical": images})  # [B, C, H, W] or [B, C, T, H, W] -> a list of [B, D, h, w]
 
-In the PANGAEA repository, derive the class from its `Encoder` instead of `torch.nn.Module`, and remove normalization from the
-preprocessing: the encoder takes stored values and normalizes them with the statistics stored beside its weights.
+In the PANGAEA repository, derive the class from its `Encoder` instead of `torch.nn.Module`, and remove normalization
+from the preprocessing: the encoder takes stored values and normalizes them with the statistics stored beside its weights.
 """
 
 import json
@@ -23,7 +23,8 @@ class PerA(torch.nn.Module):
         """
         Args:
           folder: the exported folder.
-          input_bands: {modality: band names in the benchmark}, in the order of the bands of the weights; default: the latter.
+          input_bands: {modality: band names in the benchmark}, in the order of the bands of the weights; default: the
+            latter.
           output_layers: 0-based block indices; default: four, evenly spaced.
         """
         super().__init__()

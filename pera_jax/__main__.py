@@ -10,7 +10,10 @@ COMMANDS = {
     "features": (("pera_jax.export", "features"), "write the features of a whole dataset as NumPy arrays"),
     "export": (("pera_jax.export",), "export weights to timm, PyTorch or StableHLO, or import them"),
     "report": (("pera_jax.report",), "write an HTML page with figures, scores and curves of a run"),
-    "plan": (("pera_jax.plan",), "predict the memory and cost of a training, also on TPUs that this machine does not have"),
+    "plan": (
+        ("pera_jax.plan",),
+        "predict the memory and cost of a training, also on TPUs that this machine does not have",
+    ),
     "prep-images": (("data_prep.images",), "convert a folder of images, or archives, to a dataset folder"),
     "prep-scenes": (("data_prep.scenes",), "cut georeferenced scenes into tiles of a dataset folder"),
     "prep-tfds": (("data_prep.tfds",), "convert a TensorFlow dataset to a dataset folder"),
@@ -28,7 +31,9 @@ def overview() -> str:
     """The text of `pera-jax --help`."""
     width = max(map(len, COMMANDS))
     lines = (f"  {name:{width}}  {about}" for name, (_, about) in COMMANDS.items())
-    return "\n".join(["usage: pera-jax COMMAND [options]", "", *lines, "", "pera-jax COMMAND --help lists the options."])
+    return "\n".join(
+        ["usage: pera-jax COMMAND [options]", "", *lines, "", "pera-jax COMMAND --help lists the options."]
+    )
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """The bands that a network takes, their order, and how stored values are mapped to [0, 1] and normalized.
 
-Set once, at the start of a run, from the config and the dataset, and stored with the weights, so that raw values are always
-mapped as they were in training.
+Set once, at the start of a run, from the config and the dataset, and stored with the weights, so that raw values are
+always mapped as they were in training.
 """
 
 import dataclasses
@@ -81,7 +81,9 @@ class Bands:
             if name not in info.bands:
                 raise UserError(f"{folder} has no band {name!r}; it has {several(info.bands, 20)}")
         if info.dtype != self.dtype:
-            raise UserError(f"expected {self.dtype} values in {folder}, got {info.dtype}; convert the dataset to {self.dtype}")
+            raise UserError(
+                f"expected {self.dtype} values in {folder}, got {info.dtype}; convert the dataset to {self.dtype}"
+            )
         return [info.bands.index(name) for name in self.names]
 
 
@@ -89,7 +91,8 @@ def rgb_indices(wanted: Sequence[str], names: Sequence[str]) -> tuple[int, int, 
     """The indices of the red, green and blue channels; None if there are none.
 
     Args:
-      wanted: `config.data.rgb`: the names of the three bands, or () to use `names` if they are exactly red, green, blue.
+      wanted: `config.data.rgb`: the names of the three bands, or () to use `names` if they are exactly red, green,
+        blue.
       names: band names, in channel order.
 
     Raises:
@@ -117,8 +120,8 @@ def band_order(source: Sequence[str], target: Sequence[str]) -> list[int] | None
 
 
 def visible(bands: Bands, rgb: Sequence[str]) -> tuple[int, int, int]:
-    """The channels that a picture shows as red, green and blue: those of `config.data.rgb` if known, else the first three
-    bands, or the first band as gray."""
+    """The channels that a picture shows as red, green and blue: those of `config.data.rgb` if known, else the first
+    three bands, or the first band as gray."""
     return rgb_indices(rgb, bands.names) or ((0, 1, 2) if len(bands) > 2 else (0, 0, 0))
 
 

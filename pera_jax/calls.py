@@ -1,7 +1,7 @@
 """Calls from programs and notebooks: modules that can be called, and logging that stays as the program has set it.
 
-`pera_jax.train` is the module of a command and the function that does its work. The import of a submodule binds its name
-in the package, so a function of that name there would be replaced by it: the module itself is made callable.
+`pera_jax.train` is the module of a command and the function that does its work. The import of a submodule binds its
+name in the package, so a function of that name there would be replaced by it: the module itself is made callable.
 """
 
 import contextlib
@@ -26,8 +26,8 @@ def make_callable(module: str, function: Callable) -> None:
 def logging_unchanged() -> Iterator[None]:
     """While entered, and for a function as a decorator: the root logger has no other handlers afterwards.
 
-    Orbax logs with absl, which calls `logging.basicConfig()` where the root logger has no handler. The program's own call
-    of it would do nothing then.
+    Orbax logs with absl, which calls `logging.basicConfig()` where the root logger has no handler. The program's own
+    call of it would do nothing then.
     """
     before = list(logging.root.handlers)
     try:

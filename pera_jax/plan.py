@@ -4,8 +4,8 @@
     python -m pera_jax.plan --config pera_vitb16 --topology v6e:4x4 --per_device_batch 32 --no-search
     python -m pera_jax.plan --config demo --topology local
 
-A TPU topology needs the extra `tpu`: libtpu, whose compiler runs without TPUs. `local` means the devices of this machine.
-Nothing is run: memory and collectives are the compiler's own numbers for one chip.
+A TPU topology needs the extra `tpu`: libtpu, whose compiler runs without TPUs. `local` means the devices of this
+machine. Nothing is run: memory and collectives are the compiler's own numbers for one chip.
 """
 
 import argparse
@@ -53,8 +53,8 @@ def devices_of(topology: str) -> list[Any]:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as error:  # the type depends on the version of JAX
         raise UserError(
-            f"--topology {topology!r} is invalid ({first_line(error)}); expected local, or a TPU topology such as v5e:16x16, v6e:8x8 "
-            "or v5p:4x4x8"
+            f"--topology {topology!r} is invalid ({first_line(error)}); expected local, or a TPU topology such as "
+            "v5e:16x16, v6e:8x8 or v5p:4x4x8"
         ) from error
 
 
@@ -164,7 +164,10 @@ def plan(config, topology: str, per_device: int | None, search: bool, images: in
     if per_device is None:
         per_device = config.batch_size // shards
     if per_device < 1:
-        raise UserError(f"batch_size={config.batch_size} is smaller than the {shards} data shards of the mesh; set --per_device_batch")
+        raise UserError(
+            f"batch_size={config.batch_size} is smaller than the {shards} data shards of the mesh; set "
+            "--per_device_batch"
+        )
     limit = chip.memory_bytes - _RESERVED if chip else math.inf
 
     def measure(count: int) -> Trial:
@@ -200,8 +203,10 @@ def plan(config, topology: str, per_device: int | None, search: bool, images: in
     }  # fmt: skip
     if chip:
         seconds = sum(parts.values()) * batch / (share * chip.peak_flops * len(devices))
-        result["run"] |= {"seconds_per_step": seconds, "images_per_second": batch / seconds,
-                          "hours": total * seconds / 3600, "chip_hours": len(devices) * total * seconds / 3600}  # fmt: skip
+        result["run"] |= {
+            "seconds_per_step": seconds, "images_per_second": batch / seconds, "hours": total * seconds / 3600,
+            "chip_hours": len(devices) * total * seconds / 3600,
+        }  # fmt: skip
     return result
 
 
@@ -219,7 +224,9 @@ def show(result: dict) -> str:
     if memory is None:
         lines.append("DOES NOT FIT: the compiler runs out of memory")
     elif not result["compiled"]:
-        lines.append(f"DOES NOT FIT: the compiler runs out of memory, {memory['temporaries'] / _GIB:.1f} GiB are needed")
+        lines.append(
+            f"DOES NOT FIT: the compiler runs out of memory, {memory['temporaries'] / _GIB:.1f} GiB are needed"
+        )
     else:
         total = memory["arguments"] + memory["temporaries"]
         lines += [
@@ -252,12 +259,22 @@ def show(result: dict) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m pera_jax.plan", description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="a name such as pera_vitb16 or demo:smoke, or a file")
-    parser.add_argument("--topology", required=True, help="TPU topology such as v5e:16x16, v6e:16x16 or v5p:4x4x8, or local")
-    parser.add_argument("--per_device_batch", type=int, help="images per device (default: from the config's batch_size)")
+    parser.add_argument(
+        "--topology", required=True, help="TPU topology such as v5e:16x16, v6e:16x16 or v5p:4x4x8, or local"
+    )
+    parser.add_argument(
+        "--per_device_batch", type=int, help="images per device (default: from the config's batch_size)"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="override a config field")
-    parser.add_argument("--no-search", action="store_true", help="compile once, without searching for the largest batch that fits")
-    parser.add_argument("--images", type=int, default=5_000_000, help="number of images in the dataset (default: %(default)s)")
-    parser.add_argument("--share", type=float, default=0.4, help="assumed fraction of peak FLOP/s (default: %(default)s)")
+    parser.add_argument(
+        "--no-search", action="store_true", help="compile once, without searching for the largest batch that fits"
+    )
+    parser.add_argument(
+        "--images", type=int, default=5_000_000, help="number of images in the dataset (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--share", type=float, default=0.4, help="assumed fraction of peak FLOP/s (default: %(default)s)"
+    )
     parser.add_argument("--json", type=paths.local_path, help="also write the numbers to this file")
     arguments = parser.parse_args(argv)
     if not 0 < arguments.share <= 1 or arguments.images < 1 or (arguments.per_device_batch or 1) < 1:

@@ -28,12 +28,13 @@ from pera_jax.probes.runner.job import ENCODERS, Job, load_network
 @calls.logging_unchanged()
 def probe(
     run: str | os.PathLike, tasks: Sequence[str] = ("knn", "linear"), *, data: str | os.PathLike | None = None,
-    config: str | os.PathLike | None = None, changes: Mapping[str, Any] | Sequence[str] = (), train_split: str | None = None,
-    test_split: str | None = None, labels: str | os.PathLike | None = None, image_size: int | None = None,
+    config: str | os.PathLike | None = None, changes: Mapping[str, Any] | Sequence[str] = (),
+    train_split: str | None = None, test_split: str | None = None, labels: str | os.PathLike | None = None, image_size: int | None = None,
     encoder: str = "teacher", step: int | None = None, output: str | os.PathLike | None = None, batch_size: int = 256,
     reading: folders.Reading = folders.Reading(), verify: bool = True,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Evaluates a checkpoint of `run`; also available as `pera_jax.probe(...)`. The arguments are the options of the command.
+    """Evaluates a checkpoint of `run`; also available as `pera_jax.probe(...)`. The arguments are the options of the
+    command.
 
     Args:
       run: the run folder.
@@ -45,18 +46,26 @@ def probe(
       reading: options for reading folders of images and of scenes.
 
     Returns:
-      One entry per task, as written to RUN/probe (or `output`); `entry["scores"]` maps score names to value and interval.
+      One entry per task, as written to RUN/probe (or `output`); `entry["scores"]` maps score names to value and
+      interval.
 
     Raises:
       UserError: invalid arguments, run or data; raised before any score is computed.
     """
     fields = dict(data=data, train_split=train_split, test_split=test_split, labels=labels, image_size=image_size)
     fields = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in fields.items()}
-    return _probe(os.fspath(run), specs.chosen(tasks, fields, config, changes), encoder, step, output, batch_size, reading, verify)
+    return _probe(
+        os.fspath(run), specs.chosen(tasks, fields, config, changes), encoder, step, output, batch_size, reading, verify
+    )
 
 
-def _probe(run: str, chosen: list[specs.Spec], encoder, step, output, batch_size, reading, verify) -> list[dict[str, Any]]:
-    network, job = load_network(run, step, encoder, verify), Job(chosen, output_folder(run, output), batch_size, reading)
+def _probe(
+    run: str, chosen: list[specs.Spec], encoder, step, output, batch_size, reading, verify
+) -> list[dict[str, Any]]:
+    network, job = (
+        load_network(run, step, encoder, verify),
+        Job(chosen, output_folder(run, output), batch_size, reading),
+    )
     job.prepare(network.meta)
     entries = []
     for spec in chosen:
@@ -72,15 +81,33 @@ def output_folder(run: str, output: str | os.PathLike | None) -> pathlib.Path:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m pera_jax.probe", description="Evaluates the frozen features of a checkpoint.")
+    parser = argparse.ArgumentParser(
+        prog="python -m pera_jax.probe", description="Evaluates the frozen features of a checkpoint."
+    )
     parser.add_argument("--run", required=True, type=paths.local, help="run folder (the --workdir of the training)")
-    parser.add_argument("--config", type=paths.local, help="probe config by name (e.g. probes) or path: several tasks on several datasets")
-    parser.add_argument("--tasks", default="knn,linear", help=f"comma-separated list of {', '.join(specs.TASKS)} (default: knn,linear)")
-    parser.add_argument("--data", type=paths.local, help="labeled images: a folder of shards, of class folders or of scenes, or tfds:NAME")
+    parser.add_argument(
+        "--config",
+        type=paths.local,
+        help="probe config by name (e.g. probes) or path: several tasks on several datasets",
+    )
+    parser.add_argument(
+        "--tasks", default="knn,linear", help=f"comma-separated list of {', '.join(specs.TASKS)} (default: knn,linear)"
+    )
+    parser.add_argument(
+        "--data",
+        type=paths.local,
+        help="labeled images: a folder of shards, of class folders or of scenes, or tfds:NAME",
+    )
     parser.add_argument("--train-split", help="training split (default: train)")
-    parser.add_argument("--test-split", help="test split (default: test); '' for leave-one-out on a small dataset without a test split")
-    parser.add_argument("--labels", type=paths.local, help="CSV file of labels: key,label or key and one 0/1 column per class")
-    parser.add_argument("--image-size", type=int, help="px, a multiple of the patch size (default: size of the global crops)")
+    parser.add_argument(
+        "--test-split", help="test split (default: test); '' for leave-one-out on a small dataset without a test split"
+    )
+    parser.add_argument(
+        "--labels", type=paths.local, help="CSV file of labels: key,label or key and one 0/1 column per class"
+    )
+    parser.add_argument(
+        "--image-size", type=int, help="px, a multiple of the patch size (default: size of the global crops)"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="NAME.FIELD=VALUE", dest="changes",
                         help="override a task setting, e.g. linear.seeds=(0,1,2,3,4)")  # fmt: skip
     parser.add_argument("--encoder", default="teacher", help=f"one of {', '.join(ENCODERS)} (default: teacher)")
@@ -90,8 +117,12 @@ def main(argv: list[str] | None = None) -> None:
     folders.add_options(parser)
     parser.add_argument("--no-verify", action="store_true", help="do not check the weights against their digests")
     parser.add_argument("--follow", action="store_true", help="evaluate each new checkpoint until the run ends")
-    parser.add_argument("--poll", type=float, default=10.0, help="seconds between checks for a new checkpoint (default: 10)")
-    parser.add_argument("--patience", type=float, default=24.0, help="hours without a new checkpoint before giving up (default: 24)")
+    parser.add_argument(
+        "--poll", type=float, default=10.0, help="seconds between checks for a new checkpoint (default: 10)"
+    )
+    parser.add_argument(
+        "--patience", type=float, default=24.0, help="hours without a new checkpoint before giving up (default: 24)"
+    )
     parser.add_argument("--show", action="store_true", help="print existing results and exit")
     cluster.add_options(parser)
     options = parser.parse_args(argv)
@@ -110,7 +141,9 @@ def main(argv: list[str] | None = None) -> None:
     chosen = specs.chosen(tasks, fields, options.config, options.changes)
     if options.follow:
         if options.encoder != "teacher" or options.step is not None or options.no_verify:
-            raise UserError("--follow evaluates the teacher of every checkpoint; remove --encoder, --step and --no-verify")
+            raise UserError(
+                "--follow evaluates the teacher of every checkpoint; remove --encoder, --step and --no-verify"
+            )
     elif not pathlib.Path(options.run).is_dir():
         raise UserError(f"the run folder {options.run} does not exist; give the --workdir of a training")
     arguments = cluster.from_flags(options.coordinator, options.num_processes, options.process_id, os.environ)

@@ -2,12 +2,14 @@
 
     python -m pera_jax.train --config aid_small --config.data.path=shards/aid --workdir runs/aid
 
-Runs the jitted step of the config's objective over a mesh. Re-run the same command to resume, bit for bit, from the newest
-checkpoint of the workdir; `pera_jax.training.resume` lists the config fields that may change. Only one process can train in a
-workdir. SIGTERM and SIGINT save a checkpoint and exit with status 0; `pera_jax.common.errors` lists the other statuses.
+Runs the jitted step of the config's objective over a mesh. Re-run the same command to resume, bit for bit, from the
+newest checkpoint of the workdir; `pera_jax.training.resume` lists the config fields that may change. Only one process
+can train in a workdir. SIGTERM and SIGINT save a checkpoint and exit with status 0; `pera_jax.common.errors` lists the
+other statuses.
 
-With several hosts, run the same command on each. They find each other on SLURM and TPU pods; elsewhere pass flags such as
-`--coordinator host0:8476 --num_processes 4 --process_id 0`. SIGTERM to any host saves a checkpoint and stops all of them.
+With several hosts, run the same command on each. They find each other on SLURM and TPU pods; elsewhere pass flags such
+as `--coordinator host0:8476 --num_processes 4 --process_id 0`. SIGTERM to any host saves a checkpoint and stops all of
+them.
 """
 
 import contextlib
@@ -53,8 +55,8 @@ def train(
     """Trains until `config.total`, or until SIGINT or SIGTERM; also available as `pera_jax.train(...)`.
 
     The same call resumes from the newest checkpoint of `workdir`. Ctrl-C saves a checkpoint after the current step and
-    returns; a second Ctrl-C, or one before the first step, raises KeyboardInterrupt. On a single host, this function never
-    ends the process; `config.stall_seconds` only applies to the command.
+    returns; a second Ctrl-C, or one before the first step, raises KeyboardInterrupt. On a single host, this function
+    never ends the process; `config.stall_seconds` only applies to the command.
 
     Args:
       config: a name such as "pera_vitb16" or "demo:smoke", the path of a Python config or of a run's config.json, or a
@@ -76,7 +78,8 @@ def train(
 
 
 def _train(config, workdir, profile, allow_config_change, stop, stack: contextlib.ExitStack) -> None:
-    watchdog = stack.enter_context(Watchdog(config.stall_seconds if stop.ends_process else 0))  # first, because opening devices and data may hang
+    # first, because opening devices and data may hang
+    watchdog = stack.enter_context(Watchdog(config.stall_seconds if stop.ends_process else 0))
     stack.enter_context(explain_out_of_memory(config))
 
     # ---- mesh; checks that need neither data nor model
@@ -89,7 +92,9 @@ def _train(config, workdir, profile, allow_config_change, stop, stack: contextli
     for source in data.sources:
         if source.damaged:
             lost = sum(source.split_info.shard_records[number] for number in source.damaged)
-            distributed.say(f"{source.path}: skipping {len(source.damaged)} damaged shard(s); other records replace their {lost}")
+            distributed.say(
+                f"{source.path}: skipping {len(source.damaged)} damaged shard(s); other records replace their {lost}"
+            )
     watchdog.reset()
     steps_per_epoch = len(data) // config.batch_size
     if steps_per_epoch < 1:
@@ -114,7 +119,9 @@ def _train(config, workdir, profile, allow_config_change, stop, stack: contextli
     every = {name: duration(*field, total) for name, field in intervals.items()}
     for name, value in every.items():
         if value < 1:
-            raise UserError(f"{intervals[name][0]}={intervals[name][1]!r} is less than one step; use at least '1 steps'")
+            raise UserError(
+                f"{intervals[name][0]}={intervals[name][1]!r} is less than one step; use at least '1 steps'"
+            )
     schedule = schedules.scalars(
         config, objectives.method(config.objective).schedules(), steps_per_epoch=steps_per_epoch, total_steps=total
     )
@@ -155,7 +162,14 @@ def _train(config, workdir, profile, allow_config_change, stop, stack: contextli
     if changes is not None:
         distributed.say(resume.sentence(start, total, changes))
     said = opening.lines(
-        config, objective, mesh, data, abstract.params, total=total, steps_per_epoch=steps_per_epoch, hosts=jax.process_count()
+        config,
+        objective,
+        mesh,
+        data,
+        abstract.params,
+        total=total,
+        steps_per_epoch=steps_per_epoch,
+        hosts=jax.process_count(),
     )
     for line in (*said, "compiling the step; without a compilation cache this can take minutes"):
         distributed.say(line)
@@ -166,12 +180,17 @@ def _train(config, workdir, profile, allow_config_change, stop, stack: contextli
     stop.several_hosts = jax.process_count() > 1
     shared = distributed.SharedStop() if stop.several_hosts else None
     stream = pipeline.make_pipeline(
-        data, pipeline.Crops(objective.crops, config.crops.aspect, config.crops.flip), batch_size=config.batch_size, seed=config.seed, start_batch=position["batches"],
+        data,
+        pipeline.Crops(objective.crops, config.crops.aspect, config.crops.flip),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        start_batch=position["batches"],
         workers=pipeline.workers_of(config.data.workers),
         rows=global_arrays.local_rows(jax.sharding.NamedSharding(mesh, sharding.BATCH), config.batch_size),
     )
     stack.callback(stream.close)
-    stack.callback(gc.collect)  # runs before `stream.close`: JAX releases the last batch, which is in the workers' shared memory
+    # runs before `stream.close`: JAX releases the last batch, which is in the workers' shared memory
+    stack.callback(gc.collect)
     store = checkpoint_store.Store(workdir, config.checkpoint.keep_last, every["keep"], owned[0] if owned else None)
     stack.callback(store.close)
     writer = None
@@ -213,12 +232,23 @@ def _train(config, workdir, profile, allow_config_change, stop, stack: contextli
 
 def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
     """The command's flags; not at import, which would give them to every program that imports this module."""
-    DEFINE_config_file("config", None, "a name such as demo or demo:smoke, your own file, or RUN/config.json", flag_values=into)
-    flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics and config.json; an existing run in it is resumed", flag_values=into)
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if SLURM or TPU detection does not apply", flag_values=into)
+    DEFINE_config_file(
+        "config", None, "a name such as demo or demo:smoke, your own file, or RUN/config.json", flag_values=into
+    )
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "folder for checkpoints, metrics and config.json; an existing run in it is resumed",
+        flag_values=into,
+    )
+    flags.DEFINE_string(
+        "coordinator", None, "HOST:PORT of process 0, if SLURM or TPU detection does not apply", flag_values=into
+    )
     flags.DEFINE_integer("num_processes", None, "total number of processes, with --coordinator", flag_values=into)
     flags.DEFINE_integer("process_id", None, "index of this process from 0, with --coordinator", flag_values=into)
-    flags.DEFINE_integer("join_seconds", cluster.JOIN_SECONDS, "seconds to wait for all hosts at startup", flag_values=into)
+    flags.DEFINE_integer(
+        "join_seconds", cluster.JOIN_SECONDS, "seconds to wait for all hosts at startup", flag_values=into
+    )
     allow = "resume even if total, batch_size, schedules, ... differ; see pera_jax/training/resume.py"
     flags.DEFINE_bool("allow_config_change", False, allow, flag_values=into)
     flags.DEFINE_string("profile", None, "FIRST:LAST, the steps to trace into WORKDIR/profile", flag_values=into)
@@ -242,7 +272,8 @@ def main(argv, stop: interrupts.StopSignal):
 
 
 def run():
-    # After an immediate exit, multiprocessing's resource tracker removes semaphores and shared memory: suppress its warning.
+    # After an immediate exit, multiprocessing's resource tracker removes semaphores and shared memory: suppress its
+    # warning.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     define_flags()
     with interrupts.StopSignal() as stop:

@@ -2,7 +2,8 @@
 
 The elements of the pipeline are names of files next to the shards, each with a pickled job and its conversion function.
 Finished shards are detected by their part files. So only names pass through the runner, and asynchronous runners are
-monitored by looking for part files. All workers must see the inputs and the dataset folder under the same absolute paths.
+monitored by looking for part files. All workers must see the inputs and the dataset folder under the same absolute
+paths.
 """
 
 import dataclasses
@@ -69,7 +70,8 @@ def run_jobs(
             raise UserError(_failure(str(error) or type(error).__name__)) from error
         ended = False
         while waiting and not ended:
-            ended = PipelineState.is_terminal(result.state)  # before the check: no shard can be finished after the last check
+            # before the check: no shard can be finished after the last check
+            ended = PipelineState.is_terminal(result.state)
             for file, (folder, shard, images) in list(waiting.items()):
                 part = _finished(folder, shard)
                 if part is not None:

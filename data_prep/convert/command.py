@@ -21,12 +21,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options for output, image conversion and workers."""
     parser.add_argument("--output", type=paths.local_path, required=True, help="dataset folder; created if missing")
     parser.add_argument("--split", required=True, help="name of the split: train, test, ...")
-    parser.add_argument("--workers", type=count, default=len(os.sched_getaffinity(0)), help="number of processes (default: all cores)")
+    parser.add_argument(
+        "--workers", type=count, default=len(os.sched_getaffinity(0)), help="number of processes (default: all cores)"
+    )
     parser.add_argument("--max-side", type=count, metavar="PX", help="downsize images whose longer side is larger")
-    parser.add_argument("--jpeg-quality", type=_quality, metavar="Q", help="store changed images as JPEG instead of PNG")
+    parser.add_argument(
+        "--jpeg-quality", type=_quality, metavar="Q", help="store changed images as JPEG instead of PNG"
+    )
     parser.add_argument("--min-side", type=count, default=32, metavar="PX", help="images with a smaller "
                         "shorter side count as small (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--drop", type=_drops, default=(), metavar="KINDS", help=f"kinds to leave out, from {','.join(DROPS)}")
+    parser.add_argument(
+        "--drop", type=_drops, default=(), metavar="KINDS", help=f"kinds to leave out, from {','.join(DROPS)}"
+    )
     parser.add_argument("--max-corrupt-fraction", type=fraction, default=0.05, metavar="F", help="maximum fraction "
                         "of unreadable images (default: %(default)s)")  # fmt: skip
     parser.add_argument("--shard-size", type=count, metavar="N", help="images per shard; default: 512, or "
@@ -110,7 +116,9 @@ def write(
     if folder.already_complete(split, info):
         print(f"{split.name}: already complete in {printable(args.output)}, {info.splits[split.name].records} records")
         return
-    classes = f"{len(split.class_names)} classes ({several(split.class_names, 5)})" if split.class_names else "no classes"
+    classes = (
+        f"{len(split.class_names)} classes ({several(split.class_names, 5)})" if split.class_names else "no classes"
+    )
     workers = f", {args.workers} workers" if driver is run_jobs else ""
     print(f"{split.name}: {len(split)} images, {classes}, {split.shards} shards{workers}", flush=True)
     split_plan.check_unfinished(split)  # before the slow search for duplicates

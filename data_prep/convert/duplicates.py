@@ -37,7 +37,9 @@ def find(items: Sequence[Item], read: Callable[[Item], bytes], workers: int) -> 
                 hashes[_BYTES * first : _BYTES * first + len(found)] = found
                 progress.update(len(found) // _BYTES)
     except KeyboardInterrupt as error:
-        raise UserError("interrupted during the search for duplicates; re-run the same command to start it again") from error
+        raise UserError(
+            "interrupted during the search for duplicates; re-run the same command to start it again"
+        ) from error
     except processes.WorkFailed as error:
         raise UserError(f"the search for duplicates failed: {error}; re-run the same command") from error
     return later_equals(bytes(hashes)).tolist()

@@ -1,7 +1,7 @@
 """Writing one split of a dataset folder: plan, shards and metadata, in a crash-safe order.
 
-Until a split is finished, its plan (images and options), finished shards and part files lie in FOLDER/.SPLIT.partial. Then
-the shards are moved, the metadata is written, and info.json last, so that it only lists complete splits.
+Until a split is finished, its plan (images and options), finished shards and part files lie in FOLDER/.SPLIT.partial.
+Then the shards are moved, the metadata is written, and info.json last, so that it only lists complete splits.
 """
 
 import contextlib
@@ -23,7 +23,15 @@ from pera_jax.common.progress import Progress
 from pera_jax.data import records, statistics
 
 # Files that a dataset folder may contain besides info.json, or without it after a crash.
-_OWN_FILES = ("*.array_record-*-of-*", "*.report.json", "*.inputs.csv", "*.histogram.npz", "dataset_info.json", "features.json", "label.labels.txt")
+_OWN_FILES = (
+    "*.array_record-*-of-*",
+    "*.report.json",
+    "*.inputs.csv",
+    "*.histogram.npz",
+    "dataset_info.json",
+    "features.json",
+    "label.labels.txt",
+)
 
 
 def existing_info(folder: pathlib.Path) -> records.DatasetInfo | None:
@@ -34,7 +42,9 @@ def existing_info(folder: pathlib.Path) -> records.DatasetInfo | None:
         raise UserError(f"--output {folder} is a file; choose a folder")
     for entry in sorted(folder.glob("[!.]*")):
         if not any(entry.match(pattern) for pattern in _OWN_FILES):
-            raise UserError(f"--output {folder} is not a dataset folder: it contains {entry.name}; choose another folder")
+            raise UserError(
+                f"--output {folder} is not a dataset folder: it contains {entry.name}; choose another folder"
+            )
     return None
 
 
@@ -65,7 +75,9 @@ def already_complete(split: Split, info: records.DatasetInfo | None) -> bool:
     if info.class_names != split.class_names:
         ours, theirs = (set(names or ()) for names in (split.class_names, info.class_names))
         if not ours ^ theirs:
-            raise UserError(f"{split.folder} has the classes of split {split.name!r} in a different order; choose another --output")
+            raise UserError(
+                f"{split.folder} has the classes of split {split.name!r} in a different order; choose another --output"
+            )
         odd = sorted(ours ^ theirs)[0]
         has, lacks = ("the input", split.folder) if odd in ours else (split.folder, "the input")
         raise UserError(
@@ -107,14 +119,19 @@ def write_split(
             split_plan.check_kept(split)
             try:
                 split_plan.write(split)
-                parts = _write_shards(split, functools.partial(run, convert=convert, workers=workers), max_corrupt_fraction)
+                parts = _write_shards(
+                    split, functools.partial(run, convert=convert, workers=workers), max_corrupt_fraction
+                )
                 info, report = _finish(split, parts, rejected, duplicates)
                 shutil.rmtree(split.partial)
                 return info, report
             finally:
                 _tidy(split)
     except OSError as error:
-        raise UserError(f"cannot write {error.filename or split.folder}: {error.strerror or error}; free disk space or choose another --output") from error
+        raise UserError(
+            f"cannot write {error.filename or split.folder}: {error.strerror or error}; free disk space or choose "
+            "another --output"
+        ) from error
     except KeyboardInterrupt as error:
         raise UserError("interrupted; re-run the same command to resume after the finished shards") from error
     finally:
@@ -168,7 +185,9 @@ def _write_shards(split: Split, run: Callable, max_corrupt_fraction: float) -> l
     if not any(part.records for part in parts.values()):
         key, reason = next(entry for part in parts.values() for entry in (*part.rejected, *part.corrupt))
         shutil.rmtree(split.partial)  # nothing to resume from
-        raise UserError(f"no images are left of {len(split)} (the first is {key}: {reason}); pass other images, or drop fewer kinds")
+        raise UserError(
+            f"no images are left of {len(split)} (the first is {key}: {reason}); pass other images, or drop fewer kinds"
+        )
     return [parts[name] for name in names]
 
 
@@ -195,8 +214,8 @@ def _finish(
     info = existing_info(split.folder)
     splits = {**(info.splits if info else {}), split.name: split_info}
     info = records.DatasetInfo(
-        name=split.dataset, bands=split.bands, dtype=split.dtype, class_names=split.class_names, has_places=split.has_places,
-        format_version=records.FORMAT_VERSION, splits=splits,
+        name=split.dataset, bands=split.bands, dtype=split.dtype, class_names=split.class_names,
+        has_places=split.has_places, format_version=records.FORMAT_VERSION, splits=splits,
     )  # fmt: skip
     twins = [] if duplicates else _twins(split, parts)
     report, table = summary.report(split.name, parts, rejected, duplicates, twins)

@@ -1,7 +1,7 @@
 """Conversion of an image file to its stored form: 8-bit RGB, upright, as read by `pera_jax.data.images.foreign`.
 
-JPEG and PNG files that need no change are stored byte for byte. Other images are stored as PNG, which is lossless, or as
-JPEG with a chosen quality.
+JPEG and PNG files that need no change are stored byte for byte. Other images are stored as PNG, which is lossless, or
+as JPEG with a chosen quality.
 """
 
 import dataclasses

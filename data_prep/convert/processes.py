@@ -40,8 +40,8 @@ class _Silence:
             self._ticks, self._busy = ticks, now
         if now - self._busy > IDLE_SECONDS or now - self._message > SILENT_SECONDS:
             raise EnvironmentFault(
-                f"the workers have not responded for {now - self._message:.0f} s: the disk hangs, or there is too little "
-                "memory for their threads; check both, or use fewer --workers, and re-run the same command"
+                f"the workers have not responded for {now - self._message:.0f} s: the disk hangs, or there is too "
+                "little memory for their threads; check both, or use fewer --workers, and re-run the same command"
             )
 
 
@@ -70,8 +70,8 @@ def run(
 ) -> Iterator[tuple[str, Any, Any]]:
     """Runs `work(task, send)` for every task on worker processes.
 
-    Each worker gets one task at a time, in order; the next task is taken from `tasks` when a worker is free. Tasks, `work`
-    and results must be picklable.
+    Each worker gets one task at a time, in order; the next task is taken from `tasks` when a worker is free. Tasks,
+    `work` and results must be picklable.
 
     Args:
       keep_going: a task that fails, or whose worker crashes, is reported as LOST, and the other tasks continue. By
@@ -82,7 +82,8 @@ def run(
       reason) for each failed one, in order of arrival.
 
     Raises:
-      WorkFailed: a task raised OSError or RuntimeError. EnvironmentFault: the machine failed, the system killed a worker,
+      WorkFailed: a task raised OSError or RuntimeError. EnvironmentFault: the machine failed, the system killed a
+        worker,
       a worker hangs or, without `keep_going`, crashed. All workers end when the iterator is closed or exhausted.
     """
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of ArrayRecord's threads
@@ -104,7 +105,8 @@ def run(
 
     try:
         first = list(itertools.islice(pending, workers))
-        for connection, task in zip([start() for _ in first], first, strict=True):  # sending blocks until a worker is up
+        # sending blocks until a worker is up
+        for connection, task in zip([start() for _ in first], first, strict=True):
             assign(connection, task)
         while pool:
             ready = multiprocessing.connection.wait(list(pool), _POLL_SECONDS)
@@ -138,9 +140,11 @@ def _death(status: int, keep_going: bool) -> str:
     """How a worker ended, as text. Raises EnvironmentFault if the system killed it, or without `keep_going`."""
     if status == -signal.SIGKILL or not keep_going:  # no decoder sends SIGKILL to itself
         raise EnvironmentFault(
-            "a worker process was killed or crashed, perhaps for lack of memory; re-run the same command with --workers 1"
+            "a worker process was killed or crashed, perhaps for lack of memory; re-run the same command with "
+            "--workers 1"
         )
-    return f"the worker process {'was ended by ' + signal.Signals(-status).name if status < 0 else f'ended with status {status}'}"
+    end = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    return f"the worker process {end}"
 
 
 def _serve(connection: multiprocessing.connection.Connection, work: Callable) -> None:

@@ -117,8 +117,8 @@ def _part_file(folder: pathlib.Path, shard: str) -> pathlib.Path:
 
 
 def temporary(path: pathlib.Path) -> pathlib.Path:
-    """A name next to `path` that no other writer uses, on any machine: workers of a killed conversion may still run next to
-    their successors, and some pipeline runners let two workers write the same shard."""
+    """A name next to `path` that no other writer uses, on any machine: workers of a killed conversion may still run
+    next to their successors, and some pipeline runners let two workers write the same shard."""
     return path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
 
 
@@ -127,8 +127,8 @@ def write_shard(
 ) -> Part:
     """Converts the items of one shard, and writes it with its part file.
 
-    `report(done, corrupt)` is called every few images with the images since the last call. Raises RuntimeError or OSError
-    if the shard cannot be written.
+    `report(done, corrupt)` is called every few images with the images since the last call. Raises RuntimeError or
+    OSError if the shard cannot be written.
     """
     place = job.folder / job.shard
     histogram = 0  # replaced by the histogram of the first image
@@ -165,8 +165,8 @@ def write_shard(
             raise RuntimeError(str(error)) from error
     size = place.stat().st_size
     part = Part(
-        job.shard, size, len(digests) // 32, bytes(digests), bytes(contents), statistics.to_bytes(histogram) if digests else b"", corrupt,
-        rejected, found, dict(sorted(changes.items())),
+        job.shard, size, len(digests) // 32, bytes(digests), bytes(contents),
+        statistics.to_bytes(histogram) if digests else b"", corrupt, rejected, found, dict(sorted(changes.items())),
     )  # fmt: skip
     part.save(job.folder)
     return part

@@ -30,7 +30,9 @@ def split_info(parts: list[Part], counts: statistics.Histogram, dtype: str, sour
         ranges=ranges,
         mean=[round(float(value), 6) for value in mean],
         std=[round(float(value), 6) for value in std],
-        percentiles={f"{share:g}": values.tolist() for share, values in zip(statistics.PERCENTILES, found, strict=True)},
+        percentiles={
+            f"{share:g}": values.tolist() for share, values in zip(statistics.PERCENTILES, found, strict=True)
+        },
         fingerprint=fingerprint,
         source=source,
     )
@@ -45,10 +47,10 @@ def report(
 ) -> tuple[dict, bytes]:
     """The outcome of every input: contents of SPLIT.report.json and SPLIT.inputs.csv.
 
-    Each input counts in exactly one of `written`, `duplicates` (left out), `rejected` and `failed`, which sum to `inputs`.
-    `found` lists findings of cleaning among the written images, `changed` counts changes; an image may occur under several
-    names there. The report only shows the start of long lists; the table has every input that was not written, and every
-    finding.
+    Each input counts in exactly one of `written`, `duplicates` (left out), `rejected` and `failed`, which sum to
+    `inputs`. `found` lists findings of cleaning among the written images, `changed` counts changes; an image may occur
+    under several names there. The report only shows the start of long lists; the table has every input that was not
+    written, and every finding.
 
     Args:
       rejected: (name, reason) of files that are not candidates, in addition to those of the parts.

@@ -44,7 +44,8 @@ def opened(path: str) -> Any:
 
 @contextlib.contextmanager
 def reasons(path: str) -> Iterator[None]:
-    """Converts exceptions of rasterio to ImageDecodeError with the first line of GDAL's message, and hides GDAL's warnings.
+    """Converts exceptions of rasterio to ImageDecodeError with the first line of GDAL's message, and hides GDAL's
+    warnings.
 
     Failures of the machine become EnvironmentFault.
     """

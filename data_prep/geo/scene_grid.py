@@ -1,9 +1,9 @@
 """The grid of tiles of a scene: arithmetic without file access.
 
-A grid uses the pixels of the scene, or pixels of a chosen ground sample distance. Tiles start at the upper left corner, one
-stride apart. A remainder at the right or lower edge of at least half a stride gets one more tile, shifted to end at the
-edge; a smaller remainder is dropped, as that tile would mostly repeat the one before. A side shorter than a tile gets one
-tile of its own length.
+A grid uses the pixels of the scene, or pixels of a chosen ground sample distance. Tiles start at the upper left corner,
+one stride apart. A remainder at the right or lower edge of at least half a stride gets one more tile, shifted to end at
+the edge; a smaller remainder is dropped, as that tile would mostly repeat the one before. A side shorter than a tile
+gets one tile of its own length.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""Hints on the values of scenes: scales, values that look like nodata, and alpha bands that look like ordinary bands."""
+"""Hints on the values of scenes: scales, values that look like nodata, and alpha bands that look like ordinary
+bands."""
 
 from collections.abc import Sequence
 
@@ -17,7 +18,8 @@ _LOOKED_AT, _SIDE = 24, 512  # number of tiles checked in advance, and maximum s
 _USUAL = (0, 9999, 99999, 65535, 65534, -1, -99, -999, -9999, -99999, -32768, -32767, 1e20, -1e20, 1e30, -1e30)
 _HUGE = 1e37  # larger values are nodata in common formats (the largest floats, NetCDF's 9.97e36)
 _SHARE = {True: 1e-4, False: 1e-3}  # minimum fraction of pixels, for a common nodata value or another value
-_PATCHES = 0.005, 0.9  # minimum fraction of pixels with a fill value in all bands, and of these, with the same value to their right
+# minimum fraction of pixels with a fill value in all bands, and of these, with the same value to their right
+_PATCHES = 0.005, 0.9
 _FAR = {True: 0.5, False: 3.0}  # minimum distance from other values, relative to the range of 98 % of them
 
 
@@ -42,7 +44,8 @@ def scales(scenes: dict[str, Scene], choices: dict[str, Choice], wanted: str | N
         one, other = (next(name for name, pairs in held.items() if pairs == which) for which in (first, others[0]))
         band = next(band for band, pairs in enumerate(zip(first, others[0], strict=True)) if pairs[0] != pairs[1])
         said = " and ".join(
-            f"{printable(name)} scale {held[name][band][0]:g} and offset {held[name][band][1]:g}" for name in (one, other)
+            f"{printable(name)} scale {held[name][band][0]:g} and offset {held[name][band][1]:g}"
+            for name in (one, other)
         )
         raise UserError(
             f"scale and offset of band {choices[one].names[band]} differ between scenes: {said}; use --scale "
@@ -83,8 +86,9 @@ def _sentence(value: float, bands: list[tuple[str, float, float, float]]) -> str
     others = f" (and of {len(bands) - 1} other bands)" if len(bands) > 1 else ""
     stretches = " and extends the range that maps to [0, 1]" if share >= 0.01 else ""
     return (
-        f"{share:.2%} of the pixels of band {printable(name)}{others} are {value:.9g}, far from all other values ({least:.5g} to "
-        f"{most:.5g}); if they are nodata, pass --nodata {value:.9g}: otherwise this value counts as data{stretches}"
+        f"{share:.2%} of the pixels of band {printable(name)}{others} are {value:.9g}, far from all other values "
+        f"({least:.5g} to {most:.5g}); if they are nodata, pass --nodata {value:.9g}: otherwise this value counts as "
+        f"data{stretches}"
     )
 
 
@@ -105,14 +109,16 @@ class _Patches:
     """
 
     def __init__(self):
-        self._total, self._held = 0, {}  # by value, (pixels, pixels with a right neighbor, pixels whose right neighbor has it too)
+        # by value, (pixels, pixels with a right neighbor, pixels whose right neighbor has it too)
+        self._total, self._held = 0, {}
 
     def add(self, pixels: np.ndarray, valid: np.ndarray) -> None:
         """Adds pixels [H, W, C] in the dtype of the file, and their data mask."""
         self._total += pixels.shape[0] * pixels.shape[1]
         for value in (0, np.iinfo(pixels.dtype).max) if pixels.dtype.kind == "u" else (0,):
             same = (pixels == value) & valid
-            here = (same | ~valid).all(axis=2) & same.any(axis=2)  # the value may be declared as nodata in some bands only
+            # the value may be declared as nodata in some bands only
+            here = (same | ~valid).all(axis=2) & same.any(axis=2)
             inner = here[:, :-1]
             held = np.array([here.sum(), inner.sum(), (inner & here[:, 1:]).sum()])
             self._held[value] = self._held.get(value, 0) + held

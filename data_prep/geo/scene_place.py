@@ -2,8 +2,8 @@
 
 * Control points are fitted by an affine transform if it matches all of them within half a pixel; otherwise by GDAL's
   polynomial, and tiles have bounds but no transform.
-* RPCs (rational polynomial coefficients of raw satellite images) are evaluated at their reference height: without a terrain
-  model, bounds are off by meters to hundreds of meters.
+* RPCs (rational polynomial coefficients of raw satellite images) are evaluated at their reference height: without a
+  terrain model, bounds are off by meters to hundreds of meters.
 """
 
 import dataclasses
@@ -22,7 +22,8 @@ _TRUE_SCALE = (
     0.02  # relative difference of projected and true pixel size above which the true size is used
 )
 _FITS = 0.5  # maximum error of the transform at control points, in pixels
-_EQUATOR, _ECCENTRICITY = 6378137.0, 0.0066943799901413165  # WGS84: equatorial radius in meters, first eccentricity squared
+# WGS84: equatorial radius in meters, first eccentricity squared
+_EQUATOR, _ECCENTRICITY = 6378137.0, 0.0066943799901413165
 _DAY = re.compile(r"(?<!\d)((?:19|20)\d\d)([-_.]?)(\d\d)\2(\d\d)(?!\d)")
 _DAY_OF_YEAR = re.compile(r"(?<!\d)((?:19|20)\d{5})T")  # HLS: 2020208T154911
 
@@ -62,7 +63,9 @@ def georeference(path: str) -> Georeference | None:
 
 def _affine(kind: str, crs: Any, transform: Sequence[float]) -> Georeference:
     a, b, c, d, e, f = transform
-    return Georeference(kind, crs, tuple(transform), lambda column, row: (a * column + b * row + c, d * column + e * row + f))
+    return Georeference(
+        kind, crs, tuple(transform), lambda column, row: (a * column + b * row + c, d * column + e * row + f)
+    )
 
 
 def _of_points(points: list, crs: Any) -> Georeference:
@@ -84,7 +87,10 @@ def _of_rpcs(rpcs: Any) -> Georeference:
 
     through, height = RPCTransformer(rpcs), [rpcs.height_off]
     return Georeference(
-        "rpcs", CRS.from_epsg(4326), None, lambda column, row: _pair(through.xy([row], [column], zs=height, offset="ul"))
+        "rpcs",
+        CRS.from_epsg(4326),
+        None,
+        lambda column, row: _pair(through.xy([row], [column], zs=height, offset="ul")),
     )
 
 
@@ -131,7 +137,9 @@ def meters(path: str) -> tuple[float, float] | None:
                 a, b, _, d, e, _ = scene.transform
                 sides = math.hypot(a, d) * unit, math.hypot(b, e) * unit
             known = all(0 < side < math.inf for side in sides)
-            if known and not any(abs(ours / theirs - 1) > _TRUE_SCALE for ours, theirs in zip(ground, sides, strict=True)):
+            if known and not any(
+                abs(ours / theirs - 1) > _TRUE_SCALE for ours, theirs in zip(ground, sides, strict=True)
+            ):
                 return sides
     return ground if all(0 < side < math.inf for side in ground) else None
 
@@ -159,9 +167,10 @@ def place(path: str, tile: Any, source: str, no_data: dict | None = None) -> str
 
     Returns:
       `source` and `window` [column, row, width, height] in its pixels; `no_data` if there are nodata pixels. If known:
-      `crs` (EPSG code or WKT), `bounds` [left, bottom, right, top] and `transform` in that CRS (x = a column + b row + c,
-      y = d column + e row + f, in pixels of the tile), `georeference` for ground control points ("gcps") and RPCs ("rpcs"),
-      `pixel_metres` [width, height], and the `date` of the scene (2020-08-31), from the file name or else the TIFF.
+      `crs` (EPSG code or WKT), `bounds` [left, bottom, right, top] and `transform` in that CRS (x = a column + b row +
+      c, y = d column + e row + f, in pixels of the tile), `georeference` for ground control points ("gcps") and RPCs
+      ("rpcs"), `pixel_metres` [width, height], and the `date` of the scene (2020-08-31), from the file name or else the
+      TIFF.
     """
     column, row, width, height = tile.window
     facts = {"source": source, "window": [_whole(side) for side in tile.window]}

@@ -1,7 +1,7 @@
 """Listing scenes and choosing their bands.
 
-A minority of scenes that differ from the others (dtype, bands, no georeference) is left out and listed. Without a majority
-there is an error.
+A minority of scenes that differ from the others (dtype, bands, no georeference) is left out and listed. Without a
+majority there is an error.
 """
 
 import collections
@@ -26,8 +26,8 @@ Reasons = dict[str, str]  # by the name of a scene
 def list_scenes(places: list[pathlib.Path]) -> tuple[Files, list[tuple[str, str]]]:
     """Returns ({name: (path, size in bytes)} of all scenes, sorted; (name, reason) of other files in the folders).
 
-    Names are paths relative to a folder of --input, or names of files passed directly. Raises UserError: no scenes, or two
-    scenes with the same name.
+    Names are paths relative to a folder of --input, or names of files passed directly. Raises UserError: no scenes, or
+    two scenes with the same name.
     """
     scenes, rejected = {}, []
     for source in places:
@@ -40,13 +40,15 @@ def list_scenes(places: list[pathlib.Path]) -> tuple[Files, list[tuple[str, str]
         for name, path, size in found:
             if name in scenes:
                 raise UserError(
-                    f"{printable(scenes[name][0])} and {printable(path)} have the same name; rename one, or pass their parent folder"
+                    f"{printable(scenes[name][0])} and {printable(path)} have the same name; rename one, or pass their "
+                    "parent folder"
                 )
             scenes[name] = (path, size)
     if not scenes:
         endings = " ".join(ending[1:] for ending in ENDINGS)
         raise UserError(
-            f"--input {places[0]} has no GeoTIFFs (names ending in {endings}), but {len(rejected)} other files; pass GeoTIFFs"
+            f"--input {places[0]} has no GeoTIFFs (names ending in {endings}), but {len(rejected)} other files; pass "
+            "GeoTIFFs"
         )
     return dict(sorted(scenes.items())), rejected
 
@@ -66,7 +68,9 @@ def _below(root: pathlib.Path) -> tuple[list[tuple[str, str, int]], list[tuple[s
     return scenes, rejected
 
 
-def look_at(files: Files, max_corrupt_fraction: float, scaled: bool = False) -> tuple[dict[str, Scene], Reasons, Reasons]:
+def look_at(
+    files: Files, max_corrupt_fraction: float, scaled: bool = False
+) -> tuple[dict[str, Scene], Reasons, Reasons]:
     """Opens every file.
 
     Args:
@@ -94,7 +98,8 @@ def look_at(files: Files, max_corrupt_fraction: float, scaled: bool = False) -> 
             f"fix them, or increase --max-corrupt-fraction ({max_corrupt_fraction:g})" if scenes else "pass GeoTIFFs"
         )
         raise UserError(
-            f"{len(unreadable)} of {len(files)} scenes cannot be read (the first is {printable(files[name][0])}: {reason}); {fix}"
+            f"{len(unreadable)} of {len(files)} scenes cannot be read (the first is {printable(files[name][0])}: "
+            f"{reason}); {fix}"
         )
     check_few(unfit, len(files) - len(unreadable), files)
     common = majority({name: scene.dtype for name, scene in scenes.items()})
@@ -102,8 +107,8 @@ def look_at(files: Files, max_corrupt_fraction: float, scaled: bool = False) -> 
     for name, scene in scenes.items():
         if common is None and scene.dtype != scenes[first].dtype:
             raise UserError(
-                f"{printable(files[name][0])} has values of {scene.dtype}, but {printable(files[first][0])} of {scenes[first].dtype}; "
-                "convert them to separate datasets"
+                f"{printable(files[name][0])} has values of {scene.dtype}, but {printable(files[first][0])} of "
+                f"{scenes[first].dtype}; convert them to separate datasets"
             )
         if common is not None and scene.dtype != common:
             unfit[name] = f"has values of {scene.dtype}, but most scenes of {common}"
@@ -126,8 +131,8 @@ def check_few(unfit: Reasons, total: int, files: Files) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The selected bands of a scene: their GDAL numbers and names, and the number of the alpha band used as data mask, or
-    None."""
+    """The selected bands of a scene: their GDAL numbers and names, and the number of the alpha band used as data mask,
+    or None."""
 
     numbers: tuple[int, ...]
     names: list[str]
@@ -184,5 +189,7 @@ def _choose(scene_name: str, scene: Scene, wanted: list[str] | None, band_names:
             raise Rejected(f"has no band {printable(band)!r}; choose --bands from {held}")
         chosen.append(number)
     if len(set(chosen)) < len(chosen):
-        raise UserError(f"--bands {','.join(wanted)} selects a band of {printable(scene_name)} twice; list each band once")
+        raise UserError(
+            f"--bands {','.join(wanted)} selects a band of {printable(scene_name)} twice; list each band once"
+        )
     return Choice(tuple(chosen), [names[number] for number in chosen], alpha)

@@ -1,11 +1,11 @@
 """Reading GeoTIFF scenes by windows with rasterio: metadata and pixels.
 
-* Any file that rasterio opens; for a TIFF with several pages, the first page. Names that end in tif or tiff must be TIFF.
-  Overviews are never read, since many are decimated and would alias.
-* Band names: the band descriptions, else the color interpretation (red, green, blue, nir, ...), else band_1, band_2, ... An
-  alpha band without a description is used as data mask; some programs call infrared alpha.
-* Nodata: by the file's nodata value, mask or alpha band (0), by the values `nodata`, and for non-finite floats; for each
-  band separately. Such pixels get the minimum of the tile's band, at most 0, so they are never brighter than data.
+* Any file that rasterio opens; for a TIFF with several pages, the first page. Names that end in tif or tiff must be
+  TIFF. Overviews are never read, since many are decimated and would alias.
+* Band names: the band descriptions, else the color interpretation (red, green, blue, nir, ...), else band_1, band_2,
+  ... An alpha band without a description is used as data mask; some programs call infrared alpha.
+* Nodata: by the file's nodata value, mask or alpha band (0), by the values `nodata`, and for non-finite floats; for
+  each band separately. Such pixels get the minimum of the tile's band, at most 0, so they are never brighter than data.
 * With `scaled`, scale and offset of the file are applied, giving float32.
 * Resampling: see `scene_resample`.
 """
@@ -79,8 +79,8 @@ def describe(path: str, scaled: bool = False) -> Scene:
 
     Raises:
       ImageDecodeError: the file cannot be read.
-      Rejected: the file is valid, but not supported: no bands, another dtype, fewer than 8 bits, 0 for white, a palette, a
-        thumbnail as first page, or a rotated image.
+      Rejected: the file is valid, but not supported: no bands, another dtype, fewer than 8 bits, 0 for white, a
+        palette, a thumbnail as first page, or a rotated image.
       EnvironmentFault: the machine failed.
     """
     dataset, head = opened(path), tiff_files.Head()
@@ -117,8 +117,8 @@ def describe(path: str, scaled: bool = False) -> Scene:
         raise Rejected("has a palette; convert it with gdal_translate -expand rgb")
     if head.depth is not None and 1 < head.depth < 8 and whole and not scaled:
         raise Rejected(
-            f"has values of {head.depth} bits, which would be too dark; convert it with gdal_translate -co NBITS=8 -scale 0 "
-            f"{(1 << head.depth) - 1} 0 255, or use --scale apply, which stores float32"
+            f"has values of {head.depth} bits, which would be too dark; convert it with gdal_translate -co NBITS=8 "
+            f"-scale 0 {(1 << head.depth) - 1} 0 255, or use --scale apply, which stores float32"
         )
     if block * np.dtype(dtypes.copy().pop()).itemsize > _MOST_BLOCK:
         raise Rejected(f"has blocks larger than {_MOST_BLOCK >> 30} GiB; rewrite it with gdal_translate -co TILED=YES")

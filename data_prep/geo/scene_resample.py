@@ -1,8 +1,8 @@
 """Resampling that ignores nodata pixels.
 
-Downsampling in both directions is an area-weighted mean. If either direction is upsampled, it is cubic convolution (Keys,
-a = -1/2), with a kernel widened in downsampled directions. Nodata pixels have weight 0, and the other weights are
-normalized to sum 1. A new pixel is valid if any pixel under it is.
+Downsampling in both directions is an area-weighted mean. If either direction is upsampled, it is cubic convolution
+(Keys, a = -1/2), with a kernel widened in downsampled directions. Nodata pixels have weight 0, and the other weights
+are normalized to sum 1. A new pixel is valid if any pixel under it is.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,12 @@ Read = Callable[[int, int, int, int], tuple[np.ndarray, np.ndarray]]
 
 
 def resample(
-    read: Read, sides: tuple[int, int], window: tuple[float, float, float, float], columns: int, rows: int, dtype: np.dtype
+    read: Read,
+    sides: tuple[int, int],
+    window: tuple[float, float, float, float],
+    columns: int,
+    rows: int,
+    dtype: np.dtype,
 ) -> tuple[np.ndarray, np.ndarray]:
     """
     Args:
@@ -38,12 +43,16 @@ def resample(
     high = max(1, min(rows, _SIDE, int(_MOST_READ / (wide * steps[0] * steps[1]))))
     found = [
         [
-            _block(read, sides, window[:2], steps, (left, top), (min(wide, columns - left), min(high, rows - top)), cubic)
+            _block(
+                read, sides, window[:2], steps, (left, top), (min(wide, columns - left), min(high, rows - top)), cubic
+            )
             for left in range(0, columns, wide)
         ]
         for top in range(0, rows, high)
     ]
-    values, valid = (np.concatenate([np.concatenate([b[k] for b in row], axis=2) for row in found], axis=1) for k in (0, 1))
+    values, valid = (
+        np.concatenate([np.concatenate([b[k] for b in row], axis=2) for row in found], axis=1) for k in (0, 1)
+    )
     if dtype.kind in "iu":
         limits = np.iinfo(dtype)
         values = np.clip(np.floor(values + 0.5), limits.min, limits.max)
@@ -94,7 +103,9 @@ class _Axis:
             "area": lambda: np.maximum(np.minimum(edges[1:, None], left + 1) - np.maximum(edges[:-1, None], left), 0),
             "linear": lambda: np.maximum(1 - apart, 0),
             "cubic": lambda: np.where(
-                apart < 1, (1.5 * apart - 2.5) * apart**2 + 1, np.where(apart < 2, ((2.5 - 0.5 * apart) * apart - 4) * apart + 2, 0)
+                apart < 1,
+                (1.5 * apart - 2.5) * apart**2 + 1,
+                np.where(apart < 2, ((2.5 - 0.5 * apart) * apart - 4) * apart + 2, 0),
             ),
         }  # fmt: skip
         self.weights = {name: make[name]() for name in kernels}

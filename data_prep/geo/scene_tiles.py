@@ -47,8 +47,8 @@ class _Planned:
 
 
 class Tiles(Sequence[Item]):
-    """Items: one per file that cannot be opened, whose part is the reason, then one per tile, whose part is a `Tile`, in the
-    order of scenes and rows."""
+    """Items: one per file that cannot be opened, whose part is the reason, then one per tile, whose part is a `Tile`,
+    in the order of scenes and rows."""
 
     def __init__(self, unreadable: list[Item], scenes: list[_Planned]):
         self._unreadable, self._scenes = unreadable, scenes
@@ -66,7 +66,14 @@ class Tiles(Sequence[Item]):
     def described(self) -> list:
         """Everything that determines the items, for a hash."""
         return [[item.key, item.size, item.part] for item in self._unreadable] + [
-            [scene.name, scene.size, scene.sides, *dataclasses.astuple(scene.grid), scene.choice.numbers, scene.choice.alpha]
+            [
+                scene.name,
+                scene.size,
+                scene.sides,
+                *dataclasses.astuple(scene.grid),
+                scene.choice.numbers,
+                scene.choice.alpha,
+            ]
             for scene in self._scenes
         ]
 
@@ -97,8 +104,8 @@ def plan_tiles(
 ) -> tuple[Tiles, Reasons]:
     """The tiles of the scenes in `choices`, and the reasons of scenes left out.
 
-    Raises UserError: lengths in meters for scenes without a georeference, no scene is large enough for a tile, or there are
-    too many or too large tiles.
+    Raises UserError: lengths in meters for scenes without a georeference, no scene is large enough for a tile, or there
+    are too many or too large tiles.
     """
     in_meters = gsd is not None or tile.meters or stride.meters
     planned, unfit = [], {}
@@ -120,15 +127,15 @@ def plan_tiles(
         largest = max(planned, key=lambda scene: min(scene.grid.sides))
         width, height = largest.grid.sides
         raise UserError(
-            f"--tile {tile} is larger than every scene: the largest, {printable(largest.path)}, has {width} x {height} pixels, "
-            f"a tile {largest.grid.tile_sides[0]} x {largest.grid.tile_sides[1]}; use a smaller --tile"
+            f"--tile {tile} is larger than every scene: the largest, {printable(largest.path)}, has {width} x {height} "
+            f"pixels, a tile {largest.grid.tile_sides[0]} x {largest.grid.tile_sides[1]}; use a smaller --tile"
         )
     bad = [Item(files[name][0], name, None, files[name][1], (reason,)) for name, reason in unreadable.items()]
     tiles = Tiles(bad, planned)
     if len(tiles) > MOST_TILES:
         raise UserError(
-            f"{len(planned)} scenes have {len(tiles):,} tiles, more than {MOST_TILES:,} per split; use a larger --stride or "
-            "--tile, or convert them to several splits"
+            f"{len(planned)} scenes have {len(tiles):,} tiles, more than {MOST_TILES:,} per split; use a larger "
+            "--stride or --tile, or convert them to several splits"
         )
     return tiles, unfit
 
@@ -147,8 +154,8 @@ def _fault(grid: Grid, scene: Scene, choice: Choice, gsd: float | None) -> str |
     size = across * down * len(choice.numbers) * np.dtype(scene.dtype).itemsize
     if size > _MOST_BYTES:
         return (
-            f"has {width:,} x {height:,} pixels, but a tile of {across:,} x {down:,} takes {size / 2**30:,.1f} GiB, more than "
-            f"{_MOST_BYTES >> 30} GiB; use a smaller --tile"
+            f"has {width:,} x {height:,} pixels, but a tile of {across:,} x {down:,} takes {size / 2**30:,.1f} GiB, "
+            f"more than {_MOST_BYTES >> 30} GiB; use a smaller --tile"
         )
     if grid.step[0] * grid.step[1] > MOST_UNDER_ONE:
         return f"has more than {MOST_UNDER_ONE:,} pixels per pixel of --gsd {gsd:g}; use a smaller --gsd"
@@ -156,7 +163,14 @@ def _fault(grid: Grid, scene: Scene, choice: Choice, gsd: float | None) -> str |
 
 
 def make_split(
-    output: pathlib.Path, dataset: str, name: str, bands: list[str], dtype: str, tiles: Tiles, shards: int, options: list
+    output: pathlib.Path,
+    dataset: str,
+    name: str,
+    bands: list[str],
+    dtype: str,
+    tiles: Tiles,
+    shards: int,
+    options: list,
 ) -> split_plan.Split:
     """The plan of the conversion: tiles are assigned to shards by a hash of their keys, in scene order within a shard.
 

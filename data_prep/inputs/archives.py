@@ -1,8 +1,8 @@
 """Listing and reading archives of images as streams, without unpacking to disk.
 
-A member of a tar file is located by its offset in the uncompressed content. Compressed tar files can only be read forward:
-each process keeps one open stream, and decompresses the archive once if members are read in order. A member of a zip file
-is located by its offset in the file and its compression, so workers do not have to read the whole directory.
+A member of a tar file is located by its offset in the uncompressed content. Compressed tar files can only be read
+forward: each process keeps one open stream, and decompresses the archive once if members are read in order. A member of
+a zip file is located by its offset in the file and its compression, so workers do not have to read the whole directory.
 """
 
 import bz2
@@ -46,7 +46,8 @@ def is_archive(path: pathlib.Path) -> bool:
 
 
 def members(path: pathlib.Path) -> Iterator[Found]:
-    """Yields every member of an archive that is not a folder, in order. Raises UserError if it is damaged or truncated."""
+    """Yields every member of an archive that is not a folder, in order. Raises UserError if it is damaged or
+    truncated."""
     seen = set()
     try:
         for found in _zip(path) if path.name.lower().endswith(".zip") else _tar(path):
@@ -71,11 +72,14 @@ def members(path: pathlib.Path) -> Iterator[Found]:
     except _Joined as error:
         raise UserError(f"archive {path} {error}") from error
     except READ_ERRORS as error:
-        raise UserError(f"archive {path} cannot be read ({error or type(error).__name__}); download it again") from error
+        raise UserError(
+            f"archive {path} cannot be read ({error or type(error).__name__}); download it again"
+        ) from error
 
 
 def _unpacked(file: BinaryIO, path: str | pathlib.Path) -> BinaryIO:
-    """The uncompressed content of a tar file. If compressed, it raises EOFError if truncated, and seeks back by restarting."""
+    """The uncompressed content of a tar file. If compressed, it raises EOFError if truncated, and seeks back by
+    restarting."""
     kind = os.path.splitext(str(path).lower())[1]
     if kind == ".tar":
         return file
@@ -160,8 +164,8 @@ def _zip(path: pathlib.Path) -> Iterator[Found]:
 
 
 def _zip_name(member: zipfile.ZipInfo) -> str:
-    """The name of a member. Without the UTF-8 flag it should be in code page 437, but macOS and others omit the flag, and
-    meaningful text in that code page is hardly ever valid UTF-8."""
+    """The name of a member. Without the UTF-8 flag it should be in code page 437, but macOS and others omit the flag,
+    and meaningful text in that code page is hardly ever valid UTF-8."""
     if member.flag_bits & _UTF_8 or member.filename.isascii():
         return member.filename
     try:

@@ -1,7 +1,7 @@
 """Sources of images: a folder, or archives (`data_prep.inputs.archives`).
 
-A listing accounts for every file: as a candidate, or as rejected with a reason. Nothing outside the folder or archive is
-read: links that lead out of a folder are rejected unless requested, and so are archive members that are links or whose
+A listing accounts for every file: as a candidate, or as rejected with a reason. Nothing outside the folder or archive
+is read: links that lead out of a folder are rejected unless requested, and so are archive members that are links or whose
 names lead out of the archive.
 """
 
@@ -51,8 +51,8 @@ class Names(Sequence[str]):
 class Inventory(Sequence[Item]):
     """The candidates of a conversion, sorted by key for a folder, in member order for archives.
 
-    Compact, as there may be millions: `inventory[i]` creates an Item, a slice a list of Items. After `label`, items have
-    labels.
+    Compact, as there may be millions: `inventory[i]` creates an Item, a slice a list of Items. After `label`, items
+    have labels.
     """
 
     def __init__(self, inputs: list[pathlib.Path]):
@@ -108,8 +108,8 @@ class Inventory(Sequence[Item]):
     def label(self) -> list[str]:
         """Uses the top-level folders as classes if nearly all candidates lie in one; rejects the few others.
 
-        In archives, folders that contain all candidates are skipped first. Returns messages for the user. Raises UserError
-        for invalid class names, see `classes.check`.
+        In archives, folders that contain all candidates are skipped first. Returns messages for the user. Raises
+        UserError for invalid class names, see `classes.check`.
         """
         labels, numbers, strays = array.array("i"), {}, []  # numbered in order of appearance for now
         for index, (key, skip) in enumerate(zip(self.keys, self._around(), strict=True)):
@@ -119,7 +119,9 @@ class Inventory(Sequence[Item]):
             else:
                 labels.append(numbers.setdefault(steps[skip], len(numbers)))
         if strays and not classes.few(len(strays), len(self)):
-            warning = f"warning: no classes, although there are the folders {several(sorted(numbers))}: outside of them "
+            warning = (
+                f"warning: no classes, although there are the folders {several(sorted(numbers))}: outside of them "
+            )
             return [f"{warning}lie {several([self.keys[i] for i in strays])}"] if numbers else []
         self.class_names = sorted(numbers)
         classes.check(self.class_names, self.inputs[0])
@@ -127,7 +129,9 @@ class Inventory(Sequence[Item]):
         messages = list(filter(None, [classes.lookalike_warning(self.class_names, self.inputs[0])]))
         if strays:
             names = [self.keys[i] for i in strays]
-            messages.append(classes.outside_warning(names, self.class_names) + "; --no-labels includes all images, without classes")
+            messages.append(
+                classes.outside_warning(names, self.class_names) + "; --no-labels includes all images, without classes"
+            )
             self.rejected += [(name, "outside the class folders") for name in names]
             out = set(strays)
             self._reorder([i for i in range(len(self)) if i not in out])
@@ -143,7 +147,8 @@ class Inventory(Sequence[Item]):
         return messages
 
     def _around(self) -> Iterator[int]:
-        """For each candidate, the number of leading folders of its key to skip before the class, including archive names."""
+        """For each candidate, the number of leading folders of its key to skip before the class, including archive
+        names."""
         if not self._kinds:
             return iter(bytes(len(self)))
         common, depths = {}, {}  # per archive: folders that contain all candidates, and counts by depth
@@ -197,9 +202,13 @@ def take_stock(inputs: list[pathlib.Path], follow: bool = False) -> Inventory:
         if not path.exists():
             raise UserError(f"--input {path} does not exist; pass a folder of images or an archive")
         if not path.is_dir() and not (path.is_file() and archives.is_archive(path)):
-            raise UserError(f"--input {path} is neither a folder nor an archive ({' '.join(archives.ENDINGS)}); pass one of these")
+            raise UserError(
+                f"--input {path} is neither a folder nor an archive ({' '.join(archives.ENDINGS)}); pass one of these"
+            )
         if path.is_dir() and len(inputs) > 1:
-            raise UserError(f"--input {path} is one of several inputs, but a folder; pass a single folder, or only archives")
+            raise UserError(
+                f"--input {path} is one of several inputs, but a folder; pass a single folder, or only archives"
+            )
     if len({path.name for path in inputs}) < len(inputs):
         raise UserError("two archives of --input have the same name; rename one, as keys start with it")
     inventory = Inventory(inputs)

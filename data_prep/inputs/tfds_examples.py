@@ -77,4 +77,6 @@ def _store_array(values: np.ndarray) -> pixels.Stored:
     """Stores [H, W, C] losslessly. Raises ImageDecodeError for values that are not finite."""
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise codecs.ImageDecodeError("has values that are not finite")
-    return pixels.Stored(codecs.encode(values), statistics.count(values), ("tensor",), pixels.content_hash(_described(values)))
+    return pixels.Stored(
+        codecs.encode(values), statistics.count(values), ("tensor",), pixels.content_hash(_described(values))
+    )

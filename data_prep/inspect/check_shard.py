@@ -113,8 +113,8 @@ def span(one: tuple[int, int] | None, other: tuple[int, int] | None) -> tuple[in
 def check(task: Task, report: Callable[[int], None]) -> Findings:
     """Reads and decodes every record of a shard. Damage is reported in the findings.
 
-    `report(n)` is called every few records; the numbers sum to the number of records in info.json. Raises EnvironmentFault
-    if the machine fails.
+    `report(n)` is called every few records; the numbers sum to the number of records in info.json. Raises
+    EnvironmentFault if the machine fails.
     """
     found, done = Findings(), 0
     for number, raw in _read(task, found):
@@ -135,7 +135,8 @@ def check(task: Task, report: Callable[[int], None]) -> Findings:
 
 
 def _read(task: Task, found: Findings) -> Iterator[tuple[int, bytes | str]]:
-    """Yields (record number, record or the reason why it cannot be read); adds problems of the whole shard to `found`."""
+    """Yields (record number, record or the reason why it cannot be read); adds problems of the whole shard to
+    `found`."""
     file, size = task.folder / task.shard, task.info.splits[task.split].shard_bytes[task.index]
     held = shard_files.size_of(file)
     if held is None:

@@ -27,7 +27,9 @@ def histogram(folder: Path, info: records.DatasetInfo, split: str) -> statistics
         fits = isinstance(counts, FloatHistogram) and len(counts) == len(info.bands)
     else:
         shape = (len(info.bands), statistics.bins(info.dtype))
-        fits = isinstance(counts, np.ndarray) and (counts.shape, counts.dtype) == (shape, np.int64) and counts.min() >= 0
+        fits = (
+            isinstance(counts, np.ndarray) and (counts.shape, counts.dtype) == (shape, np.int64) and counts.min() >= 0
+        )
     if not fits or not all(band.sum() for _, band in map(statistics.table, counts)):
         raise UserError(
             f"{file} does not have {len(info.bands)} bands of {info.dtype}; copy it again, or convert the dataset again"

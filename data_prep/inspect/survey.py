@@ -135,8 +135,8 @@ def shown_bands(info: records.DatasetInfo, wanted: str | None) -> list[int]:
     """Channel indices shown as red, green and blue; the same index three times for gray.
 
     Args:
-      wanted: --bands: three names, or one for gray; None uses red, green and blue if there are such bands, else the first
-        three, or the first as gray if there are fewer.
+      wanted: --bands: three names, or one for gray; None uses red, green and blue if there are such bands, else the
+        first three, or the first as gray if there are fewer.
 
     Raises:
       UserError: an unknown band, or not one or three bands.

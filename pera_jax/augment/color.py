@@ -1,11 +1,13 @@
-"""Color jitter and normalization of crops inside the jitted step. Which crops are jittered, and how much, is up to the method.
+"""Color jitter and normalization of crops inside the jitted step. Which crops are jittered, and how much, is up to the
+method.
 
-Brightness and contrast apply to all bands. Contrast blends red, green and blue with their mean luma, and any other band with
-its own mean. Saturation, grayscale and hue apply to red, green and blue, and need the config to say which bands these are.
+Brightness and contrast apply to all bands. Contrast blends red, green and blue with their mean luma, and any other band
+with its own mean. Saturation, grayscale and hue apply to red, green and blue, and need the config to say which bands
+these are.
 
-Brightness, contrast and saturation have the common form `a v + b luma + c`; grayscale is saturation 0. These and the hue
-shift are applied in a random order per crop, and values are clipped to [0, 1] after each. See `apply` for how this is done
-on each platform without computing all 24 orders.
+Brightness, contrast and saturation have the common form `a v + b luma + c`; grayscale is saturation 0. These and the
+hue shift are applied in a random order per crop, and values are clipped to [0, 1] after each. See `apply` for how this
+is done on each platform without computing all 24 orders.
 """
 
 import functools
@@ -23,15 +25,16 @@ UNCHANGED = np.array([1, 1, 1, 0], np.float32)
 GRAYSCALE = np.array([1, 1, 0, 0], np.float32)
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
-Planes = tuple[jax.Array, ...]  # one array of values in [0, 1] per band; XLA vectorizes poorly with bands on the last axis
+# one array of values in [0, 1] per band; XLA vectorizes poorly with bands on the last axis
+Planes = tuple[jax.Array, ...]
 
 
 class Jitter(NamedTuple):
     """The color jitter of N crops.
 
     Attributes:
-      factors: float32 [N, 4]: the factors of brightness, contrast and saturation (1: unchanged; saturation 0: grayscale), and
-        the hue shift in turns, in [-0.5, 0.5] (0: unchanged).
+      factors: float32 [N, 4]: the factors of brightness, contrast and saturation (1: unchanged; saturation 0:
+        grayscale), and the hue shift in turns, in [-0.5, 0.5] (0: unchanged).
       order: int32 [N, 4]: each row is a permutation of BRIGHTNESS, CONTRAST, SATURATION, HUE, in order of application.
     """
 
@@ -63,9 +66,9 @@ def apply(crops: jax.Array, jitter: Jitter, bands: Bands, rgb: Rgb, dtype=jnp.fl
     f x + (1 - f) y. Hue rotates in HSV. Values are clipped to [0, 1] after each. An unchanged crop is
     `(bands.mapped(crop) - mean) / std`.
 
-    On CPU, a loop over crops runs only the operations that change each crop, which is a quarter of the work. (It gathers
-    crops that are sharded over several virtual CPU devices.) On other devices, which a loop would leave idle, all
-    operations run on the whole batch, and each crop selects its own result.
+    On CPU, a loop over crops runs only the operations that change each crop, which is a quarter of the work. (It
+    gathers crops that are sharded over several virtual CPU devices.) On other devices, which a loop would leave idle,
+    all operations run on the whole batch, and each crop selects its own result.
 
     Args:
       crops: [N, H, W, C] in the dtype of `bands`.
@@ -112,9 +115,9 @@ def apply_by_crop(crops: jax.Array, jitter: Jitter, bands: Bands, rgb: Rgb, wide
 def apply_together(crops: jax.Array, jitter: Jitter, bands: Bands, rgb: Rgb, wide, dtype) -> jax.Array:
     """`apply` on all crops at once, one position of their orders after the other, computed in `wide`.
 
-    At each position, every crop gets both an affine operation with its own coefficients and a hue shift, and selects one.
-    A scan rather than four copies of its body, because XLA would fuse these into one kernel, which recomputes each band from
-    three bands, each of them from three bands again, and so on.
+    At each position, every crop gets both an affine operation with its own coefficients and a hue shift, and selects
+    one. A scan rather than four copies of its body, because XLA would fuse these into one kernel, which recomputes each
+    band from three bands, each of them from three bands again, and so on.
     """
     operations = _operations(jitter)
 

@@ -24,8 +24,8 @@ def check(names: Sequence[str], source: object) -> None:
     if wrong:
         shown = several(f"'{name}'" for name in wrong)
         raise UserError(
-            f"{printable(source)} has class names that are empty or contain control characters or bytes that are not UTF-8: "
-            f"{shown}; rename them"
+            f"{printable(source)} has class names that are empty or contain control characters or bytes that are not "
+            f"UTF-8: {shown}; rename them"
         )
     twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
     if twice:
@@ -91,7 +91,8 @@ def read(file: pathlib.Path, most: int) -> tuple[str, ...]:
         raise UserError(f"{printable(file)} has {len(names):,} class names, expected 1 to {most}; write one per line")
     if "" in names:
         raise UserError(
-            f"line {names.index('') + 1} of {printable(file)} is blank, but line numbers are class indices; add a name or remove the line"
+            f"line {names.index('') + 1} of {printable(file)} is blank, but line numbers are class indices; add a name "
+            "or remove the line"
         )
     check(names, file)
     return names

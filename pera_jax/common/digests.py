@@ -1,9 +1,9 @@
 """Digests that verify stored data: of arrays on their devices, of JSON values, of files.
 
 An array on devices has two checksums. Each 32-bit word of its content is mixed with its index, and the mixed words are
-added modulo 2^32. Addition is independent of order, so the checksums are the same on one device, on any mesh and on many
-hosts, and each leaf is read once, in place, without a copy. The mixing is a bijection of the word, so a single changed
-word always changes both checksums; any other change goes unnoticed with probability of about 2^-64.
+added modulo 2^32. Addition is independent of order, so the checksums are the same on one device, on any mesh and on
+many hosts, and each leaf is read once, in place, without a copy. The mixing is a bijection of the word, so a single
+changed word always changes both checksums; any other change goes unnoticed with probability of about 2^-64.
 """
 
 import functools

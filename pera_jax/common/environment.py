@@ -1,8 +1,9 @@
-"""Failures of the machine, as opposed to damaged data: too many open files, out of memory, a disk that does not respond.
+"""Failures of the machine, as opposed to damaged data: too many open files, out of memory, a disk that does not
+respond.
 
-`environment_fault` tells whether an exception, or its cause, is such a failure, and how to fix it. Data is never reported
-as damaged, skipped or moved because of one: the operation is retried for a few seconds (`patiently`), then the command
-ends with an `EnvironmentFault`.
+`environment_fault` tells whether an exception, or its cause, is such a failure, and how to fix it. Data is never
+reported as damaged, skipped or moved because of one: the operation is retried for a few seconds (`patiently`), then the
+command ends with an `EnvironmentFault`.
 """
 
 import errno
@@ -18,7 +19,8 @@ from typing import TypeVar
 from pera_jax.common.errors import INPUT, TRY_AGAIN, UserError
 
 _T = TypeVar("_T")
-PAUSES = (0.05, 0.2, 0.5, 1.0, 2.0, 4.0)  # seconds between retries, about 8 in total; a server that restarts takes longer
+# seconds between retries, about 8 in total; a server that restarts takes longer
+PAUSES = (0.05, 0.2, 0.5, 1.0, 2.0, 4.0)
 _FILES, _MEMORY, _THREADS, _FULL, _STORAGE, _DENIED = range(6)
 _KIND_OF = {
     errno.EMFILE: _FILES, errno.ENFILE: _FILES,
@@ -36,7 +38,8 @@ _NUMBERS = re.compile(r"(?:os_error_code='|\[Errno |\[OS error |errno[=: ]+)(\d+
 _WORDS = {os.strerror(number): kind for number, kind in _KIND_OF.items()} | {
     "can't start new thread": _THREADS, "std::bad_alloc": _MEMORY, "RESOURCE_EXHAUSTED: Out of memory": _MEMORY,
 }  # fmt: skip
-_WRAPPERS = (RuntimeError, ValueError, ImportError, EOFError)  # exception types whose text is searched, since they wrap errors of other libraries
+# exception types whose text is searched, since they wrap errors of other libraries
+_WRAPPERS = (RuntimeError, ValueError, ImportError, EOFError)
 
 
 _FIXES = {
@@ -73,8 +76,8 @@ def environment_fault(error: BaseException) -> str | None:
     count: it comes from a damaged or malicious header.
 
     Returns:
-      "REASON; FIX" to follow "FILE cannot be read: ", for example "too many files are open (the limit is 1024); raise it
-      with ulimit -n".
+      "REASON; FIX" to follow "FILE cannot be read: ", for example "too many files are open (the limit is 1024); raise
+      it with ulimit -n".
     """
     kind, reason = _find(error)
     return None if kind is None else f"{reason}; {_FIXES[kind]}"

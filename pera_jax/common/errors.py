@@ -46,13 +46,14 @@ class Misfit(UserError):
 def run(main: Callable[[], None]) -> None:
     """Runs a command's `main` and turns exceptions into messages on stderr and exit statuses.
 
-    UserError: `error: MESSAGE` and its status. Ctrl-C: `error: interrupted`, status 130. A failure of the machine (out of
-    memory, no threads, a failing disk): one line, status 75. Anything else: the traceback, status 70.
+    UserError: `error: MESSAGE` and its status. Ctrl-C: `error: interrupted`, status 130. A failure of the machine (out
+    of memory, no threads, a failing disk): one line, status 75. Anything else: the traceback, status 70.
     """
     from pera_jax.common import environment  # here: it raises UserError
 
     interrupts.imported()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # like stderr: a name that the locale cannot encode must not end the command
+    # like stderr: a name that the locale cannot encode must not end the command
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
@@ -68,5 +69,9 @@ def run(main: Callable[[], None]) -> None:
             traceback.print_exc()
             sys.exit(CRASH)
         what = first_line(f"{type(error).__name__}: {error}".removesuffix(": "))
-        print(f"error: the command cannot continue ({what}): {fault}, and re-run the same command", file=sys.stderr, flush=True)
+        print(
+            f"error: the command cannot continue ({what}): {fault}, and re-run the same command",
+            file=sys.stderr,
+            flush=True,
+        )
         sys.exit(TRY_AGAIN if environment.passing(error) else INPUT)

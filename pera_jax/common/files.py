@@ -19,8 +19,8 @@ def replacing(path: pathlib.Path, temporary: pathlib.Path | None = None) -> Iter
     After an exception `path` is as before.
 
     Args:
-      temporary: on the same file system as `path`; by default `path` with ".tmp" appended, which the next writer of `path`
-        overwrites. If several processes may write `path` at once, give each its own.
+      temporary: on the same file system as `path`; by default `path` with ".tmp" appended, which the next writer of
+        `path` overwrites. If several processes may write `path` at once, give each its own.
 
     Raises:
       OSError: the file cannot be written.
@@ -85,6 +85,8 @@ def _whole_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free disk space or choose another --output") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free disk space or choose another --output"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM: a command ends cleanly at any time, even during imports or while C++ code compiles.
 
-Python handles a signal in the main thread between two bytecode instructions, which may take minutes in a compiler, and as
-an exception that a callback may swallow. The functions here do not depend on that.
+Python handles a signal in the main thread between two bytecode instructions, which may take minutes in a compiler, and
+as an exception that a callback may swallow. The functions here do not depend on that.
 """
 
 import contextlib
@@ -65,8 +65,8 @@ def signals_wanted() -> None:
 def guard_imports() -> None:
     """Until `imported` is called, Ctrl-C ends this process immediately, without a traceback.
 
-    Only has an effect for commands, `pera-jax ...` and `python -m ...`: programs that import the package install their own
-    handlers.
+    Only has an effect for commands, `pera-jax ...` and `python -m ...`: programs that import the package install their
+    own handlers.
     """
     alone = threading.current_thread() is threading.main_thread()
     command = sys.argv[:1] == ["-m"] or os.path.basename("".join(sys.argv[:1])) == "pera-jax"
@@ -87,10 +87,10 @@ def _end(number, frame) -> None:
 class StopSignal:
     """Context in which SIGTERM and Ctrl-C ask a command to stop without loss.
 
-    Before `saving` is called there is nothing to save, and the command ends immediately with status 128 + signal number.
-    After it, the first signal requests a stop after the current step and prints a line; a second Ctrl-C ends the process
-    immediately. A second SIGTERM does not: supervisors send it twice. A separate thread handles the signals, so they never
-    wait for the main thread.
+    Before `saving` is called there is nothing to save, and the command ends immediately with status 128 + signal
+    number. After it, the first signal requests a stop after the current step and prints a line; a second Ctrl-C ends
+    the process immediately. A second SIGTERM does not: supervisors send it twice. A separate thread handles the
+    signals, so they never wait for the main thread.
     """
 
     ends_process = True
@@ -142,7 +142,11 @@ class StopSignal:
     def _received(self, number: int) -> None:
         name = signal.Signals(number).name
         if not self._saves:
-            lost = "nothing is lost" if not self.several_hosts else "re-run the same command to resume from the newest checkpoint"
+            lost = (
+                "nothing is lost"
+                if not self.several_hosts
+                else "re-run the same command to resume from the newest checkpoint"
+            )
             end_at_once(number, f"error: interrupted by {name}; {lost}")
         elif self.asked is None:
             self.asked = name
@@ -160,9 +164,9 @@ class StopSignal:
 class StopInCall:
     """The counterpart of `StopSignal` for calls from a program or notebook; never ends the process.
 
-    Before `saving` is called, SIGTERM and Ctrl-C raise KeyboardInterrupt. After it, the first signal requests a stop after the
-    current step and prints a line; a second Ctrl-C raises KeyboardInterrupt. The previous handlers are restored at the end.
-    Has no effect outside the main thread, which alone receives signals.
+    Before `saving` is called, SIGTERM and Ctrl-C raise KeyboardInterrupt. After it, the first signal requests a stop
+    after the current step and prints a line; a second Ctrl-C raises KeyboardInterrupt. The previous handlers are
+    restored at the end. Has no effect outside the main thread, which alone receives signals.
     """
 
     ends_process = False
@@ -195,4 +199,8 @@ class StopInCall:
             raise KeyboardInterrupt
         if self.asked is None:
             self.asked = signal.Signals(number).name
-            print(f"{self.asked}: saving a checkpoint after this step; press Ctrl-C to stop immediately", file=sys.stderr, flush=True)
+            print(
+                f"{self.asked}: saving a checkpoint after this step; press Ctrl-C to stop immediately",
+                file=sys.stderr,
+                flush=True,
+            )

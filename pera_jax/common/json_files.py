@@ -1,7 +1,7 @@
 """Reading JSON, validated against a type before use.
 
-The type is a dataclass (or a TypedDict, `dict[str, Finite]`, ...). Unknown fields are ignored, so files of later versions
-can be read. A mismatch is reported in one sentence that names the field.
+The type is a dataclass (or a TypedDict, `dict[str, Finite]`, ...). Unknown fields are ignored, so files of later
+versions can be read. A mismatch is reported in one sentence that names the field.
 """
 
 import json
@@ -39,7 +39,8 @@ def loads(content: bytes | str) -> Any:
     try:
         value = json.loads(content)
         if "\\ud" in (content if isinstance(content, str) else content.decode("ascii", "replace")).lower():
-            json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape")  # escapes of undecodable bytes in file names are allowed
+            # escapes of undecodable bytes in file names are allowed
+            json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape")
     except UnicodeError as error:
         raise Invalid("it contains bytes or escapes that are not valid UTF-8") from error
     except RecursionError as error:
@@ -90,6 +91,10 @@ def _sentence(error: str) -> str:
     said = error[: found.start()] if found else error
     said = _NUMBER_BOUND.sub("Expected a finite number", said)
     said = _NAME_PATTERN.sub("Expected the name of a file in this folder", said)
-    said = said.replace("Object missing required field", "Missing field").replace("`", "").replace("Invalid enum value", "Unknown value")
+    said = (
+        said.replace("Object missing required field", "Missing field")
+        .replace("`", "")
+        .replace("Invalid enum value", "Unknown value")
+    )
     said = said[:1].lower() + said[1:]
     return printable(f"{place}: {said}" if place else said)

@@ -1,9 +1,9 @@
 """One job per folder at a time: a lease is a small file that names the job that works in a folder.
 
 A lease is created and taken over atomically with hard links and renames, which unlike file locks also work on NFS and
-between hosts. Its owner renews it every few seconds. An owner on this machine is checked by its process id and start time.
-An owner on another machine is watched: if its lease does not change for a minute, measured by the clock of the watcher,
-the owner is dead. Clocks of different hosts are never compared.
+between hosts. Its owner renews it every few seconds. An owner on this machine is checked by its process id and start
+time. An owner on another machine is watched: if its lease does not change for a minute, measured by the clock of the
+watcher, the owner is dead. Clocks of different hosts are never compared.
 """
 
 import contextlib
@@ -96,8 +96,8 @@ class Lease:
                     found = _read(self._path)
                 if found and found[0].token != self._owner.token:
                     self._lost = (
-                        f"{self._path.parent} was taken over by {found[0]} while this process was suspended; this process stops "
-                        "without further writes"
+                        f"{self._path.parent} was taken over by {found[0]} while this process was suspended; this "
+                        "process stops without further writes"
                     )
                 self._seen = _clock()
 
@@ -109,8 +109,8 @@ def held(
 ) -> Iterator[Lease]:  # fmt: skip
     """Context in which no other process on any host can hold `folder`.
 
-    The folder is created if missing, and removed at the end if empty. The lease of a dead owner is taken over. A job that
-    SLURM has requeued waits for its own predecessor to end.
+    The folder is created if missing, and removed at the end if empty. The lease of a dead owner is taken over. A job
+    that SLURM has requeued waits for its own predecessor to end.
 
     Args:
       choose: the option to change, for the message: "--workdir".
@@ -133,9 +133,13 @@ def held(
             descriptor = _take(path, owner, wait, silence, say)
             lease = Lease(path, owner, descriptor, renewal, made)
         except InUse as error:
-            raise InUse(f"{what or folder} is in use by {error}; wait until it ends, or choose another {choose}") from None
+            raise InUse(
+                f"{what or folder} is in use by {error}; wait until it ends, or choose another {choose}"
+            ) from None
         except OSError as error:
-            raise UserError(f"cannot write to {what or folder}: {error.strerror or error}; choose another {choose}") from error
+            raise UserError(
+                f"cannot write to {what or folder}: {error.strerror or error}; choose another {choose}"
+            ) from error
         with interrupts.before_end(lease.release):
             yield lease
     finally:

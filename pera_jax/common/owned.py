@@ -14,7 +14,8 @@ from pera_jax.common.text import printable
 _BY = "pera_jax"
 _HEAD = 1 << 16  # bytes that are searched for a marker
 _MARKS = (
-    b"default-src 'none'; img-src data:; style-src 'unsafe-inline'",  # the content security policy of every page from `html`
+    # the content security policy of every page from `html`
+    b"default-src 'none'; img-src data:; style-src 'unsafe-inline'",
     b"tEXtSoftware\0" + _BY.encode(),  # `png`
     b'{\n "written_by": "' + _BY.encode() + b'"',  # `json_text`
     b"band,pixels,minimum,",  # the tables of `data_prep.stats`
@@ -55,5 +56,6 @@ def check(file: pathlib.Path, own: Callable[[pathlib.Path], bool] = marked, fix:
         raise UserError(f"cannot write {printable(file)}: {error.strerror}; choose another {fix}") from error
     if foreign:
         raise UserError(
-            f"{printable(file)} already exists and was not written by this command; choose another {fix}, or move the file away"
+            f"{printable(file)} already exists and was not written by this command; choose another {fix}, or move the "
+            "file away"
         )

@@ -47,7 +47,17 @@ class Owner:
         start = environment.get("SLURM_RESTART_COUNT", "0") if job else ""
         command = shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]])[:200]
         now = time.strftime("%Y-%m-%d %H:%M:%S %Z")
-        return cls(uuid.uuid4().hex, socket.gethostname(), pid, this_machine(), process_began(pid) or 0, job, start, command, now)
+        return cls(
+            uuid.uuid4().hex,
+            socket.gethostname(),
+            pid,
+            this_machine(),
+            process_began(pid) or 0,
+            job,
+            start,
+            command,
+            now,
+        )
 
     @classmethod
     def parse(cls, content: bytes) -> "Owner":
@@ -89,7 +99,9 @@ def this_machine() -> str:
 def process_began(pid: int) -> int | None:
     """Start time of a process in clock ticks since boot; None if it is gone or a zombie."""
     try:
-        fields = pathlib.Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rsplit(")", 1)[1].split()
+        fields = (
+            pathlib.Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rsplit(")", 1)[1].split()
+        )
         return None if fields[0] in "ZXx" else int(fields[19])
     except (OSError, IndexError, ValueError):
         return None

@@ -23,8 +23,8 @@ class Progress:
                 ...
                 progress.update()
 
-    shows `convert: 1,200/5,000 images  24%  310/s  ETA 0:12` on stderr: a live line on a terminal, else a plain line every
-    ten seconds; and finally a line with the count, the elapsed time and the mean rate.
+    shows `convert: 1,200/5,000 images  24%  310/s  ETA 0:12` on stderr: a live line on a terminal, else a plain line
+    every ten seconds; and finally a line with the count, the elapsed time and the mean rate.
     The rate is over the last half minute, so that the time left adapts to changes of speed.
     """
 

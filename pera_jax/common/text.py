@@ -1,8 +1,8 @@
 """Untrusted text made safe to print: file names, class names, keys, metadata, values from JSON.
 
-Such text reaches terminals, logs and error messages. Unescaped, a line feed can forge a log line (`error: ...`), an escape
-sequence moves the cursor or renames the window, a bidirectional control reverses a name, and a lone surrogate (an
-undecodable byte of a file name) makes `print` fail.
+Such text reaches terminals, logs and error messages. Unescaped, a line feed can forge a log line (`error: ...`), an
+escape sequence moves the cursor or renames the window, a bidirectional control reverses a name, and a lone surrogate
+(an undecodable byte of a file name) makes `print` fail.
 """
 
 import codecs
@@ -24,12 +24,13 @@ def printable(text: object, limit: int | None = LIMIT) -> str:
 
     Control characters (C0 with line feed and escape, DEL, C1), format characters (bidirectional controls, zero-width
     characters), lone surrogates, line and paragraph separators, private and unassigned characters and invisible letters
-    are shown as Python escapes (`\\n`, `\\x1b`, `\\u202e`). Everything else is kept, including backslashes and letters of
-    all scripts, so text that is already printable is returned unchanged.
+    are shown as Python escapes (`\\n`, `\\x1b`, `\\u202e`). Everything else is kept, including backslashes and letters
+    of all scripts, so text that is already printable is returned unchanged.
 
     Args:
         text: any object; converted with `str`, including paths with undecodable bytes.
-        limit: maximum length of the result; longer text is cut in the middle, to keep the end of a path. None: no limit.
+        limit: maximum length of the result; longer text is cut in the middle, to keep the end of a path. None: no
+          limit.
     """
     text = str(text)
     if limit is not None and len(text) > 2 * limit:  # cut before escaping: a name may have a gigabyte
@@ -56,7 +57,8 @@ def every(items: Iterable[object]) -> str:
 
 
 def first_line(error: object, limit: int = LIMIT) -> str:
-    """The first line of an exception's text, `printable` and without a final period; its type's name if it has no text."""
+    """The first line of an exception's text, `printable` and without a final period; its type's name if it has no
+    text."""
     lines = str(error).strip().splitlines()
     return printable(lines[0].rstrip(".") if lines else type(error).__name__, limit)
 

@@ -1,4 +1,5 @@
-"""The config: fields and defaults (`defaults`), checks (`check`), reading (`load`, `run_file`, `flags`), old names (`renamed`)."""
+"""The config: fields and defaults (`defaults`), checks (`check`), reading (`load`, `run_file`, `flags`), old names
+(`renamed`)."""
 
 from pera_jax.config.check import PATHS, check
 from pera_jax.config.defaults import default, finish, limit_groups, smoke

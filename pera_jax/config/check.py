@@ -76,8 +76,8 @@ def _check_batch(config: ConfigDict, batch_shards: int, hosts: int) -> None:
     group = config.drop_path.group
     if batch < 1 or batch % batch_shards or batch % hosts:
         raise UserError(
-            f"batch_size={batch} is not divisible by the {batch_shards} shard(s) of the mesh (data x fsdp) and the {hosts} "
-            "host(s); choose a multiple of both"
+            f"batch_size={batch} is not divisible by the {batch_shards} shard(s) of the mesh (data x fsdp) and the "
+            f"{hosts} host(s); choose a multiple of both"
         )
     local = batch // batch_shards
     if parts < 1 or local % parts:
@@ -98,7 +98,8 @@ def _check_batch(config: ConfigDict, batch_shards: int, hosts: int) -> None:
         )
     if group and local % group:
         raise UserError(
-            f"drop_path.group={group} does not divide the {local} images per device and microbatch; choose a divisor of {local}"
+            f"drop_path.group={group} does not divide the {local} images per device and microbatch; choose a divisor "
+            f"of {local}"
         )
 
 
@@ -115,7 +116,9 @@ def _same_fields(config: ConfigDict, reference: ConfigDict, prefix: str) -> None
         raise UserError(f"the config has no field {prefix}{unknown[0]}; {fix}")
     missing = sorted(set(reference) - set(config))
     if missing:
-        raise UserError(f"the config lacks the field {prefix}{missing[0]}; start from pera_jax.config.default(objective)")
+        raise UserError(
+            f"the config lacks the field {prefix}{missing[0]}; start from pera_jax.config.default(objective)"
+        )
     for name, value in reference.items():
         if isinstance(value, ConfigDict):
             if not isinstance(config[name], ConfigDict):

@@ -1,7 +1,7 @@
 """Every field of a config with its default, and `:smoke`.
 
-A config file starts from `default()` and sets what differs; unknown fields are refused. Fields of a single method are in
-`config.<method>`. Durations are strings with a unit: "20 epochs", "1500 steps", "96000 examples", "10 percent".
+A config file starts from `default()` and sets what differs; unknown fields are refused. Fields of a single method are
+in `config.<method>`. Durations are strings with a unit: "20 epochs", "1500 steps", "96000 examples", "10 percent".
 """
 
 from ml_collections import ConfigDict
@@ -29,8 +29,8 @@ def default(objective: str = "pera") -> ConfigDict:
             accumulate=1,  # number of microbatches per batch, processed one after the other to save memory
             precision="bfloat16",  # of matrix products: bfloat16 or float32
             parameter_precision="float32",  # of everything else; float64 needs jax_enable_x64
-            # Weights to start from when the workdir holds no checkpoint: a run to resume (its state, optimizer and step), or
-            # one whose weights only are taken, which may be an import of `pera_jax.export`. A folder of a run, "" for none.
+            # Where to start if the workdir has no checkpoint; "" for none. resume_from: a run to resume (state,
+            # optimizer and step). init_from: a run or an import by `pera_jax.export`, of which only weights are used.
             resume_from="",
             init_from="",
         )
@@ -41,10 +41,11 @@ def default(objective: str = "pera") -> ConfigDict:
         split="train",
         workers=-1,  # processes that read, decode and crop; -1: one for each two cores of the host, 16 at most
         bands=(),  # names of the bands to use, in this order; (): all that the dataset has
-        # Names of the bands that are red, green and blue, for color changes and pictures; (): the bands are just these three.
+        # Names of the bands that are red, green and blue, for color changes and pictures; (): the bands are just these
+        # three.
         rgb=(),
-        # What maps to [0, 1], in stored units: ((low, high),) for all bands, or a pair for each; (): what the dataset says,
-        # the full range of uint8, percentiles 1 and 99 of others.
+        # What maps to [0, 1], in stored units: ((low, high),) for all bands, or a pair for each; (): what the dataset
+        # says, the full range of uint8, percentiles 1 and 99 of others.
         ranges=(),
         skip_damaged=False,  # train without shards that are missing or damaged: their records are replaced by others
         normalize="imagenet",  # "imagenet", or "dataset": the mean and std of the data

@@ -35,13 +35,17 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def resolve(arguments: list[str]) -> list[str]:
-    """Replaces the name after `--config` by the path "FILE.py" or "FILE.py:ARGUMENT", which ml_collections needs, and renamed
-    fields by their current names. Raises UserError if the config does not exist."""
+    """Replaces the name after `--config` by the path "FILE.py" or "FILE.py:ARGUMENT", which ml_collections needs, and
+    renamed fields by their current names. Raises UserError if the config does not exist."""
     result, value_expected = [], False
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if name.startswith("--config.") and (now := new_name(name.removeprefix("--config."))):
-            print(f"note: the config field {name.removeprefix('--config.')} is now called {now}", file=sys.stderr, flush=True)
+            print(
+                f"note: the config field {name.removeprefix('--config.')} is now called {now}",
+                file=sys.stderr,
+                flush=True,
+            )
             name, argument = f"--config.{now}", f"--config.{now}{equals}{value}"
         if value_expected:
             argument = _resolve_config(argument)

@@ -47,8 +47,8 @@ def find(config: str) -> tuple[str, str]:
         return str(folder() / f"{name}.py"), argument
     if not os.path.isfile(name):
         raise UserError(
-            f"config {printable(name)} does not exist; expected one of {several(names(), 20)}, a Python file, or the config.json "
-            "of a run"
+            f"config {printable(name)} does not exist; expected one of {several(names(), 20)}, a Python file, or the "
+            "config.json of a run"
         )
     return name, argument
 
@@ -58,8 +58,8 @@ def load(config: str | os.PathLike | ConfigDict, changes: Sequence[str] | Mappin
 
     Args:
       config: a name or path, see `find`; or a loaded config, which is copied.
-      changes: overrides, as {"model.width": 384} or ["model.width=384"]. In strings, values are Python literals; other text
-        is a string.
+      changes: overrides, as {"model.width": 384} or ["model.width=384"]. In strings, values are Python literals; other
+        text is a string.
 
     Raises:
       UserError: the config does not exist, an unknown field, or a value of the wrong type.
@@ -76,7 +76,9 @@ def load(config: str | os.PathLike | ConfigDict, changes: Sequence[str] | Mappin
             raise UserError(f"the config has no field {field}; pera_jax/config/defaults.py lists the fields") from error
         except TypeError as error:
             default = functools.reduce(getattr, (new_name(field) or field).split("."), config)
-            raise UserError(f"expected {field} as {run_file.expected_type(default)}, got {value!r}; change its value") from error
+            raise UserError(
+                f"expected {field} as {run_file.expected_type(default)}, got {value!r}; change its value"
+            ) from error
     return config
 
 

@@ -41,7 +41,10 @@ def _fill(config: ConfigDict, values: dict[str, Any], path: str, prefix: str) ->
     for name, value in values.items():
         field = f"{prefix}{name}"
         if name not in config:
-            raise UserError(f"{path} has an unknown field {printable(field)}; remove it, or use the version of pera_jax that wrote it")
+            raise UserError(
+                f"{path} has an unknown field {printable(field)}; remove it, or use the version of pera_jax that wrote "
+                "it"
+            )
         if isinstance(config[name], ConfigDict) and isinstance(value, dict):
             _fill(config[name], value, path, f"{field}.")
             continue

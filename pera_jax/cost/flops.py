@@ -12,7 +12,8 @@ from jax.extend import core
 def matrix_products(jaxpr: core.Jaxpr) -> float:
     """FLOPs of every `dot_general` in a traced program; the body of a `scan` counts once per iteration.
 
-    (XLA's own cost analysis counts the body of a loop only once.) Of the branches of a `cond`, the most expensive one counts.
+    (XLA's own cost analysis counts the body of a loop only once.) Of the branches of a `cond`, the most expensive one
+    counts.
 
     Raises:
       ValueError: a matrix product inside a `while` loop, whose trip count is unknown.
@@ -30,7 +31,9 @@ def matrix_products(jaxpr: core.Jaxpr) -> float:
             continue
         inner = [matrix_products(sub) for sub in _inner(params.values())]
         if name == "while" and any(inner):
-            raise ValueError("a matrix product inside a while loop cannot be counted, because the trip count is unknown; use scan")
+            raise ValueError(
+                "a matrix product inside a while loop cannot be counted, because the trip count is unknown; use scan"
+            )
         total += max(inner, default=0.0) if name == "cond" else params.get("length", 1) * sum(inner)
     return total
 

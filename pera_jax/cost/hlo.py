@@ -1,7 +1,7 @@
 """The collectives of a compiled program: kind, count and bytes, parsed from its HLO text.
 
-The body of a loop counts once per iteration. The trip count is XLA's annotation if there is one, or else follows from the
-condition `counter < constant` and the constant that the body adds to the counter.
+The body of a loop counts once per iteration. The trip count is XLA's annotation if there is one, or else follows from
+the condition `counter < constant` and the constant that the body adds to the counter.
 """
 
 import collections
@@ -152,7 +152,8 @@ def _collective(kind: str, text: str, times: int) -> Collective:
     )
     result = text[: len(text) - len(_without_shapes(text))]
     sizes = [_size(*shape) for shape in _parse(result)]
-    # The result of an asynchronous start is a tuple of operand and result; of a combined collective, a tuple of results.
+    # The result of an asynchronous start is a tuple of operand and result; of a combined collective, a tuple of
+    # results.
     operand_and_result = "-start(" in text and len(sizes) > 1
     moved = max(sizes, default=0) if operand_and_result else sum(sizes)
     if kind == "reduce-scatter":  # the operand is larger than the result

@@ -26,7 +26,9 @@ class Program:
       hyper: values of the scheduled hyperparameters, which are inputs of the step.
     """
 
-    def __init__(self, config, devices: list | None = None, bands: Bands | None = None, make: Callable = objectives.from_config):
+    def __init__(
+        self, config, devices: list | None = None, bands: Bands | None = None, make: Callable = objectives.from_config
+    ):
         """
         Args:
           config: checked as in training.

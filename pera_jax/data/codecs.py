@@ -39,7 +39,9 @@ def decode_bands(encoded: bytes, info, places: Sequence[int]) -> np.ndarray:
     """
     pixels = decode_image(encoded)
     if pixels.shape[2] != len(info.bands) or pixels.dtype != info.dtype:
-        raise ImageDecodeError(f"expected {len(info.bands)} bands of {info.dtype}, got {pixels.shape[2]} of {pixels.dtype}")
+        raise ImageDecodeError(
+            f"expected {len(info.bands)} bands of {info.dtype}, got {pixels.shape[2]} of {pixels.dtype}"
+        )
     return pixels if list(places) == list(range(len(info.bands))) else np.ascontiguousarray(pixels[..., list(places)])
 
 

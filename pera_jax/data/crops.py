@@ -3,8 +3,9 @@
 Crops keep the stored dtype; color augmentation follows on the device.
 
 The resampling is separable: each pass sums weighted rows of memory, which NumPy does with vector instructions, and a
-transpose between the passes turns columns into rows. uint8 is computed in 16-bit fixed point, which takes about half the
-time of a general-purpose resize and is bitwise the same on every machine; uint16 and float32 are computed in float32.
+transpose between the passes turns columns into rows. uint8 is computed in 16-bit fixed point, which takes about half
+the time of a general-purpose resize and is bitwise the same on every machine; uint16 and float32 are computed in
+float32.
 """
 
 import functools
@@ -37,8 +38,8 @@ def sample_box(
     """Draws the box of one crop from an image of `height` x `width` pixels.
 
     Draws an area fraction (uniform in `area`) and an aspect ratio width / height (log-uniform in `aspect`) up to ten
-    times; the first box that fits is placed at a uniform integer position. If none fits, returns the largest central box
-    with an aspect ratio in the range.
+    times; the first box that fits is placed at a uniform integer position. If none fits, returns the largest central
+    box with an aspect ratio in the range.
     """
     log_low, log_high = math.log(aspect[0]), math.log(aspect[1])
     for _ in range(_ATTEMPTS):
@@ -103,8 +104,8 @@ def crop_resize(image: Image, box: Box, size: int, flip_horizontal: bool, flip_v
     """Cuts `box` out of `image`, resizes it to `size` x `size`, flips it and fills `out` [size, size, C] of its dtype.
 
     Bilinear with antialiasing: the triangle kernel is widened by the scale if the box is larger than `size`. Pixels
-    outside the box have no influence. uint8 agrees with float64 arithmetic to about half a gray level, uint16 and float32
-    to rounding. For reduced images see `_taps`.
+    outside the box have no influence. uint8 agrees with float64 arithmetic to about half a gray level, uint16 and
+    float32 to rounding. For reduced images see `_taps`.
     """
     fixed, reduction = image.dtype == np.uint8, image.reduction
     across, across_weights = _taps(box.width, size, flip_horizontal, fixed, box.left % reduction, reduction)

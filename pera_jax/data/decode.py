@@ -1,9 +1,9 @@
 """From stored images to crops; a large JPEG is decoded at reduced size if its crops allow it.
 
-The image size is in the file header, so boxes are drawn before decoding. The 8 x 8 blocks of a JPEG can be decoded directly
-at 1/2, 1/4 or 1/8 of the size, which is cheaper. The largest reduction is used for which every box is still larger than its
-crop. Crops of aerial photographs then differ from those of the full image by 0.3 to 0.9 gray levels on average; for
-full-contrast textures at pixel scale, by up to 3.
+The image size is in the file header, so boxes are drawn before decoding. The 8 x 8 blocks of a JPEG can be decoded
+directly at 1/2, 1/4 or 1/8 of the size, which is cheaper. The largest reduction is used for which every box is still
+larger than its crop. Crops of aerial photographs then differ from those of the full image by 0.3 to 0.9 gray levels on
+average; for full-contrast textures at pixel scale, by up to 3.
 """
 
 from collections.abc import Sequence
@@ -94,7 +94,8 @@ def resized_record(
 
 
 def draw_crops(rng: np.random.Generator, height: int, width: int, crops) -> dict[str, list[tuple]]:
-    """Draws the geometry of all crops of one image: by crop type, a list of (box, size, horizontal flip, vertical flip)."""
+    """Draws the geometry of all crops of one image: by crop type, a list of (box, size, horizontal flip, vertical
+    flip)."""
     return {
         name: [
             (

@@ -37,7 +37,8 @@ def links_out(root: object, rejected: Iterable[tuple[str, str | None]]) -> str:
     if not names:
         return ""
     lead, stay = ("link leads", "is") if len(names) == 1 else ("links lead", "are")
-    return f"{len(names):,} {lead} out of {printable(root)} and {stay} left out: {several(names)}; --follow-links includes them"
+    shown = f"{len(names):,} {lead} out of {printable(root)} and {stay} left out: {several(names)}"
+    return f"{shown}; --follow-links includes them"
 
 
 def files_below(root: pathlib.Path, follow: bool = False) -> Iterator[Found]:

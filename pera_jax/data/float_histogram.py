@@ -1,9 +1,9 @@
 """Adaptive histograms of float32 values that can be added in any order.
 
-Interpreted as integers (inverted for negative values), the bit patterns of floats have the same order as the floats. A cell
-contains all patterns that differ only in their last `shift` bits. Each octave (one sign and exponent: 1 to 2, 2 to 4, ...)
-has its own shift, the smallest with at most `MOST_CELLS` occupied cells. So small sets of values are stored exactly, close
-values are distinguished at any distance from 0, and outliers do not make other cells coarser.
+Interpreted as integers (inverted for negative values), the bit patterns of floats have the same order as the floats. A
+cell contains all patterns that differ only in their last `shift` bits. Each octave (one sign and exponent: 1 to 2, 2 to
+4, ...) has its own shift, the smallest with at most `MOST_CELLS` occupied cells. So small sets of values are stored
+exactly, close values are distinguished at any distance from 0, and outliers do not make other cells coarser.
 
 The shift depends only on the set of values, and never decreases when values are added. So the sum of the histograms of
 parts equals the histogram of the whole, for any partition and order.
@@ -115,7 +115,8 @@ class FloatHistogram:
         occupied = [np.flatnonzero(band) for band in counts]
         shifts = np.full(_OCTAVES, 16, np.uint8)
         return cls([
-            Cells((bins << 16).astype(np.uint32), band[bins], shifts) for bins, band in zip(occupied, counts, strict=True)
+            Cells((bins << 16).astype(np.uint32), band[bins], shifts)
+            for bins, band in zip(occupied, counts, strict=True)
         ])  # fmt: skip
 
     def __add__(self, other: "FloatHistogram | int") -> "FloatHistogram":
@@ -161,8 +162,9 @@ class FloatHistogram:
     __hash__ = None
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The arguments of `from_arrays`: `cells` int64 [C], the number of cells per band; `steps` uint32 and `counts` int64
-        with one entry per cell, the distance to the previous key and the number of values; `shifts` uint8 [C, 512]."""
+        """The arguments of `from_arrays`: `cells` int64 [C], the number of cells per band; `steps` uint32 and `counts`
+        int64 with one entry per cell, the distance to the previous key and the number of values; `shifts` uint8 [C,
+        512]."""
         bands = list(self)
         return {
             "cells": np.array([len(cells.keys) for cells in bands], np.int64),
@@ -172,7 +174,9 @@ class FloatHistogram:
         }
 
     @classmethod
-    def from_arrays(cls, cells: np.ndarray, steps: np.ndarray, counts: np.ndarray, shifts: np.ndarray) -> "FloatHistogram":
+    def from_arrays(
+        cls, cells: np.ndarray, steps: np.ndarray, counts: np.ndarray, shifts: np.ndarray
+    ) -> "FloatHistogram":
         """The inverse of `arrays`. Raises ValueError for inconsistent arrays."""
         shapes = (cells.shape, steps.shape, counts.shape, shifts.shape)
         dtypes = tuple(array.dtype.name for array in (cells, steps, counts, shifts))

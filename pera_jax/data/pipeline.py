@@ -2,10 +2,10 @@
 
 The stream of global batches is a pure function of (records, crops, seed, batch size). Each epoch is its own shuffle of
 all records, cut to `floor(records / batch)` full batches: no record occurs twice in an epoch, and the remainder of the
-shuffle is dropped, different records each time. With several datasets, each has its own sequence of complete shuffles, and
-examples are drawn from the datasets by their weights. The crops of a record are drawn from (seed, epoch, index in the
-epoch). So batch k is the same for any number of workers and hosts and any start position, and k is the only position that
-a checkpoint has to store.
+shuffle is dropped, different records each time. With several datasets, each has its own sequence of complete shuffles,
+and examples are drawn from the datasets by their weights. The crops of a record are drawn from (seed, epoch, index in
+the epoch). So batch k is the same for any number of workers and hosts and any start position, and k is the only
+position that a checkpoint has to store.
 """
 
 import contextlib
@@ -45,8 +45,8 @@ class Crops:
     """The crops that are taken from an image.
 
     Attributes:
-      specs: by crop type, the number of crops per image, their size in px and the range of their area as a fraction of the
-        image area: `objectives.base.CropSpec`.
+      specs: by crop type, the number of crops per image, their size in px and the range of their area as a fraction of
+        the image area: `objectives.base.CropSpec`.
       aspect: range of width / height. flip: probability of each of the two flips.
     """
 
@@ -169,7 +169,8 @@ def _processes() -> int:
 def _wait_for_processes(number: int) -> None:
     """Waits until `number` workers are started by the threads of Grain, not until they are ready."""
     end = time.monotonic() + _STARTED
-    while _processes() < number and time.monotonic() < end:  # a worker that cannot be started is reported by the first batch
+    # a worker that cannot be started is reported by the first batch
+    while _processes() < number and time.monotonic() < end:
         time.sleep(0.001)
 
 
@@ -177,8 +178,8 @@ def _wait_for_processes(number: int) -> None:
 def _without_script() -> Iterator[None]:
     """Keeps processes started in this context from running the main script again.
 
-    Without `if __name__ == "__main__"` the script would start a training in each of them. Modules started with `python -m`
-    are imported as usual.
+    Without `if __name__ == "__main__"` the script would start a training in each of them. Modules started with `python
+    -m` are imported as usual.
     """
     script = sys.modules["__main__"]
     if getattr(script, "__spec__", None) is None:
@@ -196,7 +197,8 @@ def _end_of(error: RuntimeError) -> str:
 
 
 class TakeRows(grain.MapDataset):
-    """Keeps the indices `rows` of every `batch_size` elements. Applied after random transforms, which depend on the index."""
+    """Keeps the indices `rows` of every `batch_size` elements. Applied after random transforms, which depend on the
+    index."""
 
     def __init__(self, parent: grain.MapDataset, batch_size: int, rows: np.ndarray):
         super().__init__(parent)
@@ -234,8 +236,8 @@ class ReadBatch(grain.transforms.Map):
         return batch | {"label": label, "set": draws["set"], "index": draws["index"], "replaced": replaced}
 
     def _fill(self, place: int, index: int, seed: int, out: dict[str, np.ndarray]) -> tuple[int, bool]:
-        """Fills `out`, by crop type [number, size, size, C], from record `index` of dataset `place`, or from another record
-        if that cannot be decoded; returns (label, whether the record was replaced)."""
+        """Fills `out`, by crop type [number, size, size, C], from record `index` of dataset `place`, or from another
+        record if that cannot be decoded; returns (label, whether the record was replaced)."""
         source = self._data.sources[place]
         for skipped in range(_REPLACEMENTS):
             # First the next records, then distant ones, since a whole shard may be damaged.
@@ -248,13 +250,14 @@ class ReadBatch(grain.transforms.Map):
             except (RuntimeError, ValueError):  # damaged shard, record or image
                 continue
         raise UserError(
-            f"{_REPLACEMENTS} records of {source.path} cannot be decoded, starting with record {index}; the dataset is damaged, "
-            "convert it again"
+            f"{_REPLACEMENTS} records of {source.path} cannot be decoded, starting with record {index}; the dataset is "
+            "damaged, convert it again"
         )
 
 
 class Draw(grain.transforms.RandomMap):
-    """The draw of a record: its dataset and index, and the seed of its crops, from a generator keyed by (seed, position)."""
+    """The draw of a record: its dataset and index, and the seed of its crops, from a generator keyed by (seed,
+    position)."""
 
     def __init__(self, place: int):
         self._place = np.int64(place)

@@ -1,15 +1,15 @@
 """The dataset folder: its metadata, its ArrayRecord shards, and the record that holds one image.
 
-    FOLDER/info.json                                  what `load_info` reads; written last: a folder without it is unfinished
-    FOLDER/NAME-SPLIT.array_record-00000-of-0000K     the records of one split, `group_size:1,uncompressed`
+    FOLDER/info.json                                  what `load_info` reads; written last: a folder without it is
+    unfinished FOLDER/NAME-SPLIT.array_record-00000-of-0000K     the records of one split, `group_size:1,uncompressed`
     FOLDER/SPLIT.report.json                          report of the conversion: failed and changed images
     FOLDER/SPLIT.histogram.npz                        histogram of each band: see `statistics`
     FOLDER/dataset_info.json, features.json           the same facts for `tfds.builder_from_directory`
 
 A record is a serialized `tf.train.Example` with the features `image` (encoded as `codecs` says), `key` (the path of the
-source relative to the converted folder) and, optionally, `label` (class index) and `place` (JSON: location, date and source
-of a tile). The message is small and fixed, so it is encoded and parsed here without protobuf or TensorFlow Datasets, and
-data workers start in a fraction of a second.
+source relative to the converted folder) and, optionally, `label` (class index) and `place` (JSON: location, date and
+source of a tile). The message is small and fixed, so it is encoded and parsed here without protobuf or TensorFlow
+Datasets, and data workers start in a fraction of a second.
 """
 
 import bisect
@@ -57,8 +57,8 @@ class SplitInfo:
       shards: file names in the order of the records.
       shard_records: number of records of each shard.
       shard_bytes: size of each shard in bytes.
-      ranges: [low, high] per band in stored units, mapped to [0, 1] by default; the full range for uint8, else percentiles
-        1 and 99 of the split.
+      ranges: [low, high] per band in stored units, mapped to [0, 1] by default; the full range for uint8, else
+        percentiles 1 and 99 of the split.
       mean, std: per band, over all valid pixels, after that mapping.
       percentiles: by name ("0.1", "1", "50", "99", "99.9"), per band in stored units.
       fingerprint: SHA-256 over the records in order; independent of the number of shards and workers.
@@ -185,15 +185,16 @@ def load_info(path: str | pathlib.Path) -> DatasetInfo:
         raise UserError(f"dataset folder {printable(folder)} does not exist; make one with python -m data_prep.images")
     if not file.is_file():
         raise UserError(
-            f"{printable(folder)} has no {INFO_FILE}: it is not a dataset folder, or its conversion has not finished; make one "
-            "of a folder of images with python -m data_prep.images --input IMAGES --output SHARDS"
+            f"{printable(folder)} has no {INFO_FILE}: it is not a dataset folder, or its conversion has not finished; "
+            "make one of a folder of images with python -m data_prep.images --input IMAGES --output SHARDS"
         )
     fix = "copy it again, or convert the dataset again"
     fields = json_files.read(file, dict[str, Any], fix)
     version = fields.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{printable(folder)} has format version {printable(version)}, not {FORMAT_VERSION}; convert the dataset again"
+            f"{printable(folder)} has format version {printable(version)}, not {FORMAT_VERSION}; convert the dataset "
+            "again"
         )
     try:
         info = json_files.convert(fields, DatasetInfo)
@@ -262,8 +263,8 @@ def open_split(path: str | pathlib.Path, split: str, skip_damaged: bool = False)
     Args:
       skip_damaged: skip missing and damaged shards, as long as one shard is intact.
 
-    Raises UserError: as `load_info` and `check_split`; a shard is missing, truncated, or has a different number of records
-    than in info.json.
+    Raises UserError: as `load_info` and `check_split`; a shard is missing, truncated, or has a different number of
+    records than in info.json.
     """
     info = load_info(path)
     check_split(path, info, split)

@@ -1,9 +1,9 @@
 """Shard files: checked, opened for random access, and kept open up to a limit.
 
-A dataset may have more shards than a process may open files. Each process keeps at most `MOST_OPEN` shards open over all
-datasets, or half its limit of open files if that is lower; the least recently read shard is closed first. A shard that
-cannot be read because the machine fails (too many open files, a disk that does not respond) is not reported as damaged:
-see `environment.patiently`.
+A dataset may have more shards than a process may open files. Each process keeps at most `MOST_OPEN` shards open over
+all datasets, or half its limit of open files if that is lower; the least recently read shard is closed first. A shard
+that cannot be read because the machine fails (too many open files, a disk that does not respond) is not reported as
+damaged: see `environment.patiently`.
 """
 
 import collections

@@ -1,8 +1,8 @@
 """Shared memory segments through which data workers pass batches: named after their owner, and freed after a kill.
 
-A batch lies in segments of /dev/shm until the training process has taken it. If all processes of a run are killed at once,
-nothing removes the segments, and they occupy memory until the machine reboots. So their names contain the training
-process, and the next run removes those whose owner is gone.
+A batch lies in segments of /dev/shm until the training process has taken it. If all processes of a run are killed at
+once, nothing removes the segments, and they occupy memory until the machine reboots. So their names contain the
+training process, and the next run removes those whose owner is gone.
 """
 
 import contextlib

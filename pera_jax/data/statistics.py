@@ -1,8 +1,8 @@
 """Band statistics from histograms: exact, and independent of the order of the images.
 
 For uint8 and uint16 a histogram is an array with one bin per value; for float32 it is a `FloatHistogram`, which
-distinguishes values to 1/4096 or better. So statistics for any range come from one small table per split, and histograms
-of parts can be added.
+distinguishes values to 1/4096 or better. So statistics for any range come from one small table per split, and
+histograms of parts can be added.
 """
 
 import io
@@ -141,4 +141,6 @@ def load(path: str | pathlib.Path, split: str) -> Histogram:
     try:
         return from_bytes(file.read_bytes())
     except Exception as error:  # on damaged bytes NumPy and zipfile raise nearly anything
-        raise UserError(f"{file} cannot be read ({error}); copy the whole dataset folder again, or convert it again") from error
+        raise UserError(
+            f"{file} cannot be read ({error}); copy the whole dataset folder again, or convert it again"
+        ) from error

@@ -104,9 +104,14 @@ def pick_image(builder: read_only_builder.ReadOnlyBuilder, wanted: str | None = 
     found = {path: feature for path, feature in flat(builder.info.features).items() if _is_image(feature)}
     encoded = [path for path, feature in found.items() if isinstance(feature, features.Image)]
     if wanted is None and len(encoded) != 1 and len(found) != 1:
-        raise UserError(f"{builder.info.full_name} has {_listed('image feature', found)}; choose one with --image-feature")
+        raise UserError(
+            f"{builder.info.full_name} has {_listed('image feature', found)}; choose one with --image-feature"
+        )
     if wanted is not None and wanted not in found:
-        raise UserError(f"--image-feature {wanted} does not exist in {builder.info.full_name}, which has {_listed('image feature', found)}")
+        raise UserError(
+            f"--image-feature {wanted} does not exist in {builder.info.full_name}, which has "
+            f"{_listed('image feature', found)}"
+        )
     return wanted or (encoded if len(encoded) == 1 else list(found))[0]
 
 
@@ -118,7 +123,10 @@ def pick_label(builder: read_only_builder.ReadOnlyBuilder, wanted: str | None = 
         has = _listed("ClassLabel", found)
         raise UserError(f"{builder.info.full_name} has {has}; choose one with --label-feature, or pass --no-labels")
     if wanted is not None and wanted not in found:
-        raise UserError(f"--label-feature {wanted} does not exist in {builder.info.full_name}, which has {_listed('ClassLabel', found)}")
+        raise UserError(
+            f"--label-feature {wanted} does not exist in {builder.info.full_name}, which has "
+            f"{_listed('ClassLabel', found)}"
+        )
     return wanted or (found[0] if found else None)
 
 
@@ -131,9 +139,13 @@ def bands_of(path: str, feature: features.FeatureConnector, names: str | None = 
     dtype = np.dtype(feature.np_dtype).name
     if isinstance(feature, features.Image):
         if dtype == "float32":  # TFDS stores the four bytes of a value in the four channels of a PNG
-            raise UserError(f"feature {path!r} is an Image of float32, whose values have no known range; choose another feature")
+            raise UserError(
+                f"feature {path!r} is an Image of float32, whose values have no known range; choose another feature"
+            )
         if names is not None:
-            raise UserError(f"--bands only applies to a Tensor; feature {path!r} is an Image, which becomes red, green, blue")
+            raise UserError(
+                f"--bands only applies to a Tensor; feature {path!r} is an Image, which becomes red, green, blue"
+            )
         return list(records.RGB), "uint8"
     count = feature.shape[2]
     bands = names.split(",") if names is not None else [f"band_{i + 1}" for i in range(count)]

@@ -46,8 +46,8 @@ def check(entry: dict[str, Any], place: pathlib.Path) -> None:
     version = entry.get("format_version")
     if version not in (_FORMAT_VERSION, _WITHOUT_DIGESTS):
         raise UserError(
-            f"unsupported format version in {place}: expected {_WITHOUT_DIGESTS} or {_FORMAT_VERSION}, got {version}; export the "
-            "weights again"
+            f"unsupported format version in {place}: expected {_WITHOUT_DIGESTS} or {_FORMAT_VERSION}, got {version}; "
+            "export the weights again"
         )
     content = {name: value for name, value in entry.items() if name != "digest"}
     wanted = None if version == _WITHOUT_DIGESTS and "digest" not in entry else digests.json_digest(content)
@@ -59,7 +59,9 @@ def check_file(entry: dict[str, Any], place: pathlib.Path, file: pathlib.Path) -
     """Raises UserError if the weight file does not match the digest in the entry of the config.json `place`."""
     try:
         if "sha256" in entry and entry["sha256"] != digests.file_digest(file):
-            raise UserError(f"{file} is damaged, or from another export than {place.name} beside it; export the weights again")
+            raise UserError(
+                f"{file} is damaged, or from another export than {place.name} beside it; export the weights again"
+            )
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from error
 
@@ -72,7 +74,8 @@ def load(folder: pathlib.Path, step: int | None, which: str | None, verify: bool
       verify: check the weights against their digests.
 
     Raises:
-      UserError: files that are missing, damaged or inconsistent; another step or network; weights for non-square images.
+      UserError: files that are missing, damaged or inconsistent; another step or network; weights for non-square
+        images.
     """
     try:
         meta = json_files.parse((folder / CONFIG).read_bytes(), dict[str, Any]).get(ENTRY)
@@ -81,15 +84,20 @@ def load(folder: pathlib.Path, step: int | None, which: str | None, verify: bool
             meta_fields.check_exported(meta)
     except (OSError, json_files.Invalid) as error:
         raise UserError(
-            f"{folder / CONFIG} was not written by python -m pera_jax.export timm ({error}); export the weights again, or "
-            "import the file with python -m pera_jax.export import-timm"
+            f"{folder / CONFIG} was not written by python -m pera_jax.export timm ({error}); export the weights again, "
+            "or import the file with python -m pera_jax.export import-timm"
         ) from error
     check(meta, folder / CONFIG)
     shape, (height, width), held = meta["model"], meta["image_size"], (meta["network"], meta["step"])
     if (which or held[0], held[1] if step is None else step) != held:
-        raise UserError(f"{folder} has only the {held[0]} of step {held[1]}; leave out step and network, or give the run folder")
+        raise UserError(
+            f"{folder} has only the {held[0]} of step {held[1]}; leave out step and network, or give the run folder"
+        )
     if height != width:
-        raise UserError(f"{folder} was exported for {height} x {width} px; export it for a square image size, or give the run folder")
+        raise UserError(
+            f"{folder} was exported for {height} x {width} px; export it for a square image size, or give the run "
+            "folder"
+        )
     file, entries = folder / FILE, tables.backbone("", ("backbone",), shape["depth"], shape["split"])
     named = arrays.read(file, verify)
     if verify:

@@ -1,8 +1,8 @@
 """Frozen features of whole images: class token, mean of the patch tokens and patch tokens of the last blocks.
 
-Every device processes exactly `MICRO_BATCH` images at a time; smaller batches are padded. So the features depend neither on
-the batch size nor on the number of devices. With several processes each encodes a part of the images, and all get the full
-result.
+Every device processes exactly `MICRO_BATCH` images at a time; smaller batches are padded. So the features depend
+neither on the batch size nor on the number of devices. With several processes each encodes a part of the images, and
+all get the full result.
 """
 
 import collections
@@ -87,7 +87,9 @@ class OverDevices:
         join = lambda *parts: np.concatenate([np.asarray(part) for part in parts])[: len(images)]  # noqa: E731
         found = jax.tree.map(join, *results)  # removes the padding
         if not all(np.isfinite(array).all() for array in jax.tree.leaves(found)):
-            raise UserError("the features of this checkpoint contain NaN or infinite values; use an earlier one with --step")
+            raise UserError(
+                "the features of this checkpoint contain NaN or infinite values; use an earlier one with --step"
+            )
         return found
 
 
@@ -185,7 +187,9 @@ def extract(extractor: Extractor | Pixels, samples: Samples, image_size: int, ba
         error = wrong
     distributed.raise_on_all_hosts(error)
     if hosts == 1:
-        return Features(*(np.concatenate([getattr(b, name) for b in batches]) for name in ("class_tokens", "patch_means")))
+        return Features(
+            *(np.concatenate([getattr(b, name) for b in batches]) for name in ("class_tokens", "patch_means"))
+        )
     return _of_all_hosts(batches, len(samples), most, rows)
 
 
@@ -230,7 +234,9 @@ def read(
         try:
             return transform(np.ascontiguousarray(samples.decode(raw)[..., places]))
         except codecs.ImageDecodeError as error:
-            raise UserError(f"image {samples.keys[row]} of {samples.path} cannot be decoded ({error}); repair or remove the file") from error
+            raise UserError(
+                f"image {samples.keys[row]} of {samples.path} cannot be decoded ({error}); repair or remove the file"
+            ) from error
 
     with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
         waiting = collections.deque()

@@ -4,17 +4,18 @@
 
 writes
 
-    features.json                     weights, images and options of the export; names and per-image shapes of the arrays
-    class_token-00000.npy             float32 [n, D] of the first n images (--part-size); -00001 of the next n, and so on
-    patch_mean-00000.npy              float32 [n, D], the mean of an image's patch tokens
+    features.json                     weights, images and options of the export; names and per-image shapes of the
+    arrays class_token-00000.npy             float32 [n, D] of the first n images (--part-size); -00001 of the next n,
+    and so on patch_mean-00000.npy              float32 [n, D], the mean of an image's patch tokens
     patch_map-00000.npy               float32 [n, h, w, D], with --maps
     block_class_tokens-00000.npy      float32 [n, blocks, D], with --blocks
     block_maps-00000.npy              float32 [n, blocks, h, w, D], with both
     index.csv                         one line per image: key, label if the images have classes, part, row
     SHA256SUMS                        of all files except features.json, for `sha256sum -c SHA256SUMS`
 
-Files are written atomically, index.csv last. After an interruption, re-run the same command to resume: it computes the missing
-parts, and those that were modified. On the same devices the result is bitwise the same as without the interruption.
+Files are written atomically, index.csv last. After an interruption, re-run the same command to resume: it computes the
+missing parts, and those that were modified. On the same devices the result is bitwise the same as without the
+interruption.
 """
 
 import csv
@@ -70,8 +71,8 @@ def write(
       A summary of what was written, to print.
 
     Raises:
-      UserError: images or options that do not fit the weights; an image that cannot be read; a folder with other features,
-        or one that cannot be written.
+      UserError: images or options that do not fit the weights; an image that cannot be read; a folder with other
+        features, or one that cannot be written.
     """
     paths.local(output)
     for name, value in (("part size", part_size), ("batch size", batch_size)):
@@ -118,14 +119,16 @@ def _complete(output, plan, parts, encode, model, samples, batch_size, devices) 
         if missing:
             over_devices = features.OverDevices(encode, devices)
             run = functools.partial(over_devices, over_devices.placed(model.params))
-            _write_parts(run, model, samples, size, output, {number: parts[number] for number in missing}, batch_size, sums)
+            _write_parts(
+                run, model, samples, size, output, {number: parts[number] for number in missing}, batch_size, sums
+            )
         index = _index(samples, parts)
         _write_sums(output, sums | {INDEX: hashlib.sha256(index).hexdigest()})
         files.write(output / INDEX, index)
     except OSError as error:
         raise UserError(
-            f"cannot write {output}: {error.strerror or error}; free disk space and re-run the same command to resume, or choose "
-            "another --output"
+            f"cannot write {output}: {error.strerror or error}; free disk space and re-run the same command to resume, "
+            "or choose another --output"
         ) from error
     return said
 
@@ -159,8 +162,8 @@ def _begin(output: pathlib.Path, plan: dict[str, Any]) -> None:
     if differing:
         name = differing[0]
         raise UserError(
-            f"{output} has features with another {name} (expected {_short(plan[name])}, got {_short(found.get(name))}); choose "
-            "another --output, or delete the folder"
+            f"{output} has features with another {name} (expected {_short(plan[name])}, got "
+            f"{_short(found.get(name))}); choose another --output, or delete the folder"
         )
 
 

@@ -15,11 +15,14 @@ from pera_jax.models import positions
 def check_size(height: int, width: int, patch: int) -> None:
     """Raises UserError if height or width is not a multiple of the patch size, all in px."""
     if min(height, width) < patch or height % patch or width % patch:
-        raise UserError(f"the image size {height}x{width} is not a multiple of the patch size {patch} px; choose a multiple")
+        raise UserError(
+            f"the image size {height}x{width} is not a multiple of the patch size {patch} px; choose a multiple"
+        )
 
 
 def resized(backbone: dict[str, Any], shape: dict[str, Any], rows: int, columns: int) -> dict[str, Any]:
-    """`backbone` with its position embedding interpolated to `rows` x `columns` patches, as in the network's forward pass.
+    """`backbone` with its position embedding interpolated to `rows` x `columns` patches, as in the network's forward
+    pass.
 
     Args:
       shape: the `vit.description` of the network.
@@ -35,8 +38,9 @@ def resized(backbone: dict[str, Any], shape: dict[str, Any], rows: int, columns:
 def rebanded(backbone: dict[str, Any], patch: int, there: Sequence[str], here: Sequence[str]) -> dict[str, Any]:
     """Adapts the patch projection of `backbone` from the bands `there` to the bands `here`.
 
-    With the same number of bands, each takes the weights of its counterpart (`band_order`). With another number, every band
-    takes the mean over the old bands, scaled by old number / new number, so that an image with equal bands keeps its output.
+    With the same number of bands, each takes the weights of its counterpart (`band_order`). With another number, every
+    band takes the mean over the old bands, scaled by old number / new number, so that an image with equal bands keeps
+    its output.
     """
     kernel = np.asarray(backbone["patch_projection"]["kernel"])  # [p q C, D]
     kernel = rearrange(kernel, "(p q c) d -> p q c d", p=patch, q=patch)

@@ -1,4 +1,5 @@
-"""Loads the weights of a checkpoint without its objective, optimizer or config: `meta["model"]` describes the network."""
+"""Loads the weights of a checkpoint without its objective, optimizer or config: `meta["model"]` describes the
+network."""
 
 import dataclasses
 import pathlib
@@ -56,10 +57,11 @@ def load_weights(
       parts: sub-trees of the parameters to load, such as ("backbone",); None for all.
 
     Raises:
-      UserError: a run, step or network that does not exist; an unsupported format version; a backbone that does not match
-        the metadata.
+      UserError: a run, step or network that does not exist; an unsupported format version; a backbone that does not
+        match the metadata.
       Damaged: the checkpoint cannot be read, or its values differ from those that were saved.
-      Removed: training removed the checkpoint of `step` while it was read. With `step=None` the next one is loaded instead.
+      Removed: training removed the checkpoint of `step` while it was read. With `step=None` the next one is loaded
+        instead.
     """
     return checkpoint.read_while_present(run, step, lambda chosen: _load(run, chosen, which, verify, parts))
 
@@ -112,7 +114,8 @@ def _check_complete(folder: pathlib.Path, item: str, stored: Any, digests: dict[
 
 
 def check_backbone(backbone: Any, meta: dict[str, Any], where: str) -> None:
-    """Raises Misfit if the leaves of a backbone are not those of `meta["model"]`; the error names every leaf that differs."""
+    """Raises Misfit if the leaves of a backbone are not those of `meta["model"]`; the error names every leaf that
+    differs."""
     network, side = vit.build(meta["model"]), meta["model"]["image_size"]
     image = np.zeros((1, side, side, meta["model"]["bands"]), np.float32)
     abstract = jax.eval_shape(lambda: network.init(jax.random.key(0), image))["params"]

@@ -51,8 +51,8 @@ class Model:
 
     Attributes:
       params: the parameters, nested dicts of arrays.
-      network: the Flax module, with `width`, `depth`, `patch` (px) and `image_size` (px, the size of the global crops in
-        training).
+      network: the Flax module, with `width`, `depth`, `patch` (px) and `image_size` (px, the size of the global crops
+        in training).
       bands: names, order, dtype and normalization of the input bands.
     """
 
@@ -71,15 +71,18 @@ class Model:
         self._check(images, size)  # before the conversion to JAX, which would turn float64 into float32
         return _compiled(dataclasses.replace(self, params=None), self.params, jnp.asarray(images), chosen, size)
 
-    def apply(self, params: dict[str, Any], images, *, blocks: int | Sequence[int] = (), size: str = "refuse") -> Tokens:
+    def apply(
+        self, params: dict[str, Any], images, *, blocks: int | Sequence[int] = (), size: str = "refuse"
+    ) -> Tokens:
         """The tokens of images, as a pure function of the parameters.
 
         Args:
           params: parameters of this network.
-          images: stored values [B, H, W, C] of `bands.dtype`, or one image [H, W, C]; channels in the order of `bands.names`.
+          images: stored values [B, H, W, C] of `bands.dtype`, or one image [H, W, C]; channels in the order of
+            `bands.names`.
           blocks: blocks whose tokens are returned too: 0-based indices, or an int n for the last n blocks, in order.
-          size: "refuse": H and W must be multiples of the patch size. "pad": images are padded by reflection at the bottom
-            and the right to the next multiple; the maps have ceil(H / patch) rows and ceil(W / patch) columns.
+          size: "refuse": H and W must be multiples of the patch size. "pad": images are padded by reflection at the
+            bottom and the right to the next multiple; the maps have ceil(H / patch) rows and ceil(W / patch) columns.
 
         Raises:
           UserError: images of the wrong shape, dtype or size; a block that does not exist.
@@ -100,8 +103,8 @@ class Model:
         (height, width), patch = values.shape[-3:-1], self.network.patch
         if height % patch or width % patch:
             raise UserError(
-                f"the image size {height} x {width} px is not a multiple of the patch size {patch} px; resize the images, or "
-                "pad them with size='pad'"
+                f"the image size {height} x {width} px is not a multiple of the patch size {patch} px; resize the "
+                "images, or pad them with size='pad'"
             )
         chosen = _chosen(blocks, self.network.depth)
         batch = values if values.ndim == 4 else values[None]
@@ -120,13 +123,18 @@ class Model:
         if size not in SIZES:
             raise UserError(f"unknown size={size!r}; expected one of {', '.join(SIZES)}")
         if not hasattr(images, "dtype"):
-            raise UserError(f"expected images as a {self.bands.dtype} array [H, W, C] or [B, H, W, C], got {type(images).__name__}; pass a NumPy or JAX array")
+            raise UserError(
+                f"expected images as a {self.bands.dtype} array [H, W, C] or [B, H, W, C], got "
+                f"{type(images).__name__}; pass a NumPy or JAX array"
+            )
         if images.ndim not in (3, 4) or 0 in images.shape:
-            raise UserError(f"expected images of shape [B, H, W, C] or [H, W, C] with at least one pixel, got {tuple(images.shape)}")
+            raise UserError(
+                f"expected images of shape [B, H, W, C] or [H, W, C] with at least one pixel, got {tuple(images.shape)}"
+            )
         if images.shape[-1] != len(names):
             raise UserError(
-                f"expected {len(names)} bands on the last axis of the images ({several(names, 10)}), got {images.shape[-1]}; "
-                "pass the bands that the weights were trained on"
+                f"expected {len(names)} bands on the last axis of the images ({several(names, 10)}), got "
+                f"{images.shape[-1]}; pass the bands that the weights were trained on"
             )
         if images.dtype != self.bands.dtype:
             raise UserError(
@@ -184,9 +192,14 @@ def load_weights(
         raise UserError(f"unknown network {which!r}; expected one of {', '.join(NETWORKS)}")
     path = pathlib.Path(paths.local(path))
     if not path.is_dir():
-        raise UserError(f"the folder {path} does not exist; give a run folder or a folder written by python -m pera_jax.export timm")
+        raise UserError(
+            f"the folder {path} does not exist; give a run folder or a folder written by python -m pera_jax.export timm"
+        )
     if (path / exported.FILE).is_file():
         return exported.load(path, step, which, verify)
     if (path / checkpoint.FOLDER).is_dir():
         return load_run(path, step, which, verify, parts)
-    raise UserError(f"{path} is not a run folder (no {checkpoint.FOLDER}/) and not an exported folder (no {exported.FILE}); give one of the two")
+    raise UserError(
+        f"{path} is not a run folder (no {checkpoint.FOLDER}/) and not an exported folder (no {exported.FILE}); give "
+        "one of the two"
+    )

@@ -10,9 +10,9 @@ Running it needs JAX and flatbuffers, on CPU, NVIDIA GPU or TPU:
     tokens["class_token"]              # float32 [B, D]
     tokens["patch_map"]                # float32 [B, H / patch, W / patch, D]
 
-The batch size B is free, and normalization is part of the exported function. `jax.jit(network.call)` caches the compiled
-program. JAX guarantees to read such a file for six months after the release that wrote it. It does not detect damaged files;
-`sha256sum -c aid.stablehlo.sha256` does.
+The batch size B is free, and normalization is part of the exported function. `jax.jit(network.call)` caches the
+compiled program. JAX guarantees to read such a file for six months after the release that wrote it. It does not detect
+damaged files; `sha256sum -c aid.stablehlo.sha256` does.
 """
 
 import hashlib
@@ -56,7 +56,9 @@ def export(weights: Weights, size: tuple[int, int] | None, output: pathlib.Path)
     owned.check(sums, lambda file: _SUMS.fullmatch(file.read_text(errors="replace")) is not None)
     model = Model.from_metadata(weights.backbone, weights.meta)
     if sum(leaf.nbytes for leaf in jax.tree.leaves(model.params)) > _LARGEST:
-        raise UserError("the network has more than 2 GB of parameters, the limit of jax.export; use `export timm` instead")
+        raise UserError(
+            "the network has more than 2 GB of parameters, the limit of jax.export; use `export timm` instead"
+        )
     height, width = size or (model.network.image_size,) * 2
     fit.check_size(height, width, model.network.patch)
 
@@ -74,12 +76,15 @@ def export(weights: Weights, size: tuple[int, int] | None, output: pathlib.Path)
         files.write(output, content)
         files.write(sums, f"{hashlib.sha256(content).hexdigest()}  {output.name}\n".encode("utf-8", "surrogateescape"))
     except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}; free disk space or choose another --output") from error
+        raise UserError(
+            f"cannot write {output}: {error.strerror}; free disk space or choose another --output"
+        ) from error
     rows, columns, channels = exported.out_avals[1].shape[1:]
     return (
-        f"input: {model.bands.dtype} [B, {height}, {width}, {len(model.bands)}] with bands {', '.join(model.bands.names)}; output: "
-        f"class_token [B, {channels}] and patch_map [B, {rows}, {columns}, {channels}]\n"
-        f"SHA-256 in {printable(sums.name)}; check it with sha256sum -c, since JAX does not detect damaged files"
+        f"input: {model.bands.dtype} [B, {height}, {width}, {len(model.bands)}] with bands "
+        f"{', '.join(model.bands.names)}; output: class_token [B, {channels}] and patch_map [B, {rows}, {columns}, "
+        f"{channels}]\nSHA-256 in {printable(sums.name)}; check it with sha256sum -c, since JAX does not detect "
+        "damaged files"
     )
 
 

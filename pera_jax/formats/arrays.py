@@ -23,17 +23,19 @@ _MOST_VALUES = 1 << 40  # per array, counting axes of size 0 as 1
 _ENTRIES = ("model", "state_dict")  # usual keys of the parameters in a checkpoint
 _NETWORKS = ("teacher", "student", "backbone")  # keys of one state dict each, as in DINO and DINOv2
 _DIGEST = "sha256"  # of the arrays, in the metadata of safetensors
-_WRAPPER = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module)\.")  # wrapper modules of PyTorch, at any level
+# wrapper modules of PyTorch, at any level
+_WRAPPER = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module)\.")
 
 
 def read(path: pathlib.Path, verify: bool = True, notes: list[str] | None = None) -> dict[str, np.ndarray]:
-    """Reads the parameters in a file as float32 arrays by name, without the prefixes of PyTorch wrappers such as `module.`.
+    """Reads the parameters in a file as float32 arrays by name, without the prefixes of PyTorch wrappers such as
+    `module.`.
 
     Args:
       path: NAME.safetensors, or else a torch.save file with a state dict, either at the top level or under `model` or
         `state_dict`, or with one state dict for each of `teacher`, `student`, `backbone`; other entries are ignored.
-      verify: check checksums: this program's digest of the arrays in safetensors, the CRC of each member of a torch.save
-        file.
+      verify: check checksums: this program's digest of the arrays in safetensors, the CRC of each member of a
+        torch.save file.
       notes: notes on ignored and on rounded arrays are appended to it.
 
     Raises:
@@ -76,7 +78,8 @@ def _safetensors(path: pathlib.Path, verify: bool) -> dict[str, np.ndarray]:
     _check_floats(path, [name for name, each in stored.items() if each["dtype"] not in _DTYPES])
     _check_shapes(path, {name: each["shape"] for name, each in stored.items()})
     arrays = {
-        name: np.frombuffer(each["data"], _DTYPES[each["dtype"]]).reshape(each["shape"]) for name, each in stored.items()
+        name: np.frombuffer(each["data"], _DTYPES[each["dtype"]]).reshape(each["shape"])
+        for name, each in stored.items()
     }
     written = _metadata(content).get(_DIGEST)
     if verify and written is not None and written != digests.arrays_digest(arrays):
@@ -94,7 +97,9 @@ def _torch(path: pathlib.Path, verify: bool, notes: list[str]) -> dict[str, np.n
     import torch
 
     if not isinstance(held, dict):
-        raise UserError(f"expected a dictionary of parameters in {path}, got {type(held).__name__}; save the model's state_dict")
+        raise UserError(
+            f"expected a dictionary of parameters in {path}, got {type(held).__name__}; save the model's state_dict"
+        )
     entry = next((name for name in _ENTRIES if isinstance(held.get(name), dict)), None)
     if entry is not None:
         notes += _ignored(held, {entry})
@@ -103,9 +108,12 @@ def _torch(path: pathlib.Path, verify: bool, notes: list[str]) -> dict[str, np.n
     if networks:
         notes += _ignored(held, networks.keys())
         flat = dict(_flat(networks))
-        counters = [k for k, v in flat.items() if isinstance(v, torch.Tensor) and not v.is_floating_point()]  # of batches
+        # of batches
+        counters = [k for k, v in flat.items() if isinstance(v, torch.Tensor) and not v.is_floating_point()]
         held = {name: value for name, value in flat.items() if name not in counters}
-    _check_floats(path, [str(k) for k, v in held.items() if not (isinstance(v, torch.Tensor) and v.is_floating_point())])
+    _check_floats(
+        path, [str(k) for k, v in held.items() if not (isinstance(v, torch.Tensor) and v.is_floating_point())]
+    )
     _check_shapes(path, {str(name): tensor.shape for name, tensor in held.items()})
     # A stride of 0 makes a huge array out of one stored number; a copy would exhaust the memory.
     spread = [str(k) for k, v in held.items() if v.numel() * v.element_size() > v.untyped_storage().nbytes()]
@@ -139,7 +147,8 @@ def _flat(held: dict, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, A
 
 def _check_shapes(path: pathlib.Path, shapes: dict[str, Sequence[int]]) -> None:
     absurd = [
-        f"{name} {list(shape[:_MOST_DIMENSIONS])}" + (f" ..., {len(shape)} dimensions" if len(shape) > _MOST_DIMENSIONS else "")
+        f"{name} {list(shape[:_MOST_DIMENSIONS])}"
+        + (f" ..., {len(shape)} dimensions" if len(shape) > _MOST_DIMENSIONS else "")
         for name, shape in shapes.items()
         if len(shape) > _MOST_DIMENSIONS or math.prod(side or 1 for side in shape) > _MOST_VALUES
     ]

@@ -1,8 +1,8 @@
 """Reads torch.save files without executing code from them.
 
 The pickle may contain arrays, numbers, strings and containers, NumPy scalars (from optimizer settings), and an
-argparse.Namespace, which is read as an inert object. Every global name in the pickle is checked against `ALLOWED` before
-PyTorch reads the file, and PyTorch reads it with `weights_only`.
+argparse.Namespace, which is read as an inert object. Every global name in the pickle is checked against `ALLOWED`
+before PyTorch reads the file, and PyTorch reads it with `weights_only`.
 """
 
 import lzma
@@ -29,9 +29,10 @@ ALLOWED = frozenset((
     "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter", "torch.storage.UntypedStorage",
     *(f"torch.{name}Storage" for name in _STORAGES),
 ))  # fmt: skip
-# Raised by zipfile, its decompressors and pickletools on damaged files; MemoryError and OverflowError on absurd lengths.
-_FILE_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, ValueError, EOFError, RuntimeError, LookupError,
-                TypeError, AttributeError, MemoryError, OverflowError)  # fmt: skip
+# Raised by zipfile, its decompressors and pickletools on damaged files; MemoryError and OverflowError on absurd
+# lengths.
+_FILE_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, ValueError, EOFError, RuntimeError,
+                LookupError, TypeError, AttributeError, MemoryError, OverflowError)  # fmt: skip
 _TORCH_ERRORS = (*_FILE_ERRORS, pickle.UnpicklingError, ImportError, AssertionError, OSError)
 _LARGEST_PICKLE = 1 << 28  # bytes; the pickle has only the names, the arrays are stored beside it
 _LEGACY_PICKLES = 5  # in a file that is not a zip: magic number, version, system, content, storages
@@ -60,8 +61,9 @@ def load(path: pathlib.Path, verify: bool = True) -> Any:
         raise UserError(f"{path} is not a torch.save file, or is truncated; get another copy") from error
     if foreign:
         raise UserError(
-            f"{path} refers to {several(foreign, 5)}, which is not an array or a number, so nothing was loaded; save only the "
-            "model's state_dict, e.g. torch.save(torch.load(FILE, weights_only=False)['teacher'], OTHER) if you trust the file"
+            f"{path} refers to {several(foreign, 5)}, which is not an array or a number, so nothing was loaded; save "
+            "only the model's state_dict, e.g. torch.save(torch.load(FILE, weights_only=False)['teacher'], OTHER) if "
+            "you trust the file"
         )
     if damaged:
         raise UserError(
@@ -71,7 +73,9 @@ def load(path: pathlib.Path, verify: bool = True) -> Any:
     try:
         import torch
     except ImportError as error:
-        raise UserError(f"reading {path} needs PyTorch; run pip install pera_jax[torch] or pip install torch") from error
+        raise UserError(
+            f"reading {path} needs PyTorch; run pip install pera_jax[torch] or pip install torch"
+        ) from error
     scalar = np._core.multiarray.scalar
     dtypes = {type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}
     allowed = [*((scalar, name) for name in _SCALARS), (_Settings, _SETTINGS), np.dtype, *dtypes]
@@ -102,7 +106,9 @@ def _globals(path: pathlib.Path) -> Iterator[str]:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                raise UserError(f"{path} is a compressed zip, which torch.save never writes; repack it without compression (zip -0)")
+                raise UserError(
+                    f"{path} is a compressed zip, which torch.save never writes; repack it without compression (zip -0)"
+                )
             pickles = [name for name in archive.namelist() if name.endswith(".pkl")]
             if not pickles:
                 raise ValueError("a zip without a pickle")

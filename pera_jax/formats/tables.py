@@ -1,8 +1,8 @@
 """Tables of parameter names and layouts that convert between PyTorch vision transformers and Flax, in both directions.
 
-PyTorch (`theirs`): linear layers [out, in], convolutions [out, in, height, width], rows of qkv in the order (3, heads, head
-dimension), one set of arrays per block. Flax (`ours`): kernels [in, ...out], blocks stacked along a leading axis in `lower`
-and `upper`.
+PyTorch (`theirs`): linear layers [out, in], convolutions [out, in, height, width], rows of qkv in the order (3, heads,
+head dimension), one set of arrays per block. Flax (`ours`): kernels [in, ...out], blocks stacked along a leading axis
+in `lower` and `upper`.
 """
 
 import dataclasses
@@ -139,7 +139,9 @@ def shape_of(arrays: dict[str, np.ndarray], prefix: str, heads: int | None, what
         listed = several(f"{prefix}{name} {list(shapes[name])}" for name in wrong)
         raise UserError(f"{what} is not a ViT with a class token and square patches in a square grid: {listed}")
     if heads is None and width % 64:
-        raise UserError(f"the width {width} of {what} is not a multiple of 64, so the number of heads is unknown; give --heads")
+        raise UserError(
+            f"the width {width} of {what} is not a multiple of 64, so the number of heads is unknown; give --heads"
+        )
     if heads is not None and (heads < 1 or width % heads):
         raise UserError(f"the width {width} of {what} is not a multiple of {heads} heads; give another --heads")
     ratio = hidden / width
@@ -151,7 +153,8 @@ def shape_of(arrays: dict[str, np.ndarray], prefix: str, heads: int | None, what
 
 
 def check_grid(named: dict[str, np.ndarray], size: tuple[int, int] | None, what: str) -> None:
-    """Raises UserError if the position embedding is for a non-square grid, given the image `size` (px) in config.json."""
+    """Raises UserError if the position embedding is for a non-square grid, given the image `size` (px) in
+    config.json."""
     positions, kernel = named.get("pos_embed"), named.get("patch_embed.proj.weight")
     if not size or len(size) != 2 or positions is None or kernel is None or positions.ndim != 3 or kernel.ndim != 4:
         return
@@ -159,12 +162,14 @@ def check_grid(named: dict[str, np.ndarray], size: tuple[int, int] | None, what:
     if rows != columns and rows * columns == positions.shape[1] - 1:
         raise UserError(
             f"{what} has a position embedding for {rows} x {columns} patches (images of {size[0]} x {size[1]} px in "
-            "config.json), but only square grids can be imported; resample it with timm.create_model(..., img_size=SIDE) first"
+            "config.json), but only square grids can be imported; resample it with timm.create_model(..., "
+            "img_size=SIDE) first"
         )
 
 
 def check_sizes(named: dict[str, np.ndarray], expected: dict[str, int], what: str) -> None:
-    """Raises UserError if the sizes of a file differ from those in config.json: blocks are missing, or it is another network.
+    """Raises UserError if the sizes of a file differ from those in config.json: blocks are missing, or it is another
+    network.
 
     Args:
       expected: any of `depth`, `width`, `patch`, `bands`.
@@ -173,16 +178,21 @@ def check_sizes(named: dict[str, np.ndarray], expected: dict[str, int], what: st
     held = {"depth": depth_of(named, "")}
     held |= {"width": token.shape[-1]} if token is not None and token.ndim else {}
     held |= dict(zip(("bands", "patch"), kernel.shape[1:3])) if kernel is not None and kernel.ndim == 4 else {}
-    wrong = [f"expected {name} {expected[name]}, got {size}" for name, size in held.items() if expected.get(name, size) != size]
+    wrong = [
+        f"expected {name} {expected[name]}, got {size}"
+        for name, size in held.items()
+        if expected.get(name, size) != size
+    ]
     if wrong:
         raise UserError(
-            f"{what} does not match config.json beside it ({'; '.join(wrong)}); get a complete file, or move it to a folder "
-            "without config.json"
+            f"{what} does not match config.json beside it ({'; '.join(wrong)}); get a complete file, or move it to a "
+            "folder without config.json"
         )
 
 
 def misfits(arrays: dict[str, np.ndarray], entries: list[Entry]) -> list[str]:
-    """Parts of an error message that name every missing array, every unexpected array and every array with NaN or inf."""
+    """Parts of an error message that name every missing array, every unexpected array and every array with NaN or
+    inf."""
     names = {entry.name for entry in entries}
     problems = {
         "lacks the arrays": sorted(names - arrays.keys()),
@@ -193,7 +203,8 @@ def misfits(arrays: dict[str, np.ndarray], entries: list[Entry]) -> list[str]:
 
 
 def misshapen(arrays: dict[str, np.ndarray], tree: Any, entries: list[Entry], shape: dict[str, Any]) -> list[str]:
-    """A part of an error message that names every array whose shape differs from `tree` (arrays or shapes); [] if none does."""
+    """A part of an error message that names every array whose shape differs from `tree` (arrays or shapes); [] if none
+    does."""
     wanted = jax.eval_shape(lambda tree: to_named(tree, entries, shape["heads"], shape["patch"]), tree)
     wrong = [
         f"{name} (expected {list(wanted[name].shape)}, got {list(arrays[name].shape)})"

@@ -1,7 +1,7 @@
 """The KoLeo regularizer (Sablayrolles et al., arXiv:1806.03198), which spreads the prototype outputs `z = W u`.
 
-Written per device (`shard_map`): `W^T W` is computed once a step, and a group that spans devices gathers the rows of the
-others. The docstring shows the naive loop; the code materializes no array of batch x prototypes.
+Written per device (`shard_map`): `W^T W` is computed once a step, and a group that spans devices gathers the rows of
+the others. The docstring shows the naive loop; the code materializes no array of batch x prototypes.
 """
 
 import functools
@@ -79,8 +79,10 @@ def _unit_outputs(units: jax.Array, gram: jax.Array, precision: Precision) -> ja
 
 
 def _gap_to_nearest(scaled, others, gram, first, precision: Precision) -> jax.Array:
-    """`scaled` [G, o, V, D] minus the nearest of `others` [G, g, V, D], except itself, which has index `first[G] + i`."""
-    inner = precision.wide_einsum("givd,de,gjve->gvij", *map(jax.lax.stop_gradient, (scaled, gram, others)))  # [G, V, o, g]
+    """`scaled` [G, o, V, D] minus the nearest of `others` [G, g, V, D], except itself, which has index `first[G] +
+    i`."""
+    # [G, V, o, g]
+    inner = precision.wide_einsum("givd,de,gjve->gvij", *map(jax.lax.stop_gradient, (scaled, gram, others)))
     itself = first[:, None] + jnp.arange(scaled.shape[1])  # [G, o]
     inner = jnp.where(itself[:, None, :, None] == jnp.arange(others.shape[1]), -jnp.inf, inner)
     nearest = jnp.argmax(inner, axis=-1).swapaxes(1, 2)  # [G, o, V]

@@ -1,12 +1,13 @@
-"""The class term (cross-entropy between prototype outputs `z = W u`) on unit vectors `u` and weights `W`, and its statistics.
+"""The class term (cross-entropy between prototype outputs `z = W u`) on unit vectors `u` and weights `W`, and its
+statistics.
 
-Shen et al., arXiv:2505.19447, section III-D. The docstring of a term shows the naive loop; the code computes the same without
-holding the logits of all crops at once.
+Shen et al., arXiv:2505.19447, section III-D. The docstring of a term shows the naive loop; the code computes the same
+without holding the logits of all crops at once.
 
-On a mesh, the rows of `u` are sharded over `data` and `fsdp`, and those of `W` over `tensor` and `fsdp`. The term is written
-per device (`shard_map`), which makes all communication explicit: `W` is not moved; each device gathers the unit vectors of
-its `fsdp` group once and multiplies them with its own prototypes; sums over prototypes are reduced over `tensor` and
-`fsdp`. Gradients are reduced once, after the loop over pairs.
+On a mesh, the rows of `u` are sharded over `data` and `fsdp`, and those of `W` over `tensor` and `fsdp`. The term is
+written per device (`shard_map`), which makes all communication explicit: `W` is not moved; each device gathers the unit
+vectors of its `fsdp` group once and multiplies them with its own prototypes; sums over prototypes are reduced over
+`tensor` and `fsdp`. Gradients are reduced once, after the loop over pairs.
 """
 
 import dataclasses
@@ -53,7 +54,8 @@ def class_term(
 
     Returns:
       The loss [V] of each pair (its mean is the term), and statistics of the teacher's probabilities over all pairs and
-      samples: `entropy` (mean), `mean` [K], `used` [K] (1 if the prototype is the most probable one of any crop, else 0).
+      samples: `entropy` (mean), `mean` [K], `used` [K] (1 if the prototype is the most probable one of any crop, else
+        0).
     """
     teacher, center = jax.lax.stop_gradient((teacher, center))
     rows, columns = sharding.axes_in_use()
@@ -61,7 +63,8 @@ def class_term(
 
     def local(student_units, teacher_units, student_weights, teacher_weights, center, temperatures):
         student_units, teacher_units = (_gather_units(x, rows, precision) for x in (student_units, teacher_units))
-        student_weights = _vary(student_weights, data)  # [K / (tensor fsdp), D]; its gradient is summed over `data` once
+        # [K / (tensor fsdp), D]; its gradient is summed over `data` once
+        student_weights = _vary(student_weights, data)
         ts, tt = temperatures
 
         # One pair at a time, recomputed in the backward pass, so that only the probabilities of one pair are in memory.
@@ -99,7 +102,8 @@ def class_term(
 
 
 def teacher_statistics(loss: jax.Array, statistics: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """The logged statistics of the teacher's probabilities, from the results of `class_term` (averaged over microbatches).
+    """The logged statistics of the teacher's probabilities, from the results of `class_term` (averaged over
+    microbatches).
 
     Returns:
       `teacher_entropy` (mean over samples), `teacher_entropy_of_mean` (of the mean distribution), `kl` (student from

@@ -14,14 +14,16 @@ from pera_jax.parallel import sharding
 
 IMPLEMENTATIONS = ("auto", "cudnn", "xla")
 _SCORES = 128 * 2**20  # maximum bytes of attention scores on one device at a time
-_FUSED_FROM = 64  # minimum tokens; on shorter sequences plain products are up to three times as fast (H200: docs/cost.md)
+# minimum tokens; on shorter sequences plain products are up to three times as fast (H200: docs/cost.md)
+_FUSED_FROM = 64
 
 
 def choose(name: str, precision: Precision, head_width: int, device: jax.Device | None = None) -> str:
     """"cudnn" or "xla" for the config field `model.attention`; "auto" chooses cuDNN if `cudnn_refusal` returns "".
 
     Args:
-      device: one of the devices that the program is compiled for, which may be absent; None: this process's first device.
+      device: one of the devices that the program is compiled for, which may be absent; None: this process's first
+        device.
 
     Raises:
       UserError: cuDNN is requested but not supported.
@@ -37,9 +39,9 @@ def choose(name: str, precision: Precision, head_width: int, device: jax.Device 
 def cudnn_refusal(precision: Precision, head_width: int, device: jax.Device) -> str:
     """The reason why cuDNN's kernel cannot be used for training on a device, or "" if it can.
 
-    The kernel needs an NVIDIA GPU with compute capability 8.0 or more, bfloat16 products, and a head width of at most 128
-    that is a multiple of 8. JAX's other requirements (cuDNN itself, its version) are checked by tracing `_fused`, forward
-    and backward.
+    The kernel needs an NVIDIA GPU with compute capability 8.0 or more, bfloat16 products, and a head width of at most
+    128 that is a multiple of 8. JAX's other requirements (cuDNN itself, its version) are checked by tracing `_fused`,
+    forward and backward.
     """
     if device.platform not in ("gpu", "cuda"):
         return f"expected an NVIDIA GPU, got a {device.platform.upper()}"

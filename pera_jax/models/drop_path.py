@@ -1,7 +1,7 @@
 """Drop path (stochastic depth) that saves compute: a residual branch runs only on a random subset of the crops.
 
-Each group of `g` crops keeps exactly `max(floor((1 - rate) g), 1)` of them. The group size is a config field, and each group
-lies on one device, so the result does not depend on the mesh and the gathers need no communication.
+Each group of `g` crops keeps exactly `max(floor((1 - rate) g), 1)` of them. The group size is a config field, and each
+group lies on one device, so the result does not depend on the mesh and the gathers need no communication.
 """
 
 import dataclasses
@@ -49,8 +49,8 @@ def _put(y: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
     return jnp.take_along_axis(jnp.pad(y, padding), inverse[:, :, None, None], axis=1)  # [G, k, N, D] -> [G, g, N, D]
 
 
-# The transpose of a gather is a scatter, which is slow and, when sharded, not deterministic. Here the indices come from a
-# permutation, so the two functions are each other's transpose and both are gathers.
+# The transpose of a gather is a scatter, which is slow and, when sharded, not deterministic. Here the indices come from
+# a permutation, so the two functions are each other's transpose and both are gathers.
 _take.defvjp(
     lambda x, order, inverse, kept: (_take(x, order, inverse, kept), (order, inverse)),
     lambda kept, indices, g: (_put(g, *indices), None, None),
@@ -72,7 +72,9 @@ def residual(branch: Callable[[jax.Array], jax.Array], x: jax.Array, drop_path: 
     if drop_path is None or drop_path.rate == 0.0:
         return x + branch(x).astype(x.dtype)
     groups, group, kept = len(drop_path.places), drop_path.group, kept_of(drop_path.group, drop_path.rate)
-    words = jax.vmap(lambda place: jax.random.bits(jax.random.fold_in(drop_path.key, place), (group,)))(drop_path.places)
+    words = jax.vmap(lambda place: jax.random.bits(jax.random.fold_in(drop_path.key, place), (group,)))(
+        drop_path.places
+    )
     order = jnp.argsort(words, axis=1).astype(jnp.int32)  # [G, g]
     inverse = jnp.argsort(order, axis=1).astype(jnp.int32)  # [G, g]
     grouped = x.reshape(groups, group, *x.shape[1:])  # [G, g, N, D]

@@ -1,7 +1,7 @@
 """FLOPs of the networks' matrix products in a forward pass, computed from their sizes: 2 m n k each.
 
-A backward pass costs twice the forward pass. `TRAINED` is the factor of forward and backward for layers whose inputs need a
-gradient, `TRAINED_FIRST` for the first layer, whose inputs are pixels.
+A backward pass costs twice the forward pass. `TRAINED` is the factor of forward and backward for layers whose inputs
+need a gradient, `TRAINED_FIRST` for the first layer, whose inputs are pixels.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """Projection heads: an MLP to a unit vector, then a weight-normalized linear layer.
 
-The last layer is not applied here: losses take the unit vector `u` and the matrix `W`, because most functions of `z = W u`
-are cheaper without materializing `z`.
+The last layer is not applied here: losses take the unit vector `u` and the matrix `W`, because most functions of `z = W
+u` are cheaper without materializing `z`.
 """
 
 import flax.linen as nn

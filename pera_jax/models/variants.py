@@ -23,7 +23,8 @@ def sizes(model: Any) -> dict[str, Any]:
     name = found and found[1] + (found[3] or "")
     if name not in VARIANTS or not int(found[2]):
         raise UserError(
-            f"model.variant={model['variant']!r} is invalid; expected NAME/PATCH with NAME one of {', '.join(VARIANTS)}, "
+            f"model.variant={model['variant']!r} is invalid; expected NAME/PATCH with NAME one of "
+            f"{', '.join(VARIANTS)}, "
             'such as "B/16" or "G/16-1024"'
         )
     known = dict(zip(("width", "depth", "heads"), VARIANTS[name])) | {"patch": int(found[2])}

@@ -1,8 +1,8 @@
 """The vision transformer: pre-norm, class token, learned absolute positions, two stacks of scanned blocks.
 
-Only visible patches are embedded; the learnable tokens are concatenated between the `lower` and the `upper` stack (Shen et
-al., arXiv:2505.19447, section III-C). Parameters of a stack have a leading depth axis, whether it is scanned or unrolled.
-The only collection is `params`.
+Only visible patches are embedded; the learnable tokens are concatenated between the `lower` and the `upper` stack (Shen
+et al., arXiv:2505.19447, section III-C). Parameters of a stack have a leading depth axis, whether it is scanned or
+unrolled. The only collection is `params`.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ from pera_jax.parallel.sharding import constrain_batch, gathered
 
 _NORMAL = nn.initializers.normal(0.02)
 
-# The sharding of each parameter, and whether it is one of the "matrices" to which weight decay can be limited; the first
-# match by path counts. The leading depth axis of stacked blocks is never sharded.
+# The sharding of each parameter, and whether it is one of the "matrices" to which weight decay can be limited; the
+# first match by path counts. The leading depth axis of stacked blocks is never sharded.
 SHARDING_RULES: tuple[tuple[str, P], ...] = (
     (r"(lower|upper)/attention/qkv/kernel$", P(None, "fsdp", None, "tensor")),
     (r"(lower|upper)/attention/qkv/bias$", P(None, None, "tensor")),
@@ -98,7 +98,8 @@ class Block(nn.Module):
     def __call__(self, x, key, drop_path):
         """Maps `x` [B, N, D] to the same shape, plus a dict of the intermediate results named in `keep`.
 
-        `keep` may contain "output" [B, N, D] and "class_attention" [B, H, N], see `Attention`. `key` is this block's key.
+        `keep` may contain "output" [B, N, D] and "class_attention" [B, H, N], see `Attention`. `key` is this block's
+        key.
         """
         norm_1, norm_2 = (_layer_norm(self.precision, name) for name in ("norm_1", "norm_2"))
         attention = Attention(self.heads, self.precision, self.attention, _NORMAL, name="attention")
@@ -114,8 +115,8 @@ class Block(nn.Module):
 def _keep_input_only(apply: Callable, dtype) -> Callable:
     """Rematerializes `apply(params, x, key, drop_path)`: only `x`, cast to `dtype`, is stored for the backward pass.
 
-    The residual stream is `wide`, so casting halves the stored activations. The forward pass does not change; the gradient
-    is taken at the rounded input, which the matrix products round anyway.
+    The residual stream is `wide`, so casting halves the stored activations. The forward pass does not change; the
+    gradient is taken at the rounded input, which the matrix products round anyway.
     """
 
     @jax.custom_vjp
@@ -144,8 +145,8 @@ class ViT(nn.Module):
       bands: number of image channels.
       split: number of blocks in the `lower` stack, after which the learnable tokens join.
       scan: compile one block and loop over it, else unroll (same parameters).
-      remat: what a block stores for the backward pass: everything ("none"), its input and the outputs of its four linear
-        layers ("dots"), or only its input in `compute` precision ("block").
+      remat: what a block stores for the backward pass: everything ("none"), its input and the outputs of its four
+        linear layers ("dots"), or only its input in `compute` precision ("block").
       attention: "xla" or "cudnn", see `attention.choose`.
     """
 
@@ -189,7 +190,11 @@ class ViT(nn.Module):
         keys = None if drop_path is None else jax.random.split(jax.random.fold_in(drop_path.key, stream), length)
         if self.is_initializing():
             initial = nn.scan(
-                Block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast), length=length
+                Block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast),
+                length=length,
             )
             return initial(*sizes, name=name)(x, keys, drop_path)
 
@@ -208,7 +213,9 @@ class ViT(nn.Module):
         return jax.lax.scan(body, x, stacked, length, unroll=1 if self.scan else length)
 
     @nn.compact
-    def __call__(self, images, visible=None, learnable=None, mask_token=None, drop_path=None, blocks=0, class_attention=False):
+    def __call__(
+        self, images, visible=None, learnable=None, mask_token=None, drop_path=None, blocks=0, class_attention=False
+    ):
         """Encodes the `visible` patches of `images` and, from mid depth on, the `learnable` ones.
 
         Args:
@@ -221,9 +228,10 @@ class ViT(nn.Module):
           class_attention: also return the attention of the class token in the last block.
 
         Returns:
-          A dict of `wide` arrays after the final norm: `class_token` [B, D] and `patch_tokens` [B, n, D]; with `learnable`
-          also `learnable_tokens` [B, m, D]; with `blocks` also `blocks`, a list of [B, 1 + n, D], the last block last;
-          with `class_attention` also `class_attention` [B, heads, 1 + n (+ m)], softmax weights that sum to 1.
+          A dict of `wide` arrays after the final norm: `class_token` [B, D] and `patch_tokens` [B, n, D]; with
+          `learnable` also `learnable_tokens` [B, m, D]; with `blocks` also `blocks`, a list of [B, 1 + n, D], the last
+          block last; with `class_attention` also `class_attention` [B, heads, 1 + n (+ m)], softmax weights that sum to
+          1.
         """
         wide = self.precision.wide
         position = self.positions(images.shape[1] // self.patch, images.shape[2] // self.patch)  # [1 + L, D]

@@ -24,8 +24,8 @@ def method(name: str) -> type[Objective]:
         return importlib.import_module(METHODS.get(name, str(name))).OBJECTIVE
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(
-            f"objective={printable(str(name))!r} is not one of {', '.join(METHODS)}, nor an importable module that defines "
-            "OBJECTIVE; choose one of them"
+            f"objective={printable(str(name))!r} is not one of {', '.join(METHODS)}, nor an importable module that "
+            "defines OBJECTIVE; choose one of them"
         ) from error
 
 
@@ -59,7 +59,9 @@ def from_metadata(meta: dict[str, Any]) -> Objective:
         return from_config(config, Bands.from_metadata(meta))
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         reason = error.args[0] if error.args else type(error).__name__
-        raise UserError(f"the config in the checkpoint's meta is invalid ({reason}); use another checkpoint of the run") from error
+        raise UserError(
+            f"the config in the checkpoint's meta is invalid ({reason}); use another checkpoint of the run"
+        ) from error
 
 
 def untrained(meta: dict[str, Any]) -> dict[str, Any]:

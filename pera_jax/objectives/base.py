@@ -1,8 +1,8 @@
 """The interface of a pre-training method: everything that differs between methods.
 
-A method is one module that defines `OBJECTIVE`, a class that implements `Objective`, most simply by deriving from `Base`; its
-own fields are in `config.<name>`. A training step calls `prepare`, `loss` (for its gradient) and `update`, in this order; the
-loop, the plan, the report, the model card and the exports read the rest.
+A method is one module that defines `OBJECTIVE`, a class that implements `Objective`, most simply by deriving from
+`Base`; its own fields are in `config.<name>`. A training step calls `prepare`, `loss` (for its gradient) and `update`,
+in this order; the loop, the plan, the report, the model card and the exports read the rest.
 """
 
 import dataclasses
@@ -95,7 +95,8 @@ class Schedule(NamedTuple):
       field: the config field, such as "schedules.learning_rate".
       positive: whether 0 is not allowed.
       highest: the largest allowed value.
-      complement: whether 1 minus the value is passed to the step, because float32 is imprecise for an EMA momentum near 1.
+      complement: whether 1 minus the value is passed to the step, because float32 is imprecise for an EMA momentum near
+        1.
     """
 
     form: str
@@ -123,10 +124,12 @@ class Objective(Protocol):
     name: ClassVar[str]  # of its group of fields in the config
     citation: ClassVar[str]  # authors, title, identifier
     teacher_keys: ClassVar[tuple[str, ...]]  # sub-trees of the parameters with an EMA; () without a teacher
-    fixed_fields: ClassVar[tuple[str, ...]]  # its own config fields that must not change when a run resumes, such as "heads"
+    # its own config fields that must not change when a run resumes, such as "heads"
+    fixed_fields: ClassVar[tuple[str, ...]]
     free_fields: ClassVar[tuple[str, ...]]  # its own config fields that do not change any computed number
     curves: ClassVar[tuple[tuple[str, tuple[Panel, ...]], ...]]  # (title, charts) of each group of charts in the report
-    sharding_rules: ClassVar[tuple[tuple[str, PartitionSpec], ...]]  # (path regex, spec) for its leaves outside the encoder
+    # (path regex, spec) for its leaves outside the encoder
+    sharding_rules: ClassVar[tuple[tuple[str, PartitionSpec], ...]]
     decay_rules: ClassVar[tuple[tuple[str, bool], ...]]  # the same, for whether a leaf is one of the decayed "matrices"
 
     @classmethod
@@ -176,7 +179,8 @@ class Objective(Protocol):
         """The state besides parameters, such as a center or running statistics; {} if there is none."""
 
     def prepare(self, rngs: Streams, batch: dict[str, jax.Array]) -> Any:
-        """Adds all random draws to a batch of crops [B, V, H, W, C]. Axis 0 of every leaf of the result is the batch."""
+        """Adds all random draws to a batch of crops [B, V, H, W, C]. Axis 0 of every leaf of the result is the
+        batch."""
 
     def loss(
         self, params: Params, teacher: Params, state: State, examples: Any, context: Context
@@ -196,13 +200,17 @@ class Objective(Protocol):
     def with_estimate(self, state: State, estimate: Any) -> tuple[State, str]:
         """The initial state, and a sentence that reports it."""
 
-    def adapt(self, params: Params, new: Params, patch: int, source: tuple[str, ...], target: tuple[str, ...]) -> Params:
-        """Converts parameters trained on the bands `source` to the bands `target`; takes from `new` what cannot be converted."""
+    def adapt(
+        self, params: Params, new: Params, patch: int, source: tuple[str, ...], target: tuple[str, ...]
+    ) -> Params:
+        """Converts parameters trained on the bands `source` to the bands `target`; takes from `new` what cannot be
+        converted."""
 
     def preview(
         self, networks: dict[str, Params], batch: dict[str, Any], rngs: Streams, channels: tuple[int, int, int]
     ) -> Preview | None:
-        """The report's picture of the networks' inputs and outputs, with `channels` as red, green and blue; None for none."""
+        """The report's picture of the networks' inputs and outputs, with `channels` as red, green and blue; None for
+        none."""
 
 
 class Base:

@@ -11,8 +11,8 @@ class Condition:
 
     Attributes:
       quantity: the name of the quantity in `HealthChecks.quantities`.
-      begins, ends: the alarm begins when the quantity is beyond `begins` and ends when it is no longer beyond `ends`; low
-        values are bad if `begins < ends`, else high values.
+      begins, ends: the alarm begins when the quantity is beyond `begins` and ends when it is no longer beyond `ends`;
+        low values are bad if `begins < ends`, else high values.
       after_peak: whether the condition applies only after the learning rate has reached its peak.
       text: one sentence with format fields for the quantities, such as "{growth:.1f}".
     """
@@ -46,8 +46,8 @@ class HealthChecks(NamedTuple):
 
     Attributes:
       conditions: in the order of their metrics.
-      averaged: maps the metrics of a step to the values that are averaged over steps; must include `update` and `excess`.
-        The ratio of `excess` to its value in the first steps is the quantity `growth`.
+      averaged: maps the metrics of a step to the values that are averaged over steps; must include `update` and
+        `excess`. The ratio of `excess` to its value in the first steps is the quantity `growth`.
       quantities: maps these averages to further quantities that the conditions refer to.
     """
 

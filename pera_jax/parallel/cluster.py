@@ -46,7 +46,8 @@ def from_flags(
             raise UserError(f"--coordinator={coordinator} is invalid; expected HOST:PORT")
         if not 0 <= process_id < num_processes:
             raise UserError(
-                f"--process_id={process_id} is out of range for --num_processes={num_processes}; expected 0 to {num_processes - 1}"
+                f"--process_id={process_id} is out of range for --num_processes={num_processes}; expected 0 to "
+                f"{num_processes - 1}"
             )
         # Under SLURM, JAX would still fill in what the flags leave open: one device per task.
         return {
@@ -74,7 +75,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_processes", type=int, help=f"total number of processes; {note}")
     parser.add_argument("--process_id", type=int, help=f"index of this process, from 0; {note}")
     parser.add_argument(
-        "--join_seconds", type=int, default=JOIN_SECONDS, help="how long to wait for all hosts at startup (default: %(default)s)"
+        "--join_seconds",
+        type=int,
+        default=JOIN_SECONDS,
+        help="how long to wait for all hosts at startup (default: %(default)s)",
     )
 
 

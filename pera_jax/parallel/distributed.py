@@ -1,4 +1,5 @@
-"""Coordination between the processes of a run: barriers, reductions, a shared stop, and how a process exits on an error.
+"""Coordination between the processes of a run: barriers, reductions, a shared stop, and how a process exits on an
+error.
 
 Every host runs the same command and computes the same steps. Process 0 alone writes metrics and messages; all processes
 write the checkpoints, into one folder that every host sees.
@@ -94,7 +95,8 @@ class SharedStop:
 
 @contextlib.contextmanager
 def exit_on_error() -> Iterator[None]:
-    """With several hosts, an exception exits this process at once, with one sentence if possible and a status of `errors`.
+    """With several hosts, an exception exits this process at once, with one sentence if possible and a status of
+    `errors`.
 
     Nothing is cleaned up: cleanup that waits for the other hosts could wait forever, while they wait for this one.
     """
@@ -111,8 +113,8 @@ def exit_on_error() -> Iterator[None]:
             status = TRY_AGAIN
             reason = first_line(error)
             print(
-                f"error: process {jax.process_index()} of {jax.process_count()} lost contact with the other processes, one of "
-                f"which has probably failed ({reason}); re-run the same command on all hosts to resume",
+                f"error: process {jax.process_index()} of {jax.process_count()} lost contact with the other processes, "
+                f"one of which has probably failed ({reason}); re-run the same command on all hosts to resume",
                 file=sys.stderr,
             )
         elif isinstance(error, KeyboardInterrupt):

@@ -7,10 +7,11 @@ import numpy as np
 
 
 def local_rows(sharding: jax.sharding.Sharding, batch: int, devices: list | None = None) -> np.ndarray:
-    """Row indices of a global batch that are stored on `devices` (default: those of this process), ascending and unique.
+    """Row indices of a global batch that are stored on `devices` (default: those of this process), ascending and
+    unique.
 
-    The device order of the mesh can differ from the process order, and several processes can hold the same rows, when the
-    `tensor` axis spans hosts.
+    The device order of the mesh can differ from the process order, and several processes can hold the same rows, when
+    the `tensor` axis spans hosts.
     """
     devices = sharding.addressable_devices if devices is None else devices
     indices = sharding.devices_indices_map((batch,))

@@ -1,9 +1,10 @@
 """The device mesh and the sharding of each array on it.
 
-Mesh axes: `data` (replicates parameters), `fsdp` (shards parameters over devices that each process their own images) and
-`tensor` (shards prototypes, attention heads and hidden units). The batch is sharded over `data` and `fsdp`.
+Mesh axes: `data` (replicates parameters), `fsdp` (shards parameters over devices that each process their own images)
+and `tensor` (shards prototypes, attention heads and hidden units). The batch is sharded over `data` and `fsdp`.
 
-Inside the jitted step, the functions of the second half use the current mesh (`jax.set_mesh`); without one they do nothing.
+Inside the jitted step, the functions of the second half use the current mesh (`jax.set_mesh`); without one they do
+nothing.
 """
 
 import functools
@@ -22,9 +23,9 @@ from pera_jax.common.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
-# (path regex, spec): the first match counts; a path without a match is an error, so that no new parameter is replicated by
-# accident. Networks and objectives define the rules of their own leaves; these are for the training state itself. The
-# paths of optimizer moments and of the teacher end like those of the parameters.
+# (path regex, spec): the first match counts; a path without a match is an error, so that no new parameter is replicated
+# by accident. Networks and objectives define the rules of their own leaves; these are for the training state itself.
+# The paths of optimizer moments and of the teacher end like those of the parameters.
 Rules = tuple[tuple[str, P], ...]
 STATE_RULES: Rules = ((r"(^|/)(step|count)$", P()),)
 
@@ -83,7 +84,8 @@ def first_match(path: str, rules: tuple[tuple[str, Any], ...], what: str) -> Any
 
 
 def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> P:
-    """The spec of the first rule that matches `path`; a dimension that is not divisible by its mesh axes is not sharded.
+    """The spec of the first rule that matches `path`; a dimension that is not divisible by its mesh axes is not
+    sharded.
 
     Raises:
       ValueError: no rule matches.
@@ -118,7 +120,8 @@ def axes_in_use() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:
-    """Constrains axis 0 of `x` to the batch axes of the current mesh; returns `x` if its size is not divisible by them."""
+    """Constrains axis 0 of `x` to the batch axes of the current mesh; returns `x` if its size is not divisible by
+    them."""
     shards = shards_in_use()
     return x if shards == 1 or x.shape[0] % shards else jax.lax.with_sharding_constraint(x, BATCH)
 
@@ -142,8 +145,9 @@ def constrain_tree(tree, rules: Rules):
 def gathered(params, prefix: str, dtype, rules: Rules):
     """The parameters of one block, a slice of the stack at `prefix`, all-gathered over `fsdp`.
 
-    Only kernels of matrix products are sharded over `fsdp`. They are communicated in the products' `dtype`; their gradients,
-    in the parameters' dtype, are reduce-scattered where they arise, so that no device holds more than one unsharded block.
+    Only kernels of matrix products are sharded over `fsdp`. They are communicated in the products' `dtype`; their
+    gradients, in the parameters' dtype, are reduce-scattered where they arise, so that no device holds more than one
+    unsharded block.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.shape.get("fsdp", 1) == 1:

@@ -1,7 +1,7 @@
 """The monitor: kNN accuracy of the features during training, on a small set of labeled images.
 
-Each image is classified by its nearest neighbors among the other images of the set. The number is for monitoring a run, not
-for publication. It uses the teacher, or the student of a method without a teacher, and does not affect training.
+Each image is classified by its nearest neighbors among the other images of the set. The number is for monitoring a run,
+not for publication. It uses the teacher, or the student of a method without a teacher, and does not affect training.
 """
 
 import functools
@@ -27,8 +27,8 @@ _SEARCHED = 10  # at most this many records are read per image of the set
 def labeled_subset(settings, bands: Bands, side: int) -> tuple[np.ndarray, np.ndarray]:
     """Reads a class-balanced subset of `settings.images` images, or fewer if the dataset is too small.
 
-    Records are read in a fixed random order, and the first ones of each class are used. At most ten times `settings.images`
-    records are read.
+    Records are read in a fixed random order, and the first ones of each class are used. At most ten times
+    `settings.images` records are read.
 
     Args:
       settings: `config.monitor`: `data`, `split`, `images`.
@@ -43,7 +43,10 @@ def labeled_subset(settings, bands: Bands, side: int) -> tuple[np.ndarray, np.nd
     source = records.open_split(settings.data, settings.split)
     classes = len(source.info.class_names or ())
     if classes < 2:
-        raise UserError(f"monitor.data={settings.data} needs at least two classes; give a labeled dataset, or \"\" to disable the monitor")
+        raise UserError(
+            f'monitor.data={settings.data} needs at least two classes; give a labeled dataset, or "" to disable the '
+            'monitor'
+        )
     places = bands.indices_in(source.info, source.path)
     order = np.random.default_rng(0).permutation(len(source))[: _SEARCHED * settings.images]
     quota, taken, images, labels = -(-settings.images // classes), np.zeros(classes, int), [], []
@@ -59,8 +62,8 @@ def labeled_subset(settings, bands: Bands, side: int) -> tuple[np.ndarray, np.nd
     source.close()
     if len(images) <= NEIGHBORS:
         raise UserError(
-            f"the monitor needs at least {NEIGHBORS + 1} labeled images in split {settings.split!r} of {settings.data}, got "
-            f"{len(images)}; raise monitor.images or use a larger dataset"
+            f"the monitor needs at least {NEIGHBORS + 1} labeled images in split {settings.split!r} of "
+            f"{settings.data}, got {len(images)}; raise monitor.images or use a larger dataset"
         )
     return np.stack(images), np.array(labels)
 
@@ -85,7 +88,9 @@ class Monitor:
         self._rows = shards * min(MICRO_BATCH, -(-len(self.images) // shards))
         self._where = NamedSharding(mesh, sharding.BATCH)
         def encode(backbone, images):  # [B, S, S, C] -> [B, D]
-            return objective.encoder.apply({"params": backbone}, objective.bands.normalized(images, wide))["class_token"]
+            return objective.encoder.apply({"params": backbone}, objective.bands.normalized(images, wide))[
+                "class_token"
+            ]
 
         everywhere = NamedSharding(mesh, sharding.P())
         self._encode = jax.jit(

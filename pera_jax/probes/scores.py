@@ -1,8 +1,8 @@
 """Classification metrics and their bootstrap intervals.
 
 Single-label: labels and predictions are integers [N] below `classes`. Multi-label: labels are bool [N, classes] and
-predictions are scores float [N, classes]. Every metric also takes `counts` float64 [R, N], the number of times that each of R
-bootstrap resamples contains each image, and then returns R values.
+predictions are scores float [N, classes]. Every metric also takes `counts` float64 [R, N], the number of times that
+each of R bootstrap resamples contains each image, and then returns R values.
 """
 
 import dataclasses
@@ -60,7 +60,8 @@ def accuracy_by_class(predicted: np.ndarray, labels: np.ndarray, classes: int) -
 def f1_by_class(
     predicted: np.ndarray, labels: np.ndarray, classes: int, counts: np.ndarray | None = None
 ) -> np.ndarray:
-    """The F1 score of each class, float64 [classes] or, with `counts`, [R, classes]; NaN for a class in neither array."""
+    """The F1 score of each class, float64 [classes] or, with `counts`, [R, classes]; NaN for a class in neither
+    array."""
     if counts is None:
         counts = np.ones((1, len(labels)))
         return f1_by_class(predicted, labels, classes, counts)[0]
@@ -166,7 +167,8 @@ def interval(
 def bootstrap_interval(
     values: np.ndarray, seed: int, resamples: int = 1000, level: float = 0.95
 ) -> tuple[float, float]:
-    """The `interval` of the mean of `values` [N], one per test unit; with `predicted == labels` that of the accuracy."""
+    """The `interval` of the mean of `values` [N], one per test unit; with `predicted == labels` that of the
+    accuracy."""
     values = np.asarray(values, np.float64)
     return interval(lambda counts: counts @ values / len(values), len(values), seed, resamples, level)
 

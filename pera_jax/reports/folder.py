@@ -47,7 +47,8 @@ class Folder:
 
 
 def read(run: str, step: int | None) -> Folder:
-    """Reads a run folder. Raises UserError: a folder or step that does not exist; not a run folder; an unreadable checkpoint."""
+    """Reads a run folder. Raises UserError: a folder or step that does not exist; not a run folder; an unreadable
+    checkpoint."""
     path = pathlib.Path(run)
     if not path.is_dir():
         raise UserError(f"the run folder {run} does not exist; give the --workdir of a training")
@@ -61,9 +62,14 @@ def read(run: str, step: int | None) -> Folder:
             meta_fields.check_meta(meta)
             objectives.from_metadata(meta)
         except (OSError, json_files.Invalid, UserError) as error:
-            raise UserError(f"{config} is not the config of a run ({error}); restore it, or give another run folder") from error
+            raise UserError(
+                f"{config} is not the config of a run ({error}); restore it, or give another run folder"
+            ) from error
     else:
-        raise UserError(f"{run} is not a run folder: it has neither a checkpoint nor {config.name}; give the --workdir of a training")
+        raise UserError(
+            f"{run} is not a run folder: it has neither a checkpoint nor {config.name}; give the --workdir of a "
+            "training"
+        )
     results, faults = _results(path)
     metrics = [_numbers(line) for line in _lines(path / "metrics.jsonl", faults)]
     alarms = [line for line in _lines(path / "alarms.jsonl", faults) if "alarm" in line]
@@ -71,7 +77,9 @@ def read(run: str, step: int | None) -> Folder:
     metrics = [line for line in metrics if "step" in line]
     by_step = {line["step"]: line for line in metrics}
     if len(by_step) < len(metrics):
-        faults.append(f"{path / 'metrics.jsonl'} has {len(metrics) - len(by_step)} duplicate step(s); the later line is used.")
+        faults.append(
+            f"{path / 'metrics.jsonl'} has {len(metrics) - len(by_step)} duplicate step(s); the later line is used."
+        )
     return Folder(path, meta, step, [by_step[step] for step in sorted(by_step)], alarms, finished, results, faults)
 
 
@@ -112,8 +120,8 @@ def _results(path: pathlib.Path) -> tuple[list[dict[str, Any]], list[str]]:
             continue
         if probes.replaced(path / "probe", entry):
             step = f"step {entry['checkpoint']['step']:,}"
-            faults.append(f"Skipped: {printable(file)} is a result of an earlier checkpoint of {step}, which was saved again "
-                          "since; probe it again.")  # fmt: skip
+            faults.append(f"Skipped: {printable(file)} is a result of an earlier checkpoint of {step}, which was saved "
+                          "again since; probe it again.")  # fmt: skip
         elif entry["checkpoint"].get("origin", keys.OWN) == keys.OWN:
             scores = {} if "failure" in entry else entry["scores"]
             details, failure = entry.get("details", {}), entry.get("failure", "")

@@ -50,8 +50,8 @@ def report(
       The path of the page.
 
     Raises:
-      UserError: a run, step, dataset or split that does not exist; data with other bands; invalid numbers; an output that
-        cannot be written.
+      UserError: a run, step, dataset or split that does not exist; data with other bands; invalid numbers; an output
+        that cannot be written.
     """
     for option, value in (("--pairs", number_of_pairs), ("--images", number)):
         if value < 1:
@@ -100,7 +100,10 @@ def _report(run, output, data, step, split, number, number_of_pairs, image_size,
         middle = [section for section, _ in made]
         pictures |= {section.place: picture for section, picture in made if picture is not None}
     content = page.assembled(found, [*before, *middle, *after])
-    _write(pathlib.Path(output), {f"{name}.png": owned.png(picture, optimize=True) for name, picture in pictures.items()} | {PAGE: content})
+    _write(
+        pathlib.Path(output),
+        {f"{name}.png": owned.png(picture, optimize=True) for name, picture in pictures.items()} | {PAGE: content},
+    )
     return pathlib.Path(output) / PAGE
 
 
@@ -149,13 +152,17 @@ class _Subject:
             raise UserError(f"the split {split!r} of {data} has no images; choose another --split")
         bands.indices_in(info, source.path)  # raises if a band is missing
         channels = visible(bands, tuple(config["data"]["rgb"]))
-        return cls(found, networks, source, bands, info.class_names, channels, seed, f"{config['name']}, step {found.step:,}")
+        return cls(
+            found, networks, source, bands, info.class_names, channels, seed, f"{config['name']}, step {found.step:,}"
+        )
 
 
 def _pairs(subject: _Subject, number: int) -> tuple[Section, Image.Image | None]:
     number = min(number, len(subject.source))
     if backbone_alone(subject.found.meta):
-        raise UserError(f"{subject.found.path} has no student, only the teacher's backbone; give the run folder of a training")
+        raise UserError(
+            f"{subject.found.path} has no student, only the teacher's backbone; give the run folder of a training"
+        )
     shown = pairs.preview(subject.networks, subject.source, number, subject.seed)
     if shown is None:
         return Section("pairs", _TITLES["pairs"], "", "", "the method of this run has no figure of its views."), None
@@ -174,7 +181,9 @@ def _tokens(
     backbones = (weights.backbone, objectives.untrained(found.meta)["backbone"])
     trained, untrained = tokens.encode(found.meta, backbones, [entry.pixels for entry in shown])
     if not (np.isfinite(trained.patches).all() and np.isfinite(trained.attention).all()):
-        raise UserError(f"step {found.step} of {found.path} gives tokens with NaN or infinite values; choose an earlier --step")
+        raise UserError(
+            f"step {found.step} of {found.path} gives tokens with NaN or infinite values; choose an earlier --step"
+        )
 
     maps, fractions = tokens.colors(trained.patches)
     drawn = tokens.pca_grid(
@@ -182,8 +191,8 @@ def _tokens(
     )
     side, axes = trained.patches.shape[1], ", ".join(f"{fraction:.0%}" for fraction in fractions)
     caption = (
-        f"Images of the split “{subject.source.split}”, resized to {size} x {size} px: {side} x {side} patches. The components "
-        f"explain {axes} of the variance of the trained network's tokens."
+        f"Images of the split “{subject.source.split}”, resized to {size} x {size} px: {side} x {side} patches. The "
+        f"components explain {axes} of the variance of the trained network's tokens."
     )
     section = pictured("tokens", _TITLES["tokens"], tokens.PCA_READING, drawn, caption)
     token_section = section, grid.picture(drawn, f"{subject.title}: principal components of the patch tokens")
@@ -191,7 +200,9 @@ def _tokens(
     drawn = tokens.attention_grid(shown, rgb, trained.attention, subject.names)
     reading = tokens.ATTENTION_READING.format(full=tokens.BRIGHT, even=1.0 / trained.attention.shape[2])
     itself = trained.attention[:, :, 0].mean()
-    caption = f"The same images. The attention of the class token to itself is {itself:.1%}, averaged over heads and images."
+    caption = (
+        f"The same images. The attention of the class token to itself is {itself:.1%}, averaged over heads and images."
+    )
     section = pictured("attention", _TITLES["attention"], reading, drawn, caption)
     return token_section, (section, grid.picture(drawn, f"{subject.title}: attention of the class token, last block"))
 
@@ -214,7 +225,9 @@ def _neighbors(
     extractor = features.Extractor(weights.backbone, weights.meta)
 
     def class_tokens(source, indices):
-        return features.extract(extractor, samples.from_source(images.Subset(source, indices)), size, 256).class_tokens[:, -1]
+        return features.extract(extractor, samples.from_source(images.Subset(source, indices)), size, 256).class_tokens[
+            :, -1
+        ]
 
     candidates = class_tokens(train, searched)
     own = np.searchsorted(searched, chosen) if within else None

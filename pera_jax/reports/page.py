@@ -84,7 +84,9 @@ def folder_sections(run: Folder) -> tuple[list[Section], list[Section], dict[str
                 scenes[entry["file"].stem] = shown
             if shown is not None or remarks:
                 words = "".join(f'<p class="quiet">{html.escaped(remark)}</p>' for remark in remarks)
-                drawn.append(f"<h3>{html.escaped(titles[entry['row']])}</h3>{grid.figures(shown) if shown else ''}{words}")
+                drawn.append(
+                    f"<h3>{html.escaped(titles[entry['row']])}</h3>{grid.figures(shown) if shown else ''}{words}"
+                )
     config = html.escaped(json.dumps(run.meta, indent=1, ensure_ascii=False))
     after = [
         Section("classes", "Classes", confusion.READING, "".join(parts),

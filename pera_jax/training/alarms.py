@@ -1,7 +1,7 @@
 """Alarms: detects from its metrics that a run is going wrong.
 
-The conditions come from the objective (`Objective.health_checks`). An alarm begins when most recent steps are beyond its
-bound, however far, and ends when most are within a second, milder bound, so that a single step never raises one.
+The conditions come from the objective (`Objective.health_checks`). An alarm begins when most recent steps are beyond
+its bound, however far, and ends when most are within a second, milder bound, so that a single step never raises one.
 """
 
 from collections.abc import Mapping
@@ -42,7 +42,8 @@ class Alarms:
         self._shares, self._on = dict(state["shares"]), set(state["on"])
 
     def update(self, values: Mapping[str, float], learning_rate: float) -> list[Alarm]:
-        """Updates the averages with one step's metrics and learning rate; returns the alarms that begin at this step."""
+        """Updates the averages with one step's metrics and learning rate; returns the alarms that begin at this
+        step."""
         self._steps += 1
         self._peaked |= int(learning_rate >= self._peak * (1 - 1e-6))  # it was rounded to float32
         for name, value in self._checks.averaged(values).items():

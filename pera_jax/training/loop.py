@@ -66,10 +66,11 @@ class Loop:
         )
         self.sets = sets
         self.first_batch, self.first_images, self.first_step = position["batches"], position["images"], first_step
-        drawn = position["drawn"] if len(position["drawn"]) == len(sets) else [0] * len(sets)  # reset if the datasets changed
+        # reset if the datasets changed
+        drawn = position["drawn"] if len(position["drawn"]) == len(sets) else [0] * len(sets)
         self.tally = np.uint32([position["replaced"], *drawn])  # replaced images, examples from each dataset
-        # (step, metrics on the device, scheduled scalars, tally, monitor metrics); fetched one step late, so that logging
-        # does not stall the devices.
+        # (step, metrics on the device, scheduled scalars, tally, monitor metrics); fetched one step late, so that
+        # logging does not stall the devices.
         self.pending = None
         self.saved = None
         self.waited, self.since, self.since_step = 0.0, time.perf_counter(), None
@@ -101,7 +102,13 @@ class Loop:
         self.store.check_owned()
         self._fetch()
         monitored = self.monitor and (step % self.every["monitor"] == 0 or step == self.total)
-        self.pending = (step, out, hyper, self.tally, self.monitor(judged(self.objective, state.params, state.teacher)) if monitored else {})
+        self.pending = (
+            step,
+            out,
+            hyper,
+            self.tally,
+            self.monitor(judged(self.objective, state.params, state.teacher)) if monitored else {},
+        )
         if step % self.every["save"] == 0 and step != self.total:
             self._save(state)
 
@@ -114,8 +121,8 @@ class Loop:
         self.watchdog.reset()
 
     def _kept(self, state, error):
-        """Saves the state and returns the error, which then says so; with several hosts, which cannot save alone, only the
-        error."""
+        """Saves the state and returns the error, which then says so; with several hosts, which cannot save alone, only
+        the error."""
         step = int(state.step)
         if jax.process_count() > 1 or step == self.first_step:
             return error
@@ -130,8 +137,8 @@ class Loop:
         replaced, *drawn = np.asarray(self.tally).tolist()
         done = self.saved - self.first_step
         position = {
-            "batches": self.first_batch + done, "images": self._images(self.saved), "replaced": replaced, "drawn": drawn,
-            "alarms": self.alarms.state(),
+            "batches": self.first_batch + done, "images": self._images(self.saved), "replaced": replaced,
+            "drawn": drawn, "alarms": self.alarms.state(),
         }  # fmt: skip
         self.store.save(state, self.meta, position)
         self.watchdog.reset()
@@ -172,7 +179,8 @@ class Loop:
         return waited | speed(steps * self.config.batch_size / seconds, self.devices, self.image_flops, self.chip)
 
     def _check_finite(self, step, values):
-        """Includes the norm of the parameters, which belongs to the state after the step, the one that would be saved."""
+        """Includes the norm of the parameters, which belongs to the state after the step, the one that would be
+        saved."""
         wrong = [name for name in ("loss", "norm/gradient", "norm/parameters") if not math.isfinite(values[name])]
         if not wrong:
             return
@@ -197,8 +205,8 @@ def explain_out_of_memory(config):
         wanted = re.search(r"[Aa]llocat\w* ([\d.]+ ?(?:[KMGT]i?B|bytes))", str(error))
         deeper = "block" if config.model.remat != "block" else "block and a larger mesh.fsdp"
         raise UserError(
-            f"a device ran out of memory{f' while allocating {wanted[1]}' if wanted else ''}; set a smaller batch_size than "
-            f"{config.batch_size}, or keep it and set accumulate={2 * config.accumulate} or model.remat={deeper} "
+            f"a device ran out of memory{f' while allocating {wanted[1]}' if wanted else ''}; set a smaller batch_size "
+            f"than {config.batch_size}, or keep it and set accumulate={2 * config.accumulate} or model.remat={deeper} "
             "(python -m pera_jax.plan shows the memory of each), then re-run the same command to resume"
         ) from error
 

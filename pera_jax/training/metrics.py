@@ -142,7 +142,8 @@ def _cut_back(path: pathlib.Path, last_step: int) -> None:
             step = json_files.parse(line, _Logged).step
         except json_files.Invalid as error:
             raise UserError(
-                f"line {number} of {path} is not a valid record of {path.stem} ({error}); repair or move the file, or choose another workdir"
+                f"line {number} of {path} is not a valid record of {path.stem} ({error}); repair or move the file, or "
+                "choose another workdir"
             ) from error
         if step <= last_step:
             kept.append(line)

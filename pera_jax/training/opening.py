@@ -29,7 +29,15 @@ def show_device_warnings() -> None:
 
 
 def lines(
-    config, objective: Objective, mesh: jax.sharding.Mesh, data: Mixture, params: Any, *, total: int, steps_per_epoch: int, hosts: int
+    config,
+    objective: Objective,
+    mesh: jax.sharding.Mesh,
+    data: Mixture,
+    params: Any,
+    *,
+    total: int,
+    steps_per_epoch: int,
+    hosts: int,
 ) -> list[str]:
     """One line each for devices, data, durations and model.
 
@@ -42,7 +50,9 @@ def lines(
     on_hosts = f" on {hosts} hosts" if hosts > 1 else ""
     local = batch // sharding.batch_shards(mesh)
     parts = f", {config.accumulate} microbatches of {local // config.accumulate}" if config.accumulate > 1 else ""
-    sets = [f"{printable(name)} ({len(source):,} images)" for name, source in zip(data.names(), data.sources, strict=True)]
+    sets = [
+        f"{printable(name)} ({len(source):,} images)" for name, source in zip(data.names(), data.sources, strict=True)
+    ]
     bands = f"{several(data.bands.names, 13)} of {data.bands.dtype}"
     number = sum(leaf.size for leaf in jax.tree.leaves(params))
     backbone = sum(leaf.size for leaf in jax.tree.leaves(params["backbone"]))
@@ -50,8 +60,8 @@ def lines(
     return [
         f"devices: {mesh.size} x {device.device_kind} ({device.platform}){on_hosts}; mesh: {shape}",
         f"data: {several(sets, 5)}, split {printable(config.data.split)}; bands {bands}",
-        f"training: {total:,} steps of {batch:,} images, {total / steps_per_epoch:,.4g} epochs of {steps_per_epoch:,} steps; "
-        f"{local:,} images on each device{parts}",
-        f"model: {number:,} parameters, {backbone:,} of them in the backbone (width {model.width}, depth {model.depth}, "
-        f"patches of {model.patch} px); {config.precision} products",
+        f"training: {total:,} steps of {batch:,} images, {total / steps_per_epoch:,.4g} epochs of {steps_per_epoch:,} "
+        f"steps; {local:,} images on each device{parts}",
+        f"model: {number:,} parameters, {backbone:,} of them in the backbone (width {model.width}, depth "
+        f"{model.depth}, patches of {model.patch} px); {config.precision} products",
     ]

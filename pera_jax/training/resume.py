@@ -3,7 +3,8 @@
 The policy for each field of the config:
 
 * `FREE` and the objective's `free_fields`: do not change any computed number. May change.
-* `FIXED`, the objective's `fixed_fields`, and the model and bands in `meta`: another value makes it another run. May not change.
+* `FIXED`, the objective's `fixed_fields`, and the model and bands in `meta`: another value makes it another run. May
+  not change.
 * All others influence the rest of the run: `total`, `batch_size`, `schedules`, `optimizer`, crops, the objective's own
   fields, ... They may change with `--allow-config-change`. The fields of `data` may also change with
   `data.allow_changed_data`; the run then keeps the ranges, mean and std with which it has been trained so far.
@@ -53,7 +54,11 @@ def _short(value: Any) -> str:
 
 
 def check_same_run(
-    found: dict[str, Any], wanted: dict[str, Any], workdir: str, allow_changed_data: bool, allow_config_change: bool = False
+    found: dict[str, Any],
+    wanted: dict[str, Any],
+    workdir: str,
+    allow_changed_data: bool,
+    allow_config_change: bool = False,
 ) -> list[Change]:
     """Refuses to resume from a checkpoint of another model, run or dataset; returns the changes that are allowed.
 
@@ -65,34 +70,42 @@ def check_same_run(
     """
     if "imported" in found:
         raise UserError(
-            f"{workdir} holds weights imported from {found['imported']['file']}, not a run that can be resumed; set init_from "
-            "to it and use another --workdir"
+            f"{workdir} holds weights imported from {found['imported']['file']}, not a run that can be resumed; set "
+            "init_from to it and use another --workdir"
         )
     other = f"the checkpoint in {workdir} belongs to another"
     mend = "use another --workdir, or the config that the run was started with"
     for name in ("model", "bands", "dtype", "ranges", "mean", "std"):
         if found[name] != wanted[name]:
-            raise UserError(f"{other} model: expected {name} {wanted[name]} from this config, got {found[name]}; {mend}")
+            raise UserError(
+                f"{other} model: expected {name} {wanted[name]} from this config, got {found[name]}; {mend}"
+            )
     changes = _changes(found["config"], wanted["config"])
     method = objectives.method(wanted["config"]["objective"])
-    own = {kind: tuple(f"{method.name}.{field}" for field in getattr(method, kind)) for kind in ("fixed_fields", "free_fields")}
+    own = {
+        kind: tuple(f"{method.name}.{field}" for field in getattr(method, kind))
+        for kind in ("fixed_fields", "free_fields")
+    }
     for change in changes:
         if _within(change.field, (*FIXED, *own["fixed_fields"])):
-            raise UserError(f"{other} run: expected {change.field} {change.now} from this config, got {change.before}; {mend}")
+            raise UserError(
+                f"{other} run: expected {change.field} {change.now} from this config, got {change.before}; {mend}"
+            )
     free = (*FREE, *own["free_fields"], *(("data",) if allow_changed_data else ()))
     shaping = [change for change in changes if not _within(change.field, free)]
     if shaping and not allow_config_change:
         first, *rest = shaping
         also = f" (and {several(rest, _MOST)})" if rest else ""
         raise UserError(
-            f"{other} run: expected {first.field} {first.now} from this config, got {first.before}{also}; {mend}, or pass "
-            "--allow-config-change to resume with the changed config"
+            f"{other} run: expected {first.field} {first.now} from this config, got {first.before}{also}; {mend}, or "
+            "pass --allow-config-change to resume with the changed config"
         )
     if found["data"]["fingerprint"] != wanted["data"]["fingerprint"]:
         if not allow_changed_data:
             raise UserError(
-                f"{other} dataset: expected {wanted['data']['name']} with fingerprint {wanted['data']['fingerprint']}, got "
-                f"{found['data']['name']} with {found['data']['fingerprint']}; {mend}, or set data.allow_changed_data=True"
+                f"{other} dataset: expected {wanted['data']['name']} with fingerprint {wanted['data']['fingerprint']}, "
+                f"got {found['data']['name']} with {found['data']['fingerprint']}; {mend}, or set "
+                "data.allow_changed_data=True"
             )
         was, now = (f"{card['name']} ({card['records']:,} images)" for card in (found["data"], wanted["data"]))
         changes.append(Change("dataset", was, now))
@@ -105,7 +118,11 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
     """Fields that differ, in the config's order; fields missing in `before` had their default."""
     default = _flat(json.loads(configs.default(now["objective"]).to_json()))
     before, now = default | _flat(before), _flat(now)
-    return [Change(name, before.get(name), value) for name, value in now.items() if name not in BY_MODEL and before.get(name) != value]
+    return [
+        Change(name, before.get(name), value)
+        for name, value in now.items()
+        if name not in BY_MODEL and before.get(name) != value
+    ]
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -169,4 +186,6 @@ def keep_earlier(workdir: str, meta: dict[str, Any], step: int) -> None:
             place = folder / f"until_step_{step:06d}_{number}.json"
         files.write(place, content)
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; free disk space or choose another workdir") from error
+        raise UserError(
+            f"cannot write {folder}: {error.strerror}; free disk space or choose another workdir"
+        ) from error

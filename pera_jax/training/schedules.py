@@ -32,8 +32,8 @@ def parse_duration(
       name: the config field; error messages start with it.
 
     Returns:
-      A whole number of steps, rounded down (an epoch also drops its incomplete last batch), but at least 1 for a duration
-      above zero.
+      A whole number of steps, rounded down (an epoch also drops its incomplete last batch), but at least 1 for a
+      duration above zero.
 
     Raises:
       UserError: an invalid format, percent for the total itself, or epochs of less than one batch.
@@ -109,8 +109,8 @@ def scalars(
 ) -> Schedules:
     """The schedules of a run: `COMMON` and those that the objective `declared`.
 
-    A momentum m is computed and passed as 1 - m, a cosine between the two differences: for m near 1, subtracting a float32
-    m from 1 would lose precision.
+    A momentum m is computed and passed as 1 - m, a cosine between the two differences: for m near 1, subtracting a
+    float32 m from 1 would lose precision.
 
     Args:
       config: has the fields that the schedules refer to; each `warmup` is a duration (see `parse_duration`).
@@ -151,7 +151,9 @@ def _curve(config: Any, schedule: Schedule, lengths: dict[str, int]) -> Callable
     if schedule.form == "constant":
         value = number("")
         return lambda step: value
-    ends = {name: number(name) for name in ("start", "peak", "end") if schedule.form == "warmup_cosine" or name != "peak"}
+    ends = {
+        name: number(name) for name in ("start", "peak", "end") if schedule.form == "warmup_cosine" or name != "peak"
+    }
     if schedule.form == "cosine":
         return lambda step: cosine(step, **ends, steps=total)
     steps = warmup()

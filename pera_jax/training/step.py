@@ -80,8 +80,8 @@ def decayed(params: Any, decay: str, rules: tuple[tuple[str, bool], ...]) -> Any
 
 
 def rate_factors(params: Any, rules: tuple[tuple[str, float], ...]) -> Any:
-    """The learning-rate factor of each parameter: that of the first rule of `config.optimizer.rate_factors` that matches its
-    path, else 1.0; 0.0 freezes the parameter, including its weight decay.
+    """The learning-rate factor of each parameter: that of the first rule of `config.optimizer.rate_factors` that
+    matches its path, else 1.0; 0.0 freezes the parameter, including its weight decay.
 
     Raises:
       UserError: a rule that matches no parameter.
@@ -108,7 +108,8 @@ def apply_gradients(
     """AdamW, then `teacher <- m teacher + (1 - m) student`.
 
     Args:
-      scalars: `learning_rate`, `weight_decay` and, with a teacher, `one_minus_momentum` (computed in float64 on the host).
+      scalars: `learning_rate`, `weight_decay` and, with a teacher, `one_minus_momentum` (computed in float64 on the
+        host).
       settings: `config.optimizer`: `decay` and `rate_factors`.
     """
     direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -159,7 +160,9 @@ def make_step(objective: Objective, optimizer, seed: int, settings: Any, accumul
             shapes = jax.eval_shape(gradients, part)
             grads, aux = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
             zeros = (sharding.constrain_tree(grads, rules), aux)
-            sums, _ = jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, gradients(part)), None), zeros, parts)
+            sums, _ = jax.lax.scan(
+                lambda sums, part: (jax.tree.map(jnp.add, sums, gradients(part)), None), zeros, parts
+            )
             grads, aux = jax.tree.map(lambda total: total / accumulate, sums)
         objective_state, metrics = objective.update(state.objective, aux)
         with jax.named_scope("optimizer"):

@@ -14,8 +14,8 @@ _LAST_RESORT = 11.0  # seconds between the sentence and an end with status 1, wh
 class Watchdog:
     """While entered, terminates the process by SIGALRM (status 142 in a shell) if `reset` is not called in time.
 
-    Every thread's Python stack is printed on stderr first. Both are done by the system's timer and a handler in C, which
-    also work when Python does not run because a call into a library hangs and holds the interpreter's lock.
+    Every thread's Python stack is printed on stderr first. Both are done by the system's timer and a handler in C,
+    which also work when Python does not run because a call into a library hangs and holds the interpreter's lock.
     """
 
     def __init__(self, seconds: float):
@@ -51,8 +51,9 @@ class Watchdog:
         while not self._ended.wait(max(self._deadline - time.monotonic(), 0.1)):
             if time.monotonic() > self._deadline:
                 print(
-                    f"error: no progress for {self._seconds:g} s (stall_seconds): data loading, another host or a device "
-                    "hangs; the stack of each thread follows, then this process exits; re-run the same command to resume",
+                    f"error: no progress for {self._seconds:g} s (stall_seconds): data loading, another host or a "
+                    "device hangs; the stack of each thread follows, then this process exits; re-run the same command "
+                    "to resume",
                     file=sys.__stderr__,
                     flush=True,
                 )

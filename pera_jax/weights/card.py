@@ -28,7 +28,9 @@ def text(weights: Weights, which: str, height: int, width: int) -> str:
     )
     vectors = "\n".join(
         f"{name} = torch.tensor({list(map(float, values))}).view(1, -1, 1, 1)"
-        for name, values in zip(("low", "high", "mean", "std"), (*zip(*bands.ranges), bands.mean, bands.std), strict=True)
+        for name, values in zip(
+            ("low", "high", "mean", "std"), (*zip(*bands.ranges), bands.mean, bands.std), strict=True
+        )
     )
     return f"""---
 library_name: timm
@@ -44,8 +46,8 @@ A vision transformer: width {shape["width"]}, {shape["depth"]} blocks, {shape["h
 
 ## Input
 
-Images of {height} x {width} px, {grid} patches; the position embedding is {embedding}. Bands in this order, stored as
-{bands.dtype}. Values from "low" to "high" map to [0, 1] and are clipped outside; then subtract the mean and divide by the
+Images of {height} x {width} px, {grid} patches; the position embedding is {embedding}. Bands in this order, stored
+as {bands.dtype}. Values from "low" to "high" map to [0, 1] and are clipped outside; then subtract the mean and divide by the
 std:
 
 | channel | band | low | high | mean | std |
@@ -76,6 +78,6 @@ def _origin(meta: dict, step: int) -> str:
     data = meta["data"]
     return (
         f"Pre-trained without labels for {step:,} steps of {meta['config']['batch_size']:,} images by "
-        f"{objectives.method(meta['config']['objective']).citation} on {data['name']}: {data['records']:,} images, fingerprint `{data['fingerprint']}`; "
-        f"pera_jax, revision `{meta['git']}`."
+        f"{objectives.method(meta['config']['objective']).citation} on {data['name']}: {data['records']:,} images, "
+        f"fingerprint `{data['fingerprint']}`; pera_jax, revision `{meta['git']}`."
     )

@@ -1,7 +1,7 @@
 """Imports weights of other programs as a run folder with one checkpoint at step 0, for probes, reports and `init_from`.
 
-A complete state dict of the authors' code becomes a complete training state, with a new optimizer and a zero center; the
-backbone of a teacher becomes a checkpoint without student and heads.
+A complete state dict of the authors' code becomes a complete training state, with a new optimizer and a zero center;
+the backbone of a teacher becomes a checkpoint without student and heads.
 """
 
 import dataclasses
@@ -50,9 +50,12 @@ class Options:
     ranges: tuple[tuple[float, float], ...] | None = None
 
     def completed(self, sidecar: dict[str, Any], place: str) -> tuple["Options", list[str]]:
-        """Fills the fields that are None from `sidecar`, the contents of the file `place`; returns also notes on the sources."""
+        """Fills the fields that are None from `sidecar`, the contents of the file `place`; returns also notes on the
+        sources."""
         fields = [field.name for field in dataclasses.fields(self)]
-        found = {name: sidecar[name] for name in fields if sidecar.get(name) is not None and getattr(self, name) is None}
+        found = {
+            name: sidecar[name] for name in fields if sidecar.get(name) is not None and getattr(self, name) is None
+        }
         notes = [f"{', '.join(found)} from {place}, beside the file"] * bool(found)
         chosen = dataclasses.replace(self, **found)
         assumed = [name for name in ("mean", "std") if getattr(chosen, name) is None]
@@ -90,10 +93,11 @@ def import_released(
 def import_timm(
     file: pathlib.Path, output: pathlib.Path, options: Options, verify: bool = True
 ) -> tuple[dict[str, Any], list[str]]:
-    """Writes the run folder `output` from a ViT with timm's names; returns the metadata and the names of ignored arrays.
+    """Writes the run folder `output` from a ViT with timm's names; returns the metadata and the names of ignored
+    arrays.
 
-    From a file with several networks the teacher's backbone is imported; `meta["imported"]["prefix"]` is the prefix of its
-    names.
+    From a file with several networks the teacher's backbone is imported; `meta["imported"]["prefix"]` is the prefix of
+    its names.
 
     Args:
       options: take precedence over timm's config.json beside the file.
@@ -126,7 +130,14 @@ def _teacher_table(depth: int, split: int) -> list[tables.Entry]:
 
 
 def _import(
-    file, output, options, named, prefix, table: Callable[[int, int], list[tables.Entry]], notes: list[str], source: str = ""
+    file,
+    output,
+    options,
+    named,
+    prefix,
+    table: Callable[[int, int], list[tables.Entry]],
+    notes: list[str],
+    source: str = "",
 ) -> dict[str, Any]:
     depth = tables.depth_of(named, prefix)
     entries = table(depth, depth // 2)
@@ -178,7 +189,9 @@ def _config(name: str, shape: dict[str, Any], heads: dict[str, int], bands: tupl
     config.name = name
     config.data.bands = bands
     config.model.update({field: shape[field] for field in ("width", "depth", "heads", "patch", "mlp_ratio")})
-    config.crops.update(dict(global_size=shape["image_size"], local_size=max(config.crops.local_size // patch, 2) * patch))
+    config.crops.update(
+        dict(global_size=shape["image_size"], local_size=max(config.crops.local_size // patch, 2) * patch)
+    )
     config.pera.heads.update(heads)
     if bands != RGB:
         config.pera.views.update(dict(saturation=0.0, hue=0.0, student_grayscale=0.0))  # they need red, green and blue
@@ -189,11 +202,18 @@ def _bands(file: pathlib.Path, number: int, options: Options) -> Bands:
     names = options.bands or RGB
     rgb = names == RGB
     if len(names) != number:
-        raise UserError(f"{file} has {number} band(s), got {len(names)} band names ({', '.join(names)}); give {number} names with --bands")
+        raise UserError(
+            f"{file} has {number} band(s), got {len(names)} band names ({', '.join(names)}); give {number} names with "
+            "--bands"
+        )
     mean, std = options.mean or (IMAGENET[0] if rgb else None), options.std or (IMAGENET[1] if rgb else None)
     if mean is None or std is None or not len(mean) == len(std) == number or min(std) <= 0:
-        raise UserError(f"{file} needs --mean and --std; give one number for each of the bands {', '.join(names)}, with std > 0")
+        raise UserError(
+            f"{file} needs --mean and --std; give one number for each of the bands {', '.join(names)}, with std > 0"
+        )
     dtype, ranges = options.dtype or "uint8", options.ranges or ((0.0, 255.0),) * number
     if len(ranges) != number:
-        raise UserError(f"{file} has {number} band(s), but its sidecar file gives ranges for {len(ranges)}; export the file again")
+        raise UserError(
+            f"{file} has {number} band(s), but its sidecar file gives ranges for {len(ranges)}; export the file again"
+        )
     return Bands(names, dtype, tuple((float(low), float(high)) for low, high in ranges), tuple(mean), tuple(std))

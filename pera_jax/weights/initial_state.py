@@ -24,7 +24,8 @@ def earlier_meta(config, workdir: str) -> dict | None:
 
 
 def restore_or_init(config, workdir, meta, objective, optimizer, abstract, mesh, data, allow_config_change):
-    """The first available of: a checkpoint in the workdir, one in `resume_from`, weights from `init_from`, random weights.
+    """The first available of: a checkpoint in the workdir, one in `resume_from`, weights from `init_from`, random
+    weights.
 
     Every process must call it. Damaged checkpoints in the workdir are moved aside.
 
@@ -55,7 +56,9 @@ def restore_or_init(config, workdir, meta, objective, optimizer, abstract, mesh,
             except checkpoint.Removed:
                 if run == workdir or jax.process_count() > 1:
                     raise
-                return restore_or_init(config, workdir, meta, objective, optimizer, abstract, mesh, data, allow_config_change)
+                return restore_or_init(
+                    config, workdir, meta, objective, optimizer, abstract, mesh, data, allow_config_change
+                )
             except checkpoint.Damaged as error:
                 damaged.append((folder, error))
                 continue
@@ -67,7 +70,8 @@ def restore_or_init(config, workdir, meta, objective, optimizer, abstract, mesh,
             batches, images = resume.place_in_stream(position, before["config"]["batch_size"], config.batch_size)
             return state, position | {"batches": batches, "images": images}, changes
         raise UserError(
-            f"none of the checkpoints of {run} can be read (the newest: {damaged[0][1].reason}); start again in another --workdir"
+            f"none of the checkpoints of {run} can be read (the newest: {damaged[0][1].reason}); start again in "
+            "another --workdir"
         )
     state = steps.init_sharded(objective, optimizer, mesh, config.seed)
     if config.init_from:

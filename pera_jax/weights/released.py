@@ -1,8 +1,8 @@
 """The state dict of the authors' PyTorch code (arXiv:2505.19447): names and sizes of its arrays.
 
 `student.backbone.*`, `student.cls_head.*`, `teacher.*` alike, `pred_head.*` (the pixel head) and `s_mask_token`. The
-backbones have timm's names. The center of the teacher's outputs is not part of it. Bands and normalization are stored in a
-sidecar file, NAME.json, with the SHA-256 of the state dict.
+backbones have timm's names. The center of the teacher's outputs is not part of it. Bands and normalization are stored
+in a sidecar file, NAME.json, with the SHA-256 of the state dict.
 """
 
 import dataclasses
@@ -45,8 +45,8 @@ def table(depth: int, split: int) -> list[Entry]:
 
 
 def head_sizes(arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """`config.heads` from the shapes of the arrays; 1 for a scalar or empty array. Raises KeyError if both networks lack an
-    array that gives a size."""
+    """`config.heads` from the shapes of the arrays; 1 for a scalar or empty array. Raises KeyError if both networks
+    lack an array that gives a size."""
     sizes = {"hidden": "mlp.0.weight", "bottleneck": "mlp.4.weight", "prototypes": "last_layer.weight_v"}
     heads = {name.removeprefix("student.cls_head."): each for name, each in arrays.items()}
     heads = {name.removeprefix("teacher.cls_head."): each for name, each in arrays.items()} | heads
@@ -98,8 +98,8 @@ def export(run: str, step: int | None, output: pathlib.Path, verify: bool = True
     Each file is written atomically.
 
     Raises:
-      UserError: a run or step that does not exist; a checkpoint without a student; a file that cannot be written, or that
-        exists with other contents; PyTorch is not installed.
+      UserError: a run or step that does not exist; a checkpoint without a student; a file that cannot be written, or
+        that exists with other contents; PyTorch is not installed.
     """
 
     def both(chosen: int) -> list[load.Weights]:
@@ -109,7 +109,9 @@ def export(run: str, step: int | None, output: pathlib.Path, verify: bool = True
     try:
         import torch
     except ImportError as error:
-        raise UserError(f"writing {output} needs PyTorch; run pip install pera_jax[torch] or pip install torch") from error
+        raise UserError(
+            f"writing {output} needs PyTorch; run pip install pera_jax[torch] or pip install torch"
+        ) from error
     shape = teacher.meta["model"]
     tree = jax.tree.map(np.asarray, {"params": student.params, "teacher": teacher.params})
     named = tables.to_named(tree, table(shape["depth"], shape["split"]), shape["heads"], shape["patch"])
@@ -129,5 +131,7 @@ def export(run: str, step: int | None, output: pathlib.Path, verify: bool = True
         files.write(output, content.getvalue())
         files.write(sidecar_path(output), owned.json_text(fields | {"digest": digests.json_digest(fields)}))
     except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}; free disk space or choose another --output") from error
+        raise UserError(
+            f"cannot write {output}: {error.strerror}; free disk space or choose another --output"
+        ) from error
     return teacher.step

@@ -1,11 +1,12 @@
-"""Import and export with the parameter names of timm's VisionTransformer, as used by DINO, DINOv2, MAE and supervised ViTs.
+"""Import and export with the parameter names of timm's VisionTransformer, as used by DINO, DINOv2, MAE and supervised
+ViTs.
 
 Arrays that are not part of the ViT are ignored: classifiers (`head.*`), the decoder and the mask token of pre-training.
-LayerScale, `x + gamma * (W y + b)`, is folded into the preceding linear layer, `(gamma W) y + gamma b`: the same function up
-to one more rounding of each weight.
+LayerScale, `x + gamma * (W y + b)`, is folded into the preceding linear layer, `(gamma W) y + gamma b`: the same
+function up to one more rounding of each weight.
 
-Weight files contain neither the activation nor the epsilon of the norms. This program uses exact GELU and 1e-6, as the ViTs
-above do; others, such as CLIP's (QuickGELU), would give wrong features.
+Weight files contain neither the activation nor the epsilon of the norms. This program uses exact GELU and 1e-6, as the
+ViTs above do; others, such as CLIP's (QuickGELU), would give wrong features.
 """
 
 import dataclasses
@@ -27,7 +28,8 @@ from pera_jax.training.checkpoints import meta_fields
 from pera_jax.weights import card
 
 _IGNORED = re.compile(r"(head\.|decoder_).*|mask_token")
-_PREFIXES = ("", "teacher.backbone.", "teacher.", "backbone.", "student.backbone.", "student.")  # in order of preference
+# in order of preference
+_PREFIXES = ("", "teacher.backbone.", "teacher.", "backbone.", "student.backbone.", "student.")
 _PART = re.compile(r"^([^.]*\.[^.]*\.).*")
 _CHUNK = re.compile(r"^(blocks\.)\d+\.(?=\d+\.)")
 _SCALE = re.compile(r"(blocks\.\d+\.)ls([12])\.gamma")
@@ -71,8 +73,14 @@ def without_extras(named: dict[str, np.ndarray], what: str) -> tuple[dict[str, n
             wrong.add(name)
             continue
         kept[f"{layer}.weight"], kept[f"{layer}.bias"] = gamma[:, None] * weight, gamma * bias
-    problems = {"lacks": lacking, "has NaN or infinite values in": infinite, "has factors that do not fit the preceding layer:": wrong}
-    tables.check([f"{verb} {every(sorted(found))}" for verb, found in problems.items() if found], f"LayerScale in {what}")
+    problems = {
+        "lacks": lacking,
+        "has NaN or infinite values in": infinite,
+        "has factors that do not fit the preceding layer:": wrong,
+    }
+    tables.check(
+        [f"{verb} {every(sorted(found))}" for verb, found in problems.items() if found], f"LayerScale in {what}"
+    )
     return kept, ignored, [f"LayerScale of {len(blocks)} blocks is folded into the preceding layers"]
 
 
@@ -80,7 +88,8 @@ def without_extras(named: dict[str, np.ndarray], what: str) -> tuple[dict[str, n
 class _Pretrained:
     mean: tuple[json_files.Finite, ...] | None = None
     std: tuple[json_files.Finite, ...] | None = None
-    input_size: tuple[json_files.Positive, json_files.Positive, json_files.Positive] | None = None  # bands, height, width
+    # bands, height, width
+    input_size: tuple[json_files.Positive, json_files.Positive, json_files.Positive] | None = None
 
 
 @dataclasses.dataclass
@@ -118,11 +127,18 @@ def select_backbone(named: dict[str, np.ndarray], what: str) -> tuple[str, dict[
     Raises:
       UserError: the file has several networks, and none is known to be the teacher.
     """
-    found = sorted(name.removesuffix("cls_token") for name in named if name == "cls_token" or name.endswith(".cls_token"))
+    found = sorted(
+        name.removesuffix("cls_token") for name in named if name == "cls_token" or name.endswith(".cls_token")
+    )
     prefix = next((known for known in _PREFIXES if known in found), found[0] if len(found) == 1 else "")
     if prefix not in found and len(found) > 1:
-        raise UserError(f"{what} has several networks ({several(found)}), none of them known as the teacher; save one of them to a file of its own")
-    kept = {_CHUNK.sub(r"\1", name.removeprefix(prefix)): each for name, each in named.items() if name.startswith(prefix)}
+        raise UserError(
+            f"{what} has several networks ({several(found)}), none of them known as the teacher; save one of them to a "
+            "file of its own"
+        )
+    kept = {
+        _CHUNK.sub(r"\1", name.removeprefix(prefix)): each for name, each in named.items() if name.startswith(prefix)
+    }
     return prefix, kept, sorted({_PART.sub(r"\1*", name) for name in named if not name.startswith(prefix)})
 
 
@@ -133,8 +149,8 @@ def read_config(file: pathlib.Path, verify: bool = True) -> dict[str, Any]:
       verify: check `file` against the digest in config.json, if this program wrote it.
 
     Returns:
-      `heads`, `mean`, `std`, `size` (height and width in px), or None for each; `sizes`, for `tables.check_sizes`; for an
-      export of this program also `bands`, `dtype` and `ranges`.
+      `heads`, `mean`, `std`, `size` (height and width in px), or None for each; `sizes`, for `tables.check_sizes`; for
+      an export of this program also `bands`, `dtype` and `ranges`.
 
     Raises:
       UserError: a config.json that is damaged or not timm's.
@@ -158,8 +174,8 @@ def read_config(file: pathlib.Path, verify: bool = True) -> dict[str, Any]:
         bands = Bands.from_metadata(entry)
         if (bands.mean, bands.std) != (cfg.mean, cfg.std):
             raise UserError(
-                f"{place} has different mean and std in pretrained_cfg and in {exported.ENTRY}; export the weights again, or "
-                f"delete the entry {exported.ENTRY}"
+                f"{place} has different mean and std in pretrained_cfg and in {exported.ENTRY}; export the weights "
+                f"again, or delete the entry {exported.ENTRY}"
             )
         return found | {"bands": bands.names, "dtype": bands.dtype, "ranges": bands.ranges}
     except FileNotFoundError:
@@ -188,7 +204,8 @@ def to_timm(backbone: dict[str, Any], shape: dict[str, Any], height: int, width:
 
 
 def config(meta: dict[str, Any], step: int, which: str, height: int, width: int) -> dict[str, Any]:
-    """The contents of config.json, as read by timm and the Hugging Face Hub, with an additional entry for this program."""
+    """The contents of config.json, as read by timm and the Hugging Face Hub, with an additional entry for this
+    program."""
     shape, bands = meta["model"], Bands.from_metadata(meta)
     return {
         "architecture": ARCHITECTURE,
@@ -201,8 +218,8 @@ def config(meta: dict[str, Any], step: int, which: str, height: int, width: int)
             "mlp_ratio": shape["mlp_ratio"], "num_classes": 0, "global_pool": "token",
         },
         "pretrained_cfg": {
-            "num_classes": 0, "input_size": [shape["bands"], height, width], "fixed_input_size": True, "pool_size": None,
-            "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash", "mean": list(bands.mean),
+            "num_classes": 0, "input_size": [shape["bands"], height, width], "fixed_input_size": True,
+            "pool_size": None, "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash", "mean": list(bands.mean),
             "std": list(bands.std), "first_conv": "patch_embed.proj", "classifier": "head",
         },
         exported.ENTRY: exported.to_dict(meta, step, which, height, width),

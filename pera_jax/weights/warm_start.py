@@ -1,8 +1,8 @@
 """Warm start (`init_from`): starts a run from the weights of another run or of an import.
 
 The position embedding is interpolated to the grid of the new crops, as in the forward pass of the network; the patch
-projection is adapted to other bands (`fit.rebanded`). Optimizer and step start anew; the state of the objective, such as a
-center, can be estimated from data.
+projection is adapted to other bands (`fit.rebanded`). Optimizer and step start anew; the state of the objective, such
+as a center, can be estimated from data.
 """
 
 from typing import Any
@@ -58,14 +58,19 @@ def with_weights(state: steps.TrainState, run: str, objective: Objective) -> ste
         return objective.adapt(result, new, there["patch"], *bands) if complete else result
 
     if band_order(*bands) is None:
-        notes.append(f"the patch projection averaged over {len(bands[0])} bands for each of {len(bands[1])} bands; new layers where their size depends on the bands")
+        notes.append(
+            f"the patch projection averaged over {len(bands[0])} bands for each of {len(bands[1])} bands; new layers "
+            "where their size depends on the bands"
+        )
     elif set(bands[0]) != set(bands[1]):
         notes.append(f"the weights of the bands {', '.join(bands[0])} used for {', '.join(bands[1])}")
     params = fitted(student, state.params)
     teacher = fitted(ema, state.teacher) if objective.teacher_keys else state.teacher
     differing = sorted({*intact.differences(params, state.params), *intact.differences(teacher, state.teacher)})
     if differing:
-        raise Misfit(f"init_from={run} does not fit this config: {every(differing)}; change the config, or use other weights")
+        raise Misfit(
+            f"init_from={run} does not fit this config: {every(differing)}; change the config, or use other weights"
+        )
     distributed.say(f"starting from {run}, step {source.step}: {'; '.join(notes)}")
     params, teacher = jax.tree.map(_sharded_like, (params, teacher), (state.params, state.teacher))
     return state.replace(params=params, teacher=teacher)

@@ -1,7 +1,7 @@
 """The reader for arbitrary image files, shared by conversions, probes and exports.
 
-The format is detected from the content, not from the file name: JPEG, PNG, TIFF, WebP, BMP, GIF. Images are rotated upright
-by their EXIF orientation, and can be read in two ways:
+The format is detected from the content, not from the file name: JPEG, PNG, TIFF, WebP, BMP, GIF. Images are rotated
+upright by their EXIF orientation, and can be read in two ways:
 
 As colors, 8-bit red, green and blue:
 
@@ -22,8 +22,8 @@ As colors, 8-bit red, green and blue:
 | other numbers of bands, floats, 32   | rejected                                                              |
 | bits, signed, CIELAB                 |                                                                       |
 
-As values: the stored bands, uint8, uint16 or float32; for palettes, the colors. Nodata values of a TIFF and non-finite values
-become the minimum of their band, at most 0, as in `data_prep.scenes`.
+As values: the stored bands, uint8, uint16 or float32; for palettes, the colors. Nodata values of a TIFF and non-finite
+values become the minimum of their band, at most 0, as in `data_prep.scenes`.
 """
 
 import dataclasses
@@ -104,8 +104,8 @@ def read(encoded: bytes, colors: bool | None = None, span: tuple[int, int] | Non
       span: (low, high): for 9 to 16 bits, the values mapped to 0 and 255; only for colors.
 
     Raises:
-      ImageDecodeError: the bytes cannot be decoded, the image cannot be read in the requested way, or it would take more
-        than `image_errors.MOST_BYTES` in memory.
+      ImageDecodeError: the bytes cannot be decoded, the image cannot be read in the requested way, or it would take
+        more than `image_errors.MOST_BYTES` in memory.
     """
     with decoding(Exception, said=""):  # for damaged bytes, Pillow, tifffile and its codecs raise almost any exception
         stored = _stored(encoded)
@@ -124,7 +124,9 @@ def readings(encoded: bytes) -> dict[bool | None, Picture | ImageDecodeError]:
         found = {}
         for colors in (None, False):
             try:
-                found[colors] = _as_colors(stored, None) if colors is None and _has_colors(stored) else _as_values(stored)
+                found[colors] = (
+                    _as_colors(stored, None) if colors is None and _has_colors(stored) else _as_values(stored)
+                )
             except ImageDecodeError as error:
                 found[colors] = error
         return found
@@ -133,8 +135,8 @@ def readings(encoded: bytes) -> dict[bool | None, Picture | ImageDecodeError]:
 def read_indices(encoded: bytes) -> np.ndarray:
     """Reads a mask, upright: [H, W, C] with the exact values of the file, for palettes the indices.
 
-    Raises ImageDecodeError: it cannot be decoded, its format does not preserve values, or a TIFF has nodata pixels other
-    than `NO_LABEL`.
+    Raises ImageDecodeError: it cannot be decoded, its format does not preserve values, or a TIFF has nodata pixels
+    other than `NO_LABEL`.
     """
     with decoding(Exception, said=""):
         if encoded[:4] not in tiff_files.MAGIC:
@@ -142,8 +144,8 @@ def read_indices(encoded: bytes) -> np.ndarray:
         tiff = tiff_files.read(encoded)
         if tiff.nodata not in (None, NO_LABEL) and (tiff.values == tiff.nodata).any():
             raise ImageDecodeError(
-                f"has pixels with its nodata value {tiff.nodata:g}; store {NO_LABEL} there or, if it is a class, remove the nodata "
-                "value with gdal_edit.py -unsetnodata"
+                f"has pixels with its nodata value {tiff.nodata:g}; store {NO_LABEL} there or, if it is a class, "
+                "remove the nodata value with gdal_edit.py -unsetnodata"
             )
         return np.ascontiguousarray(picture_files.upright(tiff.values, tiff.orientation))
 
@@ -186,8 +188,8 @@ def _of_tiff(tiff: tiff_files.Tiff) -> _Stored:
     if values.shape[2] < base:
         raise ImageDecodeError(f"damaged TIFF: {count} bands for {base} colors")
     return _Stored(
-        picture_files.upright(values, tiff.orientation), base, depth, changes, alpha, tiff.photometric == tiff_files.WHITE_IS_ZERO,
-        names, trusted=False, void=None if void is None else picture_files.upright(void, tiff.orientation),
+        picture_files.upright(values, tiff.orientation), base, depth, changes, alpha,
+        tiff.photometric == tiff_files.WHITE_IS_ZERO, names, trusted=False, void=None if void is None else picture_files.upright(void, tiff.orientation),
     )  # fmt: skip
 
 
@@ -219,8 +221,8 @@ def _as_colors(stored: _Stored, span: tuple[int, int] | None) -> Picture:
         most = int(values[..., : stored.base].max())
         if span is None and stored.depth == 16 and 0 < most < _NARROW:
             raise ImageDecodeError(
-                f"has a maximum of {most} of 65535 and would become dark; convert with python -m data_prep.images --range 0,{most}, "
-                "or another range for all images, or with python -m data_prep.scenes"
+                f"has a maximum of {most} of 65535 and would become dark; convert with python -m data_prep.images "
+                f"--range 0,{most}, or another range for all images, or with python -m data_prep.scenes"
             )
     elif stored.depth < 8:
         changes.append(f"{stored.depth} bit")

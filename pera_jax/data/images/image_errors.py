@@ -43,6 +43,6 @@ def check_size(height: int, width: int, bytes_per_pixel: int) -> None:
     """Raises ImageDecodeError if a decoded image would take more than `MOST_BYTES` of memory."""
     if height * width * bytes_per_pixel > MOST_BYTES:
         raise ImageDecodeError(
-            f"is {width} x {height} px and would take {height * width * bytes_per_pixel / 2**30:.1f} GiB when decoded, more than "
-            f"{MOST_BYTES / 2**30:.3g} GiB; cut it into tiles first"
+            f"is {width} x {height} px and would take {height * width * bytes_per_pixel / 2**30:.1f} GiB when decoded, "
+            f"more than {MOST_BYTES / 2**30:.3g} GiB; cut it into tiles first"
         )

@@ -26,8 +26,8 @@ def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 def opened(encoded: bytes) -> Image.Image:
     """Opens a file other than TIFF with the Pillow reader of its format, without decoding the pixels.
 
-    The size is limited by memory; the pixel limit of `Image.open` would reject valid masks. Raises ImageDecodeError or one
-    of `DECODE_ERRORS`.
+    The size is limited by memory; the pixel limit of `Image.open` would reject valid masks. Raises ImageDecodeError or
+    one of `DECODE_ERRORS`.
     """
     from PIL import BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
@@ -51,8 +51,8 @@ def opened(encoded: bytes) -> Image.Image:
 def read(encoded: bytes) -> tuple[np.ndarray, int, list[str]]:
     """Reads a file: (upright values [H, W, C], bits per value, changes).
 
-    The values are uint8, or uint16 for 16 bits: gray or RGB, followed by opacity if there is any. Raises ImageDecodeError
-    for unsupported modes, and almost any exception for damaged bytes.
+    The values are uint8, or uint16 for 16 bits: gray or RGB, followed by opacity if there is any. Raises
+    ImageDecodeError for unsupported modes, and almost any exception for damaged bytes.
     """
     if encoded.startswith(_PNG) and encoded[_PNG_BIT_DEPTH : _PNG_BIT_DEPTH + 1] == b"\x10":
         return _deep_png(encoded)

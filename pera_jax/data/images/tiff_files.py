@@ -1,8 +1,8 @@
 """TIFF files: the stored values of the first picture, and its tags.
 
-The first picture is the first page that is neither a reduced image nor a mask, since cameras and scanners write a thumbnail
-first. tifffile and imagecodecs read every layout (strips, tiles, planes, BigTIFF), byte order, compression and predictor
-that GDAL writes. Values are not converted, except that JPEG-compressed YCbCr becomes RGB.
+The first picture is the first page that is neither a reduced image nor a mask, since cameras and scanners write a
+thumbnail first. tifffile and imagecodecs read every layout (strips, tiles, planes, BigTIFF), byte order, compression
+and predictor that GDAL writes. Values are not converted, except that JPEG-compressed YCbCr becomes RGB.
 """
 
 import dataclasses
@@ -67,7 +67,8 @@ def values_of(page) -> np.ndarray:
     if not len(page.dataoffsets) == len(page.databytecounts) == segments:
         raise ImageDecodeError(f"is damaged: expected {segments} strips or tiles, got {len(page.dataoffsets)}")
     if any(bool(place) != bool(size) for place, size in zip(page.dataoffsets, page.databytecounts, strict=True)):
-        raise ImageDecodeError("is damaged: strips or tiles are missing")  # where both are 0, GDAL omitted an empty block
+        # where both are 0, GDAL omitted an empty block
+        raise ImageDecodeError("is damaged: strips or tiles are missing")
     found = page.asarray(squeeze=False, maxworkers=1)  # [planes, 1, H, W, samples of a plane]
     found = np.moveaxis(found[:, 0], 0, 2).reshape(height, width, -1)
     return np.ascontiguousarray(found, found.dtype.newbyteorder("="))

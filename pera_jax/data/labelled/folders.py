@@ -67,7 +67,9 @@ class Found:
     def take(self, places: Sequence[int], messages: str) -> "Found":
         """The images at these indices, with an additional message."""
         files, keys = ([values[i] for i in places] for values in (self.files, self.keys))
-        return dataclasses.replace(self, files=files, keys=keys, labels=self.labels[list(places)], messages=(*self.messages, messages))
+        return dataclasses.replace(
+            self, files=files, keys=keys, labels=self.labels[list(places)], messages=(*self.messages, messages)
+        )
 
 
 def list_images(folder: pathlib.Path, split: str, with_classes: bool | None, follow_links: bool = False) -> Found:
@@ -76,7 +78,8 @@ def list_images(folder: pathlib.Path, split: str, with_classes: bool | None, fol
     A few images outside the class folders are skipped.
 
     Args:
-      with_classes: None: all images, with classes if each lies at CLASS/NAME; the split may be "" for the folder itself.
+      with_classes: None: all images, with classes if each lies at CLASS/NAME; the split may be "" for the folder
+        itself.
       follow_links: whether links that lead out of the folder are followed.
 
     Raises:
@@ -94,7 +97,11 @@ def list_images(folder: pathlib.Path, split: str, with_classes: bool | None, fol
     if with_classes is None:
         with_classes = all(key.count("/") == 1 for key in keys)
         if not with_classes and names:
-            why = f"images outside of them ({several(keys[i] for i in strays)})" if strays else "images in deeper folders; if the folders are splits, choose one with --split"
+            why = (
+                f"images outside of them ({several(keys[i] for i in strays)})"
+                if strays
+                else "images in deeper folders; if the folders are splits, choose one with --split"
+            )
             messages += (f"folders are not used as classes ({several(names)}): there are {why}",)
     if not with_classes:
         return Found(files, keys, np.full(len(files), -1, np.int64), None, messages)
@@ -127,7 +134,11 @@ def _keys(place: pathlib.Path, follow_links: bool) -> tuple[list[str], tuple[str
         ending = pathlib.PurePosixPath(found.name).suffix.lower()
         if found.fault == file_tree.HIDDEN:
             continue
-        if found.fault is None and ending in foreign.ENDINGS and found.name.encode("utf-8", "replace").decode() != found.name:
+        if (
+            found.fault is None
+            and ending in foreign.ENDINGS
+            and found.name.encode("utf-8", "replace").decode() != found.name
+        ):
             out.append((found.name, "its name is not valid UTF-8"))  # as in conversions; CSV files could not store it
         elif found.fault is None and ending in foreign.ENDINGS:
             keys.append(found.name)
@@ -152,8 +163,8 @@ def _keys(place: pathlib.Path, follow_links: bool) -> tuple[list[str], tuple[str
 def examine(found: Found, max_corrupt_fraction: float) -> tuple[Found, str]:
     """Reads and decodes every image once; returns the valid images and their fingerprint.
 
-    Images whose number of bands or dtype differs from most others are invalid. The fingerprint is the hexadecimal SHA-256
-    over keys, classes and file contents.
+    Images whose number of bands or dtype differs from most others are invalid. The fingerprint is the hexadecimal
+    SHA-256 over keys, classes and file contents.
 
     Raises:
       UserError: more than `max_corrupt_fraction` of the images are invalid. EnvironmentFault: the machine failed.
@@ -173,7 +184,10 @@ def examine(found: Found, max_corrupt_fraction: float) -> tuple[Found, str]:
         found = found.take([number for number, look in enumerate(looks) if not look.fault], messages)
         looks = [look for look in looks if not look.fault]
     changes = collections.Counter(change for look in looks for change in look.changes if change in foreign.CHANGES)
-    lines = (f"changed on reading, {name}: {number:,} images {foreign.CHANGES[name]}" for name, number in changes.most_common())
+    lines = (
+        f"changed on reading, {name}: {number:,} images {foreign.CHANGES[name]}"
+        for name, number in changes.most_common()
+    )
     found = dataclasses.replace(found, messages=(*found.messages, *lines), kinds=_most(looks))
     digest = hashlib.sha256(foreign.VERSION)  # cached features depend on how files are read
     for look, key, label in zip(looks, found.keys, found.labels, strict=True):
@@ -182,8 +196,8 @@ def examine(found: Found, max_corrupt_fraction: float) -> tuple[Found, str]:
 
 
 class _Look(NamedTuple):
-    """The check of a file: SHA-256, why it is not valid (or ""), the changes when read as colors, and (bands, dtype) by the
-    argument `colors` of `foreign.read`."""
+    """The check of a file: SHA-256, why it is not valid (or ""), the changes when read as colors, and (bands, dtype) by
+    the argument `colors` of `foreign.read`."""
 
     digest: str
     fault: str
@@ -212,7 +226,10 @@ def _look(file: pathlib.Path) -> _Look:
 
 def _most(looks: Sequence[_Look]) -> dict[bool | None, Kind]:
     """The most frequent (bands, dtype), by the argument `colors` of `foreign.read`."""
-    counts = {colors: collections.Counter(look.kinds[colors] for look in looks if colors in look.kinds) for colors in (None, False)}
+    counts = {
+        colors: collections.Counter(look.kinds[colors] for look in looks if colors in look.kinds)
+        for colors in (None, False)
+    }
     return {colors: count.most_common(1)[0][0] for colors, count in counts.items() if count}
 
 

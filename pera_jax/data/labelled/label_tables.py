@@ -26,7 +26,8 @@ def read_labels(file: pathlib.Path, keys: Sequence[str]) -> tuple[tuple[str, ...
       (class names; int64 [N], or bool [N, classes] if there is one column per class; SHA-256 of the labels).
 
     Raises:
-      UserError: no such file, no column `key`, an image without a row or label, a repeated key, a cell other than 0 and 1.
+      UserError: no such file, no column `key`, an image without a row or label, a repeated key, a cell other than 0 and
+        1.
     """
     header, rows = _table(file)
     column = header.index("key")
@@ -38,7 +39,10 @@ def read_labels(file: pathlib.Path, keys: Sequence[str]) -> tuple[tuple[str, ...
         by_key[key], lines[key] = [cell.strip() for cell in row], line
         first = as_written.setdefault(_same(key), key)
         if by_key[first] != by_key[key]:
-            raise UserError(f"lines {lines[first]} and {line} of {file} give different labels for {printable(key)}; remove one of the lines")
+            raise UserError(
+                f"lines {lines[first]} and {line} of {file} give different labels for {printable(key)}; remove one of "
+                "the lines"
+            )
     found = [key if key in by_key else as_written.get(_same(key)) for key in keys]
     missing = [key for key, row in zip(keys, found, strict=True) if row is None]
     if missing:
@@ -65,7 +69,8 @@ def read_labels(file: pathlib.Path, keys: Sequence[str]) -> tuple[tuple[str, ...
 
 
 def _same(key: str) -> str:
-    """A canonical form of a key: Windows writes backslashes, macOS decomposed accents, spreadsheets extra whitespace."""
+    """A canonical form of a key: Windows writes backslashes, macOS decomposed accents, spreadsheets extra
+    whitespace."""
     return unicodedata.normalize("NFC", key.strip().replace("\\", "/"))
 
 

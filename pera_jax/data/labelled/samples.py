@@ -5,9 +5,9 @@ A dataset is given as
     aid                     an image folder: aid/SPLIT/CLASS/NAME.jpg
     tfds:eurosat/rgb        a dataset prepared by TFDS, by name or folder (tfds:/data/eurosat/rgb/2.0.0), and a TFDS
                             split: train[:80%]
-A label table replaces the labels of a dataset; images of a folder may then lie anywhere below aid/SPLIT. It is a CSV file
-with the columns `key` (the key of an image) and `label` (the class name), or `key` and a column of 0 and 1 per class, for
-several labels per image.
+A label table replaces the labels of a dataset; images of a folder may then lie anywhere below aid/SPLIT. It is a CSV
+file with the columns `key` (the key of an image) and `label` (the class name), or `key` and a column of 0 and 1 per
+class, for several labels per image.
 """
 
 import dataclasses
@@ -114,7 +114,9 @@ def _open(data: str, split: str, with_classes: bool | None, reading: folders.Rea
     if pathlib.Path(data).is_dir():
         return _from_folder(data, split, with_classes, reading)
     if pathlib.Path(data).is_file():
-        raise UserError(f"{data} is a file; convert archives with python -m data_prep.images, and pass the dataset folder")
+        raise UserError(
+            f"{data} is a file; convert archives with python -m data_prep.images, and pass the dataset folder"
+        )
     raise UserError(f"the dataset {data} does not exist; pass a dataset folder, an image folder, or tfds:NAME")
 
 
@@ -166,7 +168,9 @@ def _reading(data: str, kinds: dict[bool | None, folders.Kind], colors: bool | N
     def decode(encoded):
         pixels = foreign.read(encoded, colors).pixels
         if pixels.shape[2] != len(bands) or pixels.dtype != dtype:
-            raise codecs.ImageDecodeError(f"expected {len(bands)} bands of {dtype}, got {pixels.shape[2]} of {pixels.dtype}")
+            raise codecs.ImageDecodeError(
+                f"expected {len(bands)} bands of {dtype}, got {pixels.shape[2]} of {pixels.dtype}"
+            )
         return pixels
 
     return bands, dtype, decode
@@ -197,8 +201,8 @@ def _from_tfds(data: str, split: str) -> Samples:
         return foreign.read(value, colors=True).pixels if isinstance(value, bytes) else value
 
     return Samples(
-        builder.info.name, data, split, tuple(bands), dtype, names, digest.hexdigest(), keys, np.array(labels, np.int64),
-        lambda index: _read_tfds(read, index, data)[image], decode,
+        builder.info.name, data, split, tuple(bands), dtype, names, digest.hexdigest(), keys,
+        np.array(labels, np.int64), lambda index: _read_tfds(read, index, data)[image], decode,
     )  # fmt: skip
 
 
@@ -231,8 +235,8 @@ def check_labels(train: Samples, test: Samples | None) -> None:
         ).all():
             wrong = samples.keys[int(np.argmax((samples.labels < 0) | (samples.labels >= len(samples.class_names))))]
             raise UserError(
-                f"the image {wrong} of split {samples.split!r} of {samples.path} has no valid label for {len(samples.class_names)} "
-                "classes; remove such images"
+                f"the image {wrong} of split {samples.split!r} of {samples.path} has no valid label for "
+                f"{len(samples.class_names)} classes; remove such images"
             )
     if test and test.class_names != train.class_names:
         only = [f"{name} (in {there.split!r} only)" for there, other in ((train, test), (test, train))
@@ -249,6 +253,7 @@ def check_labels(train: Samples, test: Samples | None) -> None:
     lacking = set(test.labels.tolist()) - present if test else ()
     if lacking:
         raise UserError(
-            f"split {train.split!r} of {train.path} has no image of {several(train.class_names[c] for c in sorted(lacking))}, "
-            f"which {test.split!r} has; convert both splits from folders of the same classes"
+            f"split {train.split!r} of {train.path} has no image of "
+            f"{several(train.class_names[c] for c in sorted(lacking))}, which {test.split!r} has; convert both splits "
+            "from folders of the same classes"
         )

@@ -52,7 +52,9 @@ def files(folder: pathlib.Path, dates: int) -> dict[str, dict[str, pathlib.Path]
     if not folder.is_dir():
         raise UserError(f"the folder {folder} does not exist; give a folder of scenes")
     kinds = ("image",) if dates == 1 else ("A", "B")
-    found = {kind: _files(folder / kind, foreign.ENDINGS) for kind in kinds} | {"label": _files(folder / "label", MASK_ENDINGS)}
+    found = {kind: _files(folder / kind, foreign.ENDINGS) for kind in kinds} | {
+        "label": _files(folder / "label", MASK_ENDINGS)
+    }
     for kind in (*kinds[1:], "label"):
         for one, other in ((kinds[0], kind), (kind, kinds[0])):
             for stem in sorted(found[one].keys() - found[other].keys()):
@@ -127,8 +129,8 @@ def _image(path, bands, seen) -> foreign.Picture:
     pixels = picture.pixels
     if pixels.shape[2] != len(bands) or pixels.dtype != bands.dtype:
         raise UserError(
-            f"{path} does not fit the encoder: expected {len(bands)} bands of {bands.dtype} ({several(bands.names, 10)}), got "
-            f"{pixels.shape[2]} of {pixels.dtype}"
+            f"{path} does not fit the encoder: expected {len(bands)} bands of {bands.dtype} "
+            f"({several(bands.names, 10)}), got {pixels.shape[2]} of {pixels.dtype}"
         )
     return picture
 
@@ -150,7 +152,9 @@ def read_mask(path: pathlib.Path, change: bool, names: Sequence[str], seen: Seen
     limit = len(names) or IGNORE
     wrong = values[(values != IGNORE) & ((values < 0) | (values >= limit))]
     if len(wrong):
-        raise UserError(f"{path} has the class {_listed(wrong)}; expected 0 to {limit - 1}, or {IGNORE} for unlabeled pixels")
+        raise UserError(
+            f"{path} has the class {_listed(wrong)}; expected 0 to {limit - 1}, or {IGNORE} for unlabeled pixels"
+        )
     return mask.astype(np.uint8)
 
 

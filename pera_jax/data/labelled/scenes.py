@@ -3,8 +3,8 @@
     segmentation: FOLDER[/SPLIT]/image/NAME.* and FOLDER[/SPLIT]/label/NAME.*, class indices, 255 for unlabeled pixels
     change:       FOLDER[/SPLIT]/A/NAME.* and B/NAME.* (two dates), label/NAME.*, 0 and 255 (or 1) for changed pixels
 
-Images are JPEG, PNG, WebP or TIFF, masks PNG or TIFF. With split folders there is one fold, training split to test split;
-without them, scenes are cross-validated.
+Images are JPEG, PNG, WebP or TIFF, masks PNG or TIFF. With split folders there is one fold, training split to test
+split; without them, scenes are cross-validated.
 """
 
 import collections
@@ -55,8 +55,8 @@ class Folder:
     """Labeled scenes of a folder; `dense` adds the encoder.
 
     Attributes:
-      fingerprints: SHA-256 over names and contents of all files, for the training and the test split; equal if there are
-        no splits.
+      fingerprints: SHA-256 over names and contents of all files, for the training and the test split; equal if there
+        are no splits.
     """
 
     scenes: tuple[Scene, ...]

@@ -9,10 +9,10 @@ from pera_jax.models.drop_path import kept_of
 def flops_per_image(objective: Any) -> dict[str, float]:
     """FLOPs per image of a training step of a `PerA`, by part; their sum is the total.
 
-    Counts the matrix products on the tokens that each block processes and the crops that drop path keeps. Does not count
-    what is independent of the batch size (`W^T W` of the KoLeo term, position resampling, the center), nor the rest of the
-    KoLeo term: for the published ViT-B/16, 0.05 % of a step of 1024 images and 3.4 % of one of 16. If drop path draws from
-    the whole batch (group 0), the kept fraction is not rounded to whole crops.
+    Counts the matrix products on the tokens that each block processes and the crops that drop path keeps. Does not
+    count what is independent of the batch size (`W^T W` of the KoLeo term, position resampling, the center), nor the
+    rest of the KoLeo term: for the published ViT-B/16, 0.05 % of a step of 1024 images and 3.4 % of one of 16. If drop
+    path draws from the whole batch (group 0), the kept fraction is not rounded to whole crops.
     """
     vit, result = objective.encoder, {}
     for name, parts in objective.parts.items():

@@ -49,9 +49,9 @@ def counts(patches: int, student_fraction: float, teacher_fraction: float, needs
     result = Counts(n_student, n_learnable, patches - n_student - n_learnable)
     if min(n_student, result.teacher) < 1 or n_learnable < int(needs_learnable):
         raise UserError(
-            f"pera.masks.student={student_fraction} and pera.masks.teacher={teacher_fraction} split {patches} patches into "
-            f"{n_student} student, {n_learnable} learnable and {result.teacher} teacher patches, but each part needs at least "
-            "one; use larger crops, smaller patches or other fractions"
+            f"pera.masks.student={student_fraction} and pera.masks.teacher={teacher_fraction} split {patches} patches "
+            f"into {n_student} student, {n_learnable} learnable and {result.teacher} teacher patches, but each part "
+            "needs at least one; use larger crops, smaller patches or other fractions"
         )
     return result
 

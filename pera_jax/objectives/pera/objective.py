@@ -96,7 +96,7 @@ class PerA(base.Base):
         """Builds the objective from a config.
 
         Raises:
-          UserError: a crop size that is not a multiple of the patch size, a mask with an empty part, or inconsistent sizes.
+          UserError: a crop size is no multiple of the patch size, a mask has an empty part, or sizes are inconsistent.
         """
         own, encoder = config.pera, vit.from_config(config, len(bands), device)
         patch = encoder.patch
@@ -153,8 +153,8 @@ class PerA(base.Base):
     def prepare(self, rngs: Streams, batch: dict[str, jax.Array]) -> dict[str, Any]:
         """Adds all random draws to a batch of crops [B, V, H, W, C] by crop type, in the stored dtype.
 
-        Axis 0 of every leaf is the batch, so that it can be split into microbatches: the draws for an image depend on its
-        index in the batch, not on the microbatch.
+        Axis 0 of every leaf is the batch, so that it can be split into microbatches: the draws for an image depend on
+        its index in the batch, not on the microbatch.
         """
         number = len(batch["global"])
         draws = views.draw(rngs("examples"), number, self.crops, self.parts, self.views)
@@ -198,8 +198,8 @@ class PerA(base.Base):
           scalars: `student_temperature`, `teacher_temperature`.
 
         Returns:
-          (loss, aux): both are means over images, so that those of equal microbatches average to those of the whole batch
-          (for KoLeo if each group lies in one microbatch).
+          (loss, aux): both are means over images, so that those of equal microbatches average to those of the whole
+          batch (for KoLeo if each group lies in one microbatch).
         """
         targets = self.pixel_targets(views["global"])
         # First, so that the full views are not kept in memory for the few patches that are predicted.
@@ -248,8 +248,8 @@ class PerA(base.Base):
         """Both networks' prototype outputs for all crops, and the student's prediction of the learnable patches.
 
         Returns:
-          (student, teacher, predicted, teacher_tokens): two `prototypes.Prototypes` with units [B, V, D], V = global then
-          local crops; predicted pixels [B NG, n_l, p p C]; the teacher's class tokens [B, V, width].
+          (student, teacher, predicted, teacher_tokens): two `prototypes.Prototypes` with units [B, V, D], V = global
+          then local crops; predicted pixels [B NG, n_l, p p C]; the teacher's class tokens [B, V, width].
         """
         teacher_class = self._teacher_tokens(teacher, views)
         # The teacher finishes before the student stores activations for its backward pass.
@@ -272,7 +272,7 @@ class PerA(base.Base):
             if name == "global":
                 learnable = encoded["learnable_tokens"]  # [B NG, n_l, width]
         student_out, teacher_out = (
-            prototypes.Prototypes(*self.prototype_head.apply({"params": tree["prototype_head"]}, jnp.concatenate(x, axis=1)))
+            prototypes.Prototypes(*self.prototype_head.apply({"params": tree["prototype_head"]}, jnp.concatenate(x, 1)))
             for tree, x in ((params, student_tokens), (teacher, teacher_tokens))
         )
         units, weights = self.pixel_head.apply({"params": params["pixel_head"]}, learnable)
@@ -292,8 +292,8 @@ class PerA(base.Base):
     def estimate(self, teacher: dict[str, Any], examples: dict[str, Any]) -> jax.Array:
         """The teacher's mean output [K], towards which each step moves the center.
 
-        The released code does not save the center, and a center that starts at 0 needs tens of steps to reach the teacher's
-        mean output.
+        The released code does not save the center, and a center that starts at 0 needs tens of steps to reach the
+        teacher's mean output.
         """
         tokens = [
             rearrange(class_tokens, "(b v) d -> b v d", v=self.crops[name].number)

@@ -16,8 +16,8 @@ HIDDEN = (225, 225, 225)  # patches that a column does not show
 
 READING = (
     "Each row is one pair: a crop, from which two views are made that differ in color but not in place. Student and "
-    "teacher see disjoint patches. The student knows the positions of its learnable patches and predicts their pixels from "
-    "the patches that it sees: compare the green patches of the last two columns. Hidden patches are gray."
+    "teacher see disjoint patches. The student knows the positions of its learnable patches and predicts their pixels "
+    "from the patches that it sees: compare the green patches of the last two columns. Hidden patches are gray."
 )
 
 
@@ -26,8 +26,8 @@ def preview(
 ) -> Preview:
     """Makes the views of each image as in training, and the student's prediction.
 
-    The caption states the fraction of the variance of the learnable patches' pixels that the prediction explains; always
-    predicting their mean color would explain 0.
+    The caption states the fraction of the variance of the learnable patches' pixels that the prediction explains;
+    always predicting their mean color would explain 0.
 
     Args:
       objective: a `PerA`. networks: has the parameters of its "student".

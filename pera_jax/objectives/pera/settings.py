@@ -29,8 +29,8 @@ def default() -> ConfigDict:
     own.teacher_momentum = dict(start=0.992, end=1.0)  # of the EMA, a cosine
     own.teacher_temperature = dict(start=0.03, end=0.05, warmup="30 epochs")
     own.student_temperature = 0.1
-    # With `init_from`, the center starts as the teacher's mean output over this many batches. 0: it starts at 0, as without
-    # `init_from`.
+    # With `init_from`, the center starts as the teacher's mean output over this many batches. 0: it starts at 0, as
+    # without `init_from`.
     own.center_batches = 16
     return own
 
@@ -50,15 +50,16 @@ def validate(config: ConfigDict, layout: Layout) -> None:
     own, batch, parts = config.pera, config.batch_size, config.accumulate
     if own.heads.prototypes % layout.weight_shards:
         raise UserError(
-            f"pera.heads.prototypes={own.heads.prototypes} is not divisible by the {layout.weight_shards} shards of the mesh "
-            "(fsdp x tensor); choose a multiple, or a smaller mesh.fsdp"
+            f"pera.heads.prototypes={own.heads.prototypes} is not divisible by the {layout.weight_shards} shards of "
+            "the mesh (fsdp x tensor); choose a multiple, or a smaller mesh.fsdp"
         )
     if own.center_batches < 0:
         raise UserError(f"pera.center_batches={own.center_batches} must be >= 0 (0: the center starts at 0)")
     group, local = own.loss.koleo_group, batch // layout.batch_shards // parts
     if group < 0 or (group and batch % group):
         raise UserError(
-            f"batch_size={batch} is not divisible by pera.loss.koleo_group={group}; use a divisor, or 0 for the whole batch"
+            f"batch_size={batch} is not divisible by pera.loss.koleo_group={group}; use a divisor, or 0 for the whole "
+            "batch"
         )
     if group and local % group and (group % local or (batch // parts) % group):
         raise UserError(

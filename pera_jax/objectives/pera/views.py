@@ -1,8 +1,8 @@
 """The two views of each crop: the color augmentation of student and teacher (Shen et al., section 3; released config).
 
-The student's view is augmented with probability 0.8 (a tenth of these become grayscale, the others get color jitter), the
-teacher's view gets color jitter with probability 0.1. Both share the crop, which the host has made. Draws are independent
-between crops, and between student and teacher.
+The student's view is augmented with probability 0.8 (a tenth of these become grayscale, the others get color jitter),
+the teacher's view gets color jitter with probability 0.1. Both share the crop, which the host has made. Draws are
+independent between crops, and between student and teacher.
 """
 
 import dataclasses
@@ -55,7 +55,15 @@ def check(settings: Any, rgb: tuple[str, ...], names: tuple[str, ...]) -> None:
       UserError: a field is out of range, or saturation, hue or grayscale are used without red, green and blue bands.
     """
     known = rgb_indices(rgb, names) is not None
-    for field in ("brightness", "contrast", "saturation", "hue", "student_change", "student_grayscale", "teacher_jitter"):
+    for field in (
+        "brightness",
+        "contrast",
+        "saturation",
+        "hue",
+        "student_change",
+        "student_grayscale",
+        "teacher_jitter",
+    ):
         highest = 0.5 if field == "hue" else 1.0
         if not 0 <= settings[field] <= highest:
             raise UserError(f"pera.views.{field}={settings[field]} must lie in [0, {highest:g}]")

@@ -1,14 +1,14 @@
 """Weighted k-nearest-neighbor classification of frozen features.
 
-The k nearest training images by cosine similarity vote for their classes with weight `exp(similarity / T)`, T = 0.07: the
-protocol of Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", arXiv:1805.01978, reported
-by self-supervised methods with k = 20.
+The k nearest training images by cosine similarity vote for their classes with weight `exp(similarity / T)`, T = 0.07:
+the protocol of Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", arXiv:1805.01978,
+reported by self-supervised methods with k = 20.
 
-Scores: the accuracies `knn10`, `knn20`, `knn100`, `knn200` of the class token of the last block; and `knn20_best`, with the
-better of class token and class token plus mean patch token, chosen with k = 20 on held-out training images for each seed.
-Multi-label: each neighbor votes for all of its labels, the score of a class is its fraction of the total weight, and the
-metrics are `knn20_map_micro`, `knn20_map_macro` and so on. Without test images the evaluation is leave-one-out on the training
-images, and nothing is chosen.
+Scores: the accuracies `knn10`, `knn20`, `knn100`, `knn200` of the class token of the last block; and `knn20_best`, with
+the better of class token and class token plus mean patch token, chosen with k = 20 on held-out training images for each
+seed. Multi-label: each neighbor votes for all of its labels, the score of a class is its fraction of the total weight,
+and the metrics are `knn20_map_micro`, `knn20_map_macro` and so on. Without test images the evaluation is leave-one-out
+on the training images, and nothing is chosen.
 
 Settings:
   k: numbers of neighbors; values above the number of training images are skipped.
@@ -113,7 +113,8 @@ def predict(
       own: as in `nearest`.
 
     Returns:
-      By k: the class with the largest vote int64 [M], the lowest index among equals; for multi-label the votes [M, classes].
+      By k: the class with the largest vote int64 [M], the lowest index among equals; for multi-label the votes [M,
+      classes].
     """
     ks = [k for k in ks if k <= len(train) - (own is not None)]
     if not ks:
@@ -163,8 +164,8 @@ def variants(tokens: features.Features) -> dict[str, np.ndarray]:
 
 
 def run(data: Labeled, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yields (name, score) for the scores above; with `knn20_best` also the details `chosen`, the variant of each seed, and
-    `held_out`, the score on held-out images by seed, variant and k.
+    """Yields (name, score) for the scores above; with `knn20_best` also the details `chosen`, the variant of each seed,
+    and `held_out`, the score on held-out images by seed, variant and k.
 
     Raises:
       UserError: fewer training images than the smallest k; labels or settings rejected by `splits`.

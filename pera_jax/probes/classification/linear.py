@@ -1,13 +1,13 @@
 """Linear classification of frozen features: a whole hyperparameter grid is trained at once.
 
-The protocol of Oquab et al., "DINOv2", arXiv:2304.07193, section 7: a grid over learning rates, {class token, class token plus
-mean patch token} and the last {1, 4} blocks; here also over weight decays. All classifiers on one feature variant see the same
-batches, so that a step is one matrix product, X [B, F] times W [F, G C]. Training: SGD with momentum, cosine decay to 0, W = 0
-at the start, features standardized with the statistics of the training images. The loss is the cross-entropy; for multi-label
-images the sum of the binary cross-entropies of the classes.
+The protocol of Oquab et al., "DINOv2", arXiv:2304.07193, section 7: a grid over learning rates, {class token, class
+token plus mean patch token} and the last {1, 4} blocks; here also over weight decays. All classifiers on one feature
+variant see the same batches, so that a step is one matrix product, X [B, F] times W [F, G C]. Training: SGD with
+momentum, cosine decay to 0, W = 0 at the start, features standardized with the statistics of the training images. The
+loss is the cross-entropy; for multi-label images the sum of the binary cross-entropies of the classes.
 
-Scores: `linear` (accuracy) and `linear_macro_f1`, or `linear_map_micro` and `linear_map_macro`; for details see `supervised`.
-Ties go to the first choice.
+Scores: `linear` (accuracy) and `linear_macro_f1`, or `linear_map_micro` and `linear_map_macro`; for details see
+`supervised`. Ties go to the first choice.
 
 Settings:
   learning_rates, weight_decays: the grid.
@@ -128,7 +128,8 @@ def predict(choice, train, labels, test, classes, seed, settings):
 
 
 def run(data: Labeled, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yields the scores and details of `supervised.run`. Raises UserError as it does, and for invalid hyperparameters."""
+    """Yields the scores and details of `supervised.run`. Raises UserError as it does, and for invalid
+    hyperparameters."""
     for name, least in (("learning_rates", 0), ("weight_decays", 0), ("batch", 1), ("steps", 1), ("epochs", 0)):
         values = settings[name] if isinstance(settings[name], (tuple, list)) else (settings[name],)
         if not values or min(values) < least:

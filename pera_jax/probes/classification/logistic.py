@@ -1,23 +1,24 @@
 """Logistic regression on frozen features, solved to convergence: a linear probe without a training schedule.
 
-The objective is that of scikit-learn's `LogisticRegression`, `C sum_n loss_n + |W|^2 / 2` without a penalty on the bias, on
-features standardized with the statistics of the training images (constant features become 0). The loss is the multinomial
-cross-entropy; with two classes the binomial one, as in scikit-learn; for multi-label images the sum of the binomial losses of
-the classes.
+The objective is that of scikit-learn's `LogisticRegression`, `C sum_n loss_n + |W|^2 / 2` without a penalty on the
+bias, on features standardized with the statistics of the training images (constant features become 0). The loss is the
+multinomial cross-entropy; with two classes the binomial one, as in scikit-learn; for multi-label images the sum of the
+binomial losses of the classes.
 
 Scores: `logistic` (accuracy) and `logistic_macro_f1`, or `logistic_map_micro` and `logistic_map_macro`; for details see
-`supervised`. Feature variant and C are chosen on held-out training images. For each variant C increases by decades, each
-solution warm-starting the next, until `PATIENCE` decades bring no improvement and the training images are fitted; for the
-best variant C is then refined by `REFINEMENT` around the best decade. Images count as fitted if their loss is below `FITTED`
-times the loss without features: for smaller C the predictions may stay the same over many decades and improve later. Ties go
-to the first variant and the smallest C.
+`supervised`. Feature variant and C are chosen on held-out training images. For each variant C increases by decades,
+each solution warm-starting the next, until `PATIENCE` decades bring no improvement and the training images are fitted;
+for the best variant C is then refined by `REFINEMENT` around the best decade. Images count as fitted if their loss is
+below `FITTED` times the loss without features: for smaller C the predictions may stay the same over many decades and
+improve later. Ties go to the first variant and the smallest C.
 
 Settings:
-  smallest, largest: range of C in powers of ten; default as in DINOv2. If the best C is at an end of the range, so that a
-    wider range may be better, `chosen` has the field `end` and `at_the_end` is a sentence.
-  tolerance: norm of the gradient of `objective / (C N)` with respect to the weights of the standardized features at which
-    the final solution counts as converged; otherwise see `chosen` and `unconverged`. On 4,800 images with 768 dimensions and
-    30 classes, a tenth of the default changed no prediction. Hyperparameters are chosen with the tolerance `ROUGH`.
+  smallest, largest: range of C in powers of ten; default as in DINOv2. If the best C is at an end of the range, so that
+    a wider range may be better, `chosen` has the field `end` and `at_the_end` is a sentence.
+  tolerance: norm of the gradient of `objective / (C N)` with respect to the weights of the standardized features at
+    which the final solution counts as converged; otherwise see `chosen` and `unconverged`. On 4,800 images with 768
+    dimensions and 30 classes, a tenth of the default changed no prediction. Hyperparameters are chosen with the
+    tolerance `ROUGH`.
   iterations: maximum number of L-BFGS iterations.
   blocks, held_out, shares, seeds: see `supervised`.
 """
@@ -66,8 +67,8 @@ class Solution:
 class Problem:
     """Logistic regression on one set of training images, for any number of values of C.
 
-    A class without images, or a label that all images have, is not fitted: its weights are 0 and its bias is the log odds with
-    half an image added to both sides.
+    A class without images, or a label that all images have, is not fitted: its weights are 0 and its bias is the log
+    odds with half an image added to both sides.
 
     Args:
       features: [N, F]; targets: int [N] below `classes`, or bool [N, classes].
@@ -102,7 +103,8 @@ class Problem:
         """Solves for C = `c`, starting from the previous solution.
 
         Args:
-          tolerance: of the norm of the gradient; multiplied by C N if that is below 1, since the logits are as small then.
+          tolerance: of the norm of the gradient; multiplied by C N if that is below 1, since the logits are as small
+            then.
           iterations: maximum number of L-BFGS iterations.
         """
         tolerance *= min(1.0, c * self.number)
@@ -190,8 +192,8 @@ def choose(train, labels, fit, held, classes, seed, settings):
     for step in REFINEMENT:
         evaluate(chosen, *best, decade + step)
     power, end = _best(table[chosen]), {}
-    # If a smaller C ties with the largest, a larger range does not help; if the smallest ties with the next one, C no longer
-    # matters there.
+    # If a smaller C ties with the largest, a larger range does not help; if the smallest ties with the next one, C no
+    # longer matters there.
     if settings["smallest"] < settings["largest"]:
         if power >= settings["largest"]:
             end = {"end": "largest"}
@@ -220,7 +222,10 @@ def run(data: Labeled, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
       UserError: see `supervised.run`.
     """
     if settings["smallest"] > settings["largest"]:
-        raise UserError(f"invalid range smallest={settings['smallest']}, largest={settings['largest']}; expected smallest <= largest")
+        raise UserError(
+            f"invalid range smallest={settings['smallest']}, largest={settings['largest']}; expected smallest <= "
+            "largest"
+        )
     for name in ("tolerance", "iterations"):
         if settings[name] <= 0:
             raise UserError(f"invalid {name}={settings[name]}; expected a number > 0")
@@ -238,7 +243,7 @@ def run(data: Labeled, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         yield (
             "unconverged",
             (
-                f"not converged after at most {settings['iterations']} iterations: the gradient is {max(left):.1e}, above the "
-                f"tolerance {settings['tolerance']:.1e}; raise iterations"
+                f"not converged after at most {settings['iterations']} iterations: the gradient is {max(left):.1e}, "
+                f"above the tolerance {settings['tolerance']:.1e}; raise iterations"
             ),
         )

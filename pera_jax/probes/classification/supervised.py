@@ -1,13 +1,13 @@
 """The protocol of linear and logistic classifiers: choose on held-out training images, refit on all, test once.
 
-Feature variants: class tokens of the last {1, 4} blocks, with or without the mean patch token of each block (Oquab et al.,
-"DINOv2", arXiv:2304.07193, section 7). For each seed, a part of the training images is held out, the variant and the
-hyperparameters are chosen on it, and the classifier is refitted to all training images and tested.
+Feature variants: class tokens of the last {1, 4} blocks, with or without the mean patch token of each block (Oquab et
+al., "DINOv2", arXiv:2304.07193, section 7). For each seed, a part of the training images is held out, the variant and
+the hyperparameters are chosen on it, and the classifier is refitted to all training images and tested.
 
-A score is the mean over the seeds; its interval bootstraps the test images. With `shares`, training and test images are pooled
-and split at random by class, once per seed: the 10/90, 20/80 and 50/50 protocols of remote-sensing benchmarks. Such a score is
-the mean over these splits, each with its own choice of hyperparameters. It has no interval; the values of the seeds show the
-spread.
+A score is the mean over the seeds; its interval bootstraps the test images. With `shares`, training and test images are
+pooled and split at random by class, once per seed: the 10/90, 20/80 and 50/50 protocols of remote-sensing benchmarks.
+Such a score is the mean over these splits, each with its own choice of hyperparameters. It has no interval; the values
+of the seeds show the spread.
 
 Settings:
   blocks: numbers of last blocks whose tokens are concatenated.
@@ -17,8 +17,8 @@ Settings:
 
 Details:
   chosen, chosen_20/80, ...: the chosen hyperparameters by seed. held_out: the held-out scores of all choices by seed.
-  per_class: accuracy and F1 (average precision for multi-label) of each class, means over the seeds, and its number of test
-    images; null for a class without test images.
+  per_class: accuracy and F1 (average precision for multi-label) of each class, means over the seeds, and its number of
+    test images; null for a class without test images.
   failed_20/80, ...: an error message in place of the score, if a split leaves too few images.
   confusion: confusion matrix [true class][predicted class] of the first seed; not for multi-label.
 """
@@ -45,7 +45,8 @@ Predict = Callable[..., tuple[np.ndarray, dict[str, Any]]]
 
 
 class Variants(Mapping[str, np.ndarray]):
-    """Feature variants [N, F] by name: `class_1`, `class_mean_1`, `class_4`, `class_mean_4`; fewer for a shallow network.
+    """Feature variants [N, F] by name: `class_1`, `class_mean_1`, `class_4`, `class_mean_4`; fewer for a shallow
+    network.
 
     Each is concatenated on access and not cached: for 100,000 images the largest takes several GiB.
     """

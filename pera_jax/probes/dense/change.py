@@ -1,10 +1,10 @@
 """Linear change detection on frozen patch tokens; the input of the head is `|f1 - f2|` of the two dates.
 
-Settings: as in `segmentation`, except that image pairs are held out and resampled for the interval; `tile` (px) is used only
-with a single training pair, of which tiles are held out.
+Settings: as in `segmentation`, except that image pairs are held out and resampled for the interval; `tile` (px) is used
+only with a single training pair, of which tiles are held out.
 
-Scores of the class "changed", over the pooled pixels of all test pairs, means over the seeds: `change_f1`, `change_iou`,
-`change_precision`, `change_recall`. They are 1 if there is no change in truth and prediction.
+Scores of the class "changed", over the pooled pixels of all test pairs, means over the seeds: `change_f1`,
+`change_iou`, `change_precision`, `change_recall`. They are 1 if there is no change in truth and prediction.
 """
 
 from collections.abc import Iterator

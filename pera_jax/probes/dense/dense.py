@@ -16,7 +16,8 @@ _MAX_WINDOWS = 256
 
 
 def check_windows(patch: int, window: int, stride: int) -> None:
-    """Raises UserError if window or stride (px) is not a multiple of the patch size, or the stride exceeds the window."""
+    """Raises UserError if window or stride (px) is not a multiple of the patch size, or the stride exceeds the
+    window."""
     for name, value in (("window", window), ("stride", stride)):
         if value < patch or value % patch:
             nearest = max(round(value / patch), 1) * patch
@@ -35,15 +36,16 @@ def encode(
 ) -> np.ndarray:
     """The patch tokens of a scene, averaged over overlapping windows.
 
-    The scene is padded by reflection at the bottom and the right, to whole patches and at least one window; the last window of
-    a row or column is aligned with its end.
+    The scene is padded by reflection at the bottom and the right, to whole patches and at least one window; the last
+    window of a row or column is aligned with its end.
 
     Args:
       maps: stored values [B, window, window, C] -> float32 [B, n, window / patch, window / patch, D].
       image: stored values [H, W, C].
       patch: patch size in px.
       window, stride: px, multiples of `patch`.
-      windows: maximum B; None for a multiple of `MICRO_BATCH` per device that fits in memory. Does not change the result.
+      windows: maximum B; None for a multiple of `MICRO_BATCH` per device that fits in memory. Does not change the
+        result.
 
     Returns:
       float32 [n, ceil(H / patch), ceil(W / patch), D].
@@ -111,12 +113,14 @@ def _class_counts(mask: np.ndarray, side: int) -> np.ndarray:
     return np.bincount((units * 256 + mask).ravel(), minlength=number * 256).reshape(number, 256)[:, :IGNORE]
 
 
-def hold_out(masks: list[np.ndarray], fraction: float, side: int, seed: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def hold_out(
+    masks: list[np.ndarray], fraction: float, side: int, seed: int
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Splits the labels of the training scenes into (fit masks, held-out masks); pixels of the other part are IGNORE.
 
-    Holds out `round(fraction * n)` of n scenes, at least one, and more until the held-out labels have two classes (with one, a
-    constant prediction would be perfect). Every class keeps labels to fit. If whole scenes do not allow both, as with a single
-    scene, tiles of `side` px are held out instead.
+    Holds out `round(fraction * n)` of n scenes, at least one, and more until the held-out labels have two classes (with
+    one, a constant prediction would be perfect). Every class keeps labels to fit. If whole scenes do not allow both, as
+    with a single scene, tiles of `side` px are held out instead.
 
     Raises:
       UserError: tiles do not allow it either.
@@ -144,6 +148,6 @@ def hold_out(masks: list[np.ndarray], fraction: float, side: int, seed: int) -> 
                 kept.append(np.where(out, mask, np.uint8(IGNORE)))
             return fitted, kept
     raise UserError(
-        f"cannot hold out tiles of {side} px of the training scenes with two classes while keeping every class in training; "
-        "label more pixels, or use a smaller tile"
+        f"cannot hold out tiles of {side} px of the training scenes with two classes while keeping every class in "
+        "training; label more pixels, or use a smaller tile"
     )

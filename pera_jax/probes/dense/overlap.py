@@ -106,8 +106,8 @@ def score(
 ) -> Score:
     """A metric of the pooled pixels of all units: its mean over the seeds, with a bootstrap interval.
 
-    The interval covers only the sampling of test units: units with labeled pixels are resampled, identically for all seeds,
-    and their matrices added. With a single unit there is no interval.
+    The interval covers only the sampling of test units: units with labeled pixels are resampled, identically for all
+    seeds, and their matrices added. With a single unit there is no interval.
 
     Args:
       matrices: int64 [seeds, units, C, C].

@@ -1,11 +1,11 @@
 """Linear segmentation heads on patch tokens, with bilinear upsampling; a whole hyperparameter grid is trained at once.
 
-The logits of a pixel are interpolated bilinearly from the four surrounding tokens (half-pixel centers). The `px` x `px` pixels
-between the same four token centers, a cell, share these tokens and one fixed interpolation matrix. Training samples cells, with
-exactly the logits of the full map, and prediction processes the cells of a scene in batches.
+The logits of a pixel are interpolated bilinearly from the four surrounding tokens (half-pixel centers). The `px` x `px`
+pixels between the same four token centers, a cell, share these tokens and one fixed interpolation matrix. Training
+samples cells, with exactly the logits of the full map, and prediction processes the cells of a scene in batches.
 
-The tokens of many scenes may exceed device memory. They stay on the host; a fit transfers the tokens of the sampled cells, and
-a prediction transfers batches.
+The tokens of many scenes may exceed device memory. They stay on the host; a fit transfers the tokens of the sampled
+cells, and a prediction transfers batches.
 
 All heads of the grid see the same cells, so that a step is one matrix product, as in `probes.classification.linear`.
 """
@@ -27,14 +27,16 @@ _VALUES = 2**24  # of tokens processed at once: 64 MiB
 
 
 def _taps(px: int) -> np.ndarray:
-    """Interpolation weights float32 [px px, 4] of the four tokens around a cell for each of its pixels, in raster order."""
+    """Interpolation weights float32 [px px, 4] of the four tokens around a cell for each of its pixels, in raster
+    order."""
     after = (np.arange(px) + 0.5 - (px + 1) // 2) / px + 0.5
     axis = np.stack([1.0 - after, after], axis=1)  # [px, 2]
     return np.einsum("ya,xb->yxab", axis, axis).reshape(px * px, 4).astype(np.float32)
 
 
 def _neighbors(length: int) -> np.ndarray:
-    """The tokens before and after each of the `length` + 1 cells along an axis, int32 [length + 1, 2]; edge tokens repeat."""
+    """The tokens before and after each of the `length` + 1 cells along an axis, int32 [length + 1, 2]; edge tokens
+    repeat."""
     return np.clip(np.arange(length + 1, dtype=np.int32)[:, None] + (-1, 0), 0, length - 1).astype(np.int32)
 
 
@@ -94,7 +96,9 @@ def _train(tokens, corners, labels, order, mean, scale, rates, kept, classes, px
         error = jnp.where(labeled, jax.nn.softmax(logits) - (y == jnp.arange(classes)), 0.0) / labeled.sum()
         error = error.reshape(batch, px * px, grid * classes)  # the gradient of the mean cross-entropy
         error_at_tokens = _product(taps.T, error).reshape(batch * 4, grid * classes)
-        gradient = _product(x.reshape(batch * 4, dims).T, error_at_tokens).reshape(dims, grid, classes) * kept[:, :, None]
+        gradient = (
+            _product(x.reshape(batch * 4, dims).T, error_at_tokens).reshape(dims, grid, classes) * kept[:, :, None]
+        )
         return gradient, error.sum(axis=(0, 1)).reshape(grid, classes)
 
     return sgd.minimize(gradients, order, dims, classes, rates, MOMENTUM)
@@ -129,8 +133,8 @@ def fit(
     """Trains G heads at once on cells, each with at least one label.
 
     Args:
-      tokens: float32 [T, F]; standardized internally with the statistics of the tokens of these cells. Only the tokens of
-        sampled cells are moved to the device, at most `4 steps batch / px^2`.
+      tokens: float32 [T, F]; standardized internally with the statistics of the tokens of these cells. Only the tokens
+        of sampled cells are moved to the device, at most `4 steps batch / px^2`.
       corners: int32 [K, 4], rows of `tokens`; labels: uint8 [K, px px], below `classes` or IGNORE.
       classes: C.
       rates: [G], learning rates; kept: bool [F, G], the dimensions used by head g.
@@ -173,7 +177,8 @@ def _predict(at_tokens, bias, offsets, px):
 def predict(
     tokens: np.ndarray, corners: np.ndarray, weights: np.ndarray, bias: np.ndarray, offsets: np.ndarray, px: int
 ) -> np.ndarray:
-    """Predicts the class of each pixel of cells by each head with each offset, uint8 [K, px px, G, O]; ties go to the lowest.
+    """Predicts the class of each pixel of cells by each head with each offset, uint8 [K, px px, G, O]; ties go to the
+    lowest.
 
     Args:
       tokens: float32 [T, F]; corners: int32 [K, 4]; weights, bias: from `fit`.
@@ -192,7 +197,8 @@ def predict(
     found = []
     for first in range(0, len(inverse), chunk):
         part = inverse[first : first + chunk]
-        padded = np.zeros((chunk, 4, at_tokens.shape[1]), np.float32)  # one shape, compiled once; the padding is removed below
+        # one shape, compiled once; the padding is removed below
+        padded = np.zeros((chunk, 4, at_tokens.shape[1]), np.float32)
         padded[: len(part)] = at_tokens[part]
         found.append(np.asarray(_predict(padded, bias, offsets, px))[: len(part)])
     return np.concatenate(found)

@@ -1,7 +1,8 @@
 """The protocol of the dense tasks: choose on held-out labels, refit, test once.
 
-For each fold and seed, hyperparameters are chosen on held-out training scenes (or tiles of them, if there are too few scenes),
-the head is refitted to all training scenes, and the test scenes are predicted once. The pixels of all folds are pooled.
+For each fold and seed, hyperparameters are chosen on held-out training scenes (or tiles of them, if there are too few
+scenes), the head is refitted to all training scenes, and the test scenes are predicted once. The pixels of all folds
+are pooled.
 """
 
 import dataclasses
@@ -62,14 +63,15 @@ def probe(
     """Runs the protocol on all folds with all seeds.
 
     Args:
-      settings: window, stride, scale, blocks, learning_rates, priors, steps, batch, held_out, tile, seeds; see the tasks.
+      settings: window, stride, scale, blocks, learning_rates, priors, steps, batch, held_out, tile, seeds; see the
+        tasks.
       tokens_of: scene -> tokens float32 [n, h, w, D], h = ceil(H scale / patch).
       units_of: scene -> bootstrap unit of each pixel, int [H, W], from 0.
       statistic: metric of confusion matrices [..., C, C]; the largest held-out value is chosen.
 
     Raises:
-      UserError: invalid settings; no labels can be held out; no test pixel has a class of the training scenes; the training
-        tokens exceed `MAX_BYTES`.
+      UserError: invalid settings; no labels can be held out; no test pixel has a class of the training scenes; the
+        training tokens exceed `MAX_BYTES`.
     """
     scenes, classes = data.scenes, len(data.class_names)
     _check(data, settings)
@@ -128,14 +130,17 @@ def _check(data: Dense, settings: dict[str, Any]) -> None:
         known = set().union(*(np.unique(data.scenes[index].mask) for index in train)) - {IGNORE}
         if any(known.intersection(np.unique(data.scenes[index].mask)) for index in test):
             return
-    raise UserError("no labeled pixel of the test scenes has a class of the training scenes, so there is nothing to score; check the labels")
+    raise UserError(
+        "no labeled pixel of the test scenes has a class of the training scenes, so there is nothing to score; check "
+        "the labels"
+    )
 
 
 def offsets(masks: list[np.ndarray], classes: int, priors: Sequence[float]) -> np.ndarray:
     """Offsets of the logits: minus `prior` times the log frequency of each class among the labels.
 
-    Logit adjustment, Menon et al., arXiv:2007.07314: 0 predicts classes at their frequency, 1 treats all classes equally; with
-    two classes it shifts the threshold. A class without labels is never predicted.
+    Logit adjustment, Menon et al., arXiv:2007.07314: 0 predicts classes at their frequency, 1 treats all classes
+    equally; with two classes it shifts the threshold. A class without labels is never predicted.
 
     Returns:
       float32 [O, C].
@@ -150,8 +155,9 @@ def _check_size(number: int, blocks: int, width: int) -> None:
     size = number * blocks * width * 4
     if size > MAX_BYTES:
         raise UserError(
-            f"the training scenes need {size / 2**30:.1f} GiB for {number:,} tokens of {blocks} blocks with {width} values "
-            f"each, above the limit of {MAX_BYTES / 2**30:g} GiB; use fewer blocks, a smaller scale, or fewer training scenes"
+            f"the training scenes need {size / 2**30:.1f} GiB for {number:,} tokens of {blocks} blocks with {width} "
+            f"values each, above the limit of {MAX_BYTES / 2**30:g} GiB; use fewer blocks, a smaller scale, or fewer "
+            "training scenes"
         )
 
 
@@ -167,7 +173,13 @@ class Heads:
     """
 
     def __init__(self, scenes, training, tokens_of, classes, px, settings):
-        self._scenes, self._tokens_of, self._classes, self._px, self._settings = scenes, tokens_of, classes, px, settings
+        self._scenes, self._tokens_of, self._classes, self._px, self._settings = (
+            scenes,
+            tokens_of,
+            classes,
+            px,
+            settings,
+        )
         self._sizes = [tuple(-(-side // px) for side in scene.mask.shape) for scene in scenes]
         self._parts, number = {}, 0  # rows of the tokens of each scene
         for index in training:

@@ -13,9 +13,10 @@ Settings (window and stride in px of the enlarged image, tile in px of the scene
   class_names: class names for a folder without classes.txt; () for "class 0" and so on.
   seeds: seeds of the held-out split and the batches; the first one is also the seed of the interval.
 
-Scores, over the pooled pixels of all test scenes, means over the seeds: `segmentation_miou` (mean IoU over classes in truth or
-prediction), `segmentation_accuracy`, `segmentation_macro_f1`, and `segmentation_miou_seen`, the mean IoU over test pixels whose
-class occurs in the training scenes of the fold (with cross-validation a scene may have classes of its own).
+Scores, over the pooled pixels of all test scenes, means over the seeds: `segmentation_miou` (mean IoU over classes in
+truth or prediction), `segmentation_accuracy`, `segmentation_macro_f1`, and `segmentation_miou_seen`, the mean IoU over
+test pixels whose class occurs in the training scenes of the fold (with cross-validation a scene may have classes of its
+own).
 """
 
 from collections.abc import Iterator
@@ -31,8 +32,8 @@ SCORES = {"miou": overlap.mean_iou, "accuracy": overlap.accuracy, "macro_f1": ov
 
 def run(data: Dense, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yields the scores, then the details: per_class (IoU by class name, mean over seeds), confusion (pixels
-    [true][predicted] of the first seed), chosen, held_out (mean IoU by blocks, learning rate and prior), and the predictions
-    of the first seed.
+    [true][predicted] of the first seed), chosen, held_out (mean IoU by blocks, learning rate and prior), and the
+    predictions of the first seed.
 
     Raises:
       UserError: see `dense.encode` and `pixel_probe.probe`.

@@ -63,7 +63,8 @@ class _Entry:
 
 
 def read(file: pathlib.Path) -> dict[str, Any]:
-    """Reads the entry in a result file, see `results`. Raises UserError if the file cannot be read or is not a probe result."""
+    """Reads the entry in a result file, see `results`. Raises UserError if the file cannot be read or is not a probe
+    result."""
     try:
         entry = json_files.loads(file.read_bytes())
         typed = json_files.convert(entry, _Entry)
@@ -72,7 +73,9 @@ def read(file: pathlib.Path) -> dict[str, Any]:
         if "failure" not in entry and "scores" not in entry:
             raise json_files.Invalid("expected scores or a failure, got neither")
     except OSError as error:
-        raise UserError(f"{printable(file)} cannot be read: {error.strerror or error}; check its permissions") from error
+        raise UserError(
+            f"{printable(file)} cannot be read: {error.strerror or error}; check its permissions"
+        ) from error
     except json_files.Invalid as error:
         raise UserError(
             f"{printable(file)} is not a probe result ({error}); move the file away or choose another --output"

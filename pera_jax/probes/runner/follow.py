@@ -1,8 +1,9 @@
 """Evaluates each new checkpoint of a run that trains in another process (`probe --follow`).
 
-Existing results beside the run say what has been evaluated, so an interrupted job resumes where it stopped, even between the
-tasks of a checkpoint. If a task fails, its failure is written as the result and the other tasks continue. If the machine fails
-(out of memory, no threads), no result is written, and the job ends with an exit status that says to re-run it.
+Existing results beside the run say what has been evaluated, so an interrupted job resumes where it stopped, even
+between the tasks of a checkpoint. If a task fails, its failure is written as the result and the other tasks continue.
+If the machine fails (out of memory, no threads), no result is written, and the job ends with an exit status that says
+to re-run it.
 """
 
 import contextlib
@@ -64,7 +65,9 @@ def _follow(run: str, job: Job, poll: float, patience: float) -> list[dict[str, 
         step = distributed.broadcast_from_main(_next(run, job, skipped) if distributed.main_host() else _NOTHING)
         if step == _NOTHING:
             if ended and unfinished:
-                raise EnvironmentFault(f"the machine failed in {several(unfinished)}; re-run the same command to evaluate them")
+                raise EnvironmentFault(
+                    f"the machine failed in {several(unfinished)}; re-run the same command to evaluate them"
+                )
             if ended:
                 return entries
             if distributed.any_host(time.monotonic() - idle > patience):
@@ -114,12 +117,16 @@ def _evaluate(job: Job, network: Network, spec: Spec) -> Result | None:
 def _next(run: str, job: Job, skipped: set[tuple[int, str]]) -> int:
     """The step of the first checkpoint without all results."""
     steps = (step for step in checkpoint.saved_steps(run) if _save(run, step) not in skipped)
-    return next((step for step in steps if not all(_is_evaluated(run, job, step, spec) for spec in job.specs)), _NOTHING)
+    return next(
+        (step for step in steps if not all(_is_evaluated(run, job, step, spec) for spec in job.specs)), _NOTHING
+    )
 
 
 def _is_evaluated(run: str, job: Job, step: int, spec: Spec) -> bool:
     """Whether there is a result of this checkpoint and spec on this data."""
-    return any(_matches(entry, run, job, step, spec) for entry in results.read_place(job.base, "teacher", step, spec.name))
+    return any(
+        _matches(entry, run, job, step, spec) for entry in results.read_place(job.base, "teacher", step, spec.name)
+    )
 
 
 def _matches(entry: dict[str, Any], run: str, job: Job, step: int, spec: Spec) -> bool:
@@ -128,7 +135,9 @@ def _matches(entry: dict[str, Any], run: str, job: Job, step: int, spec: Spec) -
     if not same_run or entry["spec"] != spec.to_dict():
         return False
     prints = job.fingerprints(spec)
-    same_data = prints is None or [entry["data"].get(f"{part}_fingerprint") for part in ("train", "test")] == list(prints)
+    same_data = prints is None or [entry["data"].get(f"{part}_fingerprint") for part in ("train", "test")] == list(
+        prints
+    )
     return same_data and stored["saved"] == checkpoint.identity(_folder(run, step))
 
 
@@ -138,8 +147,8 @@ def _save(run: str, step: int) -> tuple[int, str]:
 
 
 def _load(run: str, step: int, skipped: set[tuple[int, str]]) -> Weights | None:
-    """Loads the teacher of a checkpoint on every process. None if the checkpoint is gone or damaged, and then it is added to
-    `skipped`, or if it is not yet visible on some process."""
+    """Loads the teacher of a checkpoint on every process. None if the checkpoint is gone or damaged, and then it is
+    added to `skipped`, or if it is not yet visible on some process."""
     weights = damaged = None
     save = _save(run, step)
     try:
@@ -147,12 +156,15 @@ def _load(run: str, step: int, skipped: set[tuple[int, str]]) -> Weights | None:
     except checkpoint.Damaged as error:
         damaged = error
     if distributed.any_host(damaged is not None):
-        distributed.say(damaged.reason if damaged else f"the checkpoint of step {step} cannot be read on another process")
+        distributed.say(
+            damaged.reason if damaged else f"the checkpoint of step {step} cannot be read on another process"
+        )
         skipped.add(save)
         return None
     if not distributed.any_host(weights is None):
         return weights
-    if not distributed.broadcast_from_main(int(_folder(run, step).is_dir())):  # otherwise another process does not see it yet
+    # otherwise another process does not see it yet
+    if not distributed.broadcast_from_main(int(_folder(run, step).is_dir())):
         distributed.say(f"the checkpoint of step {step} was removed before it could be read")
         skipped.add(save)
     return None

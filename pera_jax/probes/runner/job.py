@@ -1,4 +1,5 @@
-"""Evaluates one network on several tasks: opens the data, extracts features once, runs each task, writes each result."""
+"""Evaluates one network on several tasks: opens the data, extracts features once, runs each task, writes each
+result."""
 
 import dataclasses
 import hashlib
@@ -56,11 +57,16 @@ class Network:
         """The network of loaded weights.
 
         Args:
-          before: an earlier checkpoint of the same run; its compiled extractor is reused, so it must not be used afterwards.
+          before: an earlier checkpoint of the same run; its compiled extractor is reused, so it must not be used
+            afterwards.
         """
         if encoder == "pixels":
             return cls(encoder, run, 0, weights.meta, "", saved, features.Pixels(weights.meta))
-        if before and before.meta["model"] == weights.meta["model"] and before.extractor.bands == Bands.from_metadata(weights.meta):
+        if (
+            before
+            and before.meta["model"] == weights.meta["model"]
+            and before.extractor.bands == Bands.from_metadata(weights.meta)
+        ):
             extractor = before.extractor
             extractor.take(weights.backbone)
         else:
@@ -107,12 +113,16 @@ class Result:
 class Job:
     """The opened and checked data of all specs, to evaluate networks on.
 
-    With several processes, all create a job and call the same methods. Each extracts features for a part of the whole images,
-    and for all scenes of dense tasks; all compute the scores, and the main process writes.
+    With several processes, all create a job and call the same methods. Each extracts features for a part of the whole
+    images, and for all scenes of dense tasks; all compute the scores, and the main process writes.
     """
 
     def __init__(
-        self, specs: Sequence[Spec], base: pathlib.Path, batch_size: int = 256, reading: folders.Reading = folders.Reading()
+        self,
+        specs: Sequence[Spec],
+        base: pathlib.Path,
+        batch_size: int = 256,
+        reading: folders.Reading = folders.Reading(),
     ):
         """Opens all data that can be opened without a checkpoint.
 
@@ -139,7 +149,8 @@ class Job:
                 raise UserError(f"{spec.name}: the folder of scenes {spec.data} does not exist; give one with --data")
 
     def prepare(self, meta: dict[str, Any]) -> None:
-        """Checks the data against the metadata of a checkpoint; all checkpoints of a run have the same bands and patch size.
+        """Checks the data against the metadata of a checkpoint; all checkpoints of a run have the same bands and patch
+        size.
 
         Raises:
           UserError: other bands; sizes that are not multiples of the patch size; scenes that do not fit.

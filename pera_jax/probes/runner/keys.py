@@ -1,7 +1,7 @@
 """Keys of probe results, and labels that distinguish results with different keys.
 
-Two results are comparable if name, task, data (by fingerprint), splits, classes, image size and settings are equal. Only
-comparable results share a table row, a line of a chart and, for one checkpoint of one run, a file.
+Two results are comparable if name, task, data (by fingerprint), splits, classes, image size and settings are equal.
+Only comparable results share a table row, a line of a chart and, for one checkpoint of one run, a file.
 """
 
 import collections
@@ -44,7 +44,8 @@ def prefix(name: str) -> str:
 
 
 def data_labels(entries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """A short label of the data and settings of each row of `entries`, by `row`; distinct for rows with the same name."""
+    """A short label of the data and settings of each row of `entries`, by `row`; distinct for rows with the same
+    name."""
     groups: dict[str, dict[str, Mapping[str, Any]]] = {}
     for entry in entries:
         groups.setdefault(entry["name"], {})[row(entry)] = entry
@@ -54,10 +55,16 @@ def data_labels(entries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 def _words(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """`data_labels` for rows with the same name."""
     found = {key: _plain_words(entry) for key, entry in rows.items()}
-    splits = {key: tuple(entry["data"].get(part) for part in ("train_split", "test_split")) for key, entry in rows.items()}
+    splits = {
+        key: tuple(entry["data"].get(part) for part in ("train_split", "test_split")) for key, entry in rows.items()
+    }
     if len(set(splits.values())) > 1:
         for key, (train, test) in splits.items():
-            found[key].append(f"trained on {printable(train)}, tested on {printable(test)}" if test else f"leave-one-out on {printable(train)}")
+            found[key].append(
+                f"trained on {printable(train)}, tested on {printable(test)}"
+                if test
+                else f"leave-one-out on {printable(train)}"
+            )
     settings = {key: entry.get("settings") or {} for key, entry in rows.items()}
     for name in dict.fromkeys(name for each in settings.values() for name in each):
         if len({json.dumps(each.get(name)) for each in settings.values()}) > 1:

@@ -5,10 +5,10 @@
     BASE/results.csv                   one row per score of all results
     BASE/tb                            TensorBoard: `probe/NAME-KEY/SCORE` at the checkpoint's step
 
-KEY is a hash of the run and of what was measured, see `keys`: results with other data, splits, sizes or settings have other
-keys. Files of earlier versions, NAME.json, are read too. An entry has name, task, checkpoint, data, settings, spec (all
-requested fields), seconds, scores {name: {value, low, high, seeds}} and details {name: ...}; or, if the task failed, `failure`
-with the error message in place of scores, details and seconds.
+KEY is a hash of the run and of what was measured, see `keys`: results with other data, splits, sizes or settings have
+other keys. Files of earlier versions, NAME.json, are read too. An entry has name, task, checkpoint, data, settings,
+spec (all requested fields), seconds, scores {name: {value, low, high, seeds}} and details {name: ...}; or, if the task
+failed, `failure` with the error message in place of scores, details and seconds.
 """
 
 import contextlib
@@ -35,8 +35,8 @@ from pera_jax.common.text import printable
 from pera_jax.probes.runner import entries, keys
 from pera_jax.training.checkpoints import checkpoint
 
-COLUMNS = ("name", "task", "score", "value", "low", "high", "seeds", "step", "encoder", "data", "train_split", "test_split",
-           "image_size", "settings", "train_fingerprint", "test_fingerprint", "weights", "git", "run", "failure",
+COLUMNS = ("name", "task", "score", "value", "low", "high", "seeds", "step", "encoder", "data", "train_split",
+           "test_split", "image_size", "settings", "train_fingerprint", "test_fingerprint", "weights", "git", "run", "failure",
            "replaced")  # fmt: skip
 
 _WRITE_TIMEOUT = 600.0  # seconds to wait for another job that writes results
@@ -71,7 +71,8 @@ def write(base: pathlib.Path, entry: dict[str, Any], pictures: dict[str, np.ndar
                 encoded = io.BytesIO()
                 Image.fromarray(values).save(encoded, "PNG")
                 files.write(place / stem / f"{key.split('/')[-1]}.png", encoded.getvalue())
-            _write_events(base / "tb", entry, stem)  # before the JSON file, which marks completion; duplicate events are harmless
+            # before the JSON file, which marks completion; duplicate events are harmless
+            _write_events(base / "tb", entry, stem)
             files.write(place / f"{stem}.json", content.encode() + b"\n")
             for file in _files(place, entry["name"]):  # written by an earlier version under another name
                 if file.stem != stem and keys.stem(entries.read(file)) == stem:
@@ -111,8 +112,8 @@ def _unwritable(base: pathlib.Path, error: OSError) -> UserError:
 
 
 def read(base: pathlib.Path) -> list[dict[str, Any]]:
-    """All entries below `base`, sorted by step, encoder and name, each with a field `replaced`. Raises UserError for a file
-    that is not a result."""
+    """All entries below `base`, sorted by step, encoder and name, each with a field `replaced`. Raises UserError for a
+    file that is not a result."""
     found = [_read(base, file) for place in _PLACES for file in base.glob(f"{place}/*.json")]
     return sorted(found, key=lambda e: (e["checkpoint"]["step"], e["checkpoint"]["encoder"], e["name"]))
 

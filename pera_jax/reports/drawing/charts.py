@@ -42,7 +42,8 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """A chart. `levels`: names and values of dashed horizontal lines; `log`: logarithmic axis if all values allow it."""
+    """A chart. `levels`: names and values of dashed horizontal lines; `log`: logarithmic axis if all values allow
+    it."""
 
     title: str
     series: tuple[Series, ...]

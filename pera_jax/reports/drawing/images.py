@@ -65,7 +65,8 @@ def read(source: records.RecordSource, bands: Bands, index: int, size: int) -> S
 
 
 def pick(source: records.RecordSource, number: int, seed: int) -> np.ndarray:
-    """Indices of at most `number` images of a split, chosen by `choose`; considers only a random part of a large split."""
+    """Indices of at most `number` images of a split, chosen by `choose`; considers only a random part of a large
+    split."""
     places = np.arange(len(source))
     if len(source) > _MOST:
         places = np.sort(np.random.default_rng(seed).choice(len(source), _MOST, replace=False))

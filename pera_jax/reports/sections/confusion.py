@@ -8,9 +8,9 @@ from pera_jax.common import html
 from pera_jax.reports.sections import tokens
 
 READING = (
-    "Rows are true classes, columns predicted classes. A cell shows the percentage of the row's images (or pixels) that were "
-    "predicted as the column's class; brighter is more. Correct predictions are on the diagonal; a bright cell off the "
-    "diagonal marks two classes that the features do not separate."
+    "Rows are true classes, columns predicted classes. A cell shows the percentage of the row's images (or pixels) "
+    "that were predicted as the column's class; brighter is more. Correct predictions are on the diagonal; a bright "
+    "cell off the diagonal marks two classes that the features do not separate."
 )
 STYLE = """
 .beside { display: flex; flex-wrap: wrap; gap: 0 56px; } svg .light { fill: #fff; } svg .dark { fill: #000; }
@@ -103,7 +103,9 @@ def listed(entry: dict[str, Any]) -> str:
     found, names = entry["details"].get("per_class"), entry["data"]["class_names"]
     if not isinstance(found, dict):
         return ""
-    rows = {name: value if isinstance(value := found[name], dict) else {"score": value} for name in names if name in found}
+    rows = {
+        name: value if isinstance(value := found[name], dict) else {"score": value} for name in names if name in found
+    }
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     cells = [[name, *(_cell(row.get(column)) for column in columns)] for name, row in rows.items()]
     return html.table([["class", *(column.replace("_", " ") for column in columns)], *cells]) if cells else ""

@@ -11,8 +11,8 @@ from pera_jax.reports.drawing import charts
 from pera_jax.reports.drawing.charts import Chart, Series
 
 READING = (
-    "All logged training metrics over steps. Faint: raw values; strong: exponential moving average with a half-life of 1% of "
-    "the run. Axes marked (log) are logarithmic."
+    "All logged training metrics over steps. Faint: raw values; strong: exponential moving average with a half-life of "
+    "1% of the run. Axes marked (log) are logarithmic."
 )
 # Common groups of charts; an objective adds charts and groups of its own.
 _GROUPS: tuple[tuple[str, tuple[Panel, ...]], ...] = (

@@ -47,7 +47,10 @@ def model_facts(meta: dict[str, Any]) -> list[tuple[str, object]]:
     crops = [f"{spec.number} {name} of {spec.size} px" for name, spec in objective.crops.items()]
     return [
         ("transformer", "width {width}, depth {depth}, {heads} heads, patch {patch} px".format(**model)),
-        ("parameters", f"{count['backbone'] / 1e6:,.2f} M of the encoder, {heads / 1e6:,.2f} M of heads and other parts"),
+        (
+            "parameters",
+            f"{count['backbone'] / 1e6:,.2f} M of the encoder, {heads / 1e6:,.2f} M of heads and other parts",
+        ),
         ("crops per image", ", ".join(crops)),
         ("batch", f"{meta['config']['batch_size']:,} images"),
     ]
@@ -88,7 +91,9 @@ def cost_facts(folder: Folder) -> list[tuple[str, object]]:
     if not len(steps) or not (rates > 0).all():
         return facts
     seconds = float(np.sum(np.diff(steps, prepend=0.0) * batch / rates))
-    facts.append(("time", f"{seconds / 3600:,.2f} hours in training steps, {steps[-1] * batch / seconds:,.1f} images/s"))
+    facts.append(
+        ("time", f"{seconds / 3600:,.2f} hours in training steps, {steps[-1] * batch / seconds:,.1f} images/s")
+    )
     each = column(folder.metrics, "time/images_per_second_per_chip")[1]
     if len(each) == len(rates):
         facts.append(("devices", f"{round(float(rates[-1] / each[-1]))}"))

@@ -14,8 +14,8 @@ NUMBER = 7  # neighbors of each query
 MOST = 10_000  # images that are searched
 SHOWN = 192  # px, the side at which images are drawn
 READING = (
-    "Left: the query. Right: the images with the highest cosine similarity of the class token, the nearest first, with their "
-    "similarity."
+    "Left: the query. Right: the images with the highest cosine similarity of the class token, the nearest first, with "
+    "their similarity."
 )
 FRAMES = " The color of the frame shows whether the class is that of the query."
 
@@ -26,7 +26,8 @@ def nearest(
     """The most similar rows of `train` [N, D] for each of `queries` [M, D].
 
     Args:
-      own: indices of the queries in `train`, to exclude each query from its own neighbors; None if they are not in `train`.
+      own: indices of the queries in `train`, to exclude each query from its own neighbors; None if they are not in
+        `train`.
 
     Returns:
       (cosines float32 [M, number] descending, indices [M, number]); fewer if `train` is smaller.

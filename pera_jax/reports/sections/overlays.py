@@ -13,8 +13,8 @@ from pera_jax.probes.dense.overlap import IGNORE
 from pera_jax.reports.drawing.grid import Grid, Tile
 
 READING = (
-    "Test scenes of the probe: the image (for change detection both dates), the labels, the prediction from frozen features, "
-    "and the errors in red over the darkened image. Light gray pixels have no label and are ignored."
+    "Test scenes of the probe: the image (for change detection both dates), the labels, the prediction from frozen "
+    "features, and the errors in red over the darkened image. Light gray pixels have no label and are ignored."
 )
 _MOST = 6  # scenes per result
 _UNLABELED, _WRONG = (205, 205, 205), (225, 40, 40)

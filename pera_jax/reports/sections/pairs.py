@@ -25,7 +25,9 @@ def preview(networks: dict[str, Weights], source: records.RecordSource, number: 
     objective, config = objectives.from_metadata(meta), meta["config"]
     # With batches of one image the length of Grain's endless stream would overflow.
     crops = pipeline.Crops(objective.crops, config["crops"]["aspect"], config["crops"]["flip"])
-    stream = pipeline.make_pipeline(Mixture.from_source(source, objective.bands), crops, batch_size=max(number, 2), seed=seed)
+    stream = pipeline.make_pipeline(
+        Mixture.from_source(source, objective.bands), crops, batch_size=max(number, 2), seed=seed
+    )
     batch = next(stream)
     stream.close()
     crops = {name: np.array(batch[name][:number]) for name in objective.crops}

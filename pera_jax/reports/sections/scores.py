@@ -14,13 +14,13 @@ from pera_jax.reports.drawing import charts
 from pera_jax.reports.drawing.charts import Chart, Series
 
 READING = (
-    "Scores of frozen features on test images, which were not used to choose hyperparameters; in brackets the 95% bootstrap "
-    "interval. Baselines: “untrained” is the network at initialization, “pixels” the mean and standard deviation of raw "
-    "patches."
+    "Scores of frozen features on test images, which were not used to choose hyperparameters; in brackets the 95% "
+    "bootstrap interval. Baselines: “untrained” is the network at initialization, “pixels” the mean and standard "
+    "deviation of raw patches."
 )
 STEPS_READING = (
-    "The same scores for every probed checkpoint, with their intervals; step 0 is the untrained network, the dashed line the "
-    "pixel baseline."
+    "The same scores for every probed checkpoint, with their intervals; step 0 is the untrained network, the dashed "
+    "line the pixel baseline."
 )
 
 
@@ -54,7 +54,9 @@ def table(results: Sequence[dict[str, Any]], step: int | None) -> str:
     rows = [["score", "result", *values, "test data"]]
     for row, score in order:
         rows.append([score, names[row], *(text(column.get((row, score))) for column in values.values()), data[row]])
-    failed = [f"{entry['name']} of {folder.source(entry)} failed: {entry['failure']}" for entry in results if entry["failure"]]
+    failed = [
+        f"{entry['name']} of {folder.source(entry)} failed: {entry['failure']}" for entry in results if entry["failure"]
+    ]
     failed += [f"{entry['name']} {split} of {folder.source(entry)} failed: {error}" for entry in results
                for split, error in failed_shares(entry).items()]  # fmt: skip
     sentences = "".join(f'<p class="warn">{html.escaped(sentence)}</p>' for sentence in failed)
@@ -93,5 +95,7 @@ def over_steps(results: Sequence[dict[str, Any]]) -> str:
         values = np.array([score["value"] for score in scores])
         bars = np.array([[np.nan if score[end] is None else score[end] for end in ("low", "high")] for score in scores])
         level = (("pixels", levels[place]),) if place in levels else ()
-        drawn.append(charts.svg(Chart(f"{named[place[0]]}: {place[1]}", (Series("network", steps, values, bars),), level)))
+        drawn.append(
+            charts.svg(Chart(f"{named[place[0]]}: {place[1]}", (Series("network", steps, values, bars),), level))
+        )
     return charts.row(drawn) if any(drawn) else ""

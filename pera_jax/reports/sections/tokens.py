@@ -15,14 +15,15 @@ from pera_jax.reports.drawing.grid import Grid, Tile
 from pera_jax.reports.drawing.images import Shown, name_of
 
 PCA_READING = (
-    "The first three principal components of the patch tokens after the last block, as red, green and blue. The components "
-    "are shared by all images, so patches of the same color have similar features. A trained network gives the same color to "
-    "similar objects; the untrained one (with components of its own) mostly shows brightness and edges."
+    "The first three principal components of the patch tokens after the last block, as red, green and blue. The "
+    "components are shared by all images, so patches of the same color have similar features. A trained network gives "
+    "the same color to similar objects; the untrained one (with components of its own) mostly shows brightness and "
+    "edges."
 )
 ATTENTION_READING = (
-    "Attention of the class token to each patch in the last block, for each head and averaged over heads. The scale runs "
-    "from dark blue (0) to yellow (exceeded by {full:.0f}% of the patches); the maximum is below each map. Uniform attention "
-    "over all tokens would be {even:.2%}."
+    "Attention of the class token to each patch in the last block, for each head and averaged over heads. The scale "
+    "runs from dark blue (0) to yellow (exceeded by {full:.0f}% of the patches); the maximum is below each map. "
+    "Uniform attention over all tokens would be {even:.2%}."
 )
 _MOST_HEADS, _HEADS_IN_A_ROW = 12, 6  # shown
 _PATCHES = 32  # along each side of a shown image
@@ -74,8 +75,8 @@ def components(tokens: np.ndarray, number: int = 3) -> tuple[np.ndarray, np.ndar
     """The first principal components of `tokens` [M, D].
 
     Returns:
-      (scores float64 [M, number], explained variance ratio of each). Signs are chosen for a positive third moment, so that the
-      longer tail is bright.
+      (scores float64 [M, number], explained variance ratio of each). Signs are chosen for a positive third moment, so
+      that the longer tail is bright.
     """
     tokens = np.asarray(tokens, np.float64)
     centered = tokens - tokens.mean(axis=0)
@@ -87,8 +88,8 @@ def components(tokens: np.ndarray, number: int = 3) -> tuple[np.ndarray, np.ndar
 
 
 def colors(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """PCA colors uint8 [N, h, w, 3] of tokens [N, h, w, D], with components shared by all images; and the explained variance
-    ratio of each component."""
+    """PCA colors uint8 [N, h, w, 3] of tokens [N, h, w, D], with components shared by all images; and the explained
+    variance ratio of each component."""
     number = min(3, patches.shape[-1])
     scores, ratios = components(patches.reshape(-1, patches.shape[-1]), number)
     low, high = np.percentile(scores, _FULL, axis=0)
@@ -135,7 +136,8 @@ def attention_grid(shown: Sequence[Shown], rgb: np.ndarray, attention: np.ndarra
     for entry, image, attended in zip(shown, rgb, maps[:, :, 1:], strict=True):
         tiles = []
         for head, values in enumerate(attended):
-            full = max(float(np.percentile(values, 100.0 - BRIGHT)), 1e-12)  # the maximum would darken all other patches
+            # the maximum would darken all other patches
+            full = max(float(np.percentile(values, 100.0 - BRIGHT)), 1e-12)
             name = f"head {head}: " if head else ""
             map_ = _over(image, heat(values.reshape(side, side) / full))
             tiles.append(Tile(map_, f"{name}max {values.max():.1%}"))

@@ -1,9 +1,9 @@
 """Restores checkpoints of a run, written with Orbax by `checkpoint_store`.
 
-RUN/checkpoints/STEP has up to four checkpointables: `state` (parameters, optimizer state, step, state of the objective),
-`teacher` (weights, stored separately so that evaluation reads nothing else; absent if the method has no teacher), `data` (the
-position in the stream of batches) and `meta` (model sizes, bands with their ranges, mean and std, dataset fingerprint, git
-revision, resolved config). Writing a checkpoint is atomic.
+RUN/checkpoints/STEP has up to four checkpointables: `state` (parameters, optimizer state, step, state of the
+objective), `teacher` (weights, stored separately so that evaluation reads nothing else; absent if the method has no
+teacher), `data` (the position in the stream of batches) and `meta` (model sizes, bands with their ranges, mean and std,
+dataset fingerprint, git revision, resolved config). Writing a checkpoint is atomic.
 
 With several hosts, each writes its shards to the same folder on shared storage; process 0 moves and removes folders.
 """
@@ -95,7 +95,8 @@ def set_aside(folder: pathlib.Path) -> pathlib.Path:
 
 
 def saved_steps(run: str | pathlib.Path) -> list[int]:
-    """The steps of the finished checkpoints of a run, ascending; empty if there is no run. Raises UserError for a URL."""
+    """The steps of the finished checkpoints of a run, ascending; empty if there is no run. Raises UserError for a
+    URL."""
     folder = pathlib.Path(paths.local(run)).absolute() / FOLDER
     if not folder.is_dir():
         return []
@@ -120,7 +121,8 @@ def folder_of(run: str | pathlib.Path, step: int | None) -> tuple[pathlib.Path, 
 
 
 def identity(folder: pathlib.Path) -> str:
-    """SHA-256 of Orbax's metadata of a save, with its times: differs if a step was saved again. "" if it cannot be read."""
+    """SHA-256 of Orbax's metadata of a save, with its times: differs if a step was saved again. "" if it cannot be
+    read."""
     try:
         return hashlib.sha256((folder / "_CHECKPOINT_METADATA").read_bytes()).hexdigest()
     except OSError:
@@ -128,7 +130,8 @@ def identity(folder: pathlib.Path) -> str:
 
 
 def read_while_present(run: str | pathlib.Path, step: int | None, read: Callable[[int], T]) -> T:
-    """Calls `read` on a checkpoint of a run that may still be training, which removes old checkpoints; returns its result.
+    """Calls `read` on a checkpoint of a run that may still be training, which removes old checkpoints; returns its
+    result.
 
     Args:
       step: None for the latest; if training removes it meanwhile, the new latest one is read instead.

@@ -27,8 +27,8 @@ _CLEANUP_SECONDS, _QUIET_SECONDS = 20.0, 1.0  # longest wait for the threads of 
 class _FirstOfEvery:
     """An Orbax preservation policy: keeps the first checkpoint at or after each multiple of `steps`.
 
-    It sees only the checkpoints that still exist. This gives the same result as seeing all that were ever saved, because
-    there is no multiple between a removed checkpoint and the one before it.
+    It sees only the checkpoints that still exist. This gives the same result as seeing all that were ever saved,
+    because there is no multiple between a removed checkpoint and the one before it.
     """
 
     steps: int
@@ -83,8 +83,8 @@ class Store:
         """Waits for the previous save, then starts to save `state` in the background.
 
         Raises:
-          UserError: this or the previous checkpoint could not be written (the message names the last good one), or another
-            process has taken over the workdir.
+          UserError: this or the previous checkpoint could not be written (the message names the last good one), or
+            another process has taken over the workdir.
         """
         self.check_owned()
         self.wait()
@@ -135,7 +135,8 @@ class Store:
         finally:
             with contextlib.suppress(*checkpoint.WRITE_ERRORS):  # `wait` has raised them
                 self._checkpointer.close()
-            if distributed.main_host() and not (self._lease and self._lease.lost):  # otherwise another process owns the folder
+            # otherwise another process owns the folder
+            if distributed.main_host() and not (self._lease and self._lease.lost):
                 _remove_unfinished(self.folder)
 
 

@@ -1,7 +1,8 @@
 """Verifies that a checkpoint holds what was saved, and tells damage from removal and from failures of the machine.
 
-The digests of the arrays (`common.digests`), of the data position and of the `meta` itself are saved in the `meta`, as its
-entry `digests`. A checkpoint of format version 2 has no digests; its arrays are only checked for shapes and finite values.
+The digests of the arrays (`common.digests`), of the data position and of the `meta` itself are saved in the `meta`, as
+its entry `digests`. A checkpoint of format version 2 has no digests; its arrays are only checked for shapes and finite
+values.
 """
 
 import contextlib
@@ -40,7 +41,8 @@ _EMPTY_SECONDS = 1.0  # maximum time for which a folder that is being removed ex
 
 
 class Damaged(UserError):
-    """A checkpoint that cannot be read, or whose values differ from those that were saved. Others of the run may be intact.
+    """A checkpoint that cannot be read, or whose values differ from those that were saved. Others of the run may be
+    intact.
 
     Attributes:
       reason: the message without its fix.
@@ -141,14 +143,16 @@ def list_files(folder: pathlib.Path) -> set[pathlib.Path]:
 
 
 def still_has(folder: pathlib.Path, before: set[pathlib.Path]) -> bool:
-    """Whether a folder still has all files of `before`. A removal deletes one file after the other, and the folder last."""
+    """Whether a folder still has all files of `before`. A removal deletes one file after the other, and the folder
+    last."""
     if not before:
         time.sleep(_EMPTY_SECONDS)
     return folder.is_dir() and list_files(folder) >= before
 
 
 def on_all_hosts(load: Callable[[], T]) -> T:
-    """Calls `load` on every host and returns its result; raises Damaged or UserError on all hosts if any of them does."""
+    """Calls `load` on every host and returns its result; raises Damaged or UserError on all hosts if any of them
+    does."""
     found = error = None
     try:
         found = load()
@@ -158,7 +162,11 @@ def on_all_hosts(load: Callable[[], T]) -> T:
     if kind == 1:
         raise error or Damaged("the checkpoint cannot be read on another host")
     if kind == 2:
-        raise error if error and not isinstance(error, Damaged) else UserError("another host failed; see its own error message")
+        raise (
+            error
+            if error and not isinstance(error, Damaged)
+            else UserError("another host failed; see its own error message")
+        )
     return found
 
 
@@ -183,7 +191,8 @@ def load_meta_and_digests(folder: pathlib.Path) -> tuple[dict[str, Any], dict[st
 
 
 def _parse_meta(folder: pathlib.Path, stored: Any) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Splits a stored `meta` into (`meta` without digests, digests or None), the inverse of `with_digests`, and checks both.
+    """Splits a stored `meta` into (`meta` without digests, digests or None), the inverse of `with_digests`, and checks
+    both.
 
     Raises:
       Damaged: the `meta` does not match its digest, or is invalid.
@@ -201,8 +210,8 @@ def _parse_meta(folder: pathlib.Path, stored: Any) -> tuple[dict[str, Any], dict
         raise Damaged(f"the checkpoint {folder} is damaged: the digests are missing from its meta")
     if version not in _SUPPORTED:
         raise UserError(
-            f"the checkpoint {folder} has format version {version}, expected {_SUPPORTED[0]} to {_SUPPORTED[-1]}; use the "
-            "version of pera_jax that wrote it"
+            f"the checkpoint {folder} has format version {version}, expected {_SUPPORTED[0]} to {_SUPPORTED[-1]}; use "
+            "the version of pera_jax that wrote it"
         )
     if isinstance(meta.get("config"), dict):
         meta |= {"config": migrated(meta["config"])}
@@ -211,7 +220,8 @@ def _parse_meta(folder: pathlib.Path, stored: Any) -> tuple[dict[str, Any], dict
     except json_files.Invalid as error:
         if found is not None:  # it matches its digest, so it was saved like this
             raise UserError(
-                f"the checkpoint {folder} does not fit this version of pera_jax: in its meta, {error}; use the version that wrote it"
+                f"the checkpoint {folder} does not fit this version of pera_jax: in its meta, {error}; use the version "
+                "that wrote it"
             ) from error
         raise Damaged(f"the checkpoint {folder} is damaged: in its meta, {error}") from error
     return meta, found
@@ -230,7 +240,10 @@ def check_shapes(folder: pathlib.Path, stored: Any, wanted: Any) -> None:
     """Raises Misfit if leaves are missing, unexpected, or differ in shape from those of `wanted`."""
     differing = differences(stored, wanted)
     if differing:
-        raise Misfit(f"the checkpoint {folder} does not fit this config: {every(differing)}; use the config that it was trained with")
+        raise Misfit(
+            f"the checkpoint {folder} does not fit this config: {every(differing)}; use the config that it was trained "
+            "with"
+        )
 
 
 def shapes_of(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -266,13 +279,21 @@ def check_arrays(folder: pathlib.Path, name: str, tree: Any, found: dict[str, An
     if found is None:
         wrong = digests.not_finite(tree)
         if wrong:
-            raise Damaged(f"the checkpoint {folder} is damaged: its {name} has NaN or infinite values in {several(wrong)}")
+            raise Damaged(
+                f"the checkpoint {folder} is damaged: its {name} has NaN or infinite values in {several(wrong)}"
+            )
         return
-    saved, now = _parsed(found, name), {path: tuple(each.split(" ")) for path, each in digests.leaf_digests(tree).items()}
+    saved, now = (
+        _parsed(found, name),
+        {path: tuple(each.split(" ")) for path, each in digests.leaf_digests(tree).items()},
+    )
     other = [f"expected {path} {each[0]}, got {saved.get(path, ('absent',))[0]}" for path, each in now.items()
              if saved.get(path, ("",))[0] != each[0]]  # fmt: skip
     if other:  # the program has changed, not the checkpoint
-        raise Misfit(f"the checkpoint {folder} does not fit this version of pera_jax: {every(other)}; use the version that wrote it")
+        raise Misfit(
+            f"the checkpoint {folder} does not fit this version of pera_jax: {every(other)}; use the version that "
+            "wrote it"
+        )
     wrong = [path for path, each in now.items() if each != saved[path]]
     if wrong:
         raise Damaged(f"the checkpoint {folder} is damaged: its {name} does not match its digests in {several(wrong)}")

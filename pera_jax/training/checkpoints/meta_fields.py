@@ -48,7 +48,12 @@ class _Used:
     git: str
 
     def __post_init__(self):
-        lengths = {"ranges": len(self.ranges), "mean": len(self.mean), "std": len(self.std), "model.bands": self.model.bands}
+        lengths = {
+            "ranges": len(self.ranges),
+            "mean": len(self.mean),
+            "std": len(self.std),
+            "model.bands": self.model.bands,
+        }
         for name, length in lengths.items():
             if length != len(self.bands):
                 raise ValueError(f"{name} has {length} bands, but bands has {len(self.bands)} names")
