@@ -4,7 +4,8 @@
     maps = encoder({"optical": images})  # [B, C, H, W] or [B, C, T, H, W] -> a list of [B, D, h, w]
 
 In the PANGAEA repository, derive the class from its `Encoder` instead of `torch.nn.Module`, and remove normalization
-from the preprocessing: the encoder takes stored values and normalizes them with the statistics stored beside its weights.
+from the preprocessing: the encoder takes stored values and normalizes them with the statistics stored beside its
+weights.
 """
 
 import json

@@ -29,8 +29,9 @@ from pera_jax.probes.runner.job import ENCODERS, Job, load_network
 def probe(
     run: str | os.PathLike, tasks: Sequence[str] = ("knn", "linear"), *, data: str | os.PathLike | None = None,
     config: str | os.PathLike | None = None, changes: Mapping[str, Any] | Sequence[str] = (),
-    train_split: str | None = None, test_split: str | None = None, labels: str | os.PathLike | None = None, image_size: int | None = None,
-    encoder: str = "teacher", step: int | None = None, output: str | os.PathLike | None = None, batch_size: int = 256,
+    train_split: str | None = None, test_split: str | None = None, labels: str | os.PathLike | None = None,
+    image_size: int | None = None, encoder: str = "teacher", step: int | None = None,
+    output: str | os.PathLike | None = None, batch_size: int = 256,
     reading: folders.Reading = folders.Reading(), verify: bool = True,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Evaluates a checkpoint of `run`; also available as `pera_jax.probe(...)`. The arguments are the options of the

@@ -1,8 +1,8 @@
 """Sources of images: a folder, or archives (`data_prep.inputs.archives`).
 
 A listing accounts for every file: as a candidate, or as rejected with a reason. Nothing outside the folder or archive
-is read: links that lead out of a folder are rejected unless requested, and so are archive members that are links or whose
-names lead out of the archive.
+is read: links that lead out of a folder are rejected unless requested, and so are archive members that are links or
+whose names lead out of the archive.
 """
 
 import array

@@ -47,8 +47,8 @@ A vision transformer: width {shape["width"]}, {shape["depth"]} blocks, {shape["h
 ## Input
 
 Images of {height} x {width} px, {grid} patches; the position embedding is {embedding}. Bands in this order, stored
-as {bands.dtype}. Values from "low" to "high" map to [0, 1] and are clipped outside; then subtract the mean and divide by the
-std:
+as {bands.dtype}. Values from "low" to "high" map to [0, 1] and are clipped outside; then subtract the mean and divide
+by the std:
 
 | channel | band | low | high | mean | std |
 |---|---|---|---|---|---|

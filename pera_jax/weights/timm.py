@@ -219,8 +219,8 @@ def config(meta: dict[str, Any], step: int, which: str, height: int, width: int)
         },
         "pretrained_cfg": {
             "num_classes": 0, "input_size": [shape["bands"], height, width], "fixed_input_size": True,
-            "pool_size": None, "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash", "mean": list(bands.mean),
-            "std": list(bands.std), "first_conv": "patch_embed.proj", "classifier": "head",
+            "pool_size": None, "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash",
+            "mean": list(bands.mean), "std": list(bands.std), "first_conv": "patch_embed.proj", "classifier": "head",
         },
         exported.ENTRY: exported.to_dict(meta, step, which, height, width),
     }  # fmt: skip

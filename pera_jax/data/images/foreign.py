@@ -189,7 +189,8 @@ def _of_tiff(tiff: tiff_files.Tiff) -> _Stored:
         raise ImageDecodeError(f"damaged TIFF: {count} bands for {base} colors")
     return _Stored(
         picture_files.upright(values, tiff.orientation), base, depth, changes, alpha,
-        tiff.photometric == tiff_files.WHITE_IS_ZERO, names, trusted=False, void=None if void is None else picture_files.upright(void, tiff.orientation),
+        tiff.photometric == tiff_files.WHITE_IS_ZERO, names,
+        trusted=False, void=None if void is None else picture_files.upright(void, tiff.orientation),
     )  # fmt: skip
 
 

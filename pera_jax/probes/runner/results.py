@@ -36,8 +36,8 @@ from pera_jax.probes.runner import entries, keys
 from pera_jax.training.checkpoints import checkpoint
 
 COLUMNS = ("name", "task", "score", "value", "low", "high", "seeds", "step", "encoder", "data", "train_split",
-           "test_split", "image_size", "settings", "train_fingerprint", "test_fingerprint", "weights", "git", "run", "failure",
-           "replaced")  # fmt: skip
+           "test_split", "image_size", "settings", "train_fingerprint", "test_fingerprint", "weights", "git",
+           "run", "failure", "replaced")  # fmt: skip
 
 _WRITE_TIMEOUT = 600.0  # seconds to wait for another job that writes results
 _PLACES = ("step_*", "untrained", "pixels")
