@@ -104,7 +104,9 @@ class Reference:
             if not number:
                 continue
             student, teacher = (
-                jnp.asarray(self.batch_major(self.arrays[f"step{step}/in/{n}_{kind}_crops"], kind).transpose(0, 2, 3, 1))
+                jnp.asarray(
+                    self.batch_major(self.arrays[f"step{step}/in/{n}_{kind}_crops"], kind).transpose(0, 2, 3, 1)
+                )
                 for n in "ST"
             )
             order = self.batch_major(self.arrays[f"step{step}/mask/{kind}_order"], kind)
@@ -180,7 +182,10 @@ def compare_outputs(file, table, n, objective, outputs, global_views):
             name = f"step{n}/{network}/{kind}_cls_tokens"
             if name in file.arrays:
                 table.add(name, rearrange(part, "b v k -> (v b) k"), file.arrays[name], OUTPUT)
-    for name, ours in (("global_pred_tokens", predicted), ("global_patch_target", objective.pixel_targets(global_views))):
+    for name, ours in (
+        ("global_pred_tokens", predicted),
+        ("global_patch_target", objective.pixel_targets(global_views)),
+    ):
         theirs = file.batch_major(file.arrays[f"step{n}/student/{name}"], "global")
         table.add(f"step{n}/student/{name}", ours, theirs, OUTPUT)
 

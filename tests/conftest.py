@@ -22,7 +22,8 @@ sys.path.insert(0, str(ROOT / "tests" / "support"))
 sys.path.insert(0, str(ROOT))  # `data_prep`, `configs` and `benchmarks` are run from the checkout
 os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
 
-# A shell that starts the tests in the background makes them ignore SIGINT, and with them the subprocesses that tests send it to.
+# A shell that starts the tests in the background makes them ignore SIGINT, and with them the subprocesses that tests
+# send it to.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

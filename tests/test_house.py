@@ -8,7 +8,8 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SOURCES = sorted([*(ROOT / "pera_jax").rglob("*.py"), *(ROOT / "data_prep").rglob("*.py")])
 
-COMMANDS = {"train", "probe", "export", "report", "plan", "features"}  # and what they are started by: may import everything
+# and what they are started by: may import everything
+COMMANDS = {"train", "probe", "export", "report", "plan", "features"}
 # wing: what it may import. Modules of the top level that are no command (`bands`) are wings of their own.
 MAY = {
     "common": set(),
@@ -26,7 +27,18 @@ MAY = {
     "cost": {"objectives", "training", "config", "parallel", "bands", "common"},
     "encoder": {"models", "training", "formats", "data", "parallel", "bands", "common", "calls"},
     "probes": {"encoder", "objectives", "training", "data", "config", "parallel", "bands", "common"},
-    "weights": {"encoder", "formats", "objectives", "training", "models", "data", "config", "parallel", "bands", "common"},
+    "weights": {
+        "encoder",
+        "formats",
+        "objectives",
+        "training",
+        "models",
+        "data",
+        "config",
+        "parallel",
+        "bands",
+        "common",
+    },
     "reports": {"probes", "encoder", "objectives", "training", "models", "data", "config", "bands", "common"},
     "data_prep": {"data", "bands", "common"},
 }
@@ -105,5 +117,7 @@ def test_folders_hold_few_files():
     counts = {}
     for file in SOURCES:
         if file.name != "__init__.py":
-            counts[file.parent.relative_to(ROOT).as_posix()] = counts.get(file.parent.relative_to(ROOT).as_posix(), 0) + 1
+            counts[file.parent.relative_to(ROOT).as_posix()] = (
+                counts.get(file.parent.relative_to(ROOT).as_posix(), 0) + 1
+            )
     assert not {folder: count for folder, count in counts.items() if count > 14}

@@ -56,10 +56,17 @@ def test_the_rest_of_the_line_goes_to_the_module(monkeypatch, capsys, tmp_path):
 
 def test_first_arguments_of_the_table_stand_first_and_own_modules_are_found(monkeypatch):
     seen = []
-    monkeypatch.setattr(runpy, "run_module", lambda module, **how: seen.append((module, sys.argv[1:], sys.path[-1], how)))
+    monkeypatch.setattr(
+        runpy, "run_module", lambda module, **how: seen.append((module, sys.argv[1:], sys.path[-1], how))
+    )
     run(monkeypatch, "features", "--run", "x")
     assert seen == [
-        ("pera_jax.export", ["features", "--run", "x"], str(pathlib.Path.cwd()), {"run_name": "__main__", "alter_sys": True})
+        (
+            "pera_jax.export",
+            ["features", "--run", "x"],
+            str(pathlib.Path.cwd()),
+            {"run_name": "__main__", "alter_sys": True},
+        )
     ]
 
 

@@ -70,7 +70,14 @@ def site(tmp_path_factory):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source)
-    options = ("--no-deps", "--no-build-isolation", "--no-index", "--no-compile", "--quiet", "--disable-pip-version-check")
+    options = (
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--no-compile",
+        "--quiet",
+        "--disable-pip-version-check",
+    )
     subprocess.run([sys.executable, "-m", "pip", "install", *options, "--target", str(site), str(source)], check=True)
     return site
 
@@ -80,14 +87,19 @@ def folder(tmp_path_factory):
     """An empty folder but for the dataset, and a config of one's own."""
     folder = tmp_path_factory.mktemp("empty")
     toy_data.write(folder / "toy")
-    own = (ROOT / "configs" / "demo.py").read_text().replace("configs.finish(config, argument)", "configs.smoke(config)")
+    own = (
+        (ROOT / "configs" / "demo.py").read_text().replace("configs.finish(config, argument)", "configs.smoke(config)")
+    )
     (folder / "own.py").write_text(own)
     (folder / "images").mkdir()
     return folder
 
 
 def run(site, folder, *arguments: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(site), "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=1")}
+    environment = os.environ | {
+        "PYTHONPATH": str(site),
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=1"),
+    }
     return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
 
 
@@ -98,7 +110,11 @@ def test_the_wheel_holds_every_module_and_the_configs_once(site):
         assert {file for file in installed if file.parts[1] != "configs"} == sources
     names = {file.name for file in (ROOT / "configs").glob("*.py")}
     assert {file.name for file in (site / "pera_jax" / "configs").iterdir()} == names
-    assert {folder.name for folder in site.iterdir() if folder.suffix != ".dist-info"} == {"bin", "data_prep", "pera_jax"}
+    assert {folder.name for folder in site.iterdir() if folder.suffix != ".dist-info"} == {
+        "bin",
+        "data_prep",
+        "pera_jax",
+    }
 
 
 def test_a_training_by_the_command_with_a_config_by_name(site, folder):
@@ -127,5 +143,7 @@ def test_the_module_and_the_call_are_one_in_any_order_of_imports(first):
         "import inspect, pera_jax.probe; assert pera_jax.train is job and callable(job) and callable(job.train)\n"
         "assert list(inspect.signature(job).parameters)[:2] == ['config', 'workdir'] and callable(pera_jax.probe)"
     )
-    done = subprocess.run([sys.executable, "-c", f"{first}\n{rest}"], cwd=pathlib.Path(ROOT), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", f"{first}\n{rest}"], cwd=pathlib.Path(ROOT), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr

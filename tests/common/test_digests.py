@@ -34,7 +34,11 @@ def test_sums_are_the_same_on_the_host_on_one_device_and_on_any_mesh():
     wanted = digests.leaf_digests(held)
     assert wanted["float32"].startswith("float32[8,6] ") and len(set(wanted.values())) == len(held)
     assert digests.leaf_digests(jax.device_put(held, jax.devices()[3])) == wanted
-    for mesh, spec in (({"data": 4, "fsdp": 2}, ("fsdp",)), ({"fsdp": 8}, ("fsdp",)), ({"fsdp": 2, "data": 4}, ("data", "fsdp"))):
+    for mesh, spec in (
+        ({"data": 4, "fsdp": 2}, ("fsdp",)),
+        ({"fsdp": 8}, ("fsdp",)),
+        ({"fsdp": 2, "data": 4}, ("data", "fsdp")),
+    ):
         where = NamedSharding(sharding.make_mesh(**mesh), PartitionSpec(*spec))
         assert digests.leaf_digests(jax.device_put(held, where)) == wanted
     with jax.enable_x64(True):
@@ -72,7 +76,16 @@ def exported(tmp_path_factory) -> pathlib.Path:
     shape = toy_weights.shape(rng) | {"bands": 3}
     named = timm.to_timm(toy_weights.backbone(shape, rng), shape, *(shape["image_size"],) * 2)
     arrays.write(folder / "vit.safetensors", named)
-    export.main(["import-timm", str(folder / "vit.safetensors"), "--output", str(folder / "run"), "--heads", str(shape["heads"])])
+    export.main(
+        [
+            "import-timm",
+            str(folder / "vit.safetensors"),
+            "--output",
+            str(folder / "run"),
+            "--heads",
+            str(shape["heads"]),
+        ]
+    )
     export.main(["timm", "--run", str(folder / "run"), "--output", str(folder / "out")])
     return folder / "out"
 
@@ -124,11 +137,22 @@ def test_an_export_comes_back_with_its_own_mean_and_ranges_and_is_told(exported,
 def test_positions_of_a_rectangle_are_refused_by_what_config_json_says(exported, tmp_path):
     config = {"pretrained_cfg": {"input_size": [3, 32, 128]}, "model_args": {"num_heads": 1}}
     rng = np.random.default_rng(0)
-    shape = {"width": 8, "depth": 2, "heads": 1, "patch": 16, "image_size": 64, "bands": 3, "split": 1, "mlp_ratio": 1.0}
+    shape = {
+        "width": 8,
+        "depth": 2,
+        "heads": 1,
+        "patch": 16,
+        "image_size": 64,
+        "bands": 3,
+        "split": 1,
+        "mlp_ratio": 1.0,
+    }
     named = timm.to_timm(toy_weights.backbone(shape, rng), shape, 64, 64)  # 4 x 4 positions, or 2 x 8
     arrays.write(tmp_path / "vit.safetensors", named)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="has a position embedding for 2 x 8 patches .images of 32 x 128 px in config.json."):
+    with pytest.raises(
+        UserError, match="has a position embedding for 2 x 8 patches .images of 32 x 128 px in config.json."
+    ):
         export.main(["import-timm", str(tmp_path / "vit.safetensors"), "--output", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
 
@@ -140,7 +164,9 @@ def test_the_backbone_of_a_checkpoint_with_heads_is_taken_and_told(prefix, tmp_p
     named = timm.to_timm(toy_weights.backbone(shape, rng), shape, 8, 8)
     chunks = {name.replace("blocks.", "blocks.0."): each for name, each in named.items()}  # as DINOv2 saves them
     rest = {} if prefix == "module." else {"teacher.dino_head.mlp.0.weight": np.zeros(3, np.float32)}
-    student = {f"student.backbone.{name}": -each for name, each in named.items()} if prefix.startswith("teacher") else {}
+    student = (
+        {f"student.backbone.{name}": -each for name, each in named.items()} if prefix.startswith("teacher") else {}
+    )
     arrays.write(tmp_path / "a.safetensors", {prefix + name: each for name, each in chunks.items()} | rest | student)
     export.main(["import-timm", str(tmp_path / "a.safetensors"), "--output", str(tmp_path / "run"), "--heads", "1"])
     said = capsys.readouterr().out

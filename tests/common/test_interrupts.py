@@ -62,7 +62,10 @@ def test_the_first_asks_and_says_so_the_second_ctrl_c_ends_at_once_and_a_second_
     process.communicate()
     process = start("command", "saves", "slow")
     process.send_signal(signal.SIGINT)
-    assert process.stderr.readline() == "SIGINT: saving a checkpoint after this step; press Ctrl-C again to stop immediately\n"
+    assert (
+        process.stderr.readline()
+        == "SIGINT: saving a checkpoint after this step; press Ctrl-C again to stop immediately\n"
+    )
     process.send_signal(signal.SIGINT)
     err = process.communicate(timeout=20)[1]
     assert process.returncode == 130
@@ -93,7 +96,8 @@ def test_ctrl_c_while_modules_are_imported_is_one_line(module):
 
 
 @pytest.mark.parametrize("error, status", [
-    (errors.UserError("x"), 1), (environment.EnvironmentFault("x"), 75), (ZeroDivisionError(), 70), (KeyboardInterrupt(), 130),
+    (errors.UserError("x"), 1), (environment.EnvironmentFault("x"), 75), (ZeroDivisionError(), 70),
+    (KeyboardInterrupt(), 130),
 ])  # fmt: skip
 def test_ends_of_different_kinds_have_statuses_of_their_own(error, status, capsys):
     def main():
@@ -106,8 +110,10 @@ def test_ends_of_different_kinds_have_statuses_of_their_own(error, status, capsy
 
 
 def test_a_stall_ends_by_sigalrm_with_the_stacks_also_where_python_cannot_run():
-    hang = "import ctypes\nfrom pera_jax.training.watchdog import Watchdog\nwith Watchdog(0.5):\n    ctypes.PyDLL(None).sleep(60)\n"
-    done = subprocess.run([sys.executable, "-c", hang], capture_output=True, text=True, timeout=50)  # keeps the interpreter
+    start = "from pera_jax.training.watchdog import Watchdog\nwith Watchdog(0.5)"
+    hang = f"import ctypes\n{start}:\n    ctypes.PyDLL(None).sleep(60)\n"  # which does not release the interpreter lock
+    done = subprocess.run([sys.executable, "-c", hang], capture_output=True, text=True, timeout=50)
     assert done.returncode == -signal.SIGALRM and 'File "<string>", line 4' in done.stderr
-    moves = "import time\nfrom pera_jax.training.watchdog import Watchdog\nwith Watchdog(0.5) as dog:\n    for _ in range(20):\n        time.sleep(0.1)\n        dog.reset()\ntime.sleep(2)\n"
+    loop = "for _ in range(20):\n        time.sleep(0.1)\n        dog.reset()"
+    moves = f"import time\n{start} as dog:\n    {loop}\ntime.sleep(2)\n"
     assert subprocess.run([sys.executable, "-c", moves], capture_output=True, text=True, timeout=50).stderr == ""

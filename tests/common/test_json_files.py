@@ -69,8 +69,10 @@ def test_any_json_is_of_the_type_or_invalid_in_one_printable_line(value):
 
 
 def test_json_that_is_none():
-    for text, sentence in ((b"[" * 100_000, "nested too deeply"), (b"\xff", "not valid UTF-8"), (b'"\\ud800"', "not valid UTF-8"),
-                           (b"{", "not valid JSON"), (b"", "not valid JSON"), (b"1" * 5000, "not valid JSON")):  # fmt: skip
+    for text, sentence in ((b"[" * 100_000, "nested too deeply"), (b"\xff", "not valid UTF-8"),
+        (b'"\\ud800"', "not valid UTF-8"),
+                           (b"{", "not valid JSON"), (b"", "not valid JSON"),
+                           (b"1" * 5000, "not valid JSON")):  # fmt: skip
         with pytest.raises(Invalid, match=sentence):
             json_files.loads(text)
     assert json_files.loads(rb'"\udce9"') == "\udce9"  # an undecodable byte of a file name
@@ -110,15 +112,31 @@ def test_a_meta_that_no_run_has_is_refused():
 
 def test_results_plans_and_parts_name_the_file_and_the_field(tmp_path, capsys):
     (tmp_path / "a.json").write_text('{"name": "knn", "task": "knn", "checkpoint": {"step": "4"}}')
-    with pytest.raises(UserError, match=r"a.json is not a probe result \(checkpoint.step: expected int, got str\); move the file away"):
+    with pytest.raises(
+        UserError, match=r"a.json is not a probe result \(checkpoint.step: expected int, got str\); move the file away"
+    ):
         entries.read(tmp_path / "a.json")
     split = shard_folders.Split(tmp_path, "set", "train", list(records.RGB), "uint8", None, False, [], 1, "f")
     split.partial.mkdir()
     (split.partial / "plan.json").write_text('{"source": 3}')
-    with pytest.raises(UserError, match=r"plan.json is damaged: source: expected str, got int; remove .*partial, and re-run the command"):
+    with pytest.raises(
+        UserError,
+        match=r"plan.json is damaged: source: expected str, got int; remove .*partial, and re-run the command",
+    ):
         split_plan.check_unfinished(split)
 
-    part = Part("s", 5, 1, bytes(32), bytes(16), statistics.to_bytes(np.ones((3, 256), np.int64)), [("k", "x")], [], [], {"c": 1})
+    part = Part(
+        "s",
+        5,
+        1,
+        bytes(32),
+        bytes(16),
+        statistics.to_bytes(np.ones((3, 256), np.int64)),
+        [("k", "x")],
+        [],
+        [],
+        {"c": 1},
+    )
     part.save(split.partial)
     assert Part.load(split.partial, "s") == part
     file = split.partial / "s.json"

@@ -16,7 +16,13 @@ from pera_jax.common import lease, owner
 from pera_jax.common.errors import UserError
 
 SHORT = {"renewal": 0.1, "silence": 0.6}  # seconds
-HOLD = "import sys, time\nfrom pera_jax.common import lease\nwith lease.held(sys.argv[1], '--output'):\n    print('held', flush=True)\n    time.sleep(60)\n"
+HOLD = """
+import sys, time
+from pera_jax.common import lease
+with lease.held(sys.argv[1], '--output'):
+    print('held', flush=True)
+    time.sleep(60)
+"""
 
 
 def leave(folder: pathlib.Path, **changes) -> owner.Owner:
@@ -38,7 +44,11 @@ def test_a_second_job_is_refused_while_the_first_lives_and_takes_over_when_it_wa
     folder = tmp_path / "a" / "run"
     process = holder(folder)
     try:
-        with pytest.raises(lease.InUse, match=rf"^{folder} is in use by process {process.pid} on .*; wait until it ends, or choose another --workdir$"):
+        with pytest.raises(
+            lease.InUse,
+            match=rf"^{folder} is in use by process {process.pid} on .*; wait until it ends, or choose another "
+                  r"--workdir$",
+        ):
             with lease.held(folder, "--workdir"):
                 pass
         process.send_signal(signal.SIGSTOP)  # it does not renew, and lives
@@ -65,7 +75,9 @@ def test_a_process_id_that_was_given_anew_is_another_process(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("content", [None, b"", b"[1, 2]", b'{"owner": {"token": "../../x"}}', b"\xff" * 3000], ids=range(5))
+@pytest.mark.parametrize(
+    "content", [None, b"", b"[1, 2]", b'{"owner": {"token": "../../x"}}', b"\xff" * 3000], ids=range(5)
+)
 def test_an_owner_on_another_machine_is_dead_when_it_does_not_renew_whatever_its_clock_says(content, tmp_path):
     left = leave(tmp_path, machine="another", host="far\x1b[2J", since="2199-01-01 00:00:00 UTC")
     if content is not None:
@@ -120,7 +132,10 @@ def test_who_has_stood_still_too_long_learns_that_it_is_out(tmp_path):
         other = leave(tmp_path, host="other")  # has taken over
         first.check()  # no need to look: it has renewed just now
         first._seen -= 1000
-        with pytest.raises(UserError, match="was taken over by process .* on other, .* suspended; this process stops without further writes"):
+        with pytest.raises(
+            UserError,
+            match="was taken over by process .* on other, .* suspended; this process stops without further writes",
+        ):
             first.check()
     assert owner.Owner.parse((tmp_path / lease.NAME).read_bytes()) == other  # not the first one's to remove
 
@@ -165,5 +180,8 @@ def test_without_hard_links_it_holds_as_well(tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_one_is_named(tmp_path):
     (tmp_path / "file").write_text("x")
     for place in (tmp_path / "file", tmp_path / "file" / "inner"):
-        with pytest.raises(UserError, match=f"cannot write to {place}: .*; choose another --output"), lease.held(place, "--output"):
+        with (
+            pytest.raises(UserError, match=f"cannot write to {place}: .*; choose another --output"),
+            lease.held(place, "--output"),
+        ):
             pass

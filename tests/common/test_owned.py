@@ -1,4 +1,5 @@
-"""Files that a command did not write are never overwritten; its own are (`test_tools` and `test_report` try the commands)."""
+"""Files that a command did not write are never overwritten; its own are (`test_tools` and `test_report` try the
+commands)."""
 
 import json
 
@@ -10,7 +11,13 @@ from pera_jax.common import errors, owned
 from pera_jax.encoder import stablehlo
 from pera_jax.probes.runner import results
 
-FOREIGN = (b"my notes\n", b"<html><body>mine</body></html>", b'{"mine": 1}', b"a,b\n1,2\n", b"\x89PNG\r\n\x1a\n....IHDR")
+FOREIGN = (
+    b"my notes\n",
+    b"<html><body>mine</body></html>",
+    b'{"mine": 1}',
+    b"a,b\n1,2\n",
+    b"\x89PNG\r\n\x1a\n....IHDR",
+)
 
 
 def test_what_this_program_wrote_is_known(tmp_path):
@@ -24,7 +31,10 @@ def test_what_this_program_wrote_is_known(tmp_path):
     for content in FOREIGN:
         file.write_bytes(content)
         for own in (owned.marked, stablehlo._ours):
-            with pytest.raises(errors.UserError, match="file already exists and was not written by this command; choose another --output"):
+            with pytest.raises(
+                errors.UserError,
+                match="file already exists and was not written by this command; choose another --output",
+            ):
                 owned.check(file, own)
         assert file.read_bytes() == content
 

@@ -15,30 +15,49 @@ from pera_jax.encoder import model as features
 from pera_jax.probes.runner import specs
 from pera_jax.training.checkpoints import checkpoint, checkpoint_store
 
-ADDRESSES = ("gs://bucket/x", "s3://bucket/x", "https://host/x", "file:///x", "hdfs://host/x", "GS://bucket", "abfs+s://x")
+ADDRESSES = (
+    "gs://bucket/x",
+    "s3://bucket/x",
+    "https://host/x",
+    "file:///x",
+    "hdfs://host/x",
+    "GS://bucket",
+    "abfs+s://x",
+)
 LOCAL = ("", "runs/aid", "/data/x", "runs/a:b/c", "tfds:eurosat/rgb", "tfds:/data/eurosat/2.0.0", "C:/x", "a,b", "..")
 COMMANDS = (
     (images, "--input {} --output out --split train"), (images, "--input in --output {} --split train"),
-    (scenes, "--input {} --output out --split train --tile 64"), (scenes, "--input in --output {} --split train --tile 64"),
+    (scenes, "--input {} --output out --split train --tile 64"), (scenes, "--input in --output {} --split train --tile "
+                                                                          "64"),
     (tfds, "--dataset {} --output out --split train"), (tfds, "--dataset x --output {} --split train"),
-    (tfds, "--dataset x --output out --split train --data-dir {}"), (demo_scenes, "--output {}"), (demo_mosaics, "--output {}"),
-    (verify, "{}"), (verify, "in --json {}"), (stats, "{}"), (stats, "in --output {}"), (browse, "{} --output out.html"),
+    (tfds, "--dataset x --output out --split train --data-dir {}"), (demo_scenes, "--output {}"),
+    (demo_mosaics, "--output {}"),
+    (verify, "{}"), (verify, "in --json {}"), (stats, "{}"), (stats, "in --output {}"), (browse, "{} --output "
+                                                                                                 "out.html"),
     (browse, "in --output {}"), (report, "--run {} --output out"), (report, "--run in --output {}"),
     (report, "--run in --output out --data {}"), (probe, "--run {} --data in"), (probe, "--run in --data {}"),
-    (probe, "--run in --data in --output {}"), (probe, "--run in --data in --labels {}"), (probe, "--run in --config {}"),
+    (probe, "--run in --data in --output {}"), (probe, "--run in --data in --labels {}"), (probe, "--run in --config "
+                                                                                                  "{}"),
     (probe, "--run in --data in --set knn.data={}"), (probe, "--run {} --show"),
     (plan, "--config {} --topology v5e:2x2"), (plan, "--config c --topology v5e:2x2 --json {}"),
-    (export, "timm --run {} --output out"), (export, "timm --run in --output {}"), (export, "stablehlo --run in --output {}"),
+    (export, "timm --run {} --output out"), (export, "timm --run in --output {}"), (export, "stablehlo --run in "
+                                                                                            "--output {}"),
     (export, "released --run in --output {}"), (export, "features --run in --input {} --output out"),
     (export, "features --run in --input in --output {}"), (export, "import-released {} --output out"),
-    (export, "import-released in --output {}"), (export, "import-timm {} --output out"), (export, "import-timm in --output {}"),
+    (export, "import-released in --output {}"), (export, "import-timm {} --output out"), (export, "import-timm in "
+                                                                                                  "--output {}"),
 )  # fmt: skip
 
 
 def test_what_is_an_address():
     for name in LOCAL:
         assert paths.local(name) == name
-    for name in (*ADDRESSES, *(pathlib.Path(name) for name in ADDRESSES), "shards/aid, gs://bucket/x", "tfds:gs://bucket/x"):
+    for name in (
+        *ADDRESSES,
+        *(pathlib.Path(name) for name in ADDRESSES),
+        "shards/aid, gs://bucket/x",
+        "tfds:gs://bucket/x",
+    ):
         with pytest.raises(errors.UserError, match="is a URL, and only local paths"):
             paths.local(name)
 

@@ -42,10 +42,11 @@ def scores(objective, kind: str) -> float:
 
 
 def beside_the_method(config) -> float:
-    """The products that the count leaves out: spreading term, centre, resampled positions; class logits and attention
+    """The products that the count leaves out: spreading term, center, resampled positions; class logits and attention
     scores once more.
 
-    The class term keeps no logits, of either network, and the student's blocks no scores: the backward pass computes them.
+    The class term keeps no logits, of either network, and the student's blocks no scores: the backward pass computes
+    them.
     """
     objective = tiny.objective(config)
     heads, side = config.pera.heads, config.crops.global_size // config.model.patch
@@ -75,7 +76,13 @@ def beside_the_method(config) -> float:
     [
         dict(batch_size=4),
         dict(batch_size=8, model__depth=5, model__scan=False, model__mlp_ratio=3.0),
-        dict(batch_size=6, drop_path__rate=0.0, pera__loss__koleo_group=0, crops__local_number=0, pera__masks__student=0.3),
+        dict(
+            batch_size=6,
+            drop_path__rate=0.0,
+            pera__loss__koleo_group=0,
+            crops__local_number=0,
+            pera__masks__student=0.3,
+        ),
         dict(batch_size=4, crops__local_number=5, crops__global_number=1, drop_path__group=4),
     ],
     ids=str,

@@ -77,7 +77,9 @@ def test_collectives_of_a_program_compiled_here():
         return jax.lax.scan(lambda sum, _: (jax.lax.psum(sum, "data"), None), x, None, length=5)[0]
 
     spec = dict(mesh=mesh, in_specs=sharding.BATCH, out_specs=sharding.BATCH, check_vma=False)
-    compiled = jax.jit(jax.shard_map(local, **spec)).lower(jax.ShapeDtypeStruct((8, 3), jnp.float32, sharding=where)).compile()
+    compiled = (
+        jax.jit(jax.shard_map(local, **spec)).lower(jax.ShapeDtypeStruct((8, 3), jnp.float32, sharding=where)).compile()
+    )
     found = hlo.by_kind(hlo.collectives(compiled.as_text()))
     assert found == {"all-reduce": dict(places=1, count=5, bytes=5 * 3 * 4)}
 
@@ -85,7 +87,8 @@ def test_collectives_of_a_program_compiled_here():
 @pytest.mark.parametrize("first", [1, 4, 16, 64])
 @pytest.mark.parametrize("limit", [7, 40, 1000])
 def test_the_search_finds_the_largest_batch_in_few_compilations(first, limit):
-    """Memory with a constant part and steps, like that of real buffers; the compiler runs out of memory if it is far too large."""
+    """Memory with a constant part and steps, like that of real buffers; the compiler runs out of memory if it is far
+    too large."""
     asked = []
 
     def memory(count):
@@ -139,7 +142,8 @@ def test_a_topology_without_libtpu(monkeypatch):
 
 
 def test_chips_are_known_by_the_names_of_their_devices():
-    names = {"TPU v5 lite": "TPU v5e", "TPU v5": "TPU v5p", "TPU v6 lite": "TPU v6e", "NVIDIA H100 80GB HBM3": "H100 SXM",
+    names = {"TPU v5 lite": "TPU v5e", "TPU v5": "TPU v5p", "TPU v6 lite": "TPU v6e",
+        "NVIDIA H100 80GB HBM3": "H100 SXM",
              "NVIDIA A100-SXM4-40GB": "A100 40 GB", "NVIDIA L4": "L4", "NVIDIA L40S": "L40S", "NVIDIA H200": "H200",
              "NVIDIA GH200 480GB": "GH200", "NVIDIA A10G": "A10G"}  # fmt: skip
     assert {kind: chips.chip_of(kind).name for kind in names} == names

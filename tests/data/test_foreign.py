@@ -132,7 +132,9 @@ def test_tiffs_of_any_layout(case):
     assert found.pixels.dtype == values.dtype and found.pixels.flags.writeable and len(found.bands) == values.shape[2]
     upper, bands = (values >> (depth - 8)).astype(np.uint8), values.shape[2]
     if bands in (1, 3, 4):
-        np.testing.assert_array_equal(foreign.read(encoded).pixels, np.repeat(upper, 3, 2) if bands == 1 else upper[..., :3])
+        np.testing.assert_array_equal(
+            foreign.read(encoded).pixels, np.repeat(upper, 3, 2) if bands == 1 else upper[..., :3]
+        )
     elif bands > 4:
         with pytest.raises(foreign.ImageDecodeError, match=f"has {bands} bands"):
             foreign.read(encoded, colors=True)
@@ -144,9 +146,13 @@ def test_tiffs_of_any_layout(case):
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_pngs_of_any_depth(data):
-    depth, bands = data.draw(st.sampled_from([(1, 1), (2, 1), (4, 1), *((d, b) for d in (8, 16) for b in (1, 2, 3, 4))]))
+    depth, bands = data.draw(
+        st.sampled_from([(1, 1), (2, 1), (4, 1), *((d, b) for d in (8, 16) for b in (1, 2, 3, 4))])
+    )
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
-    values = rng.integers(0, 1 << depth, (data.draw(st.integers(1, 20)), data.draw(st.integers(1, 20)), bands), np.uint16)
+    values = rng.integers(
+        0, 1 << depth, (data.draw(st.integers(1, 20)), data.draw(st.integers(1, 20)), bands), np.uint16
+    )
     values[0, 0] = (1 << depth) - 1
     orientation = data.draw(st.integers(1, 8))
     clear = values[-1, -1].tolist() if bands in (1, 3) and data.draw(st.booleans()) else ()
@@ -239,7 +245,11 @@ def test_a_thumbnail_or_mask_before_the_picture_is_none(tmp_path):
     import tifffile
 
     rgb = np.random.default_rng(8).integers(0, 256, (32, 48, 3), np.uint8)
-    for name, small, flag, inner in (("pages", rgb[::4, ::4], 1, 0), ("inner", rgb[::4, ::4], 1, 1), ("mask", rgb[..., 0] > 99, 4, 0)):
+    for name, small, flag, inner in (
+        ("pages", rgb[::4, ::4], 1, 0),
+        ("inner", rgb[::4, ::4], 1, 1),
+        ("mask", rgb[..., 0] > 99, 4, 0),
+    ):
         with tifffile.TiffWriter(tmp_path / name) as file:
             file.write(small, photometric="rgb" if small.ndim == 3 else "minisblack", subfiletype=flag, subifds=inner)
             file.write(rgb, photometric="rgb", subfiletype=0)
@@ -254,7 +264,9 @@ def test_a_failing_machine_is_no_plain_head_of_a_tiff(tmp_path, monkeypatch):
     import tifffile
 
     tifffile.imwrite(tmp_path / "sound.tif", np.zeros((8, 8), np.uint8))
-    monkeypatch.setattr(tiff_files, "_orientation", lambda page: (_ for _ in ()).throw(OSError(errno.EMFILE, "too many")))
+    monkeypatch.setattr(
+        tiff_files, "_orientation", lambda page: (_ for _ in ()).throw(OSError(errno.EMFILE, "too many"))
+    )
     with pytest.raises(environment.EnvironmentFault, match="sound.tif"):
         tiff_files.head_of(str(tmp_path / "sound.tif"))
     monkeypatch.setattr(tiff_files, "_auxiliary", lambda page: (_ for _ in ()).throw(MemoryError()))
@@ -267,7 +279,10 @@ def test_a_failing_machine_is_no_plain_head_of_a_tiff(tmp_path, monkeypatch):
 def test_a_palette_tiff_has_its_colors_in_both_readings(tmp_path):
     import tifffile
 
-    numbers, palette = np.arange(256, dtype=np.uint8).reshape(16, 16), np.random.default_rng(3).integers(0, 65536, (3, 256), np.uint16)
+    numbers, palette = (
+        np.arange(256, dtype=np.uint8).reshape(16, 16),
+        np.random.default_rng(3).integers(0, 65536, (3, 256), np.uint16),
+    )
     tifffile.imwrite(tmp_path / "palette.tif", numbers, photometric="palette", colormap=palette)
     for colors in (True, None, False):
         found = foreign.read((tmp_path / "palette.tif").read_bytes(), colors)
@@ -281,7 +296,9 @@ def test_images_unlike_most_of_a_folder_are_left_out_and_counted(tmp_path):
     rng = np.random.default_rng(5)
     for number in range(6):
         Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(tmp_path / f"{number}.png")
-    tifffile.imwrite(tmp_path / "0_five.tif", np.zeros((5, 16, 16), np.uint8), photometric="minisblack", planarconfig="separate")
+    tifffile.imwrite(
+        tmp_path / "0_five.tif", np.zeros((5, 16, 16), np.uint8), photometric="minisblack", planarconfig="separate"
+    )
     tifffile.imwrite(tmp_path / "1_float.tif", np.zeros((16, 16, 3), np.float32), photometric="rgb")
     tifffile.imwrite(tmp_path / "2_deep.tif", np.full((16, 16, 3), 60000, np.uint16), photometric="rgb")
     with pytest.raises(UserError, match=r"0_five.tif .*5 bands of uint8, but most images have 3 of uint8.*2 of 9"):
@@ -309,8 +326,10 @@ def test_overviews_of_a_tiff_are_no_further_pictures():
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        (np.zeros((5, 5, 1), np.int16), "has values of int16"), (np.zeros((5, 5, 3), np.uint32), "has values of uint32"),
-        (np.zeros((5, 5, 1), np.float64), "has values of float64"), (np.zeros((5, 5, 1), np.complex64), "has values of complex64"),
+        (np.zeros((5, 5, 1), np.int16), "has values of int16"), (np.zeros((5, 5, 3), np.uint32), "has values of "
+                                                                                                 "uint32"),
+        (np.zeros((5, 5, 1), np.float64), "has values of float64"),
+        (np.zeros((5, 5, 1), np.complex64), "has values of complex64"),
     ],
 )  # fmt: skip
 def test_kinds_of_values_that_are_not_read(values, sentence):
@@ -357,8 +376,13 @@ def test_masks_keep_their_values_and_follow_their_scene(tmp_path):
     for orientation, turn in toy_images.TURNED.items():
         exif = Image.Exif()
         exif[0x0112] = orientation
-        (tmp_path / "image/a.png").write_bytes(toy_images.png(np.ascontiguousarray(turn(scene)), 8, orientation=orientation))
-        for stored in (toy_images.png(np.ascontiguousarray(turn(mask)), 2, orientation=orientation), toy_images.png(mask, 2)):
+        (tmp_path / "image/a.png").write_bytes(
+            toy_images.png(np.ascontiguousarray(turn(scene)), 8, orientation=orientation)
+        )
+        for stored in (
+            toy_images.png(np.ascontiguousarray(turn(mask)), 2, orientation=orientation),
+            toy_images.png(mask, 2),
+        ):
             (tmp_path / "label/a.png").write_bytes(stored)  # turned as its scene, or upright already
             found = scene_files.read(scene_files.files(tmp_path, 1), "a", Bands.plain(), ())
             np.testing.assert_array_equal(found.images[0], scene)
@@ -380,7 +404,8 @@ def test_masks_may_be_tiffs_and_what_they_declare_is_no_class(tmp_path):
     mask[0, :5] = 255
 
     def read(dtype="uint8", nodata=None, values=mask):
-        with rasterio.open(tmp_path / "label/a.tif", "w", driver="GTiff", width=32, height=24, count=1, dtype=dtype, nodata=nodata,
+        with rasterio.open(tmp_path / "label/a.tif", "w", driver="GTiff", width=32, height=24, count=1, dtype=dtype,
+            nodata=nodata,
                            compress="deflate") as file:  # fmt: skip
             file.write(values.astype(dtype), 1)
         return scene_files.read(scene_files.files(tmp_path, 1), "a", Bands.plain(), ()).mask
@@ -393,13 +418,20 @@ def test_masks_may_be_tiffs_and_what_they_declare_is_no_class(tmp_path):
         read("float32")
 
 
-@pytest.mark.parametrize("dtype, nodata", [("uint8", 255), ("uint8", 0), ("uint16", 65535), ("float32", -9999), ("float32", float("nan"))])
+@pytest.mark.parametrize(
+    "dtype, nodata", [("uint8", 255), ("uint8", 0), ("uint16", 65535), ("float32", -9999), ("float32", float("nan"))]
+)
 def test_what_a_tiff_declares_to_be_no_data_is_as_in_scenes(tmp_path, dtype, nodata):
     rasterio = pytest.importorskip("rasterio")
     rng = np.random.default_rng(4)
-    pixels = (rng.uniform(-25, -1, (3, 24, 32)) if dtype == "float32" else rng.integers(1, 250, (3, 24, 32)) * (1 if dtype == "uint8" else 200)).astype(dtype)
+    pixels = (
+        rng.uniform(-25, -1, (3, 24, 32))
+        if dtype == "float32"
+        else rng.integers(1, 250, (3, 24, 32)) * (1 if dtype == "uint8" else 200)
+    ).astype(dtype)
     pixels[:, :6, :9] = pixels[1, 20, 20] = nodata
-    with rasterio.open(tmp_path / "a.tif", "w", driver="GTiff", width=32, height=24, count=3, dtype=dtype, nodata=nodata,
+    with rasterio.open(tmp_path / "a.tif", "w", driver="GTiff", width=32, height=24, count=3, dtype=dtype,
+        nodata=nodata,
                        photometric="RGB") as file:  # fmt: skip
         file.write(pixels)
     encoded = (tmp_path / "a.tif").read_bytes()

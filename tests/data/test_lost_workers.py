@@ -1,4 +1,5 @@
-"""Data workers that the system kills, their shared memory, hosts that do not come, and Ctrl-C before a command has begun."""
+"""Data workers that the system kills, their shared memory, hosts that do not come, and Ctrl-C before a command has
+begun."""
 
 import multiprocessing
 import os
@@ -45,7 +46,8 @@ def source(tmp_path_factory):
 
 
 def test_a_worker_that_the_system_kills_is_one_sentence(source):
-    stream = pipeline.make_pipeline(Mixture.from_source(source), CROPS, batch_size=1, seed=0, workers=1)  # one image is a batch, too
+    # one image is a batch, too
+    stream = pipeline.make_pipeline(Mixture.from_source(source), CROPS, batch_size=1, seed=0, workers=1)
     assert next(stream)["global"].shape[0] == 1
     (worker,) = multiprocessing.active_children()
     os.kill(worker.pid, signal.SIGKILL)
@@ -67,7 +69,8 @@ def test_the_memory_of_a_killed_run_is_given_back_and_that_of_a_living_one_is_no
     run = subprocess.Popen(
         [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "data")],
         stdout=subprocess.PIPE, start_new_session=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), str(pathlib.Path(__file__).parents[1] / "support")])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(),
+        str(pathlib.Path(__file__).parents[1] / "support")])},
     )  # fmt: skip
     assert run.stdout.readline() == b"ready\n"
     mine = segments() - before
@@ -138,7 +141,9 @@ def test_a_fault_of_the_machine_anywhere_is_one_line(error, said, capsys):
     with pytest.raises(SystemExit) as ended:
         errors.run(main)
     text = capsys.readouterr().err
-    assert ended.value.code == errors.TRY_AGAIN and said in text and text.startswith("error: ") and text.count("\n") == 1
+    assert (
+        ended.value.code == errors.TRY_AGAIN and said in text and text.startswith("error: ") and text.count("\n") == 1
+    )
 
 
 @pytest.mark.parametrize("module", ["pera_jax.train", "data_prep.images"])

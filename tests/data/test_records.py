@@ -138,7 +138,10 @@ def test_an_info_that_cannot_be_true_is_refused_naming_the_field(folder):
         ({"std": [0.1, -0.1, 0.1]}, "split 'train' has a negative standard deviation"),
         ({"ranges": [[0, 255], [5, 5], [0, 255]]}, "split 'train' has a range that is not low < high"),
         ({"ranges": [[0, 255], [0], [0, 255]]}, "ranges[1]: expected array of length >= 2"),
-        ({"shard_records": [3, 10**9], "records": 10**9 + 3}, f"claims 1,000,000,000 records in the {split['shard_bytes'][1]:,}"),
+        (
+            {"shard_records": [3, 10**9], "records": 10**9 + 3},
+            f"claims 1,000,000,000 records in the {split['shard_bytes'][1]:,}",
+        ),
         ({"records": 1}, "split 'train' has 1 records, but its shards"),
         ({"records": "7"}, "records: expected int, got str"),
         ({"shard_bytes": [size]}, "has 2 shards, but 2 record counts and 1 sizes"),
@@ -210,7 +213,8 @@ def test_statistics_of_histograms_are_those_of_the_pixels(dtype):
 
 
 @pytest.mark.parametrize(
-    "mean, std", [(301, 0.3), (3000, 2), (3000, 0.01), (-1e6, 1), (0.2, 1e-5), (-15, 4), (0, 1), (1e-30, 1e-31), (1e30, 1e28)]
+    "mean, std",
+    [(301, 0.3), (3000, 2), (3000, 0.01), (-1e6, 1), (0.2, 1e-5), (-15, 4), (0, 1), (1e-30, 1e-31), (1e30, 1e28)],
 )
 def test_floats_far_from_zero_have_the_statistics_of_their_values(mean, std):
     """Also where a few values lie all over the octave, and in others."""
@@ -252,7 +256,10 @@ def test_histograms_of_floats_do_not_depend_on_how_the_images_were_divided(seed,
     for band in range(2):
         values, held = statistics.table(at_once[band])
         if cells > 1600:
-            np.testing.assert_array_equal(np.repeat(values, held), np.sort(np.where(abs(pixels[..., band]) < 1e-38, 0, pixels[..., band]), axis=None))
+            np.testing.assert_array_equal(
+                np.repeat(values, held),
+                np.sort(np.where(abs(pixels[..., band]) < 1e-38, 0, pixels[..., band]), axis=None),
+            )
         assert (np.diff(values) >= 0).all()
 
 

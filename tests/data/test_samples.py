@@ -66,7 +66,9 @@ def test_tables_of_labels(shards, folders, tmp_path):
     assert found.class_names == ("water", "road")
     assert found.labels.tolist() == [[True, False], [True, True], [False, False], [False, True], [False, True]]
     assert found.fingerprint != samples.open_samples(shards, "train").fingerprint
-    table.write_text("key,label\n" + "".join(f"{folder}/{i}.png,{i % 2}\n" for folder in labelled_toys.CLASSES for i in range(5)))
+    table.write_text(
+        "key,label\n" + "".join(f"{folder}/{i}.png,{i % 2}\n" for folder in labelled_toys.CLASSES for i in range(5))
+    )
     found = samples.open_samples(str(folders), "train", str(table))
     assert found.class_names == ("0", "1")
     assert found.labels.tolist() == [int(pathlib.Path(key).stem) % 2 for key in found.keys]
@@ -76,7 +78,16 @@ def test_tables_of_labels(shards, folders, tmp_path):
 @pytest.mark.parametrize("cell", [",", ";", "\t"])
 def test_tables_as_spreadsheets_save_them(tmp_path, encoding, cell):
     keys = ["wood/caf\u00e9.png", "wood/2.png", "water/3.png"]
-    rows = ["key,label,,", " wood\\cafe\u0301.png, wood ,,", "", "wood/2.png,wood,,", "other.png,,,", "water/3.png,\u6c34,,", ",,,", ""]
+    rows = [
+        "key,label,,",
+        " wood\\cafe\u0301.png, wood ,,",
+        "",
+        "wood/2.png,wood,,",
+        "other.png,,,",
+        "water/3.png,\u6c34,,",
+        ",,,",
+        "",
+    ]
     (tmp_path / "l.csv").write_bytes("\r\n".join(rows).replace(",", cell).encode(encoding))
     names, labels, _ = label_tables.read_labels(tmp_path / "l.csv", keys)
     assert names == ("wood", "\u6c34")
@@ -133,10 +144,17 @@ def _move(source: str, target: str):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (_move("test/plain/2.png", "test/forest/2.png"), "small has different classes in 'train' and 'test': plain .* forest"),
+        (
+            _move("test/plain/2.png", "test/forest/2.png"),
+            "small has different classes in 'train' and 'test': plain .* forest",
+        ),
         (_move("train", "training"), "has no folder 'train' for the split; it has test, training"),
-        (lambda folder: [_move(f"train/{name}", f"train/{name[-5:]}")(folder) for name in ("dots/0.png", "stripes/2.png")],
-         "train/0.png is not in a class folder, like 1 other images of 5"),
+        (
+            lambda folder: [
+                _move(f"train/{name}", f"train/{name[-5:]}")(folder) for name in ("dots/0.png", "stripes/2.png")
+            ],
+            "train/0.png is not in a class folder, like 1 other images of 5",
+        ),
         (lambda folder: (folder / "train" / "water").mkdir(), "train/water has no images"),
         (lambda folder: shutil.rmtree(folder / "test") or (folder / "test").mkdir(), "test has no images"),
         (lambda folder: shutil.rmtree(folder), "does not exist"),
@@ -162,7 +180,10 @@ def test_a_few_images_beside_the_class_folders_are_left_out_and_named(folders, c
     assert "1 image lies outside the folders of the 3 classes dots, plain, stripes and is left out" in told
     assert "train/logo.png" in told
     assert len(samples.open_images(str(folders), "train")) == 6  # an export takes all
-    assert "folders are not used as classes (dots, plain, stripes): there are images outside of them (logo.png" in capsys.readouterr().err
+    assert (
+        "folders are not used as classes (dots, plain, stripes): there are images outside of them (logo.png"
+        in capsys.readouterr().err
+    )
 
 
 def test_folders_that_look_like_splits_are_told(folders, capsys):
@@ -176,7 +197,9 @@ def test_a_few_unreadable_files_are_left_out_and_named(folders, capsys):
     first = samples.open_samples(str(folders), "train").fingerprint
     for name, content in (("a.png", b"x"), ("b.jpg", b""), ("c.bmp", b"BM"), ("d.txt", b"")):
         (folders / "train/plain" / name).write_bytes(content)
-    with pytest.raises(UserError, match="plain/a.png cannot be read as an image .*, like 2 of 7 images; .*max-corrupt-fraction"):
+    with pytest.raises(
+        UserError, match="plain/a.png cannot be read as an image .*, like 2 of 7 images; .*max-corrupt-fraction"
+    ):
         samples.open_samples(str(folders), "train")
     found = samples.open_samples(str(folders), "train", reading=samples.folders.Reading(max_corrupt_fraction=0.3))
     assert len(found) == 5 and len(images(found)) == 5 and found.fingerprint == first
@@ -209,7 +232,10 @@ def test_links_that_leave_the_folder_are_followed_where_they_are_to_be(folders, 
         ("key,label\n0.png,a\n0.png,a\n", "line 3 .* repeats the key 0.png"),
         ("key,label\nx/0.png,a\nx\\0.png,b\n", r"lines 2 and 3 of .* different labels"),
         ("key,label\n" + "".join(f"{i}.png,\x1b[31m{i % 2}\n" for i in range(5)), "control characters"),
-        ("key,label\n0.png,a\n1.png, \n2.png,b\n3.png,\n4.png,b\n", r"line 3 .* has an empty label for the image 1.png \(2 such"),
+        (
+            "key,label\n0.png,a\n1.png, \n2.png,b\n3.png,\n4.png,b\n",
+            r"line 3 .* has an empty label for the image 1.png \(2 such",
+        ),
         ("key,label,\n0.png,a,\n1.png,a,b\n", "line 3 .* expected 2 cells, got 3"),
         ("key,a,b\n" + "".join(f"{i}.png,0,2\n" for i in range(5)), "has '2' for the image 0.png; expected 0 or 1"),
     ],

@@ -115,7 +115,9 @@ def test_images_keep_their_bytes_classes_and_order(data_dir, tmp_path):
 
 def test_probes_read_it_as_it_is(data_dir, tmp_path):
     """The same images, keys and labels as the shards that are made of it; nothing is converted."""
-    shards = convert(data_dir, tmp_path / "out", "--dataset", data_dir / "toy_fields/plain/1.2.0", "--tfds-split", "train")
+    shards = convert(
+        data_dir, tmp_path / "out", "--dataset", data_dir / "toy_fields/plain/1.2.0", "--tfds-split", "train"
+    )
     ours, theirs = samples.from_source(shards), samples.open_samples(f"tfds:{data_dir}/toy_fields/plain/1.2.0", "train")
     assert (theirs.class_names, theirs.bands, theirs.dtype) == (ours.class_names, ours.bands, ours.dtype)
     assert list(theirs.keys) == list(ours.keys) and theirs.labels.tolist() == ours.labels.tolist()
@@ -124,7 +126,8 @@ def test_probes_read_it_as_it_is(data_dir, tmp_path):
     half = samples.open_samples(f"tfds:{data_dir}/toy_fields/plain/1.2.0", "train[50%:]")
     assert list(half.keys) == list(ours.keys)[10:] and half.fingerprint != theirs.fingerprint
     for name, split, sentence in (
-        ("plain", "val", "'val' selects no examples"), ("full", "train", "choose one with --image-feature of python -m data_prep.tfds"),
+        ("plain", "val", "'val' selects no examples"), ("full", "train", "choose one with --image-feature of python -m "
+                                                                         "data_prep.tfds"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=sentence):
             samples.open_samples(f"tfds:{data_dir}/toy_fields/{name}/1.2.0", split)

@@ -34,11 +34,20 @@ def test_backslashes_in_a_zip_are_folders_and_are_told(tmp_path, capsys):
     """As Windows PowerShell 5 writes them; a name that leads out, or that is there twice, is rejected as ever."""
     image = encode(np.zeros((40, 40, 3), np.uint8))
     with zipfile.ZipFile(tmp_path / "win.zip", "w") as archive:
-        for name in ("train\\", "train\\wood\\1.png", "train\\wood/1.png", "train\\sea\\2.png", "train\\..\\..\\3.png", "\\4.png"):
+        for name in (
+            "train\\",
+            "train\\wood\\1.png",
+            "train\\wood/1.png",
+            "train\\sea\\2.png",
+            "train\\..\\..\\3.png",
+            "\\4.png",
+        ):
             member = zipfile.ZipInfo("x")
             member.filename = name  # ZipInfo itself would cut at a backslash on Windows
             archive.writestr(member, b"" if name.endswith("\\") else image)
-    images.main(["--input", str(tmp_path / "win.zip"), "--output", str(tmp_path / "out"), "--split", "train", "--workers", "1"])
+    images.main(
+        ["--input", str(tmp_path / "win.zip"), "--output", str(tmp_path / "out"), "--split", "train", "--workers", "1"]
+    )
     said = capsys.readouterr().out
     assert "5 names in " in said
     assert "have backslashes, which are read as folders" in said
@@ -52,7 +61,9 @@ def test_backslashes_in_a_zip_are_folders_and_are_told(tmp_path, capsys):
 
 def test_backslashes_that_are_no_folders_are_told(tmp_path, capsys):
     pack(tmp_path / "in.tar", {f"wood\\{i}.png": encode(np.full((40, 40, 3), i, np.uint8)) for i in range(3)})
-    images.main(["--input", str(tmp_path / "in.tar"), "--output", str(tmp_path / "out"), "--split", "train", "--workers", "1"])
+    images.main(
+        ["--input", str(tmp_path / "in.tar"), "--output", str(tmp_path / "out"), "--split", "train", "--workers", "1"]
+    )
     assert "3 names in " in (said := capsys.readouterr().out)
     assert "classes in them are not found" in said
 
@@ -66,7 +77,11 @@ def test_classes_that_no_list_of_names_can_hold_are_refused(tmp_path):
 
 def test_utf_8_in_a_zip_needs_no_flag(tmp_path):
     """As macOS writes it; code page 437, which such names should be in, is read as ever."""
-    names = {"caf\xe9/1.png": b"caf\xc3\xa9/1.png", "stra\xdfe/2.png": b"stra\xe1e/2.png", "plain/3.png": b"plain/3.png"}
+    names = {
+        "caf\xe9/1.png": b"caf\xc3\xa9/1.png",
+        "stra\xdfe/2.png": b"stra\xe1e/2.png",
+        "plain/3.png": b"plain/3.png",
+    }
     with zipfile.ZipFile(tmp_path / "mac.zip", "w") as archive:
         for raw in names.values():
             archive.writestr(raw.decode("cp437").encode("ascii", "replace").decode(), b"?")

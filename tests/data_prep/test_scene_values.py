@@ -1,4 +1,5 @@
-"""What GeoTIFFs say of their values and places: no data, scales, masks, overviews, control points, unlike and hostile files."""
+"""What GeoTIFFs say of their values and places: no data, scales, masks, overviews, control points, unlike and hostile
+files."""
 
 import contextlib
 import json
@@ -50,13 +51,17 @@ def inline(jobs, convert, workers, report):
 
 def drawn(kind, shape=(2, 64, 64)):
     rng = np.random.default_rng(0)
-    low, high = {"decibels": (-25, -5), "sea bottom": (-6000, -100), "vegetation": (-0.3, 0.9), "heights": (5, 900)}[kind]
+    low, high = {"decibels": (-25, -5), "sea bottom": (-6000, -100), "vegetation": (-0.3, 0.9), "heights": (5, 900)}[
+        kind
+    ]
     return rng.uniform(low, high, shape).astype(np.float32)
 
 
 @pytest.mark.parametrize("mark", [-9999, np.nan, -3.4028234663852886e38, 0, 9999])
 @pytest.mark.parametrize("kind", ["decibels", "sea bottom", "vegetation", "heights"])
-def test_what_has_no_data_is_never_brighter_than_data_and_the_folder_says_how_much_there_is(tmp_path, capsys, kind, mark):
+def test_what_has_no_data_is_never_brighter_than_data_and_the_folder_says_how_much_there_is(
+    tmp_path, capsys, kind, mark
+):
     pixels = drawn(kind)
     pixels[:, :5], pixels[1, 40, 3:50] = mark, mark
     path = write(tmp_path / "a.tif", pixels, nodata=mark)
@@ -64,7 +69,9 @@ def test_what_has_no_data_is_never_brighter_than_data_and_the_folder_says_how_mu
     lost = np.isnan(pixels) if np.isnan(mark) else pixels == np.float32(mark)
     low, high = np.array(info.ranges).T
     truth = np.moveaxis(np.where(lost, np.nan, pixels), 0, 2)
-    np.testing.assert_allclose([low, high], np.nanpercentile(truth, (1, 99), axis=(0, 1)), atol=0.02 * (high - low).max())
+    np.testing.assert_allclose(
+        [low, high], np.nanpercentile(truth, (1, 99), axis=(0, 1)), atol=0.02 * (high - low).max()
+    )
     whole = np.zeros((64, 64, 2), np.float32)
     for image, place in tiles.values():
         column, row, width, height = place["window"]
@@ -88,7 +95,12 @@ def test_what_has_no_data_is_never_brighter_than_data_and_the_folder_says_how_mu
 
 def test_a_false_word_on_what_has_no_data_is_found():
     image = drawn("decibels")[:, :4, :4].transpose(1, 2, 0)
-    for facts in ({}, {"pixels": [1], "values": [0]}, {"pixels": [1, 0], "values": ["x", 0]}, {"pixels": [3, 0], "values": [0, 0]}):
+    for facts in (
+        {},
+        {"pixels": [1], "values": [0]},
+        {"pixels": [1, 0], "values": ["x", 0]},
+        {"pixels": [3, 0], "values": [0, 0]},
+    ):
         with pytest.raises(ValueError, match="place does not give|nodata pixels in band"):
             with_data(image, facts)
 
@@ -105,7 +117,9 @@ def area_mean(pixels, valid, step):
             weight = 0.0
             for i in range(int(r * step), min(int(np.ceil((r + 1) * step)), pixels.shape[0])):
                 for j in range(int(c * step), min(int(np.ceil((c + 1) * step)), pixels.shape[1])):
-                    area = (min(i + 1, (r + 1) * step) - max(i, r * step)) * (min(j + 1, (c + 1) * step) - max(j, c * step))
+                    area = (min(i + 1, (r + 1) * step) - max(i, r * step)) * (
+                        min(j + 1, (c + 1) * step) - max(j, c * step)
+                    )
                     if valid[i, j] and area > 1e-9:
                         mean[r, c] += area * float(pixels[i, j])
                         weight += area
@@ -127,7 +141,12 @@ def test_what_has_no_data_does_not_spread_when_pixels_grow(tmp_path, kind, gsd):
         pixels[0, 5, 5:9], valid[5, 5:9] = (np.nan if "NaN" in kind else mark), False
     path = tmp_path / "a.tif"
     if kind == "an alpha band":
-        write(path, np.concatenate([pixels, 255.0 * valid[None]]).astype(np.float32), photometric="minisblack", alpha="yes")
+        write(
+            path,
+            np.concatenate([pixels, 255.0 * valid[None]]).astype(np.float32),
+            photometric="minisblack",
+            alpha="yes",
+        )
     else:
         write(path, pixels, **options)
     if kind.startswith("a mask"):
@@ -162,7 +181,11 @@ def test_smaller_pixels_keep_planes_and_do_not_depend_on_blocks(seed, steps, con
     down, across = ((np.arange(number) + 0.5) * step for number, step in zip(size[::-1], steps[::-1], strict=True))
     expected = np.full(found.shape[1:], -17.25) if constant else 3 * across[None] - 2 * down[:, None]
     inner = np.s_[:, 8:-8, 8:-8] if not constant else np.s_[:]
-    np.testing.assert_allclose(found[inner][there[inner]], np.broadcast_to(expected, found.shape)[inner][there[inner]], atol=1e-4 if max(steps) <= 1 or constant else 0.05)
+    np.testing.assert_allclose(
+        found[inner][there[inner]],
+        np.broadcast_to(expected, found.shape)[inner][there[inner]],
+        atol=1e-4 if max(steps) <= 1 or constant else 0.05,
+    )
     assert (found[~there] == 0).all() and there.any()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scene_resample, "_SIDE", 7)
@@ -190,7 +213,8 @@ def test_fill_values_are_named_beforehand_and_can_be_declared(tmp_path, capsys):
         convert([write(tmp_path / "b.tif", values((1, 64, 64)))], tmp_path / "three", "--nodata", "-9999")
 
 
-@pytest.mark.parametrize("kind, dtype, fill", [("dark", "uint8", 0), ("bright", "uint8", 255), ("reflectance", "uint16", 0), ("decibels", "float32", 0)])  # fmt: skip
+@pytest.mark.parametrize("kind, dtype, fill", [("dark", "uint8", 0), ("bright", "uint8", 255), ("reflectance", "uint16",
+    0), ("decibels", "float32", 0)])  # fmt: skip
 def test_patches_of_a_fill_value_amid_the_others_are_told(tmp_path, kind, dtype, fill):
     rng = np.random.default_rng(1)
     low, high = {"decibels": (-25, 0), "reflectance": (1, 4000)}.get(kind, (0, 256))
@@ -213,7 +237,8 @@ def test_patches_of_a_fill_value_amid_the_others_are_told(tmp_path, kind, dtype,
     ]
 
 
-@pytest.mark.parametrize("dtype, mark, found", [("float32", 1e20, True), ("uint16", 65535, True), ("uint16", 1, False), ("float32", 0.05, False)])  # fmt: skip
+@pytest.mark.parametrize("dtype, mark, found", [("float32", 1e20, True), ("uint16", 65535, True), ("uint16", 1, False),
+    ("float32", 0.05, False)])  # fmt: skip
 def test_hints_are_given_of_values_far_from_all_others_only(dtype, mark, found):
     pixels = (np.random.default_rng(0).gamma(3, 0.1, (200, 200, 1)) * (1 if dtype == "float32" else 3000)).astype(dtype)
     pixels[:3] = mark
@@ -263,7 +288,10 @@ def test_scaled_scenes_may_hold_signed_numbers_and_know_no_data_before_they_are_
         file.scales, file.offsets = (1e-4,), (0.5,)
     (tile,) = cut([tmp_path / "a.tif"], nodata=(-28672,), scaled=True)[0].values()
     np.testing.assert_allclose(tile.pixels[3:, :, 0], pixels[0, 3:] * 1e-4 + 0.5, atol=1e-6)
-    assert tile.place["no_data"] == {"pixels": [96], "values": [tile.pixels[3:].min().item() if tile.pixels[3:].min() < 0 else 0]}
+    assert tile.place["no_data"] == {
+        "pixels": [96],
+        "values": [tile.pixels[3:].min().item() if tile.pixels[3:].min() < 0 else 0],
+    }
 
 
 # ---------------------------------------------------------------- bands
@@ -273,7 +301,9 @@ def test_scaled_scenes_may_hold_signed_numbers_and_know_no_data_before_they_are_
 def test_overviews_change_neither_names_nor_what_is_infrared(tmp_path, interleave):
     pixels = values((4, 600, 600), "uint8")
     pixels[3, :200] = 0  # water is black in the infrared
-    whole = write(tmp_path / "a.tif", pixels, ("r", "g", "b", "nir"), photometric="RGB", alpha="yes", interleave=interleave)
+    whole = write(
+        tmp_path / "a.tif", pixels, ("r", "g", "b", "nir"), photometric="RGB", alpha="yes", interleave=interleave
+    )
     with rasterio.open(whole, "r+") as file:
         file.build_overviews([2, 4], rasterio.enums.Resampling.nearest)
     with rasterio.open(whole) as file:
@@ -312,7 +342,10 @@ def test_scenes_with_control_points_lie_where_these_say(tmp_path, capsys):
     assert {place["georeference"] for _, place in tiles.values()} == {"gcps"}
     place = tiles["a.tif/000016_000000"][1]
     assert place["bounds"] == pytest.approx([500_192, 3_999_488, 500_640, 3_999_936], abs=0.1)
-    assert place["transform"] == pytest.approx([16, 12, 500_192, 12, -16, 3_999_744], abs=0.1) and place["crs"] == "EPSG:32633"
+    assert (
+        place["transform"] == pytest.approx([16, 12, 500_192, 12, -16, 3_999_744], abs=0.1)
+        and place["crs"] == "EPSG:32633"
+    )
     place = tiles["b.tif/000016_000016"][1]
     assert "transform" not in place
     column, row, width, height = place["window"]
@@ -339,7 +372,9 @@ def test_scenes_with_rpcs_lie_where_these_say_at_their_middle_height(tmp_path):
     assert tile.place["georeference"] == "rpcs" and tile.place["crs"] == "EPSG:4326" and "transform" not in tile.place
     assert tile.place["bounds"] == pytest.approx([9.99, 49.99, 10.01, 50.01], abs=2e-4)
     across, down = scene_reader.describe(str(path)).meters
-    assert across == pytest.approx(0.02 / 64 * 71_700, rel=0.01) and down == pytest.approx(0.02 / 64 * 111_230, rel=0.01)
+    assert across == pytest.approx(0.02 / 64 * 71_700, rel=0.01) and down == pytest.approx(
+        0.02 / 64 * 111_230, rel=0.01
+    )
 
 
 # ---------------------------------------------------------------- unlike and hostile files
@@ -359,13 +394,16 @@ def test_a_few_unlike_scenes_are_left_out_named_and_counted(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "left out: 5 of 11 scenes: " in told and "deep.tif has values of uint32" in told and "and 2 more" in told
     reasons = " ".join(report["rejected"]["reasons"])
-    for reason in ("has values of uint32", "has values of int16", "has values of uint8, but most scenes of uint16", "has the bands a, but most scenes have a, b",
+    for reason in ("has values of uint32", "has values of int16", "has values of uint8, but most scenes of uint16",
+        "has the bands a, but most scenes have a, b",
                    "has no georeference"):  # fmt: skip
         assert reason in reasons
     for number in range(4):
         write(tmp_path / f"in/x{number}.tif", pixels.astype(np.uint32))
     os.remove(tmp_path / "in/0.tif"), os.remove(tmp_path / "in/1.tif"), os.remove(tmp_path / "in/2.tif")
-    with pytest.raises(UserError, match=r"has values of uint32.*\(6 of 12 scenes have this problem\)|has values of uint32"):
+    with pytest.raises(
+        UserError, match=r"has values of uint32.*\(6 of 12 scenes have this problem\)|has values of uint32"
+    ):
         os.remove(tmp_path / "in/3.tif")
         convert([tmp_path / "in"], tmp_path / "more")
 
@@ -377,8 +415,10 @@ def test_a_few_unlike_scenes_are_left_out_named_and_counted(tmp_path, capsys):
      (["--tile", "9", "--gsd", "100000"], "has more than 16,777,216 pixels per pixel of --gsd 100000")],
 )  # fmt: skip
 def test_a_file_that_claims_to_be_huge_is_refused_by_arithmetic(tmp_path, options, sentence):
-    with rasterio.open(tmp_path / "a.tif", "w", driver="GTiff", width=1 << 20, height=1 << 20, count=1, dtype="uint8", tiled=True,
-                       blockxsize=16384, blockysize=16384, sparse_ok=True, crs="EPSG:32633", transform=NORTH_UP):  # fmt: skip
+    with rasterio.open(tmp_path / "a.tif", "w", driver="GTiff", width=1 << 20, height=1 << 20, count=1, dtype="uint8",
+        tiled=True,
+                       blockxsize=16384, blockysize=16384, sparse_ok=True, crs="EPSG:32633",
+                       transform=NORTH_UP):  # fmt: skip
         pass
     assert (tmp_path / "a.tif").stat().st_size < 100_000
     arguments = ["--input", tmp_path / "a.tif", "--output", tmp_path / "out", "--split", "train", *options]
@@ -392,7 +432,12 @@ def test_what_gdal_does_not_undo_is_refused_and_further_pages_are_told(tmp_path,
     from PIL import Image
 
     pixels = values((64, 64), "uint8")
-    cases = {"white": "0 for white", "four": "values of 4 bits", "thumbnail": "thumbnail or mask as its first page", "turned": "orientation 6"}
+    cases = {
+        "white": "0 for white",
+        "four": "values of 4 bits",
+        "thumbnail": "thumbnail or mask as its first page",
+        "turned": "orientation 6",
+    }
     write(tmp_path / "white.tif", pixels[None], photometric="miniswhite")
     write(tmp_path / "four.tif", pixels[None] >> 4, nbits=4)
     with tifffile.TiffWriter(tmp_path / "thumbnail.tif") as file:

@@ -154,7 +154,8 @@ def test_overviews_in_the_file_are_not_read_and_smaller_pixels_join_without_a_se
 
 
 def masked(tmp_path, kind):
-    """A scene [3, 32, 32] with no data in rows 0 to 3 of all bands, and of band 2 in row 4 where bands differ in that."""
+    """A scene [3, 32, 32] with no data in rows 0 to 3 of all bands, and of band 2 in row 4 where bands differ in
+    that."""
     dtype = "float32" if kind in ("NaN", "nodata of floats") else "uint16" if kind == "alpha of uint16" else "uint8"
     pixels = values((3, 32, 32), dtype)
     expected = np.ones((3, 32, 32), bool)
@@ -261,7 +262,8 @@ def test_place_says_where_a_tile_lies(tmp_path, crs, transform):
 @pytest.mark.parametrize(
     "name, stamp, date",
     [("naip_20200831.tif", "2021:01:02 03:04:05", "2020-08-31"), ("HLS.S30.T13RCN.2020208T.tif", "", "2020-07-26"),
-     ("LC08_L1TP_042034_20130605_20170310_01.tif", "", "2013-06-05"), ("tile_99999999.tif", "2021:01:02 03:04:05", "2021-01-02"),
+     ("LC08_L1TP_042034_20130605_20170310_01.tif", "", "2013-06-05"),
+     ("tile_99999999.tif", "2021:01:02 03:04:05", "2021-01-02"),
      ("x_20201331.tif", "", None), ("x.tif", "today", None)],
 )  # fmt: skip
 def test_dates(tmp_path, name, stamp, date):
@@ -331,7 +333,8 @@ files, _ = scene_plan.list_scenes([scene_plan.pathlib.Path({str(tmp_path / "big.
 found, _, _ = scene_plan.look_at(files, 0.0)
 bands, _ = scene_plan.choose_bands(files, found, None, None)
 for gsd, tile, key in ((None, "256", "040000_050000"), (50.0, "100", "000400_000500")):
-    items, _ = scene_tiles.plan_tiles(files, found, {{}}, bands, length(tile), length("10000" if gsd is None else "100"), gsd)
+    stride = length("10000" if gsd is None else "100")
+    items, _ = scene_tiles.plan_tiles(files, found, {{}}, bands, length(tile), stride, gsd)
     (item,) = [item for item in items if item.key.endswith(key)]
     print(scenes.convert_tile(item, 0.0).histogram[:, 1:].sum())
 # What getrusage says begins with the memory of the process that started this one.

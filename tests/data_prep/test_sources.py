@@ -21,7 +21,8 @@ SECRET = np.full((40, 40, 3), 123, np.uint8)  # lies outside; must never come in
 
 
 def convert(inputs: list[pathlib.Path], out: pathlib.Path, labels: bool = True, **options):
-    """A conversion in this process, with all shares of failures allowed: (report, keys and images, rows of the table)."""
+    """A conversion in this process, with all shares of failures allowed: (report, keys and images, rows of the
+    table)."""
 
     def run(jobs, report):
         for job in jobs:
@@ -145,7 +146,8 @@ def test_dropping_does_not_depend_on_workers(tmp_path):
     files |= twins(files, rng)
     pack(tmp_path / "in.tar.gz", files)
     for workers in (1, 3):
-        images.main(["--input", str(tmp_path / "in.tar.gz"), "--output", str(tmp_path / f"{workers}/set"), "--split", "train",
+        images.main(["--input", str(tmp_path / "in.tar.gz"), "--output", str(tmp_path / f"{workers}/set"), "--split",
+            "train",
                      "--drop", "duplicates,small,blank", "--workers", str(workers), "--shard-size", "3",
                      "--max-corrupt-fraction", "0.6"])  # fmt: skip
     one, three = ({p.name: p.read_bytes() for p in (tmp_path / w / "set").iterdir()} for w in "13")
@@ -244,18 +246,25 @@ def test_a_stray_image_takes_no_labels_and_links_are_followed_where_they_are_to_
     (root / "train/river").symlink_to(tmp_path / "far")
     for source in (root / "train", tmp_path / "train.tar"):
         if source.suffix:
-            pack(source, {f"all/{path.relative_to(root / 'train')}": path.read_bytes() for path in root.glob("train/p*/*.png")}
+            pack(source,
+                {f"all/{path.relative_to(root / 'train')}": path.read_bytes() for path in root.glob("train/p*/*.png")}
                  | {"all/logo.png": (root / "train/logo.png").read_bytes()})  # fmt: skip
         images.main(["--input", str(source), "--output", str(tmp_path / f"out {source.name}"), "--split", "train",
                      "--workers", "1"])  # fmt: skip
         told, info = capsys.readouterr().out, records.load_info(tmp_path / f"out {source.name}")
         assert info.class_names == ["park", "port"] and info.splits["train"].records == 3
-        assert "1 image lies outside the folders of the 2 classes park, port and is left out" in told and "logo.png" in told
+        assert (
+            "1 image lies outside the folders of the 2 classes park, port and is left out" in told
+            and "logo.png" in told
+        )
         assert ("1 link leads out of" in told) == (not source.suffix)
-    images.main(["--input", str(root / "train"), "--output", str(tmp_path / "followed"), "--split", "train", "--workers", "1",
+    images.main(["--input", str(root / "train"), "--output", str(tmp_path / "followed"), "--split", "train",
+        "--workers", "1",
                  "--follow-links"])  # fmt: skip
     assert records.load_info(tmp_path / "followed").class_names == ["park", "port", "river"]
     capsys.readouterr()
     images.main(["--input", str(root), "--output", str(tmp_path / "both"), "--split", "train", "--workers", "1"])
-    assert "classes are test, train, which look like splits; if they are, pass --input" in (told := capsys.readouterr().out)
+    assert "classes are test, train, which look like splits; if they are, pass --input" in (
+        told := capsys.readouterr().out
+    )
     assert "aid/train, which contains park, port" in told

@@ -1,7 +1,7 @@
 """Every command and every Python block of the README and of docs/ is run on small data, or parsed by its own parser.
 
-The blocks are run in their order, in one folder that stands for the reader's: what one command writes, a later one reads.
-Configs are shrunk as by `:smoke`. A command that this file does not know is a failure.
+The blocks are run in their order, in one folder that stands for the reader's: what one command writes, a later one
+reads. Configs are shrunk as by `:smoke`. A command that this file does not know is a failure.
 """
 
 import argparse
@@ -136,7 +136,9 @@ def workspace(tmp_path_factory):
     for split, number in (("train", 10), ("test", 6)):
         for label, name in enumerate(("airport", "beach", "forest")):
             for index in range(number):
-                picture(here / "aid" / split / name / f"{index}.jpg", 100 * label + index + (split == "test") * 50, label)
+                picture(
+                    here / "aid" / split / name / f"{index}.jpg", 100 * label + index + (split == "test") * 50, label
+                )
     with zipfile.ZipFile(here / "aid_test.zip", "w") as archive:
         for file in (here / "aid" / "test").rglob("*.jpg"):
             archive.write(file, file.relative_to(here / "aid" / "test"))
@@ -319,7 +321,8 @@ def test_command(words, here):
         assert words[0] in RUNNERS, f"{shlex.join(words)} is a command that this test cannot run"
         RUNNERS[words[0]]([file for word in words[1:] for file in sorted(glob.glob(word)) or [word]])
     if not (here / "vit").exists() and (here / "exported" / "aid").exists():
-        shutil.copytree(here / "exported" / "aid", here / "vit")  # weights under timm's names, for the page that imports some
+        # weights under timm's names, for the page that imports some
+        shutil.copytree(here / "exported" / "aid", here / "vit")
 
 
 @pytest.mark.parametrize("block", list(python_blocks()))
@@ -371,8 +374,12 @@ def test_the_readme_is_short_and_names_every_page():
 
 def test_files_that_the_pages_name_exist():
     for page in PAGES:
-        for name in re.findall(r"`((?:pera_jax|data_prep|configs|tests|examples|benchmarks|launch)/[\w/.]+)`", page.read_text()):
-            assert (ROOT / name).exists() or name.endswith("toy_mae.py") and "objectives" in name, f"{page.name}: {name}"
+        for name in re.findall(
+            r"`((?:pera_jax|data_prep|configs|tests|examples|benchmarks|launch)/[\w/.]+)`", page.read_text()
+        ):
+            assert (ROOT / name).exists() or name.endswith("toy_mae.py") and "objectives" in name, (
+                f"{page.name}: {name}"
+            )
 
 
 def test_every_field_of_pera_is_listed_with_its_default():
@@ -380,7 +387,11 @@ def test_every_field_of_pera_is_listed_with_its_default():
 
     def leaves(fields, prefix=""):
         for name, value in fields.items():
-            yield from leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", json.dumps(value))]
+            yield from (
+                leaves(value, f"{prefix}{name}.")
+                if isinstance(value, dict)
+                else [(f"{prefix}{name}", json.dumps(value))]
+            )
 
     assert dict(rows) == dict(leaves(pera.OBJECTIVE.default_config().to_dict()))
 

@@ -215,7 +215,11 @@ def test_stablehlo_of_too_many_parameters_is_refused(run, tmp_path, monkeypatch)
         (["--input", "tfds:eurosat"], "tfds:eurosat needs a split; choose one with --split"),
         (["--input", "{shards}"], "has the splits test, train; choose one with --split"),
         (["--split", "val"], "has no folder 'val' for the split; it has train"),
-        (["--run", "{tmp}"], "is not a run folder .no checkpoints/. and not an exported folder .no model.safetensors.; give one of the two"),
+        (
+            ["--run", "{tmp}"],
+            "is not a run folder .no checkpoints/. and not an exported folder .no model.safetensors.; give one of the "
+            "two",
+        ),
         (["--step", "3"], "has no checkpoint of step 3; choose one of 1"),
         (["--image-size", "50"], "the image size 50 is not a multiple of the checkpoint's patch size 8 px; try 48"),
         (["--image-size", "0"], "the image size 0 is not a multiple"),
@@ -236,7 +240,9 @@ def test_bad_input_is_one_sentence(run, data, tmp_path, capsys, extra, sentence)
     (tmp_path / "file").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as ended:
-        errors.run(lambda: export.main(command(run, data, tmp_path / "out", *(part.format(**places) for part in extra))))
+        errors.run(
+            lambda: export.main(command(run, data, tmp_path / "out", *(part.format(**places) for part in extra)))
+        )
     said = capsys.readouterr()
     lines = [line for line in said.err.splitlines() if not line.startswith("folders are not used as classes")]
     assert ended.value.code == 1 and said.out == "" and len(lines) == 1
@@ -259,14 +265,18 @@ def test_other_features_are_not_mixed(run, data, tmp_path):
         (command(run, data, tmp_path / "out", "--maps"), "arrays"),
         (command(run, data, tmp_path / "out", "--part-size", "7"), "part_size"),
     ):
-        with pytest.raises(UserError, match=f"has features with another {name} .*; choose another --output, or delete the folder"):
+        with pytest.raises(
+            UserError, match=f"has features with another {name} .*; choose another --output, or delete the folder"
+        ):
             export.main(given)
         assert contents(tmp_path / "out") == before
 
 
 def test_two_exports_do_not_share_a_folder(run, data, tmp_path):
     with lease.held(tmp_path / "out", "--output"):
-        with pytest.raises(lease.InUse, match="out is in use by process .*; wait until it ends, or choose another --output"):
+        with pytest.raises(
+            lease.InUse, match="out is in use by process .*; wait until it ends, or choose another --output"
+        ):
             export.main(command(run, data, tmp_path / "out", "--split", "train"))
     assert not (tmp_path / "out").exists()
     with files.whole_folder(tmp_path / "vit") as begun, pytest.raises(lease.InUse, match="vit is in use by"):
@@ -296,7 +306,11 @@ def test_an_image_that_does_not_fit_is_named(run, data, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(foreign, "read", torn)
-        with pytest.raises(UserError, match=f"image train/.*/{sound.name} of .* cannot be decoded .it was written anew.; repair or remove the file"):
+        with pytest.raises(
+            UserError,
+            match=f"image train/.*/{sound.name} of .* cannot be decoded .it was written anew.; repair or remove the "
+                  "file",
+        ):
             export.main(command(run, copy, out, *options))
     assert (out / "class_token-00002.npy").exists() and not (out / "index.csv").exists()
     assert not [name for name in os.listdir(out) if name.endswith(".tmp")]

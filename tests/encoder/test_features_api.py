@@ -79,7 +79,9 @@ def test_other_sizes_are_reflected_or_refused(model, height, width):
     found, wanted = model(images, size="pad", blocks=1), model(padded, blocks=1)
     assert found.patch_map.shape[1:3] == (-(-height // 8), -(-width // 8))
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5), found, wanted)
-    with pytest.raises(UserError, match=f"the image size {height} x {width} px is not a multiple of the patch size 8 px"):
+    with pytest.raises(
+        UserError, match=f"the image size {height} x {width} px is not a multiple of the patch size 8 px"
+    ):
         model(images)
 
 
@@ -100,7 +102,9 @@ def test_pure_in_the_code_of_others(model):
         return (model.apply(params, images).class_token @ direction).mean()
 
     gradients = jax.jit(jax.grad(score))(model.params)
-    step = jax.tree.map(lambda leaf: 1e-3 / sum(float((g**2).sum()) for g in jax.tree.leaves(gradients)) * leaf, gradients)
+    step = jax.tree.map(
+        lambda leaf: 1e-3 / sum(float((g**2).sum()) for g in jax.tree.leaves(gradients)) * leaf, gradients
+    )
     moved = [score(jax.tree.map(lambda leaf, by: leaf + sign * by, model.params, step)) for sign in (1, -1)]
     assert (moved[0] - moved[1]) / 2e-3 == pytest.approx(1, rel=0.02)  # the derivative along the gradient is its square
     wanted = model(images)
@@ -180,10 +184,22 @@ def change_config(folder: pathlib.Path, **changes) -> None:
         (lambda folder: None, {"which": "student"}, "has only the teacher of step 12; leave out step and network"),
         (lambda folder: None, {"step": 4}, "has only the teacher of step 12; leave out step and network"),
         (lambda folder: None, {"which": "both"}, "unknown network 'both'; expected one of teacher, student"),
-        (lambda folder: (folder / "model.safetensors").unlink(), {}, "is not a run folder .no checkpoints/. and not an exported folder .no model.safetensors."),
+        (
+            lambda folder: (folder / "model.safetensors").unlink(),
+            {},
+            "is not a run folder .no checkpoints/. and not an exported folder .no model.safetensors.",
+        ),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), {}, "is not a safetensors file"),
-        (lambda folder: (folder / "config.json").unlink(), {}, "config.json was not written by python -m pera_jax.export timm"),
-        (lambda folder: (folder / "config.json").write_text("{}"), {}, "config.json was not written by .* export the weights again"),
+        (
+            lambda folder: (folder / "config.json").unlink(),
+            {},
+            "config.json was not written by python -m pera_jax.export timm",
+        ),
+        (
+            lambda folder: (folder / "config.json").write_text("{}"),
+            {},
+            "config.json was not written by .* export the weights again",
+        ),
         (lambda folder: change_config(folder, format_version=9), {}, "expected 1 or 2, got 9"),
         (lambda folder: change_config(folder, image_size=[48, 64]), {}, "was exported for 48 x 64 px"),
         (lambda folder: [path.unlink() for path in folder.iterdir()] and folder.rmdir(), {}, "does not exist"),

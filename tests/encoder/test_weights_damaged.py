@@ -1,4 +1,5 @@
-"""Damaged and hostile files of weights: one sentence that names all that is wrong, nothing run, nothing half written."""
+"""Damaged and hostile files of weights: one sentence that names all that is wrong, nothing run, nothing half
+written."""
 
 import errno
 import io
@@ -114,14 +115,18 @@ def test_every_name_that_is_wrong_is_told(seed, tmp_path):
     misshapen = named | {name: np.concatenate([named[name]] * 2) for name in first}
     arrays.write(tmp_path / "a.safetensors", misshapen)
     said = refused(tmp_path / "a.safetensors", tmp_path)
-    assert all(f"{name} (expected {list(named[name].shape)}, got {list(misshapen[name].shape)})" in said for name in first)
+    assert all(
+        f"{name} (expected {list(named[name].shape)}, got {list(misshapen[name].shape)})" in said for name in first
+    )
     assert said.count("(expected [") == len(first)
     # All of it in one sentence, however much it is.
     mixed = {name: array for name, array in misshapen.items() if name not in second}
     mixed |= {f"x{number}.{'y' * 40}": np.zeros(1, np.float32) for number in range(200)}
     arrays.write(tmp_path / "a.safetensors", mixed)
     said = refused(tmp_path / "a.safetensors", tmp_path)
-    assert said.count("(expected [") == len(first) and said.count("y" * 40) == 200 and all(name in said for name in second)
+    assert (
+        said.count("(expected [") == len(first) and said.count("y" * 40) == 200 and all(name in said for name in second)
+    )
 
 
 def test_arrays_of_nothing_but_zeros_are_told(tmp_path):
@@ -143,8 +148,12 @@ def test_sizes_that_make_no_network_are_refused(tmp_path):
     assert "not floating-point arrays: s_mask_token, steps" in refused(file, tmp_path)
     arrays.write(file, named)
     assert "not a multiple of 3 heads" in refused(file, tmp_path, "--heads", "3")
-    assert "has 3 band(s), got 2 band names (a, b); give 3 names with --bands" in refused(file, tmp_path, "--bands", "a,b")
-    assert "needs --mean and --std; give one number for each of the bands a, b, c" in refused(file, tmp_path, "--bands", "a,b,c")
+    assert "has 3 band(s), got 2 band names (a, b); give 3 names with --bands" in refused(
+        file, tmp_path, "--bands", "a,b"
+    )
+    assert "needs --mean and --std; give one number for each of the bands a, b, c" in refused(
+        file, tmp_path, "--bands", "a,b,c"
+    )
     assert "not a multiple of 0 heads" in refused(file, tmp_path, "--heads", "0")
     arrays.write(file, {name: array for name, array in named.items() if name.startswith("teacher.")})
     assert "has no student; import only the teacher's backbone with --teacher-only" in refused(file, tmp_path)

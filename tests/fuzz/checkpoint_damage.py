@@ -3,8 +3,9 @@
     python tests/fuzz/checkpoint_damage.py --number 400 --seed 0
 
 A run has two checkpoints, and the newer one is damaged: one bit or several flipped, a block set to 0, cut off, emptied,
-removed. Then the run goes on and its teacher is read. It must go on with the newer checkpoint, bit for bit, or say that it
-is damaged, move it aside and go on with the older one. Prints what became of each kind; exit status 1 after a failure.
+removed. Then the run goes on and its teacher is read. It must go on with the newer checkpoint, bit for bit, or say that
+it is damaged, move it aside and go on with the older one. Prints what became of each kind; exit status 1 after a
+failure.
 """
 
 import argparse
@@ -64,7 +65,9 @@ class Run:
         for step in (1, 2):
             # No two leaves and no two checkpoints alike.
             leaves, tree = jax.tree.flatten(born)
-            leaves = [jax.device_put(leaf + np.asarray(step * i, leaf.dtype), leaf.sharding) for i, leaf in enumerate(leaves)]
+            leaves = [
+                jax.device_put(leaf + np.asarray(step * i, leaf.dtype), leaf.sharding) for i, leaf in enumerate(leaves)
+            ]
             state = jax.tree.unflatten(tree, leaves).replace(step=jax.device_put(np.int32(step), born.step.sharding))
             store.save(state, meta, run.position(step))
         store.close()
@@ -79,7 +82,15 @@ class Run:
         said = io.StringIO()
         with contextlib.redirect_stderr(said):
             state, position, _ = initial_state.restore_or_init(
-                self.config, str(workdir), self.meta, self.objective, self.optimizer, self.abstract, self.mesh, None, False
+                self.config,
+                str(workdir),
+                self.meta,
+                self.objective,
+                self.optimizer,
+                self.abstract,
+                self.mesh,
+                None,
+                False,
             )
         return state, {name: position[name] for name in self.position(0)}, said.getvalue()
 
@@ -104,7 +115,8 @@ def damage(file: pathlib.Path, kind: str, rng: random.Random) -> str:
 
 
 def fuzz(number: int, seed: int, folder: pathlib.Path) -> tuple[collections.Counter, list[str]]:
-    """(how often each kind of damage was "noticed" or "harmless", failures in words) of `number` damages over all files."""
+    """(how often each kind of damage was "noticed" or "harmless", failures in words) of `number` damages over all
+    files."""
     rng, run = random.Random(seed), Run.made(folder / "whole")
     saved = {step: run_digests(run, step) for step in (1, 2)}
     newest = run.folder / "checkpoints" / "2"

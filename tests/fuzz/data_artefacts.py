@@ -27,7 +27,12 @@ from pera_jax.data.labelled import label_tables, samples, scenes
 
 def make_shards(place: pathlib.Path) -> None:
     toy_data.write(place / "toy", images=6)
-    report = {"split": "train", "inputs": 6, "failed": {"number": 1, "first": [{"key": "a", "reason": "b"}]}, "changed": {"x": 3}}
+    report = {
+        "split": "train",
+        "inputs": 6,
+        "failed": {"number": 1, "first": [{"key": "a", "reason": "b"}]},
+        "changed": {"x": 3},
+    }
     (place / "toy/train.report.json").write_text(json.dumps(report))
 
 
@@ -125,7 +130,9 @@ def make_names(place: pathlib.Path) -> None:
         (place / "in" / kind).mkdir(parents=True)
         for i in range(2):
             Image.new("RGB", (40, 40), (i, i, i)).save(place / "in" / kind / f"{i}.png")
-    (place / "labels.csv").write_text("key,label\n" + "".join(f"{kind}/{i}.png,{kind}\n" for kind in "ab" for i in range(2)))
+    (place / "labels.csv").write_text(
+        "key,label\n" + "".join(f"{kind}/{i}.png,{kind}\n" for kind in "ab" for i in range(2))
+    )
     (place / "classes.txt").write_text("tree\nwater\n")
 
 
@@ -141,7 +148,10 @@ def read_names(place: pathlib.Path) -> None:
 
 def read_tables(place: pathlib.Path) -> None:
     keys = ["a/0.png", "a/1.png", "b/0.png", "b/1.png"]
-    for read in (lambda: label_tables.read_labels(place / "labels.csv", keys), lambda: scenes._class_names(place, 1, ())):
+    for read in (
+        lambda: label_tables.read_labels(place / "labels.csv", keys),
+        lambda: scenes._class_names(place, 1, ()),
+    ):
         try:
             read()
         except UserError as error:

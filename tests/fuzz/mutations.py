@@ -7,11 +7,14 @@ from typing import Any
 
 FORGED = "error: forged"
 HOSTILE_TEXT = (
-    "", " ", "a\n" + FORGED, "\x1b[31mred\x1b]0;title\x07", "\x9b31m\x85", "\u202egnp.exe", "\udce9", "\x00", "../../../etc/passwd",
-    "/etc/passwd", "gs://bucket/x", "x" * 5000, "a\r" + FORGED, "\u2028" + FORGED, "nan", "<script>", "'\"`$(id)", "\U000e0041", "a/b",
+    "", " ", "a\n" + FORGED, "\x1b[31mred\x1b]0;title\x07", "\x9b31m\x85", "\u202egnp.exe", "\udce9", "\x00",
+    "../../../etc/passwd",
+    "/etc/passwd", "gs://bucket/x", "x" * 5000, "a\r" + FORGED, "\u2028" + FORGED, "nan", "<script>", "'\"`$(id)",
+    "\U000e0041", "a/b",
 )  # fmt: skip
 _VALUES = (
-    None, True, False, -1, 0, 1, 2, 255, 10**6, 10**9, 10**30, -(2**63), 2**64, 0.5, 1e308, -1e308, float("nan"), float("inf"),
+    None, True, False, -1, 0, 1, 2, 255, 10**6, 10**9, 10**30, -(2**63), 2**64, 0.5, 1e308, -1e308, float("nan"),
+    float("inf"),
     [], {}, [[]], [5, 5], [0, 1, 2], {"a": 1}, ["a", "a"], [None], {"": None}, *HOSTILE_TEXT,
 )  # fmt: skip
 _NESTED = 3000
@@ -43,7 +46,8 @@ def of_bytes(content: bytes, rng: random.Random) -> bytes:
 
 
 def of_json(value: Any, rng: random.Random) -> str:
-    """A JSON text like `value`, with a field of any depth put out, doubled or of another type or value; or no JSON at all."""
+    """A JSON text like `value`, with a field of any depth put out, doubled or of another type or value; or no JSON at
+    all."""
     whole = {"": copy.deepcopy(value)}
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         holder, key = rng.choice(list(_places(whole)))
@@ -54,7 +58,9 @@ def of_json(value: Any, rng: random.Random) -> str:
         elif isinstance(holder[key], str) and rng.random() < 0.4:
             holder[key] += rng.choice(HOSTILE_TEXT)
         elif isinstance(holder[key], (int, float)) and not isinstance(holder[key], bool) and rng.random() < 0.4:
-            holder[key] = rng.choice((-holder[key], str(holder[key]), [holder[key]], holder[key] + 1, float(holder[key]) / 3))
+            holder[key] = rng.choice(
+                (-holder[key], str(holder[key]), [holder[key]], holder[key] + 1, float(holder[key]) / 3)
+            )
         else:
             holder[key] = copy.deepcopy(rng.choice(_VALUES))
     if rng.random() < 0.02:

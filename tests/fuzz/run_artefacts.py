@@ -33,16 +33,21 @@ def make_run(place: pathlib.Path) -> None:
     run = place / "run"
     run.mkdir()
     run_meta.write(str(run), run_meta.describe(config, tiny.objective(config), card))
-    lines = [{"step": s, "loss": 5.0 / s, "norm/gradient": "nan", "time/images_per_second": 50.0, "time/mfu": 0.1} for s in (1, 2, 3)]
+    lines = [
+        {"step": s, "loss": 5.0 / s, "norm/gradient": "nan", "time/images_per_second": 50.0, "time/mfu": 0.1}
+        for s in (1, 2, 3)
+    ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run / "alarms.jsonl").write_text(json.dumps({"step": 2, "alarm": "collapse", "text": "of the class token"}) + "\n")
     for encoder, step, task in (("teacher", 3, "knn"), ("pixels", 0, "knn"), ("untrained", 0, "segmentation")):
         score = {"value": 0.5, "low": 0.4, "high": None, "seeds": [0.5, 0.6]}
         entry = {
             "name": task, "task": task, "settings": {"k": [1, 2]}, "spec": {"task": task, "name": task},
-            "checkpoint": {"run": "r", "step": step, "encoder": encoder, "image_size": 48, "saved": "s", "origin": "..", "weights": "w"},
+            "checkpoint": {"run": "r", "step": step, "encoder": encoder, "image_size": 48, "saved": "s", "origin": "..",
+            "weights": "w"},
             "data": {"path": "x", "name": "small", "test_images": 12, "class_names": ["a", "b"], "train_split": "train",
-                     "test_split": "test", "train_fingerprint": "f", "test_fingerprint": "g", "labels": "", "train_images": 3},
+                     "test_split": "test", "train_fingerprint": "f", "test_fingerprint": "g", "labels": "",
+                     "train_images": 3},
             "scores": {"top1": score, "top5": score}, "seconds": 1.0,
             "details": {"confusion": [[3, 1], [0, 4]], "per_class": {"a": 0.5, "b": None}, "chosen": ["x"]},
         }  # fmt: skip
@@ -73,14 +78,17 @@ def make_meta(place: pathlib.Path) -> None:
 
 
 def read_meta(place: pathlib.Path) -> None:
-    """As a save of an older version would hold it: digests of newer ones refuse all that differs, before it is looked at."""
+    """As a save of an older version would hold it: digests of newer ones refuse all that differs, before it is looked
+    at."""
     try:
         meta = json.loads((place / "meta.json").read_text())
     except (OSError, ValueError, RecursionError):  # Orbax reads it, and `intact.read` tells what it raises
         return
     if isinstance(meta, dict):
         meta.pop(intact.ENTRY, None)
-        meta["format_version"] = 2 if meta.get("format_version") == intact.FORMAT_VERSION else meta.get("format_version")
+        meta["format_version"] = (
+            2 if meta.get("format_version") == intact.FORMAT_VERSION else meta.get("format_version")
+        )
     found, _ = intact._parse_meta(place, meta)
     Bands.from_metadata(found)
     vit.build(found["model"])
@@ -89,7 +97,9 @@ def read_meta(place: pathlib.Path) -> None:
 
 def make_cache(place: pathlib.Path) -> None:
     rng = np.random.default_rng(0)
-    cache.Cache(place / "cache").arrays({"of": "x"}, lambda: {"class_token": rng.normal(size=(20, 8)).astype(np.float32)})
+    cache.Cache(place / "cache").arrays(
+        {"of": "x"}, lambda: {"class_token": rng.normal(size=(20, 8)).astype(np.float32)}
+    )
 
 
 def read_cache(place: pathlib.Path) -> str:
@@ -97,7 +107,13 @@ def read_cache(place: pathlib.Path) -> str:
     return digests.arrays_digest(cache.Cache(place / "cache").arrays({"of": "x"}, lambda: {"class_token": made}))
 
 
-PLAN = {"format_version": 1, "weights": "w", "step": 3, "data": {"name": "toy", "split": "train"}, "arrays": {"class_token": [8]}}
+PLAN = {
+    "format_version": 1,
+    "weights": "w",
+    "step": 3,
+    "data": {"name": "toy", "split": "train"},
+    "arrays": {"class_token": [8]},
+}
 
 
 def make_features(place: pathlib.Path) -> None:
@@ -145,7 +161,8 @@ def read_export(place: pathlib.Path) -> str:
 def read_foreign_weights(place: pathlib.Path) -> None:
     file = place / "timm/a.safetensors"
     for read in (
-        lambda: timm.read_config(file), lambda: timm.without_extras(arrays.read(file), "it"), lambda: pickles.load(place / "timm/a.params"),
+        lambda: timm.read_config(file), lambda: timm.without_extras(arrays.read(file), "it"),
+        lambda: pickles.load(place / "timm/a.params"),
     ):  # fmt: skip
         try:
             read()

@@ -59,7 +59,7 @@ def test_expectation_is_the_branch():
 def test_groups_draw_their_own_subsets():
     kept, _ = ones_kept(jax.random.key(0), 64, 10)
     assert len({tuple(row) for row in np.asarray(kept)}) > 30  # of 120
-    # No correlation between neighbouring groups' crops beyond chance.
+    # No correlation between neighboring groups' crops beyond chance.
     same = np.mean(np.asarray(kept[1:]) == np.asarray(kept[:-1]))
     assert abs(same - (0.7**2 + 0.3**2)) < 5 * np.sqrt(0.25 / kept[1:].size)
 

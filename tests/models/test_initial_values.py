@@ -41,7 +41,9 @@ def named(tree):
 @pytest.fixture(scope="module")
 def born():
     """Initial values of a network wide enough for statistics, by name."""
-    config = tiny.config(model__width=96, pera__heads__hidden=80, pera__heads__bottleneck=48, pera__heads__prototypes=512)
+    config = tiny.config(
+        model__width=96, pera__heads__hidden=80, pera__heads__bottleneck=48, pera__heads__prototypes=512
+    )
     params = jax.jit(tiny.objective(config).init)(jax.random.key(5))
     return {name: np.float64(leaf) for name, leaf in named(params).items()}
 

@@ -29,7 +29,7 @@ def keys_kernel(x, a=-0.75):
 
 
 def bicubic_loop(grid, height, width):
-    """Each output from its 4 x 4 neighbours, none of it separated."""
+    """Each output from its 4 x 4 neighbors, none of it separated."""
     old_h, old_w, channels = grid.shape
     result = np.zeros((height, width, channels))
     for i in range(height):
@@ -168,8 +168,8 @@ def test_learnable_tokens_join_between_the_stacks(params):
     for name in alone:
         np.testing.assert_allclose(out[name], alone[name], atol=1e-12)
     joined = token + np.asarray(params["position_embedding"])[1:][learnable]
-    centred = joined - joined.mean(axis=-1, keepdims=True)
-    scaled = centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-6)
+    centered = joined - joined.mean(axis=-1, keepdims=True)
+    scaled = centered / np.sqrt((centered**2).mean(axis=-1, keepdims=True) + 1e-6)
     np.testing.assert_allclose(
         out["learnable_tokens"], scaled * params["norm"]["scale"] + params["norm"]["bias"], atol=1e-12
     )
@@ -210,7 +210,7 @@ def test_positions_are_kept_at_the_training_grid_and_the_class_part_everywhere(p
     np.testing.assert_allclose(other[1:], bicubic_loop(grid, 3, 6).reshape(18, -1), atol=1e-12)
 
 
-def test_a_head_gives_unit_vectors_and_normalised_rows():
+def test_a_head_gives_unit_vectors_and_normalized_rows():
     head = heads.Head(12, 8, 20, F64)
     x = np.random.default_rng(0).normal(size=(5, 6))
     params = jax.jit(head.init)(jax.random.key(0), x)["params"] | {"gain": jnp.arange(1.0, 21.0)}

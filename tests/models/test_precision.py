@@ -78,7 +78,7 @@ def test_matrix_products_take_bfloat16_save_a_named_few(traced, part):
     assert all(kind in ({BF16}, {F32}) for kind in kinds)  # never mixed, never anything else
     assert kinds.count({BF16}) > 20
 
-    # What may stay wide: Gram matrices and distances of KoLeo, the centre, the position embedding's resampling.
+    # What may stay wide: Gram matrices and distances of KoLeo, the center, the position embedding's resampling.
     head = objective.prototype_head
     units = jax.ShapeDtypeStruct((16, 2, head.bottleneck), F32)
     weights = jax.ShapeDtypeStruct((head.outputs, head.bottleneck), F32)
@@ -114,7 +114,9 @@ def test_nothing_else_computes_in_bfloat16(traced):
 
 def test_the_residual_stream_is_float32(traced):
     width = traced["objective"].encoder.width
-    norms = [e for e in equations(traced["forward"]) if e.primitive.name in ("rsqrt", "reduce_max", "exp", "log", "argmax")]
+    norms = [
+        e for e in equations(traced["forward"]) if e.primitive.name in ("rsqrt", "reduce_max", "exp", "log", "argmax")
+    ]
     assert norms and all(dtypes(e.invars) <= {F32} for e in norms)
     carried = [
         v.aval

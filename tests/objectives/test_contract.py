@@ -49,7 +49,9 @@ def batch_of(objective, images: int):
 
 
 def scalars_of(config, dtype=np.float32):
-    run = schedules.scalars(config, objectives.method(config.objective).schedules(), steps_per_epoch=1000, total_steps=10**9)
+    run = schedules.scalars(
+        config, objectives.method(config.objective).schedules(), steps_per_epoch=1000, total_steps=10**9
+    )
     return {name: np.asarray(value, dtype) for name, value in (run.at(10**8) | {"learning_rate": 1e-2}).items()}
 
 
@@ -156,7 +158,8 @@ def data(tmp_path_factory):
 def settings(name, data, total=4):
     config = small(name)
     config.update_from_flattened_dict(
-        {"data.path": data, "data.workers": 0, "total": f"{total} steps", "log_every": "1 steps", "checkpoint.every": "2 steps",
+        {"data.path": data, "data.workers": 0, "total": f"{total} steps", "log_every": "1 steps",
+        "checkpoint.every": "2 steps",
          "monitor.data": data, "monitor.images": 24, "monitor.every": "2 steps"}
     )  # fmt: skip
     return config
@@ -227,7 +230,8 @@ def test_alarms_watch_its_metrics(name, run):
     objective = objective_of(small(name))
     watch = alarms.Alarms(objective.health_checks(16), 1e-3)
     line = lines_of(run)[-1]
-    before = {alarm.name for _ in range(100) for alarm in watch.update(line, 1e-3)}  # so small a network may well collapse
+    # so small a network may well collapse
+    before = {alarm.name for _ in range(100) for alarm in watch.update(line, 1e-3)}
     diverged = line | {"norm/update": line["norm/parameters"]}
     begun = [alarm for _ in range(100) for alarm in watch.update(diverged, 1e-3)]
     assert "updates too large" not in before

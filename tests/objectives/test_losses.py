@@ -109,7 +109,7 @@ def test_class_term_gradient():
     expected = jax.grad(naive)(student, teacher, center)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), gradients[0], expected)
     assert max(np.abs(x).max() for x in jax.tree.leaves(expected)) > 0.01
-    assert all(np.all(x == 0) for x in jax.tree.leaves(gradients[1:]))  # nothing flows to teacher and centre
+    assert all(np.all(x == 0) for x in jax.tree.leaves(gradients[1:]))  # nothing flows to teacher and center
 
 
 def test_class_term_at_extreme_logits_in_float32():

@@ -61,7 +61,7 @@ def test_parts_are_uniform_and_independent_between_crops():
         apart = ~np.eye(patches, dtype=bool)
         assert np.abs(np.diag(together) - share).max() < 5 * np.sqrt(share * (1 - share) / crops)
         assert np.abs(together[apart] - pair).max() < 5 * np.sqrt(pair * (1 - pair) / crops)
-        # One crop says nothing of the next: the overlap of neighbours is hypergeometric.
+        # One crop says nothing of the next: the overlap of neighbors is hypergeometric.
         overlap = np.sum(member[1:] * member[:-1], axis=1)
         variance = n * share * (1 - share) * (patches - n) / (patches - 1)
         assert abs(overlap.mean() - n * share) < 5 * np.sqrt(variance / crops)

@@ -1,4 +1,4 @@
-"""Views: each colour operation against Pillow's, what is drawn, and that sharding and platform change nothing."""
+"""Views: each color operation against Pillow's, what is drawn, and that sharding and platform change nothing."""
 
 import colorsys
 import dataclasses
@@ -31,8 +31,8 @@ PATHS = {
     name: jax.jit(functools.partial(path, wide=jnp.float32, dtype=jnp.float32), static_argnames=("bands", "rgb"))
     for name, path in {"by crop": color.apply_by_crop, "together": color.apply_together}.items()
 }
-COLOURS = (0, 1, 2)
-PLAIN, NORMALISED = Bands.plain(mean=0.0, std=1.0), dataclasses.replace(Bands.plain(), mean=MEAN, std=STD)
+COLORS = (0, 1, 2)
+PLAIN, NORMALIZED = Bands.plain(mean=0.0, std=1.0), dataclasses.replace(Bands.plain(), mean=MEAN, std=STD)
 
 
 def changed(**factors):
@@ -40,7 +40,7 @@ def changed(**factors):
     return [factors.get(name, same) for name, same in zip(names, UNCHANGED, strict=True)]
 
 
-def looked_at(crops, factors, orders, path, rgb=COLOURS):
+def looked_at(crops, factors, orders, path, rgb=COLORS):
     """Values in [0, 1] of uint8 crops [N, H, W, C], changed by the code that `make_views` runs on some platform."""
     jitter = Jitter(jnp.asarray(factors, jnp.float32), jnp.asarray(orders, jnp.int32))
     bands = Bands.plain([f"b{i}" for i in range(crops.shape[-1])], mean=0.0, std=1.0)
@@ -58,7 +58,7 @@ def photographs(number=30, size=128):
 
 @functools.cache
 def drawings(number=12, size=96, seed=0):
-    """Smooth random images of moderate colour, as photographs have: [N, size, size, 3] uint8."""
+    """Smooth random images of moderate color, as photographs have: [N, size, size, 3] uint8."""
     rng = np.random.default_rng(seed)
     coarse = rng.uniform(0, 255, (number, 8, 8, 3))
     coarse = coarse.mean(axis=-1, keepdims=True) * 0.7 + coarse * 0.3
@@ -82,11 +82,11 @@ OPERATIONS = {
     "saturation down": (changed(saturation=0.8), lambda image: ImageEnhance.Color(image).enhance(0.8)),
     "hue forward": (changed(hue=25 / 255), lambda image: pillow_hue(image, 25 / 255)),
     "hue back": (changed(hue=-20 / 255), lambda image: pillow_hue(image, -20 / 255)),
-    "grey": (changed(saturation=0.0), lambda image: image.convert("L").convert("RGB")),
+    "gray": (changed(saturation=0.0), lambda image: image.convert("L").convert("RGB")),
 }
 
 
-def make_views(key, crops, settings, bands=NORMALISED, dtype=jnp.float32):
+def make_views(key, crops, settings, bands=NORMALIZED, dtype=jnp.float32):
     """The student's and the teacher's view of each crop, as the objective makes them."""
     views.check(settings, settings["rgb"], bands.names)
     jitters, rgb = views.draw_jitter(key, len(crops), settings), rgb_indices(settings["rgb"], bands.names)
@@ -100,7 +100,7 @@ def test_each_operation_is_pillows(path, images):
     for name, (factors, pillow) in OPERATIONS.items():
         ours = 255 * looked_at(crops, [factors] * len(crops), [(0, 1, 2, 3)] * len(crops), path)
         theirs = np.stack([np.asarray(pillow(Image.fromarray(crop))) for crop in crops])
-        difference = np.abs(ours - theirs)  # Pillow's are cut to whole grey levels, which alone makes up to 0.5
+        difference = np.abs(ours - theirs)  # Pillow's are cut to whole gray levels, which alone makes up to 0.5
         assert difference.mean() <= 0.5, name
         assert np.percentile(difference, 99) <= 2, name
         assert np.abs(crops - theirs.astype(np.float64)).mean() > 3 * difference.mean(), f"{name} changed too little"
@@ -130,7 +130,7 @@ def test_every_order_with_clipping_after_each_operation(path):
     orders = np.array(list(itertools.permutations(range(4))))  # [24, 4]
     crops = rng.integers(0, 256, (24, 10, 12, 3), dtype=np.uint8)
     crops[:, :2] = rng.integers(0, 256, (24, 2, 12, 1), dtype=np.uint8)  # no hue
-    crops[:, 2:4] = rng.choice([0, 255], (24, 2, 12, 3)).astype(np.uint8)  # the corners of the colour cube
+    crops[:, 2:4] = rng.choice([0, 255], (24, 2, 12, 3)).astype(np.uint8)  # the corners of the color cube
     low, high = [0.6, 0.6, 0.8, -0.1], [1.4, 1.4, 1.2, 0.1]
     factors = np.where(rng.random((24, 4)) < 0.5, rng.uniform(low, high, (24, 4)), rng.choice([low, high], 24))
     factors = factors.astype(np.float32)
@@ -149,20 +149,20 @@ def test_what_is_drawn():
         assert abs(happened.sum() / of - expected) < 4.5 * (expected * (1 - expected) / of) ** 0.5
 
     student_changed, teacher_changed = ((j.factors != UNCHANGED).any(axis=1) for j in (student, teacher))
-    grey = (student.factors == (1, 1, 0, 0)).all(axis=1)
+    gray = (student.factors == (1, 1, 0, 0)).all(axis=1)
     share(student_changed, 0.8)
-    share(grey, 0.1, of=student_changed.sum())
+    share(gray, 0.1, of=student_changed.sum())
     share(teacher_changed, 0.1)
     share(student_changed & teacher_changed, 0.08)
-    both = student_changed & teacher_changed & ~grey  # about 2,900
-    for jitter, coloured in ((student, student_changed & ~grey), (teacher, teacher_changed)):
-        drawn = (jitter.factors[coloured] - UNCHANGED) / (0.4, 0.4, 0.2, 0.1)
+    both = student_changed & teacher_changed & ~gray  # about 2,900
+    for jitter, colored in ((student, student_changed & ~gray), (teacher, teacher_changed)):
+        drawn = (jitter.factors[colored] - UNCHANGED) / (0.4, 0.4, 0.2, 0.1)
         assert (np.abs(drawn) <= 1 + 1e-6).all()
         deciles = np.stack([np.histogram(column, bins=10, range=(-1.000001, 1.000001))[0] for column in drawn.T])
-        np.testing.assert_allclose(deciles / coloured.sum(), 0.1, atol=4.5 * (0.09 / coloured.sum()) ** 0.5)
+        np.testing.assert_allclose(deciles / colored.sum(), 0.1, atol=4.5 * (0.09 / colored.sum()) ** 0.5)
         assert (np.sort(jitter.order, axis=1) == range(4)).all()
-        counts = np.unique(jitter.order[coloured], axis=0, return_counts=True)[1]
-        np.testing.assert_allclose(counts / coloured.sum(), 1 / 24, atol=4.5 * (1 / 24 / coloured.sum()) ** 0.5)
+        counts = np.unique(jitter.order[colored], axis=0, return_counts=True)[1]
+        np.testing.assert_allclose(counts / colored.sum(), 1 / 24, atol=4.5 * (1 / 24 / colored.sum()) ** 0.5)
     draws = np.concatenate([draw[both] for jitter in (student, teacher) for draw in jitter], axis=1)  # [crops, 16]
     between = np.corrcoef(draws.T)[:8, 8:]
     assert np.abs(between).max() < 4.5 / both.sum() ** 0.5  # student and teacher draw independently
@@ -170,7 +170,7 @@ def test_what_is_drawn():
     assert np.abs(among).max() < 4.5 / both.sum() ** 0.5
 
 
-def test_views_of_crops_that_stay_change_or_go_grey():
+def test_views_of_crops_that_stay_change_or_go_gray():
     crops = np.random.default_rng(0).integers(0, 256, (400, 8, 6, 3), dtype=np.uint8)
     key = jax.random.key(5)
     looks = jax.jit(lambda k, c: make_views(k, c, SETTINGS))(key, crops)
@@ -180,19 +180,22 @@ def test_views_of_crops_that_stay_change_or_go_grey():
     for look, jitter in zip(looks, jitters, strict=True):
         stays = (np.asarray(jitter.factors) == UNCHANGED).all(axis=1)
         assert 0 < stays.sum() < len(crops)
-        for seen in (np.asarray(look), np.asarray(PATHS["together"](jnp.asarray(crops), jitter, bands=NORMALISED, rgb=COLOURS))):
+        for seen in (
+            np.asarray(look),
+            np.asarray(PATHS["together"](jnp.asarray(crops), jitter, bands=NORMALIZED, rgb=COLORS)),
+        ):
             np.testing.assert_array_equal(seen[stays], plain[stays])
             assert (np.abs(seen - plain).max(axis=(1, 2, 3))[~stays] > 1e-3).all()
-    grey = (np.asarray(jitters[0].factors) == (1, 1, 0, 0)).all(axis=1)
-    values = np.asarray(looks[0])[grey] * STD + MEAN
-    luma = crops[grey] @ np.array([0.299, 0.587, 0.114]) / 255
+    gray = (np.asarray(jitters[0].factors) == (1, 1, 0, 0)).all(axis=1)
+    values = np.asarray(looks[0])[gray] * STD + MEAN
+    luma = crops[gray] @ np.array([0.299, 0.587, 0.114]) / 255
     np.testing.assert_allclose(values, np.repeat(luma[..., None], 3, axis=-1), atol=1e-5)
     again = make_views(jax.random.key(6), crops, SETTINGS)
     assert np.abs(np.asarray(again[0]) - np.asarray(looks[0])).max() > 0.1
     half = jax.jit(lambda k, c: make_views(k, c, SETTINGS, dtype=jnp.bfloat16))(key, crops)
     for narrow, wide in zip(half, looks, strict=True):
         assert narrow.dtype == jnp.bfloat16
-        np.testing.assert_allclose(narrow.astype(np.float32), wide, rtol=2**-8, atol=1e-6)  # colours were in float32
+        np.testing.assert_allclose(narrow.astype(np.float32), wide, rtol=2**-8, atol=1e-6)  # colors were in float32
 
 
 def test_sharded_crops_get_the_same_views():
@@ -203,14 +206,14 @@ def test_sharded_crops_get_the_same_views():
 
     def every_look(key, crops):
         drawn = views.draw_jitter(key, crops.shape[0], SETTINGS)
-        together = color.apply_together(crops, drawn[0], PLAIN, COLOURS, jnp.float32, jnp.float32)
+        together = color.apply_together(crops, drawn[0], PLAIN, COLORS, jnp.float32, jnp.float32)
         return drawn, make_views(key, crops, SETTINGS), together
 
     one = jax.jit(every_look)(key, crops)
     eight = jax.jit(every_look, out_shardings=rows)(jax.device_put(key, whole), jax.device_put(crops, rows))
     assert len(eight[2].sharding.device_set) == 8
     jax.tree.map(np.testing.assert_array_equal, eight[0], one[0])
-    # The mean grey of a crop may be summed in another order: as near as the looks below, divided by the deviation.
+    # The mean gray of a crop may be summed in another order: as near as the looks below, divided by the deviation.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6 / min(STD), rtol=0), eight[1], one[1])
     np.testing.assert_allclose(eight[2], one[2], atol=2e-6, rtol=0)
 
@@ -218,7 +221,7 @@ def test_sharded_crops_get_the_same_views():
 def test_only_cpu_takes_the_crops_one_by_one():
     crops = jnp.zeros((4, 8, 8, 3), jnp.uint8)
     jitter = Jitter(jnp.ones((4, 4)), jnp.tile(jnp.arange(4), (4, 1)))
-    traced = jax.jit(lambda c, j: color.apply(c, j, NORMALISED, COLOURS)).trace(crops, jitter)
+    traced = jax.jit(lambda c, j: color.apply(c, j, NORMALIZED, COLORS)).trace(crops, jitter)
     loops = {
         platform: traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.while")
         for platform in ("cpu", "cuda", "tpu")
@@ -238,18 +241,20 @@ def test_other_bands_know_brightness_and_contrast(path, bands):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_three_colours_among_five_bands_change_as_if_alone(path):
+def test_three_colors_among_five_bands_change_as_if_alone(path):
     rng = np.random.default_rng(4)
     crops = rng.integers(0, 256, (24, 8, 8, 5), dtype=np.uint8)
     factors = rng.uniform([0.6, 0.6, 0.8, -0.1], [1.4, 1.4, 1.2, 0.1], (24, 4)).astype(np.float32)
-    factors[:3, 2:] = (0, 0)  # grey
+    factors[:3, 2:] = (0, 0)  # gray
     orders = np.array(list(itertools.permutations(range(4))))
     got = looked_at(crops, factors, orders, path, rgb=(3, 0, 2))
     alone = looked_at(crops[..., [3, 0, 2]], factors, orders, path)
     np.testing.assert_allclose(got[..., [3, 0, 2]], alone, atol=1e-6)
     others = factors.copy()
     others[:, 2:] = UNCHANGED[2:]
-    np.testing.assert_allclose(got[..., [1, 4]], looked_at(crops[..., [1, 4]], others, orders, path, rgb=None), atol=1e-6)
+    np.testing.assert_allclose(
+        got[..., [1, 4]], looked_at(crops[..., [1, 4]], others, orders, path, rgb=None), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.float32])

@@ -184,8 +184,16 @@ def test_without_test_images_only_neighbors_work():
     [
         ("train", lambda x: x[:0], "the training split has no images"),
         ("test", lambda x: x[:0], "the test split has no images"),
-        ("train", lambda x: np.where(np.arange(len(x))[:, None, None] == 3, np.nan, x), "of the training images contain NaN"),
-        ("test", lambda x: np.where(np.arange(len(x))[:, None, None] == 3, np.inf, x), "of the test images contain NaN"),
+        (
+            "train",
+            lambda x: np.where(np.arange(len(x))[:, None, None] == 3, np.nan, x),
+            "of the training images contain NaN",
+        ),
+        (
+            "test",
+            lambda x: np.where(np.arange(len(x))[:, None, None] == 3, np.inf, x),
+            "of the test images contain NaN",
+        ),
         ("train", lambda x: 0.0 * x + 7.0, "all training images have the same features"),
         ("train", lambda x: 0.0 * x, "all training images have the same features"),
     ],

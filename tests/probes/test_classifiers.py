@@ -233,13 +233,19 @@ def test_the_loss_of_a_solution_is_that_of_scikit_learn():
             odds = np.exp(logits - logits.max(axis=1, keepdims=True))
             expected = [metrics.log_loss(labels, p / p.sum(axis=1, keepdims=True)) for p in (odds, shares)]
         else:
-            expected = [sum(metrics.log_loss(truth[:, c], p[:, c]) for c in range(classes)) for p in (1 / (1 + np.exp(-logits)), shares)]
+            expected = [
+                sum(metrics.log_loss(truth[:, c], p[:, c]) for c in range(classes))
+                for p in (1 / (1 + np.exp(-logits)), shares)
+            ]
         assert [found.loss, model.bias_only_loss] == pytest.approx(expected, rel=1e-9)
 
 
 def test_an_end_of_the_range_that_is_best_is_told():
     found = lambda **ends: run("logistic", labeled(seed=1, noise=3.0), seeds=(0,), **ends)[1]  # noqa: E731
-    assert found(smallest=-6, largest=-3)["at_the_end"] == "the best C = 1e-3 is the largest in the range; set logistic.largest to -1"
+    assert (
+        found(smallest=-6, largest=-3)["at_the_end"]
+        == "the best C = 1e-3 is the largest in the range; set logistic.largest to -1"
+    )
     assert "at_the_end" not in found(smallest=-6, largest=5) and "at_the_end" not in found(smallest=-3, largest=-3)
 
 

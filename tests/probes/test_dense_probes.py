@@ -308,7 +308,7 @@ def test_two_classes_are_held_out():
 
 QUICK = {"window": 16, "stride": 16, "steps": 40, "batch": 1024, "tile": 16, "learning_rates": (0.1, 0.3),
          "seeds": (0,)}  # fmt: skip
-COLOURS = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200]])
+COLORS = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200]])
 
 
 def toy_scenes(number, shuffled=False, dates=1):
@@ -318,7 +318,7 @@ def toy_scenes(number, shuffled=False, dates=1):
         rng = np.random.default_rng(seed)
         fields = [rng.integers(0, 3, (6, 7)) for _ in range(2)]
         images = tuple(
-            (COLOURS[field.repeat(8, 0).repeat(8, 1)] + rng.integers(-20, 20, (48, 56, 3))).astype(np.uint8)
+            (COLORS[field.repeat(8, 0).repeat(8, 1)] + rng.integers(-20, 20, (48, 56, 3))).astype(np.uint8)
             for field in fields[:dates]
         )
         truth = fields[0] if dates == 1 else (fields[0] != fields[1])
@@ -442,7 +442,9 @@ def test_tokens_that_are_too_many_are_an_error(monkeypatch):
     monkeypatch.setattr(pixel_probe, "MAX_BYTES", 2 * 12 * 14 * 3 * 4)
     assert results(segmentation, data)["segmentation_miou"] == found["segmentation_miou"]
     monkeypatch.setattr(pixel_probe, "MAX_BYTES", 2 * 12 * 14 * 3 * 4 - 1)
-    with pytest.raises(UserError, match="336 tokens of 1 blocks with 3 values each.* use fewer blocks, a smaller scale"):
+    with pytest.raises(
+        UserError, match="336 tokens of 1 blocks with 3 values each.* use fewer blocks, a smaller scale"
+    ):
         results(segmentation, data)
 
 

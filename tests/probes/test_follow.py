@@ -64,7 +64,14 @@ def test_each_checkpoint_once_and_a_failing_task_does_not_end_it(finished, data,
     assert [(entry["checkpoint"]["step"], entry["name"]) for entry in entries] == [
         (step, name) for step in (4, 8, 12) for name in ("knn", "linear")
     ]
-    assert [entry.get("failure") for entry in entries] == [None, None, "ZeroDivisionError: as planned", None, None, None]
+    assert [entry.get("failure") for entry in entries] == [
+        None,
+        None,
+        "ZeroDivisionError: as planned",
+        None,
+        None,
+        None,
+    ]
     [failed] = results.read_place(tmp_path, "teacher", 8, "knn")
     assert "scores" not in failed
     assert "ZeroDivisionError: as planned" in (tmp_path / "results.csv").read_text()
@@ -159,7 +166,11 @@ def test_a_result_is_of_one_checkpoint_of_one_run_on_one_data_set(finished, data
 def test_what_the_machine_did_not_let_end_is_no_result_and_a_new_save_of_a_passed_step_is_judged(
     finished, data, tmp_path, monkeypatch
 ):
-    run, right, failures = pathlib.Path(shutil.copytree(finished, tmp_path / "run")), knn.run, [OSError(errno.EMFILE, "files")]
+    run, right, failures = (
+        pathlib.Path(shutil.copytree(finished, tmp_path / "run")),
+        knn.run,
+        [OSError(errno.EMFILE, "files")],
+    )
     (run / "checkpoints/4/teacher/manifest.ocdbt").write_bytes(b"")
 
     def no_files_once(labeled, settings):
@@ -172,7 +183,9 @@ def test_what_the_machine_did_not_let_end_is_no_result_and_a_new_save_of_a_passe
         yield from right(labeled, settings)
 
     monkeypatch.setattr(knn, "run", no_files_once)
-    with pytest.raises(environment.EnvironmentFault, match="the machine failed in knn of step 8; re-run the same command") as ended:
+    with pytest.raises(
+        environment.EnvironmentFault, match="the machine failed in knn of step 8; re-run the same command"
+    ) as ended:
         run_follow(run, tmp_path / "out", two_tasks(data)[:1])
     assert ended.value.status == errors.TRY_AGAIN
     assert sorted(path.name for path in (tmp_path / "out").glob("step_*")) == ["step_000004", "step_000012"]
@@ -180,7 +193,10 @@ def test_what_the_machine_did_not_let_end_is_no_result_and_a_new_save_of_a_passe
 
 
 def test_one_job_at_a_time_and_an_end_to_patience(finished, data, tmp_path):
-    with lease.held(tmp_path, "--output", name=".follow.lease"), pytest.raises(UserError, match=f"{tmp_path} is in use by"):
+    with (
+        lease.held(tmp_path, "--output", name=".follow.lease"),
+        pytest.raises(UserError, match=f"{tmp_path} is in use by"),
+    ):
         run_follow(finished, tmp_path, two_tasks(data))
     (tmp_path / "run").mkdir()
     with pytest.raises(UserError, match="no new checkpoint in .* for .* hours, and the run has not ended"):

@@ -59,7 +59,11 @@ def found(output: pathlib.Path):
 
 
 def test_scores_depend_on_nothing_but_images_and_weights(run, data, tmp_path):
-    settings = {"one": dict(devices=1, batch=7), "eight": dict(devices=8, batch=100), "hosts": dict(devices=2, batch=32, hosts=2)}
+    settings = {
+        "one": dict(devices=1, batch=7),
+        "eight": dict(devices=8, batch=100),
+        "hosts": dict(devices=2, batch=32, hosts=2),
+    }
     for name, setting in settings.items():
         processes = launch(run, data, tmp_path / name, **setting)
         said = [process.communicate(timeout=240)[1] for process in processes]

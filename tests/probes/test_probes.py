@@ -129,7 +129,9 @@ def test_the_job_writes_what_it_found(run, data, capsys):
     rows = list(csv.DictReader((base / "results.csv").open()))
     wanted = [entry_of(base, f"{place}/knn") for place in ("pixels", "untrained", "step_000012")]
     assert [(row["encoder"], row["score"], float(row["value"])) for row in rows] == [
-        (entry["checkpoint"]["encoder"], name, score["value"]) for entry in wanted for name, score in entry["scores"].items()
+        (entry["checkpoint"]["encoder"], name, score["value"])
+        for entry in wanted
+        for name, score in entry["scores"].items()
     ]
     [tagged] = [steps for tag, steps in tags_of(base / "tb").items() if re.fullmatch(r"probe/knn-\w{10}/knn20", tag)]
     assert sorted(tagged) == [0, 12]  # pixels are no step of the run
@@ -173,8 +175,13 @@ def test_a_config_names_several_tasks(run, data, tmp_path):
         f"    common = dict(task='knn', data={str(data)!r}, k=(5,))\n"
         "    return ConfigDict(dict(tasks=dict(small=common, large=dict(common, image_size=96))))\n"
     )
-    probe.main(["--run", str(run), "--config", str(config), "--set", "large.image_size=64", "--output", str(tmp_path / "out")])
-    sizes = {name: entry_of(tmp_path / "out", f"step_000012/{name}")["checkpoint"]["image_size"] for name in ("small", "large")}
+    probe.main(
+        ["--run", str(run), "--config", str(config), "--set", "large.image_size=64", "--output", str(tmp_path / "out")]
+    )
+    sizes = {
+        name: entry_of(tmp_path / "out", f"step_000012/{name}")["checkpoint"]["image_size"]
+        for name in ("small", "large")
+    }
     assert sizes == {"small": 48, "large": 64}
 
 

@@ -11,8 +11,10 @@ from pera_jax.probes.runner import keys, results
 
 ENTRY = {
     "name": "knn", "task": "knn",
-    "checkpoint": {"run": "r", "origin": "..", "step": 640, "encoder": "teacher", "image_size": 48, "weights": "w", "git": ""},
-    "data": {"path": "aid", "name": "aid", "train_split": "train", "test_split": "test", "labels": "", "train_images": 45,
+    "checkpoint": {"run": "r", "origin": "..", "step": 640, "encoder": "teacher", "image_size": 48, "weights": "w",
+    "git": ""},
+    "data": {"path": "aid", "name": "aid", "train_split": "train", "test_split": "test", "labels": "",
+    "train_images": 45,
              "test_images": 21, "train_fingerprint": "a" * 64, "test_fingerprint": "b" * 64, "class_names": ["x", "y"]},
     "settings": {"k": [10, 20]}, "spec": {"task": "knn"}, "seconds": 0.1, "details": {},
     "scores": {"knn20": {"value": 0.5, "low": 0.4, "high": 0.6, "seeds": []}},
@@ -22,7 +24,13 @@ OTHERS = {
     "data.test_split": "val", "data.class_names": ["x", "z"], "checkpoint.image_size": 96, "settings.k": [5],
     "name": "knn/2|", "task": "linear",
 }  # fmt: skip
-SAME = {"data.path": "elsewhere/aid", "data.name": "AID", "checkpoint.run": "./r", "checkpoint.weights": "v", "seconds": 9}
+SAME = {
+    "data.path": "elsewhere/aid",
+    "data.name": "AID",
+    "checkpoint.run": "./r",
+    "checkpoint.weights": "v",
+    "seconds": 9,
+}
 
 
 def changed(change: tuple[str, object]) -> dict:
@@ -42,7 +50,10 @@ def test_what_was_measured_otherwise_never_gives_way_and_has_words_of_its_own(tm
         results.write(tmp_path, changed(change), {})
         assert len(results.read(tmp_path)) == len(entries)
     lines = results.markdown(results.read(tmp_path)).splitlines()
-    assert len(lines) == len({line for line in lines}) == 2 + len(entries) and len({line.count(" | ") for line in lines}) == 1
+    assert (
+        len(lines) == len({line for line in lines}) == 2 + len(entries)
+        and len({line.count(" | ") for line in lines}) == 1
+    )
     words = keys.data_labels(results.read(tmp_path))
     assert len(words) == len(entries) - 1  # another run measures the same
     assert sum("k=5" in text for text in words.values()) == 1 and sum("96 px" in text for text in words.values()) == 1
@@ -57,7 +68,11 @@ def test_a_run_is_the_same_however_it_is_spelled(tmp_path, monkeypatch):
     (tmp_path / "runs" / "aid").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
-    assert keys.origin("runs/aid/probe", tmp_path / "link" / "aid") == keys.origin("link/aid/probe", "runs/aid/") == keys.OWN
+    assert (
+        keys.origin("runs/aid/probe", tmp_path / "link" / "aid")
+        == keys.origin("link/aid/probe", "runs/aid/")
+        == keys.OWN
+    )
     assert keys.origin("runs/aid/probe", "runs/other") != keys.OWN
 
 

@@ -76,7 +76,8 @@ def entry(task, encoder, step, value, data, **details):
     """A result of the probe as its job writes it."""
     score = {"value": value, "low": value - 0.05, "high": None if encoder == "pixels" else value + 0.05, "seeds": []}
     return {
-        "name": f"{task}_{data['name']}", "task": task, "data": data, "settings": {}, "spec": {"task": task}, "scores": {task: score},
+        "name": f"{task}_{data['name']}", "task": task, "data": data, "settings": {}, "spec": {"task": task},
+        "scores": {task: score},
         "checkpoint": {"run": "r", "step": step, "encoder": encoder, "image_size": 48}, "details": details,
     }  # fmt: skip
 
@@ -152,19 +153,37 @@ def test_the_page_of_a_run_with_everything(run, data, tmp_path, capsys):
     assert {path.name for path in output.iterdir()} == {"index.html", *(f"{name}.png" for name in pictures)}
     for said in (
         "finished at step 4", "1 training alarm", "step 3, collapse: &lt;script&gt;", "0.750 (0.700 – 0.800)",
-        "<td>0.250</td>", "Skipped: results of other runs in", "knn_small (small, 12 images, 48 px, no temperature, fingerprints None and None): knn", "linear_small of step 4 failed: &lt;script&gt;", "odd.json is not a probe result",
+        "<td>0.250</td>", "Skipped: results of other runs in",
+        "knn_small (small, 12 images, 48 px, no temperature, fingerprints None and None): knn",
+        "linear_small of step 4 failed: &lt;script&gt;", "odd.json is not a probe result",
         "trained, step 4", "small, 12 images, 48 px", "fields &amp; woods", "Searched: 20 of 20 images of the split",
         "resized to 256 x 256 px: 32 x 32 patches", "kNN accuracy in training", "first date", "nir",
     ):  # fmt: skip
         assert said in text, said
     table = re.search(r'<section id="scores">.*?</table>', text, re.S)[0]
     cells = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", table)]
-    assert sorted(row[2:] for row in cells if row[:2] == ["knn", "knn_small"]) == sorted([
-        ["0.250", "0.500 (0.450 – 0.550)", "0.750 (0.700 – 0.800)", "small, 12 images, 48 px, no temperature, fingerprints None and None"],
-        ["", "", "0.375 (0.325 – 0.425)", "small, 12 images, 48 px, temperature=0.5"],
-        ["", "", "0.875 (0.825 – 0.925)", "small, 12 images, 96 px, no temperature"],
-        ["", "0.125 (0.075 – 0.175)", "", "small, 12 images, 48 px, no temperature, fingerprints None and bbbbbbbb"],
-    ]) and "0.999" not in table
+    assert (
+        sorted(row[2:] for row in cells if row[:2] == ["knn", "knn_small"])
+        == sorted(
+            [
+                [
+                    "0.250",
+                    "0.500 (0.450 – 0.550)",
+                    "0.750 (0.700 – 0.800)",
+                    "small, 12 images, 48 px, no temperature, fingerprints None and None",
+                ],
+                ["", "", "0.375 (0.325 – 0.425)", "small, 12 images, 48 px, temperature=0.5"],
+                ["", "", "0.875 (0.825 – 0.925)", "small, 12 images, 96 px, no temperature"],
+                [
+                    "",
+                    "0.125 (0.075 – 0.175)",
+                    "",
+                    "small, 12 images, 48 px, no temperature, fingerprints None and bbbbbbbb",
+                ],
+            ]
+        )
+        and "0.999" not in table
+    )
     for bound in re.findall(r"[MLHV ](-?\d+\.\d|nan|inf)", " ".join(re.findall(r' d="([^"]*)"', text))):
         assert -1 <= float(bound) <= 300  # no line leaves its chart, and none is drawn through what is not finite
     # What is asked for anew takes the place of what was there, but of nothing else.
@@ -191,13 +210,16 @@ def test_the_page_of_a_run_that_has_just_begun(run, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["index.html"]
     for title, why in (
         ("Scores", "the run has not been probed yet"), ("Pairs", "the run has no complete checkpoint yet"),
-        ("Nearest neighbors", "the run has no complete"), ("Training", "no metrics.jsonl"), ("Classes", "no probe result"),
+        ("Nearest neighbors", "the run has no complete"), ("Training", "no metrics.jsonl"),
+        ("Classes", "no probe result"),
     ):  # fmt: skip
         assert re.search(rf"<td>{title}</td><td class=\"text\">[^<]*{why}", text), title
     assert "not finished: step 0 is the last logged step" in text
 
 
-def test_images_that_the_run_was_not_trained_on_are_told_and_damage_is_passed_only_if_asked(run, data, tmp_path, capsys):
+def test_images_that_the_run_was_not_trained_on_are_told_and_damage_is_passed_only_if_asked(
+    run, data, tmp_path, capsys
+):
     changed = pathlib.Path(shutil.copytree(data, tmp_path / "data"))
     info = json.loads((changed / "info.json").read_text())
     info["splits"]["train"]["fingerprint"] = "made anew"
@@ -206,7 +228,18 @@ def test_images_that_the_run_was_not_trained_on_are_told_and_damage_is_passed_on
     arrays = max((work / "checkpoints/4/teacher").rglob("d/*"), key=lambda file: file.stat().st_size)
     content = bytearray(arrays.read_bytes())
     content[len(content) // 2] ^= 1
-    command = ["--run", str(work), "--data", str(changed), "--output", str(tmp_path / "out"), "--images", "2", "--pairs", "1"]
+    command = [
+        "--run",
+        str(work),
+        "--data",
+        str(changed),
+        "--output",
+        str(tmp_path / "out"),
+        "--images",
+        "2",
+        "--pairs",
+        "1",
+    ]
     report.main(command)
     told = f"The images of {changed} are not the training data of this run: their fingerprint differs."
     assert told in capsys.readouterr().err.splitlines() and told in (tmp_path / "out/index.html").read_text()
@@ -229,14 +262,25 @@ def test_broken_lines_doubled_steps_and_results_of_a_checkpoint_that_was_saved_a
     saved = checkpoint.identity(work / "checkpoints/4")
     for name, of in (("knn", saved), ("linear", "another")):
         of = {"run": "r", "origin": "..", "step": 4, "encoder": "teacher", "saved": of}
-        entry = {"name": name, "task": name, "checkpoint": of, "data": {"path": "d"}, "spec": {"task": name}, "scores": {}}
+        entry = {
+            "name": name,
+            "task": name,
+            "checkpoint": of,
+            "data": {"path": "d"},
+            "spec": {"task": name},
+            "scores": {},
+        }
         (work / "probe/step_000004").mkdir(parents=True, exist_ok=True)
         (work / f"probe/step_000004/{name}.json").write_text(json.dumps(entry))
     found = folder.read(str(work), None)
     assert [(line["step"], line["loss"]) for line in found.metrics] == [(1, 5), (2, 3), (3, 2), (4, 1)]
     assert [entry["name"] for entry in found.results] == ["knn"]
     told = " ".join(found.faults)
-    for text in ("linear.json is a result of an earlier checkpoint of step 4", "invalid JSON in line 2.", "has 1 duplicate step(s)"):
+    for text in (
+        "linear.json is a result of an earlier checkpoint of step 4",
+        "invalid JSON in line 2.",
+        "has 1 duplicate step(s)",
+    ):
         assert text in told
     assert len(found.faults) == 3
 

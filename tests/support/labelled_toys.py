@@ -37,7 +37,8 @@ def write_shards(folder: pathlib.Path, labels: dict[str, list], class_names=CLAS
     """A dataset folder with one PNG per label and split."""
     facts = {"mean": [0.4] * 3, "std": [0.1] * 3}
     splits = {
-        name: toy_shards.Split(pictures(values), values, facts=facts | {"fingerprint": name}) for name, values in labels.items()
+        name: toy_shards.Split(pictures(values), values, facts=facts | {"fingerprint": name})
+        for name, values in labels.items()
     }
     return toy_shards.write(folder, splits, bands=bands, class_names=class_names)
 

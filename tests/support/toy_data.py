@@ -26,9 +26,13 @@ def write(
     plain = (bands, dtype) == (records.RGB, "uint8")
     encoded, counts = [], 0
     for i in range(images):
-        pixels = np.random.default_rng(i).integers(0, 256 if dtype == "uint8" else 5000, (60, 64, len(bands))).astype(dtype)
+        pixels = (
+            np.random.default_rng(i).integers(0, 256 if dtype == "uint8" else 5000, (60, 64, len(bands))).astype(dtype)
+        )
         counts = counts + statistics.count(pixels)
-        encoded.append(b"no image" if i in undecodable else toy_shards.png(pixels) if plain else codecs.encode_tiff(pixels))
+        encoded.append(
+            b"no image" if i in undecodable else toy_shards.png(pixels) if plain else codecs.encode_tiff(pixels)
+        )
     ranges = statistics.default_ranges(counts, dtype)
     mean, std = ([0.5] * 3, [0.29] * 3) if plain else map(list, statistics.moments(counts, dtype, ranges))
     facts = {"ranges": ranges, "mean": mean, "std": std, "fingerprint": fingerprint}

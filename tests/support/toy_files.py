@@ -78,7 +78,11 @@ def pack(path: pathlib.Path, files: dict[str, bytes]) -> None:
             member = tarfile.TarInfo(name)
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
-        for name, kind in (("link.png", tarfile.SYMTYPE), ("hard.png", tarfile.LNKTYPE), ("device.png", tarfile.CHRTYPE)):
+        for name, kind in (
+            ("link.png", tarfile.SYMTYPE),
+            ("hard.png", tarfile.LNKTYPE),
+            ("device.png", tarfile.CHRTYPE),
+        ):
             member = tarfile.TarInfo(f"all/rejected/{name}")
             member.type, member.linkname = kind, "../../outside/secret.png"
             archive.addfile(member)

@@ -18,7 +18,10 @@ def launch(command: list[str], hosts: int, devices: int) -> list[subprocess.Pope
     environment = os.environ | {"XLA_FLAGS": f"{FAST} --xla_force_host_platform_device_count={devices}"}
     flags = [[]]
     if hosts > 1:
-        flags = [[f"--coordinator=127.0.0.1:{port}", f"--num_processes={hosts}", f"--process_id={i}"] for i in range(hosts)]
+        flags = [
+            [f"--coordinator=127.0.0.1:{port}", f"--num_processes={hosts}", f"--process_id={i}"] for i in range(hosts)
+        ]
     return [
-        subprocess.Popen([*command, *own], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) for own in flags
+        subprocess.Popen([*command, *own], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        for own in flags
     ]

@@ -48,7 +48,8 @@ def png(
 
 
 def tiff(values: np.ndarray, planar: bool = False, orientation: int = 1, extra=(), **options) -> bytes:
-    """A TIFF of values [H, W, C] in one of its layouts; `options` of tifffile, `extra` of ExtraSamples by their numbers."""
+    """A TIFF of values [H, W, C] in one of its layouts; `options` of tifffile, `extra` of ExtraSamples by their
+    numbers."""
     bands = values.shape[2]
     photometric = options.pop("photometric", "rgb" if bands > 2 else "minisblack")
     stored = np.moveaxis(values, 2, 0) if planar and bands > 1 else values if bands > 1 else values[..., 0]
@@ -88,7 +89,11 @@ def every_kind(seed: int = 0) -> dict[str, tuple[bytes, np.ndarray]]:
     photo, cmyk = Image.fromarray(rgb), Image.fromarray(rgb).convert("CMYK")
     exif, seen = Image.Exif(), np.array(photo.resize((44, 36)))
     decoded = lambda content: np.array(Image.open(io.BytesIO(content)).convert("RGB"))  # noqa: E731
-    jpegs = {"jpeg": pillow(photo, "JPEG"), "gray jpeg": pillow(gray[..., 0], "JPEG"), "cmyk jpeg": pillow(cmyk, "JPEG")}
+    jpegs = {
+        "jpeg": pillow(photo, "JPEG"),
+        "gray jpeg": pillow(gray[..., 0], "JPEG"),
+        "cmyk jpeg": pillow(cmyk, "JPEG"),
+    }
     files = {f"{name}.jpg": (content, decoded(content)) for name, content in jpegs.items()}
     for orientation, turn in TURNED.items():
         exif[0x0112] = orientation

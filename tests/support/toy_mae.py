@@ -1,7 +1,7 @@
 """A masked autoencoder in a page: a method without a teacher and without state, for the contract's tests.
 
-The encoder sees a random part of the patches; a linear decoder guesses the mean of each band in every patch from the class
-token. It learns little, and uses everything that a method needs.
+The encoder sees a random part of the patches; a linear decoder guesses the mean of each band in every patch from the
+class token. It learns little, and uses everything that a method needs.
 """
 
 import dataclasses
@@ -58,11 +58,15 @@ class ToyMae(base.Base):
 
     def prepare(self, rngs, batch):
         images = batch["global"]  # [B, V, S, S, C]
-        words = jax.random.bits(rngs("masks"), (*images.shape[:2], (self.encoder.image_size // self.encoder.patch) ** 2))
+        words = jax.random.bits(
+            rngs("masks"), (*images.shape[:2], (self.encoder.image_size // self.encoder.patch) ** 2)
+        )
         return {"images": images, "kept": jnp.argsort(words, axis=-1)[..., : self.kept].astype(jnp.int32)}
 
     def loss(self, params, teacher, state, examples, context):
-        images, kept = jax.tree.map(lambda x: rearrange(x, "b v ... -> (b v) ..."), (examples["images"], examples["kept"]))
+        images, kept = jax.tree.map(
+            lambda x: rearrange(x, "b v ... -> (b v) ..."), (examples["images"], examples["kept"])
+        )
         images = self.bands.normalized(images, self.precision.wide)  # [B V, S, S, C]
         patches = rearrange(vit.patchify(images, self.encoder.patch), "n l (p c) -> n l p c", c=len(self.bands))
         token = self.encoder.apply({"params": params["backbone"]}, images, kept)["class_token"]  # [B V, D]

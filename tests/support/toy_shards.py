@@ -53,7 +53,12 @@ class Split:
     def encoded(self) -> list[bytes]:
         """The records."""
         n = len(self.images)
-        rows = (self.images, self.keys or [f"{i}.png" for i in range(n)], self.labels or [None] * n, self.places or [""] * n)
+        rows = (
+            self.images,
+            self.keys or [f"{i}.png" for i in range(n)],
+            self.labels or [None] * n,
+            self.places or [""] * n,
+        )
         return [records.encode_record(*row) for row in zip(*rows, strict=True)]
 
 
@@ -81,7 +86,8 @@ def write(
             write_shard(file, encoded[end - count : end])
         width = len(bands)
         facts = {
-            "ranges": [[0.0, 255.0]] * width, "mean": [0.5] * width, "std": [0.2] * width, "percentiles": {}, "source": "",
+            "ranges": [[0.0, 255.0]] * width, "mean": [0.5] * width, "std": [0.2] * width, "percentiles": {},
+            "source": "",
             "fingerprint": hashlib.sha256(b"".join(hashlib.sha256(record).digest() for record in encoded)).hexdigest(),
         }  # fmt: skip
         infos[name] = records.SplitInfo(

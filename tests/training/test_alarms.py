@@ -23,7 +23,11 @@ HEALTHY = {
 ILL = {
     "collapse to few prototypes": {"teacher/entropy": 0.05, "teacher/entropy_of_mean": 0.1, "loss": 2.0},
     "prototypes unused": {"teacher/prototypes_in_use": 1.0},
-    "uniform teacher": {"teacher/entropy": math.log(1024) - 0.01, "teacher/entropy_of_mean": math.log(1024), "loss": 9.0},
+    "uniform teacher": {
+        "teacher/entropy": math.log(1024) - 0.01,
+        "teacher/entropy_of_mean": math.log(1024),
+        "loss": 9.0,
+    },
     "features collapse": {"teacher/feature_variance": 0.001},
     "updates too large": {"norm/update": 5.0},
     "loss diverges": {"loss": 20.0},
@@ -70,7 +74,8 @@ def test_a_moment_is_no_alarm(name):
     assert not feed(run, 100) and not feed(run, 30, ILL[name]) and not feed(run, 300)
     condition = next(condition for condition in health.CONDITIONS if condition.name == name)
     before_peak = feed(watch(), 300, ILL[name], rate=0.9e-3)
-    assert bool(before_peak) == (not condition.after_peak and name != "loss diverges")  # which was as large at the start
+    # which was as large at the start
+    assert bool(before_peak) == (not condition.after_peak and name != "loss diverges")
 
 
 def test_around_a_bound_it_is_said_once():
@@ -138,13 +143,13 @@ def alarms_of(workdir):
     return [json.loads(line) for line in (workdir / "alarms.jsonl").read_text().splitlines()]
 
 
-NO_CENTRE = dict(pera__loss__center_momentum=1.0)  # it stays at 0
+NO_CENTER = dict(pera__loss__center_momentum=1.0)  # it stays at 0
 PLANTED = {
-    "no centre, sharp targets": (
-        NO_CENTRE | dict(pera__teacher_temperature__start=0.02, pera__teacher_temperature__end=0.02),
+    "no center, sharp targets": (
+        NO_CENTER | dict(pera__teacher_temperature__start=0.02, pera__teacher_temperature__end=0.02),
         "collapse to few prototypes", 100,
     ),
-    "no centre, no KoLeo": (NO_CENTRE | dict(pera__loss__koleo_weight=0.0), "collapse to few prototypes", 100),
+    "no center, no KoLeo": (NO_CENTER | dict(pera__loss__koleo_weight=0.0), "collapse to few prototypes", 100),
     "a rate 300 times too high": (dict(schedules__learning_rate__peak=0.3), "updates too large", 150),
 }
 
@@ -173,7 +178,12 @@ def test_alarms_survive_a_resume(scenes, one_device, tmp_path):
     """From a checkpoint at which one was about to begin; what came after it is said again, at the same step."""
     temperature = dict(pera__teacher_temperature__start=0.02, pera__teacher_temperature__end=0.02)
     config = small(
-        scenes, "80 steps", checkpoint__every="20 steps", log_every="1 steps", pera__loss__center_momentum=1.0, **temperature
+        scenes,
+        "80 steps",
+        checkpoint__every="20 steps",
+        log_every="1 steps",
+        pera__loss__center_momentum=1.0,
+        **temperature,
     )
     train.train(config, str(tmp_path / "whole"))
     first = alarms_of(tmp_path / "whole")[0]

@@ -158,7 +158,8 @@ def test_a_run_goes_on_only_with_its_own_model_settings_and_data():
         "another model: expected mean": meta | {"mean": [0.4] * 3},
         "another run: expected batch_size": meta | {"config": meta["config"] | {"batch_size": 3}},
         "another run: expected seed": meta | {"config": meta["config"] | {"seed": 3}},
-        "another dataset: expected toy with fingerprint .*, got toy with g": meta | {"data": DATA | {"fingerprint": "g"}},
+        "another dataset: expected toy with fingerprint .*, got toy with g": meta
+        | {"data": DATA | {"fingerprint": "g"}},
     }
     for message, found in changed.items():
         with pytest.raises(UserError, match=f"runs/a belongs to {message}"):
@@ -186,7 +187,9 @@ def test_beside_a_training_that_removes_checkpoints_a_hundred_readings_succeed(r
     thread.start()
     try:
         for _ in range(100):
-            files = checkpoint.read_while_present(tmp_path / "run", None, lambda step: _read_all(folder / str(step), steps_read))
+            files = checkpoint.read_while_present(
+                tmp_path / "run", None, lambda step: _read_all(folder / str(step), steps_read)
+            )
             assert files == wanted
     finally:
         done.set()
@@ -198,7 +201,9 @@ def test_beside_a_training_that_removes_checkpoints_a_hundred_readings_succeed(r
         shutil.rmtree(folder / str(step))
         raise checkpoint.Damaged("half of it")
 
-    with pytest.raises(checkpoint.Removed, match=f"training removed the checkpoint of step {last} of .* while it was read"):
+    with pytest.raises(
+        checkpoint.Removed, match=f"training removed the checkpoint of step {last} of .* while it was read"
+    ):
         checkpoint.read_while_present(tmp_path / "run", last, removed)
 
 
@@ -221,8 +226,14 @@ def test_a_checkpoint_without_digests_is_read_and_its_values_are_finite(run, sta
     restored, data = checkpoint.restore(tmp_path / "checkpoints" / "1", abstract)
     jax.tree.map(np.testing.assert_array_equal, restored, state)
     assert data == {"batches": 3}
-    for read in (lambda: checkpoint.restore(tmp_path / "checkpoints" / "2", abstract), lambda: load.load_weights(tmp_path, 2)):
-        with pytest.raises(checkpoint.Damaged, match="its teacher has NaN or infinite values in backbone/norm/bias, backbone/norm/scale"):
+    for read in (
+        lambda: checkpoint.restore(tmp_path / "checkpoints" / "2", abstract),
+        lambda: load.load_weights(tmp_path, 2),
+    ):
+        with pytest.raises(
+            checkpoint.Damaged,
+            match="its teacher has NaN or infinite values in backbone/norm/bias, backbone/norm/scale",
+        ):
             read()
     assert len(jax.tree.leaves(load.load_weights(tmp_path, 2, verify=False).params)) > 20
 

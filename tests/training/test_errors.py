@@ -95,7 +95,11 @@ WRONG_SETTINGS = {
     "14 learnable and 0 teacher": {"pera.masks.teacher": 0.0, "pera.masks.student": 0.6},
     "split 36 patches into 7 student, 0 learnable": {"pera.masks.teacher": 0.8},
     "model.width=32 is not a multiple of model.heads=3": {"model.heads": 3},
-    "pera.heads.prototypes=60 is not divisible by the 8 shards": {"pera.heads.prototypes": 60, "mesh.data": 1, "mesh.fsdp": 8},
+    "pera.heads.prototypes=60 is not divisible by the 8 shards": {
+        "pera.heads.prototypes": 60,
+        "mesh.data": 1,
+        "mesh.fsdp": 8,
+    },
     "is not divisible by pera.loss.koleo_group=5": {"pera.loss.koleo_group": 5},
     "precision='float8' is invalid; expected one of": {"precision": "float8"},
     "mesh data=3, fsdp=1, tensor=1 does not fit 8 device": {"mesh.data": 3},
@@ -131,7 +135,9 @@ def cut_short(folder):
 DAMAGE = {
     "is damaged: expected": cut_short,
     "shard .* is missing": lambda folder: (folder / toy_shards.shard("toy", "train")).unlink(),
-    "has ranges for 3 bands, expected 4": lambda folder: toy_shards.edit_info(folder, bands=["red", "green", "blue", "infrared"]),
+    "has ranges for 3 bands, expected 4": lambda folder: toy_shards.edit_info(
+        folder, bands=["red", "green", "blue", "infrared"]
+    ),
     "has format version 99": lambda folder: toy_shards.edit_info(folder, format_version=99),
     "info.json is damaged: it is not valid JSON": lambda folder: (folder / "info.json").write_text('{"name": '),
 }
@@ -200,7 +206,9 @@ def test_wrong_flags_end_with_one_sentence(data, tmp_path):
     )
     workdir = ("--workdir", str(tmp_path / "run"))
     started = {
-        """flag or config: 'pth' Did you mean "path" """: command("--config", "configs/demo.py:smoke", f"--config.data.pth={data}", *workdir),
+        """flag or config: 'pth' Did you mean "path" """: command(
+            "--config", "configs/demo.py:smoke", f"--config.data.pth={data}", *workdir
+        ),
         "pth": command("--config", str(bad_file), *workdir),
         "no config; choose one": command(*workdir),
         "no folder for checkpoints": command("--config", "configs/demo.py:smoke"),
@@ -232,7 +240,9 @@ def test_a_full_disk_names_the_last_good_checkpoint_and_leaves_it_whole(config, 
     (tiny_device / "filler").write_bytes(bytes(filler))
     arguments = ("--config", "configs/demo.py:smoke", f"--config.data.path={data}", "--workdir", str(workdir))
     message = sentence(command(*arguments))
-    assert "checkpoint of step 2 could not be written" in message and "no space left on device; free disk space" in message
+    assert (
+        "checkpoint of step 2 could not be written" in message and "no space left on device; free disk space" in message
+    )
     assert message.endswith("the last good checkpoint is step 1")
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["1"]
     assert load.load_weights(workdir).step == 1
@@ -249,8 +259,14 @@ def test_a_save_that_fails_half_way_leaves_the_last_checkpoint(config, data, tmp
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
-        with pytest.raises(UserError, match="checkpoint of step 2 could not be written .* last good checkpoint is step 1"):
-            store.save(state.replace(step=state.step + 2), checkpoint.load_meta(folder), {"batches": 2, "replaced": 0, "drawn": [32]})
+        with pytest.raises(
+            UserError, match="checkpoint of step 2 could not be written .* last good checkpoint is step 1"
+        ):
+            store.save(
+                state.replace(step=state.step + 2),
+                checkpoint.load_meta(folder),
+                {"batches": 2, "replaced": 0, "drawn": [32]},
+            )
             store.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -30,7 +30,7 @@ SOON = 45  # where a hang is waited for, with all programs compiled; JAX ends th
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    toy_data.write(folder / "labelled")
+    toy_data.write(folder / "labeled")
     return toy_data.write(folder / "toy", undecodable=(3, 20))
 
 
@@ -39,7 +39,7 @@ def launch(data, workdir, hosts: int, total: int, stall: int = STALL) -> list[su
     command = [
         sys.executable, "-m", "pera_jax.train", "--config", "configs/demo.py:smoke", f"--config.data.path={data}",
         f"--config.total={total} steps", "--config.checkpoint.every=4 steps", "--config.mesh.fsdp=2",
-        f"--config.monitor.data={pathlib.Path(data).parent / 'labelled'}", "--config.monitor.every=4 steps",
+        f"--config.monitor.data={pathlib.Path(data).parent / 'labeled'}", "--config.monitor.every=4 steps",
         f"--config.stall_seconds={stall}", "--allow-config-change", "--workdir", str(workdir),
     ]  # fmt: skip
     return toy_hosts.launch(command, hosts, 4 // hosts)
@@ -124,7 +124,9 @@ def test_two_hosts_compute_what_one_computes_and_end_where_the_other_is_lost_or_
     assert "no progress for" in said and 'File "' in said
 
 
-@pytest.mark.parametrize("shape", [dict(data=1), dict(data=1, fsdp=2), dict(data=2, tensor=2), dict(data=1, fsdp=4)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [dict(data=1), dict(data=1, fsdp=2), dict(data=2, tensor=2), dict(data=1, fsdp=4)], ids=str
+)
 def test_a_state_of_eight_devices_is_restored_on_fewer_bit_for_bit(shape, tmp_path_factory, data):
     folder = _saved_on_eight(tmp_path_factory, data)
     config = test_train.smoke("demo", data)

@@ -59,7 +59,16 @@ def test_every_host_of_a_tpu_gets_the_arguments_as_they_were_given(options, tmp_
     environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}", "HOST_FOLDER": str(host)}
     subprocess.run(["bash", str(LAUNCH / "tpu_vm.sh"), "name", "zone", *given, *options], check=True, env=environment)
     config, shards, workdir = given
-    wanted = ["-m", "pera_jax.train", "--config", config, f"--config.data.path={shards}", "--workdir", workdir, *options]
+    wanted = [
+        "-m",
+        "pera_jax.train",
+        "--config",
+        config,
+        f"--config.data.path={shards}",
+        "--workdir",
+        workdir,
+        *options,
+    ]
     assert (host / "pera_jax/arguments").read_text().splitlines() == wanted
 
 
@@ -88,14 +97,20 @@ def test_slurm_queues_again_only_what_may_come_out_otherwise(statuses, leaves, b
     programs = {
         "srun": 'shift; worst=0; for SLURM_PROCID in 0 1; do export SLURM_PROCID; "$@"; status=$?; '
                 '[ $status -gt $worst ] && worst=$status; done; exit $worst',
-        "python": f'{f"mkdir -p {run}/{leaves};" if leaves else ""} exit $(echo {statuses[0]} {statuses[1]} | cut -d" " -f$((SLURM_PROCID + 1)))',
+        "python": f'{f"mkdir -p {run}/{leaves};" if leaves else ""} exit $(echo {statuses[0]} {statuses[1]} | cut -d" '
+                  '" -f$((SLURM_PROCID + 1)))',
         "scontrol": f'echo "$@" > {tmp_path}/queued',
     }  # fmt: skip
     for name, text in programs.items():
         (tools / name).write_text(f"#!/bin/bash\n{text}\n")
         (tools / name).chmod(0o755)
     (tools / "activate").write_text(f"PATH={tools}:$PATH\n")
-    environment = {**os.environ, "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(before)}
+    environment = {
+        **os.environ,
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_JOB_ID": "7",
+        "SLURM_RESTART_COUNT": str(before),
+    }
     script = [shutil.which("bash"), str(LAUNCH / "slurm.sh"), "configs/demo.py", "shards", "run"]
     done = subprocess.run(script, env=environment, capture_output=True, text=True)
     assert done.returncode == max(statuses), done.stderr

@@ -1,4 +1,4 @@
-"""The monitor: neighbours among labelled images, from the teacher in training, which it must not change."""
+"""The monitor: neighbors among labeled images, from the teacher in training, which it must not change."""
 
 import shutil
 
@@ -34,7 +34,7 @@ def settings(data, **changes):
 def test_leave_one_out_is_the_loop(seed):
     rng = np.random.default_rng(seed)
     features = rng.normal(size=(60, 8)) * 5 + rng.normal(size=8)
-    features[:: 2 + seed] = features[0]  # more images that are the same than there are neighbours, or fewer
+    features[:: 2 + seed] = features[0]  # more images that are the same than there are neighbors, or fewer
     labels = rng.integers(0, 4, 60)
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
     right = 0
@@ -44,14 +44,14 @@ def test_leave_one_out_is_the_loop(seed):
         votes = [sum(np.exp(similarity[j] / 0.07) for j in others if labels[j] == label) for label in range(4)]
         right += int(np.argmax(votes) == labels[i])
     found = leave_one_out(features, labels, 4, 20)
-    assert float(found) == pytest.approx(right / 60, abs=1.5 / 60)  # equal neighbours
+    assert float(found) == pytest.approx(right / 60, abs=1.5 / 60)  # equal neighbors
 
 
 def test_leave_one_out_leaves_the_image_out():
-    """Each image is its own best neighbour, and here the only one of its class."""
+    """Each image is its own best neighbor, and here the only one of its class."""
     features = np.random.default_rng(0).normal(size=(30, 5))
     assert leave_one_out(features, np.arange(30), 30, 20) == 0
-    features[:] = 1  # a collapsed teacher: itself is not even among its neighbours
+    features[:] = 1  # a collapsed teacher: itself is not even among its neighbors
     assert leave_one_out(features, np.repeat([0, 1], 15), 2, 20) <= 0.5
 
 
@@ -76,8 +76,8 @@ def test_bad_sets_are_one_sentence(data, tmp_path):
         folder = toy_data.write(tmp_path / name, **content)
         with pytest.raises(UserError, match=wrong):
             monitor.labeled_subset(settings(folder), bands, 40)
-    folder = toy_data.write(tmp_path / "unlabelled")
-    toy_shards.edit_info(tmp_path / "unlabelled", class_names=None)
+    folder = toy_data.write(tmp_path / "unlabeled")
+    toy_shards.edit_info(tmp_path / "unlabeled", class_names=None)
     with pytest.raises(UserError, match="needs at least two classes"):
         monitor.labeled_subset(settings(folder), bands, 40)
 

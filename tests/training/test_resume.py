@@ -19,7 +19,8 @@ from pera_jax.training.checkpoints import run_meta
 def meta_of(config, data="f", **changes):
     return {
         "model": {"width": 32}, "bands": ["red"], "dtype": "uint8", "ranges": [[0, 255]], "mean": [0.5], "std": [0.2],
-        "git": "abc", "data": {"name": "toy", "fingerprint": data, "records": 48}, "config": json.loads(config.to_json()),
+        "git": "abc", "data": {"name": "toy", "fingerprint": data, "records": 48},
+        "config": json.loads(config.to_json()),
     } | changes  # fmt: skip
 
 
@@ -50,7 +51,9 @@ def test_what_changes_no_number_may_change_and_is_listed():
 ])  # fmt: skip
 def test_what_shapes_the_run_changes_only_when_told_to_and_is_listed_first(field, value):
     before, now = meta_of(changed()), meta_of(changed(**{field: value, "data.workers": 3}))
-    with pytest.raises(UserError, match=f"runs/a belongs to another run: expected {field} .*, or pass --allow-config-change"):
+    with pytest.raises(
+        UserError, match=f"runs/a belongs to another run: expected {field} .*, or pass --allow-config-change"
+    ):
         check(before, now)
     first, second = check(before, now, allow_config_change=True)
     assert first.startswith(f"{field} ") and second == "data.workers 0 -> 3"
@@ -59,7 +62,12 @@ def test_what_shapes_the_run_changes_only_when_told_to_and_is_listed_first(field
 def test_what_makes_another_run_never_changes():
     for field, value in {"seed": 4, "pera.heads.prototypes": 32, "parameter_precision": "float64"}.items():
         with pytest.raises(UserError, match=f"belongs to another run: expected {field} "):
-            check(meta_of(changed()), meta_of(changed(**{field: value})), allow_config_change=True, allow_changed_data=True)
+            check(
+                meta_of(changed()),
+                meta_of(changed(**{field: value})),
+                allow_config_change=True,
+                allow_changed_data=True,
+            )
 
 
 def test_a_config_of_an_earlier_version_had_the_default_of_fields_that_it_did_not_know():
@@ -114,7 +122,9 @@ def test_the_config_of_before_stays(tmp_path):
     for meta in (second, first, second):
         resume.keep_earlier(str(tmp_path), meta, 4)
         run_meta.write(str(tmp_path), meta)
-    kept = {path.name: json.loads(path.read_text())["config"]["total"] for path in (tmp_path / resume.EARLIER).iterdir()}
+    kept = {
+        path.name: json.loads(path.read_text())["config"]["total"] for path in (tmp_path / resume.EARLIER).iterdir()
+    }
     assert kept == {"until_step_000004.json": "4 steps", "until_step_000004_2.json": "9 steps"}
 
 
@@ -131,13 +141,18 @@ def test_config_json_is_a_config(tmp_path):
         "x", "--config", bridged, "--config.total=1 steps"
     ]  # fmt: skip
     named = f"--config={configs.find('demo')[0]}"
-    assert config_flags.resolve([f"--config={file}", "--config=demo:smoke"]) == [f"--config={bridged}", f"{named}:smoke"]
+    assert config_flags.resolve([f"--config={file}", "--config=demo:smoke"]) == [
+        f"--config={bridged}",
+        f"{named}:smoke",
+    ]
 
 
 @pytest.mark.parametrize("content, sentence", [
-    ("{", "cannot be read: it is not valid JSON"), ("[]", "is not the config.json of a run"), ('{"config": 3}', "is not the config.json"),
+    ("{", "cannot be read: it is not valid JSON"), ("[]", "is not the config.json of a run"),
+    ('{"config": 3}', "is not the config.json"),
     ('{"config": {"totl": 1}}', "has an unknown field totl"),
-    ('{"config": {"data": {"workers": "three"}}}', "expected data.workers in .* as int, such as the default -1, got three"),
+    ('{"config": {"data": {"workers": "three"}}}', "expected data.workers in .* as int, such as the default -1, got "
+                                                   "three"),
     ('{"config": {"data": 3}}', "expected data in .* as a group of fields, got 3"),
     ('{"config": {"total": null}}', "expected total in .* as str, such as the default .*, got None"),
 ])  # fmt: skip

@@ -67,7 +67,13 @@ def test_one_minus_momentum_keeps_its_digits_near_one():
 
 
 def test_short_ramps():
-    one = build(**{"schedules.learning_rate.warmup": "1 steps", "schedules.learning_rate.start": 1e-4, "schedules.learning_rate.peak": 2e-3})
+    one = build(
+        **{
+            "schedules.learning_rate.warmup": "1 steps",
+            "schedules.learning_rate.start": 1e-4,
+            "schedules.learning_rate.peak": 2e-3,
+        }
+    )
     assert one.at(0)["learning_rate"] == 1e-4
     assert one.at(1)["learning_rate"] == 2e-3
     none = build(**{"schedules.learning_rate.warmup": "0 steps", "pera.teacher_temperature.warmup": "0 epochs"})
@@ -112,7 +118,11 @@ def test_durations_without_a_meaning(value, total, per_epoch, message):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("schedules.learning_rate.warmup", "201 epochs", "schedules.learning_rate.warmup=.* 2010 steps, longer than the run"),
+        (
+            "schedules.learning_rate.warmup",
+            "201 epochs",
+            "schedules.learning_rate.warmup=.* 2010 steps, longer than the run",
+        ),
         ("pera.teacher_temperature.warmup", "101 percent", "pera.teacher_temperature.warmup=.* longer than the run"),
         ("pera.teacher_momentum.start", 1.5, "pera.teacher_momentum.start=1.5 must be >= 0 and <= 1"),
         ("pera.teacher_temperature.start", 0.0, "pera.teacher_temperature.start=0.0 must be > 0"),

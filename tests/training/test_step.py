@@ -25,7 +25,7 @@ MESHES = {
     "all three": dict(data=2, fsdp=2, tensor=2),
     "tensor": dict(data=1, fsdp=2, tensor=4),
 }
-# These programs run for milliseconds: optimising them would take two thirds of the time to compile.
+# These programs run for milliseconds: optimizing them would take two thirds of the compilation time.
 FAST = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
@@ -45,7 +45,9 @@ def compiled(mesh, **changes):
     objective, optimizer = tiny.objective(config), steps.make_optimizer(config.optimizer)
     abstract = steps.abstract_state(objective, optimizer, mesh)
     where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    step = steps.jit_step(steps.make_step(objective, optimizer, config.seed, config.optimizer, config.accumulate), where, mesh)
+    step = steps.jit_step(
+        steps.make_step(objective, optimizer, config.seed, config.optimizer, config.accumulate), where, mesh
+    )
     # A small rate: Adam divides by the gradient's size, and steps that are large beside it amplify rounding.
     hyper = tiny.HYPER | {"learning_rate": 1e-3}
     hyper = {name: np.asarray(value, config.parameter_precision) for name, value in hyper.items()}
@@ -106,14 +108,16 @@ def test_eight_devices_compute_what_one_computes_in_float32(mesh, single):
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(model__remat="dots"), dict(model__scan=False, model__remat="block")], ids=["dots", "unrolled, blocks"]
+    "changes",
+    [dict(model__remat="dots"), dict(model__scan=False, model__remat="block")],
+    ids=["dots", "unrolled, blocks"],
 )
 def test_scan_and_remat_change_nothing(changes, double):
     with jax.enable_x64(True):
         assert_same(double, run(**changes, **DOUBLE), 1e-9)
 
 
-# Nearest neighbours are looked for in groups that lie whole in one part, and on one device.
+# Nearest neighbors are looked for in groups that lie whole in one part, and on one device.
 PARTS = dict(batch_size=64, drop_path__group=2, pera__loss__koleo_group=2)
 
 
@@ -130,8 +134,8 @@ def test_four_parts_of_a_batch_make_the_step_of_the_whole(mesh, undivided):
 
 
 def test_on_pure_fsdp_only_parameters_gradients_and_class_tokens_move():
-    """Every collective is of the size of a parameter, of its share on one device, of a number per prototype or pair, or of
-    the class tokens that look for neighbours; none is of patch tokens."""
+    """Every collective is of the size of a parameter, of its share on one device, of a number per prototype or pair, or
+    of the class tokens that look for neighbors; none is of patch tokens."""
     config = tiny.config()
     objective = tiny.objective(config)
     allowed = {1, config.pera.heads.prototypes, len(objective.parts) * 2, config.pera.heads.bottleneck**2}

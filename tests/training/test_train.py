@@ -117,8 +117,12 @@ def uninterrupted(data, tmp_path_factory):
     stderr = end(process)
     assert process.returncode == 0, stderr
     opening, progress = stderr.splitlines()[:5], stderr.splitlines()[5:]
-    assert [line.split(" ")[0] for line in opening] == ["devices:", "data:", "training:", "model:", "compiling"], opening
-    assert opening[2].startswith(f"training: {TOTAL} steps of 16 images, 26.67 epochs of 3 steps; 16 images on each device")
+    assert [line.split(" ")[0] for line in opening] == ["devices:", "data:", "training:", "model:", "compiling"], (
+        opening
+    )
+    assert opening[2].startswith(
+        f"training: {TOTAL} steps of 16 images, 26.67 epochs of 3 steps; 16 images on each device"
+    )
     assert [line.split("  ")[0] for line in progress] == [f"step {i}/{TOTAL}" for i in range(1, TOTAL + 1)]
     return workdir
 
@@ -230,9 +234,16 @@ def test_init_from_takes_the_weights_only(finished, data, tmp_path):
 
 def test_resume_from_goes_on_as_the_workdir_itself_would(finished, data, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "own")
-    for workdir, config in ((tmp_path / "own", smoke("demo", data, "6 steps")), (tmp_path / "other", smoke("demo", data, "6 steps"))):
+    for workdir, config in (
+        (tmp_path / "own", smoke("demo", data, "6 steps")),
+        (tmp_path / "other", smoke("demo", data, "6 steps")),
+    ):
         config.resume_from = str(finished) if workdir.name == "other" else ""
-        with pytest.raises(UserError, match="belongs to another run: expected total 6 steps from this config, got 4 steps; .* --allow-config-change"):
+        with pytest.raises(
+            UserError,
+            match="belongs to another run: expected total 6 steps from this config, got 4 steps; .* "
+                  "--allow-config-change",
+        ):
             train.train(config, str(workdir))
         train.train(config, str(workdir), allow_config_change=True)
         assert "resuming from step 4 of 6; changed: total 4 steps -> 6 steps" in capsys.readouterr().err
@@ -258,7 +269,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_last_good_checkpoi
         train.train(config, str(tmp_path / "run"))
     assert checkpoint.saved_steps(tmp_path / "run") == [1]
     alarm = json.loads((tmp_path / "run" / "alarms.jsonl").read_text())
-    assert (alarm["step"], alarm["alarm"]) == (2, "loss is not finite") and "is inf at step 2; the last" in alarm["text"]
+    assert (alarm["step"], alarm["alarm"]) == (2, "loss is not finite") and "is inf at step 2; the last" in alarm[
+        "text"
+    ]
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
     everything(tmp_path / "run", 1)
 
@@ -283,6 +296,8 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(finish
 
     for step in (2, 4):
         spoil(workdir / "checkpoints" / str(step))
-    with pytest.raises(UserError, match=f"none of the checkpoints of {workdir} can be read .the newest: .*checkpoints/4 cannot"):
+    with pytest.raises(
+        UserError, match=f"none of the checkpoints of {workdir} can be read .the newest: .*checkpoints/4 cannot"
+    ):
         train.train(smoke("demo", data), str(workdir))
     assert checkpoint.saved_steps(workdir) == [2, 4]

@@ -73,7 +73,9 @@ def test_other_grids_and_bands_are_fitted(imported, capsys):
         given = load.load_weights(imported[False], which=which).params
         gray = np.random.default_rng(0).normal(size=(2, 24, 24, 1)).astype(np.float32)
         outputs = [
-            network.encoder.apply({"params": jax.device_get(tree["backbone"])}, np.tile(gray, (1, 1, 1, len(network.bands))))
+            network.encoder.apply(
+                {"params": jax.device_get(tree["backbone"])}, np.tile(gray, (1, 1, 1, len(network.bands)))
+            )
             for network, tree in ((old, given), (objective, found))
         ]  # the same image in all bands, at the new size, gives what it gave before
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *outputs)
@@ -93,7 +95,9 @@ def test_bands_in_another_order_are_matched_by_name(imported):
     given = load.load_weights(imported[False], which="student").params
     image = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
     wanted = old.encoder.apply({"params": given["backbone"]}, image)["class_token"]
-    found = objective.encoder.apply({"params": jax.device_get(state.params["backbone"])}, image[..., [2, 0, 1]])["class_token"]
+    found = objective.encoder.apply({"params": jax.device_get(state.params["backbone"])}, image[..., [2, 0, 1]])[
+        "class_token"
+    ]
     np.testing.assert_allclose(found, wanted, atol=2e-5)
     rows = np.asarray(given["pixel_head"]["direction"]).reshape(16, 3, -1)[:, [2, 0, 1]].reshape(48, -1)
     np.testing.assert_array_equal(state.params["pixel_head"]["direction"], rows)
@@ -105,9 +109,13 @@ def test_what_does_not_fit_is_named(imported):
     )
     objective, optimizer = pera.PerA.from_config(config, Bands.plain()), steps.make_optimizer(config.optimizer)
     born = jax.eval_shape(lambda: steps.new_state(objective, optimizer, 0))
-    with pytest.raises(UserError, match="does not fit this config: expected backbone/class_token .32,., got .16,.") as error:
+    with pytest.raises(
+        UserError, match="does not fit this config: expected backbone/class_token .32,., got .16,."
+    ) as error:
         warm_start.with_weights(born, imported[False], objective)
-    assert str(error.value).count("expected ") > 20 and "expected prototype_head/gain (64,), got (32,)" in str(error.value)
+    assert str(error.value).count("expected ") > 20 and "expected prototype_head/gain (64,), got (32,)" in str(
+        error.value
+    )
 
 
 def test_the_center_begins_as_the_mean_of_the_teachers_outputs(imported, tmp_path, capsys):
@@ -142,7 +150,9 @@ def test_going_on_forgets_nothing(one_device, tmp_path):
 
     def settings(steps, rate, start=""):
         config = config_like_the_dictionary(batch_size=16, data__path=data, init_from=start, pera__center_batches=4)
-        config.update_from_flattened_dict({"total": f"{steps} steps", "log_every": "50 steps", "checkpoint.every": "100 percent"})
+        config.update_from_flattened_dict(
+            {"total": f"{steps} steps", "log_every": "50 steps", "checkpoint.every": "100 percent"}
+        )
         config.schedules.learning_rate.update(dict(start=rate, peak=rate, end=rate))
         return config
 

@@ -110,15 +110,17 @@ def test_layer_scale_is_multiplied_in_and_heads_are_left_out(tmp_path):
             weight, bias = (named[f"blocks.{i}.{layer}.{part}"].astype(np.float64) for part in ("weight", "bias"))
             x = rng.normal(size=weight.shape[1])
             ours = found[f"blocks.{i}.{layer}.weight"] @ x + found[f"blocks.{i}.{layer}.bias"]
-            np.testing.assert_allclose(ours, gammas[f"blocks.{i}.ls{j}.gamma"] * (weight @ x + bias), rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(
+                ours, gammas[f"blocks.{i}.ls{j}.gamma"] * (weight @ x + bias), rtol=1e-5, atol=1e-5
+            )
     odd = {"blocks.0.ls1.gamma": np.ones(1, np.float32), "blocks.9.ls2.gamma": x, "blocks.1.ls2.gamma": x[:1] * np.inf}
     lacking = sorted(gammas.keys() - {"blocks.0.ls1.gamma", "blocks.1.ls2.gamma"} | {"blocks.9.ls1.gamma"})
     arrays.write(tmp_path / "b.safetensors", named | odd)
     with pytest.raises(UserError) as error:
         imports.import_timm(tmp_path / "b.safetensors", tmp_path / "other", wanted)
     assert str(error.value).endswith(
-        f"lacks {', '.join(lacking)}; has NaN or infinite values in blocks.1.ls2.gamma; has factors that do not fit the "
-        "preceding layer: blocks.0.ls1.gamma, blocks.1.ls2.gamma, blocks.9.ls2.gamma"
+        f"lacks {', '.join(lacking)}; has NaN or infinite values in blocks.1.ls2.gamma; has factors that do not fit "
+        "the preceding layer: blocks.0.ls1.gamma, blocks.1.ls2.gamma, blocks.9.ls2.gamma"
     )
 
 
@@ -127,11 +129,16 @@ def test_sizes_that_config_json_tells_are_those_of_the_file(tmp_path):
     description = toy_weights.shape(rng) | {"bands": 3, "depth": 3, "split": 1}
     side = description["image_size"]
     named = timm.to_timm(toy_weights.backbone(description, rng), description, side, side)
-    without_the_last = {name: each.astype(np.float64) for name, each in named.items() if not name.startswith("blocks.2.")}
+    without_the_last = {
+        name: each.astype(np.float64) for name, each in named.items() if not name.startswith("blocks.2.")
+    }
     arrays.write(tmp_path / "a.safetensors", without_the_last)
     told = dict(depth=3, embed_dim=description["width"], patch_size=[description["patch"]] * 2, in_chans=3)
     wanted = imports.Options(description["heads"])
-    for change, words in ({}, "expected depth 3, got 2.;"), ({"depth": 2, "patch_size": 9, "in_chans": 1}, "expected bands 1, got 3; expected patch"):
+    for change, words in (
+        ({}, "expected depth 3, got 2.;"),
+        ({"depth": 2, "patch_size": 9, "in_chans": 1}, "expected bands 1, got 3; expected patch"),
+    ):
         (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {}, "model_args": told | change}))
         with pytest.raises(UserError, match=words):
             imports.import_timm(tmp_path / "a.safetensors", tmp_path / "run", wanted)
@@ -144,7 +151,9 @@ def test_the_command_writes_what_timm_and_a_reader_need(tmp_path):
     arrays.write(tmp_path / "a.safetensors", toy_weights.dictionary(np.random.default_rng(0)))
     export.main(["import-released", str(tmp_path / "a.safetensors"), "--heads", "2", "--output", str(tmp_path / "run")])
     out = tmp_path / "out"
-    export.main(["timm", "--run", str(tmp_path / "run"), "--which", "student", "--image-size", "8x24", "--output", str(out)])
+    export.main(
+        ["timm", "--run", str(tmp_path / "run"), "--which", "student", "--image-size", "8x24", "--output", str(out)]
+    )
     assert sorted(path.name for path in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     config = json.loads((out / "config.json").read_text())
     assert config["num_classes"] == 0 and config["pretrained_cfg"]["input_size"] == [3, 8, 24]
@@ -154,8 +163,15 @@ def test_the_command_writes_what_timm_and_a_reader_need(tmp_path):
     wanted = arrays.read(tmp_path / "a.safetensors")["student.backbone.blocks.2.mlp.fc1.weight"]
     np.testing.assert_array_equal(named["blocks.2.mlp.fc1.weight"], wanted)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"config.json is not a timm config \(missing field pretrained_cfg\); move a.safetensors to a folder without it"):
+    with pytest.raises(
+        UserError,
+        match=r"config.json is not a timm config \(missing field pretrained_cfg\); move a.safetensors to a folder "
+              r"without it",
+    ):
         timm.read_config(tmp_path / "a.safetensors")
     card = (out / "README.md").read_text()
-    assert "| 1 | green | 0.0 | 255.0 | 0.456 | 0.224 |" in card and "interpolated from 16 x 16 px, the size in training" in card
+    assert (
+        "| 1 | green | 0.0 | 255.0 | 0.456 | 0.224 |" in card
+        and "interpolated from 16 x 16 px, the size in training" in card
+    )
     assert "student at step 0" in card and "imported from the file a.safetensors" in card

@@ -1,7 +1,7 @@
 """Every published config compiled for H100s that are not there, by XLA's own GPU compiler (`make test-gpu-compile`).
 
-Needs JAX's CUDA plug-in and NVIDIA's ptxas, and no GPU: kernels are chosen without being timed. What cuDNN would answer to
-JAX's questions comes from `gpu_rules`; its kernels are custom calls in the compiled program.
+Needs JAX's CUDA plug-in and NVIDIA's ptxas, and no GPU: kernels are chosen without being timed. What cuDNN would answer
+to JAX's questions comes from `gpu_rules`; its kernels are custom calls in the compiled program.
 """
 
 import importlib.util

@@ -35,7 +35,8 @@ def exported(run, folder: pathlib.Path) -> str:
 
 
 FIVE = Bands(
-    ("B2", "B3", "B4", "B8", "B11"), "uint16", ((0.0, 3000.0), (100.0, 4000.0), (0.0, 5000.0), (200.0, 2500.0), (0.0, 1e4)),
+    ("B2", "B3", "B4", "B8", "B11"), "uint16", ((0.0, 3000.0), (100.0, 4000.0), (0.0, 5000.0), (200.0, 2500.0), (0.0,
+    1e4)),
     (0.2, 0.3, 0.4, 0.5, 0.6), (0.1, 0.15, 0.2, 0.25, 0.3),
 )  # fmt: skip
 
@@ -53,8 +54,10 @@ def test_the_pangaea_encoder_gives_the_maps_of_the_jax_network(run, kind, tmp_pa
     assert encoder.output_dim == [width] * len(encoder.output_layers) and not encoder.multi_temporal
     encoder.load_encoder_weights(logging.getLogger())
     high = 256 if model.bands.dtype == "uint8" else 12000
-    images = np.random.default_rng(0).integers(0, high, (2, 3, side, side, len(bands)), model.bands.dtype)  # [B, T, H, W, C]
-    wanted = [np.stack([model(images[:, date], blocks=encoder.output_layers).block_maps[block] for date in range(3)], axis=1)
+    # [B, T, H, W, C]
+    images = np.random.default_rng(0).integers(0, high, (2, 3, side, side, len(bands)), model.bands.dtype)
+    wanted = [np.stack([model(images[:, date], blocks=encoder.output_layers).block_maps[block] for date in range(3)],
+        axis=1)
               for block in range(len(encoder.output_layers))]  # [B, T, h, w, D] of each block  # fmt: skip
     tensor = torch.from_numpy(images.astype(np.int32)).permute(0, 4, 1, 2, 3)  # [B, C, T, H, W]
     with torch.no_grad():
@@ -81,7 +84,9 @@ def test_fine_tuning_learns_and_its_weights_load(run, tmp_path, capsys):
 def test_examples_refuse_what_they_cannot_use(run, tmp_path):
     weights = exported(run, tmp_path / "weights")
     data = labelled_toys.write_folders(tmp_path / "data", {"train": [0, 1, 2], "test": [0, 1]})
-    with pytest.raises(SystemExit, match="the class folders of train and test differ in .*; give both the same classes"):
+    with pytest.raises(
+        SystemExit, match="the class folders of train and test differ in .*; give both the same classes"
+    ):
         finetune.main([weights, str(data), "--output", str(tmp_path / "a")])
     config = tmp_path / "weights" / "config.json"
     config.write_text(config.read_text().replace('"red"', '"nir"'))

@@ -35,7 +35,11 @@ def save(path: pathlib.Path, named=NAMED, prefix: str = "", dtype=torch.float32,
     model = {prefix + name: torch.from_numpy(array).to(dtype) for name, array in named.items()}
     group = {"lr": np.float64(1e-3), "weight_decay": np.float32(0.04), "step": np.int64(3), "on": np.bool_(True)}
     moments = {0: {"exp_avg": torch.zeros(3), "step": torch.tensor(3.0)}}
-    held = {"model": model, "optimizer": {"state": moments, "param_groups": [group | {"betas": (0.9, 0.999)}]}, "epoch": 199}
+    held = {
+        "model": model,
+        "optimizer": {"state": moments, "param_groups": [group | {"betas": (0.9, 0.999)}]},
+        "epoch": 199,
+    }
     torch.save(held, path, _use_new_zipfile_serialization=not legacy)
     return path
 
@@ -90,7 +94,10 @@ def test_more_than_arrays_and_numbers_is_refused(tmp_path):
         (tmp_path / "c.params").write_bytes(cut)
         with pytest.raises(UserError, match="is not a torch.save file, or is truncated; get another copy$"):
             pickles.load(tmp_path / "c.params")
-    with zipfile.ZipFile(io.BytesIO(content)) as stored, zipfile.ZipFile(tmp_path / "d.params", "w", zipfile.ZIP_DEFLATED) as packed:
+    with (
+        zipfile.ZipFile(io.BytesIO(content)) as stored,
+        zipfile.ZipFile(tmp_path / "d.params", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
         for name in stored.namelist():
             packed.writestr(name, stored.read(name))
     with pytest.raises(UserError, match="is a compressed zip, which torch.save never writes"):
@@ -99,7 +106,8 @@ def test_more_than_arrays_and_numbers_is_refused(tmp_path):
 
 def test_the_options_of_a_command_are_inert_and_other_networks_are_told(tmp_path):
     held = {"student": {"a": torch.ones(2)}, "teacher": {"a": torch.zeros(2)}, "ema": {"a": torch.ones(1)}, "epoch": 3,
-            "args": argparse.Namespace(lr=1e-3, arch="vit_small", inner=argparse.Namespace(x=[1])), "step": torch.ones(1)}  # fmt: skip
+            "args": argparse.Namespace(lr=1e-3, arch="vit_small", inner=argparse.Namespace(x=[1])),
+            "step": torch.ones(1)}  # fmt: skip
     torch.save(held, tmp_path / "dino.pth")
     found = pickles.load(tmp_path / "dino.pth")["args"]
     assert type(found).__module__ == pickles.__name__ and vars(found).keys() == {"lr", "arch", "inner"}
@@ -149,7 +157,10 @@ def test_other_vits_are_refused_with_the_names_that_this_one_lacks(tmp_path):
     for changes, words in (
         ({"reg_tokens": 4}, "has unexpected arrays: reg_token"),
         ({"qkv_bias": False}, "lacks the arrays blocks.0.attn.qkv.bias, blocks.1.attn.qkv.bias"),
-        ({"global_pool": "avg"}, "lacks the arrays norm.bias, norm.weight; .* unexpected arrays: fc_norm.bias, fc_norm.weight"),
+        (
+            {"global_pool": "avg"},
+            "lacks the arrays norm.bias, norm.weight; .* unexpected arrays: fc_norm.bias, fc_norm.weight",
+        ),
         ({"no_embed_class": True}, "is not a ViT .*: pos_embed "),
     ):
         file = tmp_path / "vit.pth"
@@ -242,7 +253,10 @@ def test_a_training_begins_from_an_import(alone, tmp_path, capsys):
     config.pera.teacher_momentum.update(dict(start=1.0, end=1.0))
     train.train(config, str(tmp_path / "run"))
     said = capsys.readouterr().err
-    assert "positions interpolated from 4 x 4 to 6 x 6" in said and "the center starts as the teacher's mean output" in said
+    assert (
+        "positions interpolated from 4 x 4 to 6 x 6" in said
+        and "the center starts as the teacher's mean output" in said
+    )
     assert ("with new heads" in said) == alone
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2] and all(np.isfinite(line["loss"]) for line in lines)
@@ -257,7 +271,9 @@ def test_a_training_begins_from_an_import(alone, tmp_path, capsys):
 def test_mean_std_and_bands_come_back_with_a_released_dictionary(tmp_path, capsys):
     save(tmp_path / "pera.params")
     flags = ["--mean", "0.2,0.3,0.4", "--std", "0.1,0.2,0.3", "--bands", "nir,red,green"]
-    export.main(["import-released", str(tmp_path / "pera.params"), "--output", str(tmp_path / "one"), "--heads", "3", *flags])
+    export.main(
+        ["import-released", str(tmp_path / "pera.params"), "--output", str(tmp_path / "one"), "--heads", "3", *flags]
+    )
     assert "ImageNet" not in capsys.readouterr().out
     export.main(["released", "--run", str(tmp_path / "one"), "--output", str(tmp_path / "again.params")])
     export.main(["import-released", str(tmp_path / "again.params"), "--output", str(tmp_path / "two")])
