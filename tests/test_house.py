@@ -1,4 +1,4 @@
-"""The house: which wing may import which, how large files and folders are, and who may name a method."""
+"""The structure of the repository: imports between packages, sizes of files and folders, where methods may be named."""
 
 import ast
 import pathlib

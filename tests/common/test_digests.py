@@ -1,4 +1,4 @@
-"""Digests: the same on any mesh, changed by any change; what the program wrote and what was damaged since."""
+"""Digests: independent of the mesh, different after any change; detection of damaged files."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""Statuses of commands, and what Ctrl-C and SIGTERM do before there is something to save, after it, and again."""
+"""Exit statuses of commands, and Ctrl-C and SIGTERM before, during and after the first step."""
 
 import signal
 import subprocess

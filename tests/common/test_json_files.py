@@ -1,4 +1,4 @@
-"""JSON of every kind that is read: what does not fit is one sentence that names the field."""
+"""JSON files: an invalid value raises a one-sentence error that names the field."""
 
 import copy
 import dataclasses

@@ -1,4 +1,4 @@
-"""Leases: one job in one folder, on this host and on others, after kills and while several start at once."""
+"""Leases: one job per folder, on one or several hosts, after kills, and with simultaneous starts."""
 
 import dataclasses
 import json

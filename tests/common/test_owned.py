@@ -1,5 +1,4 @@
-"""Files that a command did not write are never overwritten; its own are (`test_tools` and `test_report` try the
-commands)."""
+"""Files that a command did not write are never overwritten, only its own (see also `test_tools`, `test_report`)."""
 
 import json
 

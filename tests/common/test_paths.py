@@ -1,4 +1,4 @@
-"""Addresses are refused wherever a path is taken, in one sentence, and nothing is written."""
+"""URLs raise a one-sentence error wherever a path is expected, and nothing is written."""
 
 import pathlib
 import re

@@ -1,4 +1,4 @@
-"""Foreign text as sentences show it."""
+"""Untrusted text in messages."""
 
 import pathlib
 import unicodedata

@@ -1,4 +1,4 @@
-"""Bands and mixtures: what a config may ask of which datasets, and the stream that several make."""
+"""Bands and mixtures of datasets: valid and invalid configs, and the stream of batches from several datasets."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Boxes against their distribution, resampling against Pillow and float64, reduced JPEGs against whole ones."""
+"""Distribution of crop boxes; resampling compared with Pillow and float64; reduced JPEG decoding compared with full."""
 
 import io
 import math

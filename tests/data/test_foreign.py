@@ -1,4 +1,4 @@
-"""Arbitrary image files: a single reader, so a file gives the same pixels everywhere."""
+"""Arbitrary image files: one reader, so that a file gives the same pixels everywhere."""
 
 import errno
 import functools

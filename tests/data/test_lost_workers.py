@@ -1,5 +1,4 @@
-"""Data workers that the system kills, their shared memory, hosts that do not come, and Ctrl-C before a command has
-begun."""
+"""Killed data workers, leaked shared memory, missing hosts, and Ctrl-C during startup."""
 
 import multiprocessing
 import os

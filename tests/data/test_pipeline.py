@@ -1,4 +1,4 @@
-"""The stream of batches: what it may depend on, and what a damaged record does to it."""
+"""The stream of batches: what it depends on, and how damaged records are replaced."""
 
 import io
 import os

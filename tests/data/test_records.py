@@ -1,4 +1,4 @@
-"""The dataset folder as its readers see it."""
+"""Reading of dataset folders."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""Labeled images from shards, class folders, label tables and TFDS: the same images, one sentence per problem."""
+"""Labeled images from dataset folders, class folders, label tables and TFDS give the same samples; invalid input."""
 
 import io
 import os

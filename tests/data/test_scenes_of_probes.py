@@ -1,4 +1,4 @@
-"""Folders of labeled scenes: what is read, folds, fingerprints; bad input is one sentence that names the file."""
+"""Folders of labeled scenes: reading, folds, fingerprints; errors name the file."""
 
 import dataclasses
 import os

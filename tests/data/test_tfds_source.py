@@ -1,4 +1,4 @@
-"""From a dataset of TensorFlow Datasets to a dataset folder, without TensorFlow."""
+"""Conversion of TensorFlow Datasets to a dataset folder, without TensorFlow."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Archives that are damaged, cut off, or made to do harm."""
+"""Damaged, truncated and malicious archives."""
 
 import zipfile
 

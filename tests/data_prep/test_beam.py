@@ -1,4 +1,4 @@
-"""The Beam driver writes what the local one writes. `make test-beam` runs this; its environment has no JAX."""
+"""The Beam converter writes the same files as the local one. Run by `make test-beam`, in an environment without JAX."""
 
 import functools
 import importlib.util

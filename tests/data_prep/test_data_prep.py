@@ -1,4 +1,4 @@
-"""From a folder of images to a dataset folder, and the demo scenes."""
+"""Conversion of image folders to dataset folders, and the demo scenes."""
 
 import errno
 import io

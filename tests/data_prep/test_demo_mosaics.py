@@ -1,4 +1,4 @@
-"""The patchworks of the demo: masks tell the fields, pairs change where their mask says, the probes can read them."""
+"""The demo's mosaics: masks match the fields, pairs differ where their mask says, and the probes can read them."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Conversions that are killed and begun again, with archives and with images that are left out."""
+"""Killed and resumed conversions, with archives and with images that are left out."""
 
 import json
 import os

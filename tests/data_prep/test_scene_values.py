@@ -1,5 +1,4 @@
-"""What GeoTIFFs say of their values and places: no data, scales, masks, overviews, control points, unlike and hostile
-files."""
+"""Values of GeoTIFFs: nodata, scales, masks, overviews, control points; inconsistent and malicious files."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""From GeoTIFF scenes to tiles: generated scenes of every kind, and real ones where they are at hand."""
+"""Tiling of GeoTIFF scenes: generated scenes of every kind, and real ones if available."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Folders and archives of whatever people keep there: every input is accounted for once, and nothing else is read."""
+"""Folders and archives with arbitrary content: every file is listed once, and nothing else is read."""
 
 import csv
 import functools

@@ -1,4 +1,4 @@
-"""Looking at a dataset folder: verify, stats and browse."""
+"""The commands verify, stats and browse."""
 
 import csv
 import dataclasses

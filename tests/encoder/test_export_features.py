@@ -1,4 +1,4 @@
-"""Features of a dataset in a folder, and networks as StableHLO: what they hold, killed and begun again, bad input."""
+"""Exported features and StableHLO: content, resuming after a kill, invalid input."""
 
 import csv
 import json

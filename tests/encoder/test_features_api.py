@@ -1,4 +1,4 @@
-"""Features for others: equal to the network's tokens, pure, the same from a run and from an export; bad input."""
+"""`features.load`: equal to the network's tokens, pure, the same from a run and from an export; invalid input."""
 
 import dataclasses
 import json

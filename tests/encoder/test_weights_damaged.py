@@ -1,5 +1,4 @@
-"""Damaged and hostile files of weights: one sentence that names all that is wrong, nothing run, nothing half
-written."""
+"""Damaged and malicious weight files: one error lists all problems, no code is run, no partial file is written."""
 
 import errno
 import io

@@ -1,4 +1,4 @@
-"""cuDNN's attention without a GPU: what JAX's rules let through, and that padding changes no number."""
+"""cuDNN attention without a GPU: JAX's support rules, and that padding does not change the result."""
 
 import functools
 

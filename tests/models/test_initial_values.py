@@ -1,4 +1,4 @@
-"""What a network starts from: the distribution of every parameter by name, and the published sizes."""
+"""Initialization: the distribution of every parameter by name, and the published sizes."""
 
 import importlib
 import re

@@ -1,4 +1,4 @@
-"""The networks: positions at other resolutions, and who can influence whom."""
+"""The networks: position embeddings at other resolutions, and dependencies between tokens."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The precision policy: which numbers are bfloat16 and which float32 in the program that is traced for training."""
+"""The precision policy: dtypes in the traced training step."""
 
 import collections
 

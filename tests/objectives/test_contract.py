@@ -1,4 +1,4 @@
-"""What every method must do, over all that are registered and a toy that is one file beside the tests."""
+"""The contract of objectives, for all registered methods and a toy method defined in the tests."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Each loss against the plain loop of its docstring, in float64; gradients; corners; properties."""
+"""Each loss compared with plain loops in float64; gradients; edge cases; properties."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Masks: counts in literal numbers, disjoint and covering, uniform."""
+"""Masks: number of patches, disjoint and complete, uniformly distributed."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""The numbers of the authors' released program, and that the check can fail."""
+"""The reference values of the authors' released program, and that the check can fail."""
 
 import pathlib
 

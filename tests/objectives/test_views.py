@@ -1,4 +1,4 @@
-"""Views: each color operation against Pillow's, what is drawn, and that sharding and platform change nothing."""
+"""Views: color operations compared with Pillow's, random draws, and independence of sharding and platform."""
 
 import colorsys
 import dataclasses

@@ -1,4 +1,4 @@
-"""The protocol of the classification tasks: what choices may look at, which scores and details come out, bad input."""
+"""The protocol of the classification tasks: which data each choice may use, scores and details, invalid input."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""kNN, linear and logistic regression on features, against scikit-learn and their definitions."""
+"""kNN, linear and logistic regression on features, compared with scikit-learn and their definitions."""
 
 import dataclasses
 import warnings

@@ -1,4 +1,4 @@
-"""Segmentation and change: pixel scores against scikit-learn, maps of whole scenes, heads, what folds may see."""
+"""Segmentation and change detection: scores compared with scikit-learn, maps of whole scenes, heads, folds."""
 
 import dataclasses
 import warnings

@@ -1,4 +1,4 @@
-"""`--follow`: each checkpoint of a run once, killed and started again, beside a training, with a task that fails."""
+"""`probe --follow`: each checkpoint once, also after a kill, during training, and with a failing task."""
 
 import errno
 import json

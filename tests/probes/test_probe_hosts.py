@@ -1,5 +1,4 @@
-"""The same features, predictions and scores whatever the batch size, the devices and the hosts; on real images where
-they are."""
+"""Features, predictions and scores do not depend on batch size, devices and hosts; on real images if available."""
 
 import json
 import os

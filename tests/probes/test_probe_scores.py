@@ -1,4 +1,4 @@
-"""Scores and splits on arrays, against scikit-learn and their definitions."""
+"""Scores and splits on arrays, compared with scikit-learn and their definitions."""
 
 import functools
 

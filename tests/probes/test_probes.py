@@ -1,4 +1,4 @@
-"""The probe job on a small run and dataset: what scores may depend on, what is written, bad input."""
+"""The probe job on a small run and dataset: what scores depend on, what is written, invalid input."""
 
 import csv
 import functools

@@ -1,4 +1,4 @@
-"""Scores of different data, sizes or settings: files, rows and words of their own; and those of earlier versions."""
+"""Results with different data, sizes or settings have separate files, rows and labels; results of earlier versions."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""The report: one page with everything in it, from whatever a run's folder holds; and what its pictures show."""
+"""The report: a complete page from any run folder, and the content of its figures."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""Small labeled datasets of each kind, and a run with checkpoints, for the tests of probes and reports."""
+"""Small labeled datasets of each kind, and a run with checkpoints, for tests of probes and reports."""
 
 import pathlib
 

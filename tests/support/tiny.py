@@ -1,4 +1,4 @@
-"""A PerA so small that its step compiles in seconds, for the tests of models, precision and step."""
+"""A PerA that compiles in seconds, for tests of models, precision and step."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Files and archives of all kinds, for the tests of conversions."""
+"""Files and archives of all kinds, for tests of conversions."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""Commands as one process or several on loopback, for the tests of many hosts."""
+"""Starts a command as one or several processes on localhost, for multi-host tests."""
 
 import os
 import pathlib

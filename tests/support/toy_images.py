@@ -1,4 +1,4 @@
-"""Image files of every kind that people have, each with the 8-bit red, green and blue that must come out of it."""
+"""Image files of every kind, each with the 8-bit RGB values that reading it must give."""
 
 import io
 import struct

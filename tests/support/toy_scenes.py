@@ -1,4 +1,4 @@
-"""Small GeoTIFFs, and their conversion without shards."""
+"""Small GeoTIFFs, and their conversion to tiles without shards."""
 
 import dataclasses
 import json

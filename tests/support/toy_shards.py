@@ -1,4 +1,4 @@
-"""Dataset folders of a few records, written without the converter: the builder behind every dataset in the tests."""
+"""Writes dataset folders of a few records without the converter; all dataset builders of the tests use it."""
 
 import dataclasses
 import hashlib

@@ -1,4 +1,4 @@
-"""Small networks with random parameters under the names of other programs, for tests of weights in and out."""
+"""Small networks with random parameters under other libraries' names, for tests of import and export."""
 
 import functools
 

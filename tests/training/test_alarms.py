@@ -1,4 +1,4 @@
-"""Alarms: none in a healthy run, the right one in time where a failure is planted, each said once."""
+"""Alarms: none in a healthy run; with each planted failure, the right one, in time, and only once."""
 
 import io
 import json

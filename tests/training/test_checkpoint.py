@@ -1,4 +1,4 @@
-"""Checkpoints: exact on any number of devices, kept by policy, usable alone, refused with a sentence."""
+"""Checkpoints: exact on any number of devices, preserved by policy, usable on their own; errors."""
 
 import errno
 import importlib

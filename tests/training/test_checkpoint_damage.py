@@ -1,4 +1,4 @@
-"""Damaged checkpoints, a few in-process: `tests/fuzz/checkpoint_damage.py` makes hundreds."""
+"""Damaged checkpoints, a small in-process sample of `tests/fuzz/checkpoint_damage.py`."""
 
 import pathlib
 import sys

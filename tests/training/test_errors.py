@@ -1,4 +1,4 @@
-"""Wrong input ends a training or a probe at once, with one sentence, a status that is not 0, and nothing written."""
+"""Invalid input ends a training or probe with one sentence, a nonzero status, and nothing written."""
 
 import importlib
 import os

@@ -1,4 +1,4 @@
-"""Several hosts, as processes on loopback with two virtual devices each: the same run, one end, one survivor's end."""
+"""Several hosts, as processes on localhost with two virtual devices each: same result, joint stop, lost hosts."""
 
 import pathlib
 import signal

@@ -1,4 +1,4 @@
-"""The scripts of launch/: they parse, and what they call exists."""
+"""The scripts of launch/: their syntax, the files they call, and requeueing."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""The files of a run's numbers after crashes and resumes, and the lines of progress."""
+"""metrics.jsonl and alarms after crashes and resumes, and progress lines."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""The monitor: neighbors among labeled images, from the teacher in training, which it must not change."""
+"""The monitor: kNN on labeled images with the training's teacher, which does not change the training."""
 
 import shutil
 

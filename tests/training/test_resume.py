@@ -1,4 +1,4 @@
-"""Going on with a run: what may change and is said, a run's own config.json as a config, its own statistics."""
+"""Resuming: which changes are allowed and reported, config.json as a config, statistics of the resumed run."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""Schedules at their corners, in literal numbers."""
+"""Schedules: exact values at their boundaries."""
 
 import ml_collections
 import pytest

@@ -1,4 +1,4 @@
-"""The step: the same on any mesh and however it is compiled; AdamW, the moving average, decay by name; born sharded."""
+"""The step: independent of mesh and compilation options; AdamW, EMA, weight-decay mask, sharded initialization."""
 
 import functools
 import types

@@ -1,4 +1,4 @@
-"""The training job: exact resume after every kind of end, start-up order, and each config run small end to end."""
+"""The training job: exact resume after every kind of stop, order of startup, and each config in a small version."""
 
 import importlib
 import json

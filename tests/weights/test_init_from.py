@@ -1,4 +1,4 @@
-"""What `init_from` makes of weights from elsewhere: parts that are missing, other grids and bands, the center."""
+"""`init_from`: missing parts, other grids and bands, the estimate of the center."""
 
 import dataclasses
 

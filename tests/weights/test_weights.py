@@ -1,4 +1,4 @@
-"""Weights in and out without PyTorch: exact round trips, other sizes, LayerScale, the exported folder."""
+"""Import and export without PyTorch: exact round trips, other sizes, LayerScale, the exported folder."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The GPU compiler of this folder's tests: set before JAX is imported."""
+"""Sets up the GPU compiler for the tests of this folder, before JAX is imported."""
 
 import os
 import pathlib
