@@ -15,7 +15,6 @@ import toy_data
 from pera_jax import config as configs
 from pera_jax import export, features, probe, train
 from pera_jax.config import renamed
-from pera_jax.probes.runner import specs
 from pera_jax.training.checkpoints import checkpoint
 
 FILE = pathlib.Path(__file__).parents[1] / "files" / "format_3.tar.xz"
@@ -55,7 +54,7 @@ def test_it_resumes_where_it_was(run, data, one_device, capsys):
 def test_its_weights_are_used_and_begin_another_run(run, data, one_device, tmp_path, capsys):
     image = np.zeros((32, 32, 3), np.uint8)
     token = features.load(run)(image).class_token
-    found = probe.probe(str(run), specs.from_names(["knn"], {"data": data, "test_split": ""}, ["knn.k=(3,)"]))
+    found = probe.probe(str(run), ["knn"], data=data, test_split="", changes=["knn.k=(3,)"])
     assert "failure" not in found[0]
     export.main(["timm", "--run", str(run), "--output", str(tmp_path / "timm")])
     np.testing.assert_allclose(features.load(tmp_path / "timm")(image).class_token, token, atol=1e-5)
