@@ -2,6 +2,8 @@
 network."""
 
 import dataclasses
+import functools
+import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -116,9 +118,15 @@ def _check_complete(folder: pathlib.Path, item: str, stored: Any, digests: dict[
 def check_backbone(backbone: Any, meta: dict[str, Any], where: str) -> None:
     """Raises Misfit if the leaves of a backbone are not those of `meta["model"]`; the error names every leaf that
     differs."""
-    network, side = vit.build(meta["model"]), meta["model"]["image_size"]
-    image = np.zeros((1, side, side, meta["model"]["bands"]), np.float32)
-    abstract = jax.eval_shape(lambda: network.init(jax.random.key(0), image))["params"]
-    differing = intact.differences(backbone, abstract)
+    differing = intact.differences(backbone, _abstract_backbone(json.dumps(meta["model"], sort_keys=True)))
     if differing:
         raise Misfit(f"the backbone in {where} does not match its metadata: {every(differing)}; use another checkpoint")
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract_backbone(model: str) -> Any:
+    """The shapes of the backbone of a `meta["model"]` as JSON; tracing takes longer than reading a small checkpoint."""
+    described = json.loads(model)
+    side = described["image_size"]
+    image = np.zeros((1, side, side, described["bands"]), np.float32)
+    return jax.eval_shape(lambda: vit.build(described).init(jax.random.key(0), image))["params"]

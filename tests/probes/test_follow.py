@@ -8,21 +8,22 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import labelled_toys
 import pytest
 
+from pera_jax import train
 from pera_jax.common import environment, errors, lease
 from pera_jax.common.errors import UserError
 from pera_jax.encoder import load
 from pera_jax.probes.classification import knn
 from pera_jax.probes.runner import follow, job, results, specs
-from pera_jax.training.checkpoints import checkpoint
+from pera_jax.training.checkpoints import checkpoint, checkpoint_store
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "pera_jax.probe", "--follow", "--poll", "0.2", "--tasks", "knn", "--set", "knn.k=(5,)"]
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
@@ -203,40 +204,42 @@ def test_one_job_at_a_time_and_an_end_to_patience(finished, data, tmp_path):
         run_follow(tmp_path / "run", tmp_path / "out", two_tasks(data), patience=0.2)
 
 
-def test_beside_a_training(tmp_path, data):
+def test_beside_a_training(tmp_path, data, monkeypatch):
     """Training saves and removes while the job reads; the job is killed in the middle and started again."""
     run, base = tmp_path / "run", tmp_path / "run" / "probe"
-    train = [
-        sys.executable, "-m", "pera_jax.train", "--config", "configs/demo.py:smoke", f"--config.data.path={data}",
-        "--config.total=40 steps", "--config.checkpoint.every=2 steps", "--config.checkpoint.keep_last=3",
-        "--config.checkpoint.keep_every=10 steps", "--workdir", str(run),
-    ]  # fmt: skip
-    probe = [*COMMAND, "--run", str(run), "--data", data]
-    environment = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")}
-    start = lambda command: subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)  # noqa: E731
-    jobs = {"probe": start(probe), "train": start(train)}
-    said = {"train": [], "probe": []}
+    one = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")}
+    save, saves, jobs, before = checkpoint_store.Store.save, [], [], {}
 
-    def listen(name, process):
-        for line in process.stderr:
-            said[name].append(line)
+    def start():
+        command = [*COMMAND, "--run", str(run), "--data", data]
+        jobs.append(subprocess.Popen(command, cwd=ROOT, env=one, stderr=subprocess.PIPE, text=True))
 
-    threads = [threading.Thread(target=listen, args=item) for item in jobs.items()]
-    [thread.start() for thread in threads]
-    deadline = time.monotonic() + 240
-    while not list(base.glob("step_*/knn-*.json")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    jobs["probe"].send_signal(signal.SIGKILL)
-    before = times(base)
-    assert before, said
-    jobs["train"].wait(timeout=240)
-    assert jobs["train"].returncode == 0, said["train"]
-    kept = checkpoint.saved_steps(run)
-    again = start(probe)
-    output = again.communicate(timeout=240)[1]
-    assert again.returncode == 0, output
-    [thread.join() for thread in threads]
-    after = times(base)
+    def wait_for_results(number):
+        deadline = time.monotonic() + 240
+        while len(times(base)) < number and jobs[-1].poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    def save_and_kill(*args, **kwargs):
+        save(*args, **kwargs)
+        saves.append(len(saves))
+        if len(saves) == 3:
+            wait_for_results(1)
+            jobs[0].send_signal(signal.SIGKILL)
+            before.update(times(base))
+            start()
+        if len(saves) == 5:
+            wait_for_results(len(before) + 1)
+
+    monkeypatch.setattr(checkpoint_store.Store, "save", save_and_kill)
+    start()
+    train.train(
+        ROOT / "configs/demo.py:smoke", run, data=data,
+        changes={"total": "8 steps", "checkpoint.every": "1 step", "checkpoint.keep_last": 2, "checkpoint.keep_every": "4 steps"},
+    )  # fmt: skip
+    said = [process.communicate(timeout=240)[1] for process in jobs]
+    assert before and len(saves) >= 8 and [process.returncode for process in jobs] == [-signal.SIGKILL, 0], said
+    kept, after = checkpoint.saved_steps(run), times(base)
     assert {f"step_{step:06d}" for step in kept} <= {pathlib.Path(name).parent.name for name in after}
     assert {name: after[name] for name in before} == before  # what was judged before was not judged again
+    assert len(after) > len(before)
     assert all("failure" not in json.loads((base / name).read_text()) for name in after)

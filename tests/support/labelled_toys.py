@@ -1,6 +1,9 @@
 """Small labeled datasets of each kind, and a run with checkpoints, for tests of probes and reports."""
 
+import functools
 import pathlib
+import shutil
+import tempfile
 
 import jax
 import numpy as np
@@ -54,18 +57,39 @@ def write_folders(folder: pathlib.Path, labels: dict[str, list[int]]) -> pathlib
 
 
 def write_run(workdir: pathlib.Path, saved=((4, 0), (12, 77)), bands=Bands.plain(mean=0.4, std=0.1)) -> pathlib.Path:
-    """A run with a checkpoint for each (step, seed), of a network as it is at birth; seed 0 is the run's own."""
+    """A run with a checkpoint for each (step, seed), of a network as it is at birth; seed 0 is the run's own.
+
+    Equal arguments give copies of one run.
+    """
+    shutil.copytree(_written(tuple(saved), bands), workdir, dirs_exist_ok=True)
+    return workdir
+
+
+@functools.cache
+def _runs() -> tempfile.TemporaryDirectory:
+    """Removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="toy_runs_")
+
+
+@functools.cache
+def _written(saved: tuple, bands: Bands) -> pathlib.Path:
+    workdir = pathlib.Path(tempfile.mkdtemp(dir=_runs().name))
+    config, objective, birth = _newborn(bands)
+    card = {"name": "small", "split": "train", "records": 45, "fingerprint": "train", "class_names": CLASSES}
+    meta = run_meta.describe(config, objective, card)
+    store = checkpoint_store.Store(str(workdir), keep_last=20, keep_every=100)
+    for step, seed in saved:
+        state = birth(seed + config.seed).replace(step=np.int32(step))
+        store.save(jax.device_put(state, jax.devices()[0]), meta, {"batches": step, "replaced": 0, "drawn": []})
+    store.close()
+    return workdir
+
+
+@functools.cache
+def _newborn(bands: Bands):
     config = configs.smoke(configs.default())
     if bands.names != records.RGB:
         config.pera.views.update(dict(saturation=0.0, hue=0.0, student_grayscale=0.0))
     objective = pera.PerA.from_config(config, bands)
-    card = {"name": "small", "split": "train", "records": 45, "fingerprint": "train", "class_names": CLASSES}
-    meta = run_meta.describe(config, objective, card)
-    store = checkpoint_store.Store(str(workdir), keep_last=20, keep_every=100)
     optimizer = steps.make_optimizer(config.optimizer)
-    birth = jax.jit(lambda seed: steps.new_state(objective, optimizer, seed))
-    for step, seed in saved:
-        state = birth(seed + config.seed)
-        store.save(state.replace(step=jax.numpy.int32(step)), meta, {"batches": step, "replaced": 0, "drawn": []})
-    store.close()
-    return workdir
+    return config, objective, jax.jit(lambda seed: steps.new_state(objective, optimizer, seed))
