@@ -11,7 +11,9 @@ import labelled_toys
 import numpy as np
 import pytest
 import toy_hosts
+import toy_shards
 
+from pera_jax import probe
 from pera_jax.data import codecs
 from pera_jax.probes.classification import knn
 from pera_jax.probes.runner import results
@@ -27,24 +29,27 @@ def run(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> pathlib.Path:
-    """7 training and 3 test images of each class of AID; toy images where it is not there. They fill no batch."""
+    """11 training and 3 test images of each of 3 classes of AID; toy images where it is not there. They fill no batch."""
     folder = tmp_path_factory.mktemp("data") / "sample"
     if not PHOTOS.is_dir():
-        return labelled_toys.write_folders(folder, {"train": [0, 1, 2] * 15, "test": [0, 1, 2] * 7})
-    for split, number in (("train", 7), ("test", 3)):
-        for place in sorted((PHOTOS / split).iterdir()):
+        return labelled_toys.write_folders(folder, {"train": [0, 1, 2] * 11, "test": [0, 1, 2] * 3})
+    for split, number in (("train", 11), ("test", 3)):
+        for place in sorted((PHOTOS / split).iterdir())[:3]:
             (folder / split / place.name).mkdir(parents=True)
             for file in sorted(place.iterdir())[:number]:
                 shutil.copy(file, folder / split / place.name)
     return folder
 
 
-def launch(run, data, output, devices: int, batch: int, hosts: int = 1) -> list[subprocess.Popen]:
-    command = [
-        sys.executable, "-m", "pera_jax.probe", "--run", str(run), "--data", str(data), "--output", str(output),
-        "--tasks", "knn,logistic", "--set", "logistic.seeds=(0,)", "--batch-size", str(batch),
-    ]  # fmt: skip
-    return toy_hosts.launch(command, hosts, devices)
+def arguments(run, data, output, batch: int) -> list[str]:
+    quick = ["--set", "logistic.seeds=(0,)", "--set", "logistic.smallest=-3", "--set", "logistic.largest=1"]
+    names = {"--run": run, "--data": data, "--output": output, "--tasks": "knn,logistic", "--batch-size": batch}
+    return [*(str(word) for pair in names.items() for word in pair), *quick]
+
+
+def on_two_hosts(run, data, output, devices: int, batch: int) -> list[subprocess.Popen]:
+    command = [sys.executable, "-m", "pera_jax.probe", *arguments(run, data, output, batch)]
+    return toy_hosts.launch(command, 2, devices)
 
 
 def found(output: pathlib.Path):
@@ -57,17 +62,14 @@ def found(output: pathlib.Path):
     return arrays, [results.read_place(output, "teacher", 1, name)[0] for name in ("knn", "logistic")]
 
 
-def test_scores_depend_on_nothing_but_images_and_weights(run, data, tmp_path):
-    settings = {
-        "one": dict(devices=1, batch=7),
-        "eight": dict(devices=8, batch=100),
-        "hosts": dict(devices=2, batch=32, hosts=2),
-    }
-    for name, setting in settings.items():
-        processes = launch(run, data, tmp_path / name, **setting)
-        said = [process.communicate(timeout=240)[1] for process in processes]
-        assert all(process.returncode == 0 for process in processes), said
-    (first, entries), *others = (found(tmp_path / name) for name in settings)
+def test_scores_depend_on_nothing_but_images_and_weights(run, data, tmp_path, request):
+    processes = on_two_hosts(run, data, tmp_path / "hosts", devices=2, batch=8)
+    probe.main(arguments(run, data, tmp_path / "eight", batch=100))
+    request.getfixturevalue("one_device")
+    probe.main(arguments(run, data, tmp_path / "one", batch=7))
+    said = [process.communicate(timeout=240)[1] for process in processes]
+    assert all(process.returncode == 0 for process in processes), said
+    (first, entries), *others = (found(tmp_path / name) for name in ("one", "eight", "hosts"))
     labels = np.arange(len(first["train/class_tokens"])) % 5  # any will do to compare predictions image by image
 
     def predicted(arrays):
@@ -86,9 +88,12 @@ def test_scores_depend_on_nothing_but_images_and_weights(run, data, tmp_path):
 
 def test_hosts_fail_together(run, tmp_path):
     """An image that only one of them reads, in the second half of the training split."""
-    data = labelled_toys.write_folders(tmp_path / "data", {"train": [0, 1, 2] * 5, "test": [0, 1, 2]})
-    (data / "train" / "stripes" / "8.png").write_bytes(codecs.encode_tiff(np.zeros((60, 60, 4), np.uint8)))
-    processes = launch(run, data, tmp_path / "out", devices=1, batch=4, hosts=2)
+    labels = {"train": [0, 1, 2] * 5, "test": [0, 1, 2]}
+    images = {split: labelled_toys.pictures(values) for split, values in labels.items()}
+    images["train"][8] = codecs.encode_tiff(np.zeros((60, 60, 4), np.uint8))
+    splits = {split: toy_shards.Split(images[split], labels[split]) for split in labels}
+    data = toy_shards.write(tmp_path / "data", splits, class_names=labelled_toys.CLASSES)
+    processes = on_two_hosts(run, data, tmp_path / "out", devices=1, batch=4)
     said = [process.communicate(timeout=240)[1] for process in processes]
     assert [process.returncode for process in processes] == [1, 1], said
     assert "8.png of" in said[1] and "cannot be decoded" in said[1] and "error: " in said[0], said
