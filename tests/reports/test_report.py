@@ -32,6 +32,7 @@ from pera_jax.training.checkpoints import checkpoint, checkpoint_store, run_meta
 EVIL = "<script>alert('1')</script>"
 CLASSES = ["fields & woods", EVIL, "town"]
 BANDS = ("nir", "red", "green", "blue")
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def write_data(folder: pathlib.Path) -> pathlib.Path:
@@ -134,7 +135,8 @@ def check_whole(text: str) -> None:
     assert "&lt;script&gt;alert(&#x27;1&#x27;)&lt;/script&gt;" in text
 
 
-def test_the_page_of_a_run_with_everything(run, data, tmp_path, capsys):
+def test_the_page_of_a_run_with_everything(run, tmp_path, capsys):
+    run = pathlib.Path(shutil.copytree(run, tmp_path / "run"))
     write_results(run, tmp_path)
     lines = [{"step": s, "loss": 5.0 / s, "norm/gradient": 10.0**-s, EVIL: 1.0, "time/images_per_second": 50.0,
               "time/images_per_second_per_chip": 25.0, "monitor/knn20": 0.1 * s} for s in (1, 2, 3, 4)]  # fmt: skip
@@ -187,14 +189,17 @@ def test_the_page_of_a_run_with_everything(run, data, tmp_path, capsys):
     for bound in re.findall(r"[MLHV ](-?\d+\.\d|nan|inf)", " ".join(re.findall(r' d="([^"]*)"', text))):
         assert -1 <= float(bound) <= 300  # no line leaves its chart, and none is drawn through what is not finite
     # What is asked for anew takes the place of what was there, but of nothing else.
-    (output / "tokens.png").rename(output / "kept")
-    (output / "tokens.png").write_bytes(b"mine")
-    with pytest.raises(errors.UserError, match="tokens.png already exists and was not written by this command"):
-        report.main(["--run", str(run), "--output", str(output), "--images", "1", "--pairs", "1", "--split", "train"])
-    assert (output / "tokens.png").read_bytes() == b"mine" and "finished at step 4" in text
-    (output / "kept").rename(output / "tokens.png")
-    report.main(["--run", str(run), "--output", str(output), "--images", "1", "--pairs", "1", "--split", "train"])
-    assert "Searched: 20 of 20" in (output / "index.html").read_text(encoding="utf-8")
+    shutil.rmtree(run / "checkpoints")  # this time without what needs a network
+    (output / "scenes_change_s.png").rename(output / "kept")
+    (output / "scenes_change_s.png").write_bytes(b"mine")
+    with pytest.raises(errors.UserError, match="scenes_change_s.png already exists and was not written by this command"):
+        report.main(["--run", str(run), "--output", str(output)])
+    assert (output / "scenes_change_s.png").read_bytes() == b"mine"
+    assert (output / "index.html").read_text(encoding="utf-8") == text
+    (output / "kept").rename(output / "scenes_change_s.png")
+    report.main(["--run", str(run), "--output", str(output)])
+    text = (output / "index.html").read_text(encoding="utf-8")
+    assert sections_of(text)[0] == "scores" and "the run has no complete checkpoint yet" in text
 
 
 def test_the_page_of_a_run_that_has_just_begun(run, tmp_path, capsys):
@@ -228,25 +233,15 @@ def test_images_that_the_run_was_not_trained_on_are_told_and_damage_is_passed_on
     arrays = max((work / "checkpoints/4/teacher").rglob("d/*"), key=lambda file: file.stat().st_size)
     content = bytearray(arrays.read_bytes())
     content[len(content) // 2] ^= 1
-    command = [
-        "--run",
-        str(work),
-        "--data",
-        str(changed),
-        "--output",
-        str(tmp_path / "out"),
-        "--images",
-        "2",
-        "--pairs",
-        "1",
-    ]
-    report.main(command)
-    told = f"The images of {changed} are not the training data of this run: their fingerprint differs."
-    assert told in capsys.readouterr().err.splitlines() and told in (tmp_path / "out/index.html").read_text()
     arrays.write_bytes(content)
+    command = ["--run", str(work), "--data", str(changed), "--output", str(tmp_path / "out")]
+    command += ["--images", "1", "--pairs", "1"]
     with pytest.raises(errors.UserError, match="its teacher does not match its digests"):
         report.main(command)
-    report.main([*command, "--no-verify"])
+    report.main([*command, "--split", "train", "--no-verify"])
+    told = f"The images of {changed} are not the training data of this run: their fingerprint differs."
+    text = (tmp_path / "out/index.html").read_text()
+    assert told in capsys.readouterr().err.splitlines() and told in text and "Searched: 20 of 20" in text
 
 
 def test_what_acts_unseen_is_spelled_in_a_page():
@@ -391,14 +386,13 @@ def test_attention_is_that_of_a_plain_forward_pass(run, data):
 
 
 def test_asking_for_attention_changes_no_other_output():
-    shape = dict(width=16, depth=3, heads=2, patch=4, image_size=8, bands=3, split=1)
+    shape = dict(width=16, depth=2, heads=2, patch=4, image_size=8, bands=3, split=1)
     image = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
-    found = {}
+    found, params = {}, jax.jit(vit.build(shape).init)(jax.random.key(0), image)
     for scan in (True, False):
         model = vit.build(shape, scan=scan)
-        params = jax.jit(model.init)(jax.random.key(0), image)
-        more = jax.jit(lambda p, x: model.apply(p, x, blocks=3, class_attention=True))(params, image)  # noqa: B023
-        less = jax.jit(lambda p, x: model.apply(p, x, blocks=3))(params, image)  # noqa: B023
+        more = jax.jit(lambda p, x: model.apply(p, x, blocks=2, class_attention=True))(params, image)  # noqa: B023
+        less = jax.jit(lambda p, x: model.apply(p, x, blocks=2))(params, image)  # noqa: B023
         attention = found[scan] = more.pop("class_attention")
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), more, less)
     np.testing.assert_allclose(found[True], found[False], rtol=1e-5)
