@@ -17,20 +17,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+_PART = 2**16  # words of the host that are mixed at once
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}  # by bytes per value; eight bytes are two words
 
 
 def leaf_digests(tree: Any) -> dict[str, str]:
     """The digest of each leaf of a pytree by path ("a/b/c"): dtype, shape and both checksums, `float32[2,3] 0123...`.
 
-    Compiles once per shape, dtype and sharding; blocks until the values are ready. With several hosts all must call it,
-    and all get the same result.
+    Compiles once per shape, dtype and sharding, except for leaves in host memory; blocks until the values are ready. With
+    several hosts all must call it, and all get the same result.
 
     Args:
       tree: jax.Arrays with any sharding and NumPy arrays, with values of 1, 2, 4 or 8 bytes.
     """
     paths, leaves = _flat(tree)
-    sums = jax.device_get([_compiled(_sums_of, _everywhere(leaf))(_passable(leaf)) for leaf in leaves])  # [2] each
+    sums = jax.device_get([
+        _sums_on_host(np.asarray(leaf)) if _in_host_memory(leaf) else _compiled(_sums_of, _everywhere(leaf))(leaf)
+        for leaf in leaves
+    ])  # [2] each
     return {
         path: f"{spec(leaf)} {first:08x}{second:08x}"
         for path, leaf, (first, second) in zip(paths, leaves, map(np.ndarray.tolist, sums), strict=True)
@@ -86,11 +90,12 @@ def _everywhere(leaf: Any) -> jax.sharding.Sharding | None:
     return jax.sharding.NamedSharding(where.mesh, jax.sharding.PartitionSpec()) if is_spread else None
 
 
-def _passable(leaf: Any) -> Any:
-    """64-bit NumPy values as pairs of words: without x64, JAX would round them first."""
-    if isinstance(leaf, np.ndarray) and leaf.dtype.itemsize == 8:
-        return np.ascontiguousarray(leaf).reshape(-1).view(np.uint32).reshape(*leaf.shape, 2)
-    return leaf
+def _in_host_memory(leaf: Any) -> bool:
+    """Whether `np.asarray(leaf)` copies nothing: a NumPy array, or an array on one CPU device."""
+    if not isinstance(leaf, jax.Array):
+        return True
+    device, *others = leaf.devices()
+    return not others and device.platform == "cpu" and leaf.is_fully_addressable
 
 
 @functools.lru_cache(maxsize=16)
@@ -111,10 +116,28 @@ def _sums_of(leaf: jax.Array) -> jax.Array:
     for axis in reversed(range(words.ndim)):  # the index in row-major order, modulo 2^32
         place = place + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * np.uint32(stride % 2**32)
         stride *= words.shape[axis]
+    first, second = _mixed(words, place)
+    return jnp.stack([jnp.sum(first, dtype=jnp.uint32), jnp.sum(second, dtype=jnp.uint32)])
+
+
+def _sums_on_host(leaf: np.ndarray) -> np.ndarray:
+    """`_sums_of` without compiling, a part at a time."""
+    size = leaf.dtype.itemsize
+    words = np.ascontiguousarray(leaf).reshape(-1).view(np.dtype(f"u{min(size, 4)}"))
+    sums = np.zeros(2, np.uint32)
+    for first in range(0, len(words), _PART):
+        part = words[first : first + _PART].astype(np.uint32)
+        place = np.arange(first, first + len(part)).astype(np.uint32)  # modulo 2^32
+        sums += np.array([mixed.sum(dtype=np.uint32) for mixed in _mixed(part, place)])
+    return sums
+
+
+def _mixed(words: Any, place: Any) -> tuple[Any, Any]:
+    """Both mixtures of words uint32 [...] with their indices modulo 2^32, NumPy or JAX arrays."""
     first = words ^ (place * np.uint32(0x9E3779B1) + np.uint32(0x7F4A7C15))
     first = (first ^ (first >> 16)) * np.uint32(0x85EBCA6B)
     first = (first ^ (first >> 13)) * np.uint32(0xC2B2AE35)
     first = first ^ (first >> 16)
     second = (first + place) * np.uint32(0x27D4EB2F)
     second = (second ^ (second >> 15)) * np.uint32(0x165667B1)
-    return jnp.stack([jnp.sum(first, dtype=jnp.uint32), jnp.sum(second ^ (second >> 13), dtype=jnp.uint32)])
+    return first, second ^ (second >> 13)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from pera_jax import config as configs
@@ -158,7 +159,7 @@ def _import(
     empty = sorted(name for name, each in named.items() if each.ndim > 1 and not each.any())
     if empty:
         notes = [*notes, f"all values are 0, as in an incomplete download: {several(empty, 12)}"]
-    tree = jax.tree.map(jax.numpy.asarray, tables.from_named(named, entries, shape["heads"], shape["patch"]))
+    tree = jax.device_put(tables.from_named(named, entries, shape["heads"], shape["patch"]))
 
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     card = {"name": file.name, "split": None, "records": None, "fingerprint": digest, "class_names": None}
@@ -174,7 +175,7 @@ def _save(run: pathlib.Path, objective, optimizer, params, teacher, meta: dict[s
     """Writes the checkpoint of step 0; if `params` is None, with the teacher only. Raises OSError."""
     items = {"teacher": teacher, "data": {"batches": 0, "replaced": 0, "drawn": []}, "meta": meta | {"step": 0}}
     if params is not None:
-        step, opt_state = jax.numpy.zeros((), jax.numpy.int32), optimizer.init(params)
+        step, opt_state = jax.device_put(np.int32(0)), jax.jit(optimizer.init)(params)
         items |= checkpoint.split(steps.TrainState(step, params, teacher, opt_state, objective.init_state()))
     try:
         (run / checkpoint.FOLDER).mkdir()

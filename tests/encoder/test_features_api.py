@@ -50,7 +50,8 @@ def tokens_of(run, images: np.ndarray) -> list[np.ndarray]:
     weights = load.load_weights(run)
     network = vit.build(weights.meta["model"])
     normalized = (images / 255.0 - 0.4) / 0.1
-    return network.apply({"params": weights.backbone}, np.float32(normalized), blocks=network.depth)["blocks"]
+    apply = jax.jit(lambda params, images: network.apply({"params": params}, images, blocks=network.depth)["blocks"])
+    return jax.device_get(apply(weights.backbone, np.float32(normalized)))
 
 
 @pytest.mark.parametrize("height, width", [(48, 48), (40, 72)])
@@ -102,10 +103,12 @@ def test_pure_in_the_code_of_others(model):
         return (model.apply(params, images).class_token @ direction).mean()
 
     gradients = jax.jit(jax.grad(score))(model.params)
-    step = jax.tree.map(
-        lambda leaf: 1e-3 / sum(float((g**2).sum()) for g in jax.tree.leaves(gradients)) * leaf, gradients
-    )
-    moved = [score(jax.tree.map(lambda leaf, by: leaf + sign * by, model.params, step)) for sign in (1, -1)]
+    gradients = jax.device_get(gradients)
+    squares = sum(float((leaf**2).sum()) for leaf in jax.tree.leaves(gradients))
+    moved = [
+        jax.jit(score)(jax.tree.map(lambda leaf, by: np.asarray(leaf) + sign * 1e-3 / squares * by, model.params, gradients))
+        for sign in (1, -1)
+    ]
     assert (moved[0] - moved[1]) / 2e-3 == pytest.approx(1, rel=0.02)  # the derivative along the gradient is its square
     wanted = model(images)
     each = jax.jit(jax.vmap(lambda image: model.apply(model.params, image)))(images)
