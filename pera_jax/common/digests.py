@@ -24,8 +24,8 @@ _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}  # by bytes
 def leaf_digests(tree: Any) -> dict[str, str]:
     """The digest of each leaf of a pytree by path ("a/b/c"): dtype, shape and both checksums, `float32[2,3] 0123...`.
 
-    Compiles once per shape, dtype and sharding, except for leaves in host memory; blocks until the values are ready. With
-    several hosts all must call it, and all get the same result.
+    Compiles once per shape, dtype and sharding, except for leaves in host memory; blocks until the values are ready.
+    With several hosts all must call it, and all get the same result.
 
     Args:
       tree: jax.Arrays with any sharding and NumPy arrays, with values of 1, 2, 4 or 8 bytes.

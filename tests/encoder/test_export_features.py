@@ -126,9 +126,10 @@ def test_killed_and_begun_again_gives_the_same_bytes(run, data, tmp_path, capsys
     extra = ["--part-size", "3", "--batch-size", "3", "--maps"]
     export.main(command(run, data, tmp_path / "whole", *extra))
     wanted, out = contents(tmp_path / "whole"), tmp_path / "killed"
+    one = {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=1")}
     process = subprocess.Popen(
         [sys.executable, "-m", "pera_jax.export", *command(run, data, out, *extra)], stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, env=os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=1")},
+        stderr=subprocess.DEVNULL, env=os.environ | one,
     )  # fmt: skip
     until = time.monotonic() + 120
     while not (out / "patch_mean-00002.npy").exists() and process.poll() is None and time.monotonic() < until:

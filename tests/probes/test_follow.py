@@ -147,7 +147,10 @@ def test_a_result_is_of_one_checkpoint_of_one_run_on_one_data_set(finished, data
     run, other, base = tmp_path / "run", tmp_path / "other", tmp_path / "out"
     for copy in (run, other):
         shutil.copytree(finished, copy)
-    steps = lambda where, on=data: [e["checkpoint"]["step"] for e in run_follow(where, base, two_tasks(on)[:1])]  # noqa: E731
+
+    def steps(where, on=data):
+        return [entry["checkpoint"]["step"] for entry in run_follow(where, base, two_tasks(on)[:1])]
+
     assert steps(run) == [4, 8, 12] and steps(run) == []
     assert steps(other) == [4, 8, 12]  # another run into the same folder
     assert steps(run) == [] and len(results.read(base)) == 6  # which lie beside the first one's
@@ -234,7 +237,8 @@ def test_beside_a_training(tmp_path, data, monkeypatch):
     start()
     train.train(
         ROOT / "configs/demo.py:smoke", run, data=data,
-        changes={"total": "8 steps", "checkpoint.every": "1 step", "checkpoint.keep_last": 2, "checkpoint.keep_every": "4 steps"},
+        changes={"total": "8 steps", "checkpoint.every": "1 step", "checkpoint.keep_last": 2,
+                 "checkpoint.keep_every": "4 steps"},
     )  # fmt: skip
     said = [process.communicate(timeout=240)[1] for process in jobs]
     assert before and len(saves) >= 8 and [process.returncode for process in jobs] == [-signal.SIGKILL, 0], said

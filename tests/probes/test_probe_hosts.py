@@ -29,7 +29,7 @@ def run(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> pathlib.Path:
-    """11 training and 3 test images of each of 3 classes of AID; toy images where it is not there. They fill no batch."""
+    """11 training and 3 test images of each of 3 classes of AID; toy images without it. They fill no batch."""
     folder = tmp_path_factory.mktemp("data") / "sample"
     if not PHOTOS.is_dir():
         return labelled_toys.write_folders(folder, {"train": [0, 1, 2] * 11, "test": [0, 1, 2] * 3})

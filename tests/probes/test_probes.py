@@ -109,7 +109,8 @@ def entry_of(base: pathlib.Path, place: str) -> dict:
 def test_the_job_writes_what_it_found(run, data, capsys):
     base = run / "probe"
     command = ["--run", str(run), "--data", str(data), "--image-size", "48"]
-    linear = ["--tasks", "knn,linear", "--set", "knn.k=(5,20)", "--set", "linear.seeds=(0,1)", "--set", "linear.blocks=(1,)"]
+    changes = ["knn.k=(5,20)", "linear.seeds=(0,1)", "linear.blocks=(1,)"]
+    linear = ["--tasks", "knn,linear", *(word for change in changes for word in ("--set", change))]
     entries = {}
     for batch in ("7", "32"):
         probe.main([*command, *linear, "--batch-size", batch, "--output", str(run / f"batch_{batch}")])

@@ -192,7 +192,7 @@ def test_the_page_of_a_run_with_everything(run, tmp_path, capsys):
     shutil.rmtree(run / "checkpoints")  # this time without what needs a network
     (output / "scenes_change_s.png").rename(output / "kept")
     (output / "scenes_change_s.png").write_bytes(b"mine")
-    with pytest.raises(errors.UserError, match="scenes_change_s.png already exists and was not written by this command"):
+    with pytest.raises(errors.UserError, match="scenes_change_s.png already exists and was not written by"):
         report.main(["--run", str(run), "--output", str(output)])
     assert (output / "scenes_change_s.png").read_bytes() == b"mine"
     assert (output / "index.html").read_text(encoding="utf-8") == text

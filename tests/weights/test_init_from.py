@@ -49,7 +49,8 @@ def new_state(config, bands: Bands, mesh=None):
 
 
 def encoded(objective, backbone, images):
-    return jax.jit(lambda backbone, images: objective.encoder.apply({"params": backbone}, images))(jax.device_get(backbone), images)
+    apply = jax.jit(lambda backbone, images: objective.encoder.apply({"params": backbone}, images))
+    return apply(jax.device_get(backbone), images)
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +166,9 @@ def test_going_on_forgets_nothing(one_device, tmp_path):
 
     def settings(steps, rate, start=""):
         config = config_like_the_dictionary(batch_size=16, data__path=data, init_from=start, pera__center_batches=4)
-        config.update_from_flattened_dict({"total": f"{steps} steps", "log_every": "20 steps", "checkpoint.every": "100 percent"})
+        config.update_from_flattened_dict(
+            {"total": f"{steps} steps", "log_every": "20 steps", "checkpoint.every": "100 percent"}
+        )
         config.schedules.learning_rate.update(dict(start=rate, peak=rate, end=rate))
         return config
 
