@@ -51,11 +51,14 @@ ELSEWHERE = re.compile(r"eurosat|:4x4|:16x16|/data/|/mnt/|--runner=")
 # Workdirs whose trainings are run, from scratch and resumed; of others flags, config, data and objective are checked.
 TRAINED = {"runs/aid"}
 # Settings of probes, and the report's options, with less to fit.
+_DENSE = {
+    "window": 48, "stride": 48, "tile": 16, "blocks": (1,), "steps": 4, "batch": 512, "learning_rates": (0.1,), "seeds": (0,),
+}  # fmt: skip
 FEWER = {
-    "linear": {"steps": 20, "epochs": 1, "seeds": (0,)},
-    "logistic": {"largest": -4, "seeds": (0,)},
-    "segmentation": {"window": 48, "stride": 48, "tile": 16, "blocks": (1,), "steps": 20, "seeds": (0,)},
-    "change": {"window": 48, "stride": 48, "tile": 16, "blocks": (1,), "steps": 20, "seeds": (0,)},
+    "linear": {"blocks": (1,), "steps": 4, "epochs": 1, "seeds": (0,)},
+    "logistic": {"blocks": (1,), "smallest": -6, "largest": -5, "seeds": (0,)},
+    "segmentation": _DENSE,
+    "change": _DENSE,
 }
 FEWER_IMAGES = ["--images", "2", "--pairs", "1", "--image-size", "32"]
 # Modules that are not installed for the tests; their commands are parsed.
@@ -213,7 +216,7 @@ def small(config):
         configs.smoke(config)
     config.model.update(dict(width=16, depth=4, remat="none"))
     config.precision, config.batch_size, config.data.workers = "float32", 8, 0
-    config.crops.update(dict(global_size=32, local_size=16, global_number=1, local_number=1))
+    config.crops.update(dict(global_size=32, local_size=16, global_number=1, local_number=0))
     config.checkpoint.keep_last = 1
     return config
 
