@@ -120,8 +120,9 @@ def test_loops_are_counted_by_their_trips():
 
 def test_the_benchmark_of_the_step_prints_and_writes_its_numbers(tmp_path, monkeypatch, capsys, one_device):
     file = tmp_path / "step.json"
-    command = ["benchmarks/step.py", "--config", str(ROOT / "configs/demo.py:smoke"), "--steps", "2", "--json", str(file)]
-    monkeypatch.setattr(sys, "argv", [*command, "--set", "model.depth=2", "--set", "crops.local_number=0", "--batch", "4"])
+    command = ["benchmarks/step.py", "--config", str(ROOT / "configs/demo.py:smoke"), "--steps", "2"]
+    small = ["--set", "model.depth=2", "--set", "crops.local_number=0", "--batch", "4"]
+    monkeypatch.setattr(sys, "argv", [*command, *small, "--json", str(file)])
     monkeypatch.setattr(benchmark, "_SIDE", 256)
     benchmark.main()
     found = json.loads(file.read_text())

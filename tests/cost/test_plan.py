@@ -123,7 +123,8 @@ def test_nothing_fits():
 def test_the_command_on_local_devices(tmp_path, capsys):
     file = tmp_path / "plan.json"
     arguments = ["--config", "configs/pera_vitg16_1024.py:smoke", "--topology", "local", "--per_device_batch", "2"]
-    plan.main([*arguments, "--images", "160", "--set", "total=10 epochs", "--set", "crops.local_number=0", "--json", str(file)])
+    changes = ["--set", "total=10 epochs", "--set", "crops.local_number=0"]
+    plan.main([*arguments, "--images", "160", *changes, "--json", str(file)])
     found, table = json.loads(file.read_text()), capsys.readouterr().out
     assert found["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1} and found["batch_size"] == 16
     assert found["run"]["steps"] == 100

@@ -131,7 +131,8 @@ def test_thirteen_bands_of_uint16_train_and_their_features_are_extracted(folders
     colorless = {"pera__views__saturation": 0.0, "pera__views__hue": 0.0}
     folders = folders | {"deep": sentinel(tmp_path)}
     config = settings(folders, "deep", "other", data__normalize="dataset", data__ranges=((0, 10000),), **colorless)
-    config.update_from_flattened_dict({"total": "4 steps", "checkpoint.every": "4 steps", "crops.local_number": 0, "data.weights": (1.0, 3.0)})
+    config.update_from_flattened_dict({"total": "4 steps", "checkpoint.every": "4 steps", "data.weights": (1.0, 3.0)})
+    config.crops.local_number = 0
     workdir = str(tmp_path / "run")
     with pytest.raises(UserError, match="pera.views.student_grayscale=0.1 needs red, green and blue bands"):
         train.train(config, workdir)
@@ -143,7 +144,10 @@ def test_thirteen_bands_of_uint16_train_and_their_features_are_extracted(folders
     weights = load.load_weights(workdir)
     assert weights.meta["bands"] == list(NAMES) and weights.meta["ranges"] == [[0.0, 10000.0]] * 13
     extractor = features.Extractor(weights.backbone, weights.meta)
-    extract = lambda name: features.extract(extractor, samples.open_samples(folders[name], "train"), 48, 10)  # noqa: E731
+
+    def extract(name):
+        return features.extract(extractor, samples.open_samples(folders[name], "train"), 48, 10)
+
     found, same = extract("other"), extract("deep")
     assert (len(found.class_tokens), len(same.class_tokens)) == (30, 25)
     assert np.isfinite(found.class_tokens).all() and np.ptp(same.class_tokens[:, -1], axis=0).max() > 1e-3

@@ -52,7 +52,8 @@ ELSEWHERE = re.compile(r"eurosat|:4x4|:16x16|/data/|/mnt/|--runner=")
 TRAINED = {"runs/aid"}
 # Settings of probes, and the report's options, with less to fit.
 _DENSE = {
-    "window": 48, "stride": 48, "tile": 16, "blocks": (1,), "steps": 4, "batch": 512, "learning_rates": (0.1,), "seeds": (0,),
+    "window": 48, "stride": 48, "tile": 16, "blocks": (1,), "steps": 4, "batch": 512, "learning_rates": (0.1,),
+    "seeds": (0,),
 }  # fmt: skip
 FEWER = {
     "linear": {"blocks": (1,), "steps": 4, "epochs": 1, "seeds": (0,)},
