@@ -17,11 +17,12 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
 DEMO := demo
 # Tests without training, compilation of a step, or subprocesses.
-QUICK := tests/test_house.py $(addprefix tests/common/test_,digests json_files lease owned paths text) \
-	$(addprefix tests/objectives/test_,losses masking reference views) \
-	$(addprefix tests/models/test_,drop_path initial_values models) \
-	$(addprefix tests/training/test_,metrics resume schedules) $(addprefix tests/data/test_,crops foreign records samples) \
-	$(addprefix tests/probes/test_,classifiers probe_scores result_keys) tests/data_prep/test_tools.py
+QUICK := tests/test_house.py $(patsubst %,tests/common/test_%.py,digests json_files lease owned paths text) \
+	$(patsubst %,tests/objectives/test_%.py,losses masking reference views) \
+	$(patsubst %,tests/models/test_%.py,initial_values models) \
+	$(patsubst %,tests/training/test_%.py,metrics resume schedules) \
+	$(patsubst %,tests/data/test_%.py,crops foreign records samples) \
+	$(patsubst %,tests/probes/test_%.py,classifiers probe_scores result_keys)
 
 .PHONY: demo test test-quick test-beam test-torch test-gpu-compile clean
 

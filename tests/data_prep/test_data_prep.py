@@ -1,6 +1,7 @@
 """Conversion of image folders to dataset folders, and the demo scenes."""
 
 import errno
+import functools
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import time
 
 import numpy as np
 import pytest
+import toy_commands
 from PIL import Image
 
 from data_prep import demo_scenes, images
@@ -62,10 +64,7 @@ def tree(tmp_path_factory):
     return write_tree(tmp_path_factory.mktemp("tree"), {**files, "field/notes.txt": b"", "town/.hidden.jpg": b"?"})
 
 
-def command(*args) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "data_prep.images", *map(str, args)], capture_output=True, text=True, timeout=120
-    )
+command = functools.partial(toy_commands.run, images.main)
 
 
 def contents(root: pathlib.Path) -> dict[str, bytes]:
@@ -355,7 +354,7 @@ def test_demo_scenes_are_seeded_and_their_colors_say_little(tmp_path):
 
     features, labels = [], []
     for label, name in enumerate(names):
-        for number in range(25):
+        for number in range(15):
             picture = demo_scenes.render(name, 128, np.random.default_rng([9, label, number])) / 255.0
             features.append([*picture.mean(axis=(0, 1)), *picture.std(axis=(0, 1))])
             labels.append(label)

@@ -1,5 +1,6 @@
 """Tiling of GeoTIFF scenes: generated scenes of every kind, and real ones if available."""
 
+import functools
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+import toy_commands
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -32,10 +34,7 @@ pytestmark = [
 ]  # of affine, to rasterio itself
 
 
-def command(*args):
-    return subprocess.run(
-        [sys.executable, "-m", "data_prep.scenes", *map(str, args)], capture_output=True, text=True, timeout=120
-    )
+command = functools.partial(toy_commands.run, scenes.main)
 
 
 def contents(root):

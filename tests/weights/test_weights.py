@@ -23,7 +23,7 @@ def options(description: dict) -> imports.Options:
     return imports.Options(description["heads"], NAMES[:n], tuple(np.linspace(0.3, 0.5, n)), (0.25,) * n)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_any_backbone_comes_back_bit_for_bit_from_either_format(seed, tmp_path):
     rng = np.random.default_rng(seed)
     description = toy_weights.shape(rng)
