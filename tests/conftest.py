@@ -35,6 +35,14 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def shared_steps():
+    if "pera_jax.train" in sys.modules:
+        import shared_steps
+
+        shared_steps.install()
+
+
 @pytest.fixture
 def one_device(monkeypatch):
     """Trains on one device: eight virtual devices on one or two cores mostly wait for each other."""

@@ -125,11 +125,11 @@ def make_features(place: pathlib.Path) -> None:
 
 
 def read_features(place: pathlib.Path) -> list:
-    """The features where they are taken for whole, else those that would be made again."""
+    """The features where they are accepted as intact, else those that would be computed again."""
     output, made = place / "features", np.ones((4, 8), np.float32)
     feature_folder._begin(output, PLAN)
-    whole = feature_folder._whole(output, 0, PLAN["arrays"], feature_folder._read_sums(output))
-    return (np.load(output / "class_token-00000.npy") if whole else made).tolist()
+    intact_part = feature_folder._intact(output, 0, PLAN["arrays"], feature_folder._read_sums(output))
+    return (np.load(output / "class_token-00000.npy") if intact_part else made).tolist()
 
 
 # ---------------------------------------------------------------- weights

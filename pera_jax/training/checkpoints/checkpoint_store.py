@@ -20,6 +20,9 @@ from pera_jax.parallel import distributed
 from pera_jax.training import step as steps
 from pera_jax.training.checkpoints import checkpoint, intact, ocp
 
+# Orbax lets the replicas of a leaf write a share each. Below this size a share costs more than it saves: a bias on 256
+# devices would be 256 writes.
+_SMALLEST_SHARE = 2**20  # bytes
 _CLEANUP_SECONDS, _QUIET_SECONDS = 20.0, 1.0  # longest wait for the threads of a failed save; pause that ends it
 
 
@@ -53,6 +56,8 @@ class Store:
           UserError: the folder cannot be opened.
         """
         policies = ocp.training.preservation_policies
+        context = ocp.Context()
+        context.array.saving.min_slice_bytes_for_replica_parallel = _SMALLEST_SHARE
         self.folder = pathlib.Path(paths.local(workdir)).absolute() / checkpoint.FOLDER
         self._response, self._step = None, None  # of the save in progress
         self._lease = lease
@@ -65,6 +70,7 @@ class Store:
                     [policies.LatestN(keep_last), _FirstOfEvery(keep_every)]
                 ),
                 cleanup_tmp_directories=True,
+                context=context,
             )
         except OSError as error:
             raise UserError(f"cannot open {self.folder}: {error.strerror}; choose another workdir") from error
