@@ -1,5 +1,6 @@
 """Eight virtual CPU devices for every test, set before anything imports jax."""
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -43,12 +44,20 @@ def shared_steps():
         shared_steps.install()
 
 
-@pytest.fixture
-def one_device(monkeypatch):
+@contextlib.contextmanager
+def on_one_device():
     """Trains on one device: eight virtual devices on one or two cores mostly wait for each other."""
     import jax
 
     from pera_jax.parallel import sharding
 
     make_mesh = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda **_: make_mesh(devices=jax.devices()[:1]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", lambda **_: make_mesh(devices=jax.devices()[:1]))
+        yield
+
+
+@pytest.fixture
+def one_device():
+    with on_one_device():
+        yield

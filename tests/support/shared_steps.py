@@ -8,6 +8,7 @@ import jax
 
 from pera_jax import train
 from pera_jax.training import step as steps
+from pera_jax.weights import initial_state
 
 _MOST = 8  # programs kept; each takes some 50 MB
 
@@ -30,7 +31,7 @@ def _text(*arguments: Any) -> str:
 
 
 class SharedSteps:
-    """Stands for `pera_jax.training.step` in `pera_jax.train`; what is not listed here is the module's own."""
+    """Stands in for `pera_jax.training.step` where a run starts; other attributes are the module's own."""
 
     def __getattr__(self, name):
         return getattr(steps, name)
@@ -66,4 +67,4 @@ def _init(key):
 
 
 def install() -> None:
-    train.steps = SharedSteps()
+    train.steps = initial_state.steps = SharedSteps()

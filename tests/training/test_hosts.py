@@ -14,12 +14,9 @@ import toy_data
 import toy_hosts
 
 from pera_jax import train
-from pera_jax.bands import Bands
 from pera_jax.common.errors import UserError
-from pera_jax.objectives.pera import objective as pera
 from pera_jax.parallel import cluster, global_arrays, sharding
 from pera_jax.training import profiling
-from pera_jax.training import step as steps
 from pera_jax.training.checkpoints import checkpoint
 
 ROOT = pathlib.Path(train.__file__).parent.parent

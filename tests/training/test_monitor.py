@@ -8,6 +8,7 @@ import pytest
 import tiny
 import toy_data
 import toy_shards
+from conftest import on_one_device
 from test_train import assert_same_bits, everything, metrics_of, smoke
 
 from pera_jax import train
@@ -111,11 +112,12 @@ def with_monitor(train_data, **changes):
 @pytest.fixture(scope="module")
 def watched(data, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("watched") / "run"
-    train.train(with_monitor(data), str(workdir))
+    with on_one_device():
+        train.train(with_monitor(data), str(workdir))
     return workdir
 
 
-def test_the_training_is_the_same_with_and_without(watched, data, tmp_path):
+def test_the_training_is_the_same_with_and_without(watched, data, one_device, tmp_path):
     train.train(with_monitor(data, data=""), str(tmp_path / "run"))
     assert_same_bits(everything(tmp_path / "run", 4), everything(watched, 4))
     with_, without = ({line["step"]: line for line in metrics_of(run)} for run in (watched, tmp_path / "run"))
@@ -126,7 +128,7 @@ def test_the_training_is_the_same_with_and_without(watched, data, tmp_path):
         assert line == {name: value for name, value in with_[step].items() if name != monitor.METRIC}
 
 
-def test_a_resumed_run_says_the_same(watched, data, tmp_path):
+def test_a_resumed_run_says_the_same(watched, data, one_device, tmp_path):
     shutil.copytree(watched, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
     (tmp_path / "run" / "FINISHED").unlink()
