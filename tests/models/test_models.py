@@ -1,5 +1,6 @@
 """The networks: position embeddings at other resolutions, and dependencies between tokens."""
 
+import dataclasses
 import re
 
 import jax
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pera_jax.cost import hlo
-from pera_jax.models import attention, heads, positions, vit
+from pera_jax.models import attention, drop_path, heads, positions, vit
 from pera_jax.models.precision import Precision
 from pera_jax.parallel import sharding
 
@@ -243,3 +244,23 @@ def test_attention_in_parts_is_attention_and_moves_nothing(monkeypatch):
     assert "while(" in parted.as_text()
     assert {one.kind for one in hlo.collectives(parted.as_text())} == {"all-reduce"}  # the sum of the loss
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), parted(inputs), whole)
+
+
+def test_scan_and_remat_change_neither_values_nor_gradients(params):
+    """With drop path, whose subsets every block draws for itself."""
+    images, visible, learnable, mask_token = inputs(0, batch=6)
+    rng = np.random.default_rng(1)
+    weights = [rng.normal(size=shape) for shape in ((6, 16), (6, 5, 16), (6, 4, 16))]
+    dropped = drop_path.DropPath(jax.random.key(2), jnp.arange(3), 0.5, 2)
+    found = []
+    for change in (dict(), dict(remat="dots"), dict(scan=False, remat="block")):
+        model = dataclasses.replace(network(), **change)
+
+        def loss(params, mask_token):
+            out = model.apply({"params": params}, images, visible, learnable, mask_token, dropped)  # noqa: B023
+            return sum(jnp.sum(weight * value) for weight, value in zip(weights, out.values(), strict=True))
+
+        options = {"xla_backend_optimization_level": 0}
+        found.append(jax.jit(jax.value_and_grad(loss, (0, 1)), compiler_options=options)(params, mask_token))
+    for other in found[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=0, atol=1e-11 * np.abs(a).max()), found[0], other)
