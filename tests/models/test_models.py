@@ -263,4 +263,6 @@ def test_scan_and_remat_change_neither_values_nor_gradients(params):
         options = {"xla_backend_optimization_level": 0}
         found.append(jax.jit(jax.value_and_grad(loss, (0, 1)), compiler_options=options)(params, mask_token))
     for other in found[1:]:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=0, atol=1e-11 * np.abs(a).max()), found[0], other)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(b, a, rtol=0, atol=1e-11 * np.abs(a).max()), found[0], other
+        )

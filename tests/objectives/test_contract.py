@@ -200,7 +200,8 @@ def test_its_state_is_restored_on_other_devices(name, run):
         for mesh in (sharding.make_mesh(devices=jax.devices()[:1]), sharding.make_mesh(data=2, fsdp=2, tensor=2))
     )
     assert one[1] == eight[1]
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), jax.device_get(one[0]), jax.device_get(eight[0]))
+    for a, b in zip(*(jax.tree.leaves(jax.device_get(state)) for state, _ in (one, eight)), strict=True):
+        np.testing.assert_array_equal(a, b, strict=True)
     assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(eight[0]))
 
 

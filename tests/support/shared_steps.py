@@ -1,4 +1,4 @@
-"""Trainings of one test process that run the same step share the jitted function: tracing it takes longer than they do."""
+"""Trainings in one test process that run the same step share the jitted function: tracing takes longer than the rest."""
 
 import functools
 import json

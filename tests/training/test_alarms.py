@@ -171,7 +171,8 @@ def test_a_collapse_is_named_and_its_alarm_survives_a_resume(scenes, one_device,
     """Without a center and with sharp targets; resumed from a checkpoint at which the alarm was about to begin."""
     temperature = dict(pera__teacher_temperature__start=0.02, pera__teacher_temperature__end=0.02)
     config = small(
-        scenes, "80 steps", checkpoint__every="20 steps", log_every="1 steps", pera__loss__center_momentum=1.0, **temperature
+        scenes, "80 steps", checkpoint__every="20 steps", log_every="1 steps", pera__loss__center_momentum=1.0,
+        **temperature,
     )
     train.train(config, str(tmp_path / "whole"))
     assert 40 < assert_said(tmp_path / "whole", "collapse to few prototypes", capsys.readouterr().err) < 80

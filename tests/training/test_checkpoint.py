@@ -84,8 +84,8 @@ def test_the_last_checkpoints_and_every_nth_are_kept(run):
 
 
 @pytest.mark.parametrize(
-    "mesh", [{"devices": 1}, {"fsdp": 2, "devices": 2}, {"data": 2, "tensor": 2, "devices": 4}, {"fsdp": 4, "devices": 4},
-             {"data": 4, "fsdp": 2}, {"fsdp": 8}], ids=str,
+    "mesh", [{"devices": 1}, {"fsdp": 2, "devices": 2}, {"data": 2, "tensor": 2, "devices": 4},
+             {"fsdp": 4, "devices": 4}, {"data": 4, "fsdp": 2}, {"fsdp": 8}], ids=str,
 )  # fmt: skip
 def test_a_state_comes_back_exactly_on_any_mesh(run, state, mesh):
     _, objective, optimizer = parts()

@@ -211,14 +211,15 @@ def test_wrong_flags_end_with_one_sentence(data, tmp_path):
         ),
         "pth": command("--config", str(bad_file), *workdir),
         "no config; choose one": command(*workdir),
-        "no folder for checkpoints": command("--config", "configs/demo.py:smoke"),
-        "nowhere.py": command("--config", "configs/nowhere.py", *workdir),
-        "takes no argument 'small'": command("--config", "configs/demo.py:small", *workdir),
+        "no folder for checkpoints": command("--config", "demo:smoke"),
         "does not exist": command("--run", str(tmp_path / "run"), "--data", data, module="pera_jax.probe"),
     }
     for message, process in started.items():
         assert message.strip() in sentence(process)
     assert not (tmp_path / "run").exists()
+    for name, message in (("configs/nowhere.py", "nowhere.py"), ("configs/demo.py:small", "takes no argument 'small'")):
+        with pytest.raises(UserError, match=message):
+            train.train(name, tmp_path / "run")
 
 
 @pytest.fixture

@@ -93,7 +93,7 @@ def double():
 
 
 def test_eight_devices_compute_what_one_computes(double):
-    """With KoLeo's groups of four over two devices; tests/objectives/test_contract.py has the mesh with all three axes."""
+    """With KoLeo's groups of four over two devices; test_contract has the mesh with all three axes."""
     with jax.enable_x64(True):
         assert_same(double, run("fsdp", **DOUBLE), 1e-9)
 
