@@ -1,4 +1,4 @@
-"""Trainings in one test process that run the same step share the jitted function: tracing takes longer than the rest."""
+"""Trainings of one test process that run the same step share the jitted function: tracing takes longer than they do."""
 
 import functools
 import json
