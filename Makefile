@@ -18,7 +18,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 DEMO := demo
 # Tests without training, compilation of a step, or subprocesses.
 QUICK := tests/test_house.py $(patsubst %,tests/common/test_%.py,digests json_files lease owned paths text) \
-	$(patsubst %,tests/objectives/test_%.py,losses masking reference views) \
+	$(patsubst %,tests/objectives/test_%.py,losses masking reference) \
 	$(patsubst %,tests/models/test_%.py,initial_values models) \
 	$(patsubst %,tests/training/test_%.py,metrics resume schedules) \
 	$(patsubst %,tests/data/test_%.py,crops foreign records samples) \
