@@ -1,6 +1,7 @@
 """Eight virtual CPU devices for every test, set before anything imports jax."""
 
 import contextlib
+import gc
 import os
 import pathlib
 import signal
@@ -28,12 +29,17 @@ os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (str(ROOT), os.environ.get
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-LONGEST = ("test_step", "test_train", "test_hosts")
+LONGEST = ("test_hosts", "test_train", "test_contract", "test_step", "test_init_from", "test_installed")
 
 
 def pytest_collection_modifyitems(items):
     """Runs the slowest files first, so that the pytest-xdist workers finish at the same time."""
-    items.sort(key=lambda item: item.path.stem not in LONGEST)
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+def pytest_collection_finish(session):
+    gc.collect()
+    gc.freeze()  # Orbax and the end of each training collect garbage: the modules need not be searched each time
 
 
 @pytest.fixture(scope="session", autouse=True)
