@@ -6,8 +6,8 @@
     pera_jax.probe("runs/aid", ["knn"], data="shards/aid")
     model = pera_jax.features.load("runs/aid")
 
-These are modules that are imported when they are used first: `import pera_jax` alone imports no JAX. What a user can
-mend is raised as `pera_jax.UserError`.
+Modules are imported on first use: `import pera_jax` alone does not import JAX. Wrong input raises
+`pera_jax.UserError`, whose message names the fix.
 """
 
 import importlib

@@ -74,11 +74,11 @@ def check_same_run(
             "init_from to it and use another --workdir"
         )
     other = f"the checkpoint in {workdir} belongs to another"
-    mend = "use another --workdir, or the config that the run was started with"
+    fix = "use another --workdir, or the config that the run was started with"
     for name in ("model", "bands", "dtype", "ranges", "mean", "std"):
         if found[name] != wanted[name]:
             raise UserError(
-                f"{other} model: expected {name} {wanted[name]} from this config, got {found[name]}; {mend}"
+                f"{other} model: expected {name} {wanted[name]} from this config, got {found[name]}; {fix}"
             )
     changes = _changes(found["config"], wanted["config"])
     method = objectives.method(wanted["config"]["objective"])
@@ -89,7 +89,7 @@ def check_same_run(
     for change in changes:
         if _within(change.field, (*FIXED, *own["fixed_fields"])):
             raise UserError(
-                f"{other} run: expected {change.field} {change.now} from this config, got {change.before}; {mend}"
+                f"{other} run: expected {change.field} {change.now} from this config, got {change.before}; {fix}"
             )
     free = (*FREE, *own["free_fields"], *(("data",) if allow_changed_data else ()))
     shaping = [change for change in changes if not _within(change.field, free)]
@@ -97,14 +97,14 @@ def check_same_run(
         first, *rest = shaping
         also = f" (and {several(rest, _MOST)})" if rest else ""
         raise UserError(
-            f"{other} run: expected {first.field} {first.now} from this config, got {first.before}{also}; {mend}, or "
+            f"{other} run: expected {first.field} {first.now} from this config, got {first.before}{also}; {fix}, or "
             "pass --allow-config-change to resume with the changed config"
         )
     if found["data"]["fingerprint"] != wanted["data"]["fingerprint"]:
         if not allow_changed_data:
             raise UserError(
                 f"{other} dataset: expected {wanted['data']['name']} with fingerprint {wanted['data']['fingerprint']}, "
-                f"got {found['data']['name']} with {found['data']['fingerprint']}; {mend}, or set "
+                f"got {found['data']['name']} with {found['data']['fingerprint']}; {fix}, or set "
                 "data.allow_changed_data=True"
             )
         was, now = (f"{card['name']} ({card['records']:,} images)" for card in (found["data"], wanted["data"]))

@@ -103,8 +103,7 @@ def block_and_gradients(implementation, heads, x, mesh=None):
         y, _ = block.apply(params, x, None, None)
         return jnp.sum(weight * y), y
 
-    options = {"xla_backend_optimization_level": 0}
-    run = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True), compiler_options=options)
+    run = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
     if mesh is None:
         return run(params, x)
     with jax.set_mesh(mesh):

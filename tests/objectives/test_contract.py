@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ import labelled_toys
 import numpy as np
 import pytest
 from conftest import on_one_device
+from run_files import metrics_of
 
 from pera_jax import config as configs
 from pera_jax import export, features, objectives, plan, probe, report, train
@@ -23,7 +23,6 @@ from pera_jax.training import step as steps
 from pera_jax.training.checkpoints import checkpoint
 from pera_jax.weights import card
 
-FAST = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 NAMES = (*objectives.METHODS, "toy_mae")
 
 
@@ -66,7 +65,7 @@ def two_steps(config, mesh, dtype):
     state = steps.init_sharded(objective, optimizer, mesh, 0)
     with jax.set_mesh(mesh):
         batch, scalars = batch_of(objective, config.batch_size), scalars_of(config, dtype)
-        compiled = step.lower(state, batch, scalars).compile(FAST)
+        compiled = step.lower(state, batch, scalars).compile()
         batch = jax.device_put(batch, jax.sharding.NamedSharding(mesh, sharding.BATCH))
         for _ in range(2):
             state, metrics = compiled(state, batch, scalars)
@@ -176,11 +175,6 @@ def run(name, data, tmp_path_factory):
     return workdir
 
 
-def lines_of(run) -> list[dict]:
-    lines = [json.loads(line) for line in (pathlib.Path(run) / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith("time/")} for line in lines]
-
-
 def test_a_run_resumes_bitwise(name, data, run, one_device, tmp_path):
     config = settings(name, data)
     config.resume_from = str(run)
@@ -189,7 +183,7 @@ def test_a_run_resumes_bitwise(name, data, run, one_device, tmp_path):
         train.train(config, str(tmp_path / "resumed"))
     finally:
         (tmp_path / "4").rename(run / "checkpoints" / "4")
-    assert lines_of(tmp_path / "resumed") == lines_of(run)[2:]
+    assert metrics_of(tmp_path / "resumed") == metrics_of(run)[2:]
 
 
 def test_its_state_is_restored_on_other_devices(name, run):
@@ -228,7 +222,7 @@ def test_it_is_reported_and_monitored(name, data, run, tmp_path):
     assert f">{name}<" in page
     for _, panels in objectives.method(name).curves:
         assert panels[0].title in page
-    assert all("monitor/knn20" in line for line in lines_of(run) if line["step"] % 2 == 0)
+    assert all("monitor/knn20" in line for line in metrics_of(run) if line["step"] % 2 == 0)
 
 
 def test_it_is_planned(name, data):
@@ -239,7 +233,7 @@ def test_it_is_planned(name, data):
 def test_alarms_watch_its_metrics(name, run):
     objective = objective_of(small(name))
     watch = alarms.Alarms(objective.health_checks(16), 1e-3)
-    line = lines_of(run)[-1]
+    line = metrics_of(run)[-1]
     # so small a network may well collapse
     before = {alarm.name for _ in range(100) for alarm in watch.update(line, 1e-3)}
     diverged = line | {"norm/update": line["norm/parameters"]}

@@ -26,10 +26,6 @@ class _Key:
         return self.text == other.text
 
 
-def _text(*arguments: Any) -> str:
-    return repr(arguments)
-
-
 class SharedSteps:
     """Stands in for `pera_jax.training.step` where a run starts; other attributes are the module's own."""
 
@@ -37,15 +33,15 @@ class SharedSteps:
         return getattr(steps, name)
 
     def make_step(self, objective, optimizer, seed, settings, accumulate=1):
-        text = _text(type(objective), objective, seed, json.loads(settings.to_json()), accumulate)
+        text = repr((type(objective), objective, seed, json.loads(settings.to_json()), accumulate))
         return _make(_Key(text, objective, optimizer, seed, settings, accumulate))
 
     def jit_step(self, step, state_shardings, mesh):
-        text = _text(id(step), mesh, jax.tree.leaves(state_shardings))
+        text = repr((id(step), mesh, jax.tree.leaves(state_shardings)))
         return _jit(_Key(text, step, state_shardings, mesh))
 
     def init_sharded(self, objective, optimizer, mesh, seed):
-        text = _text(type(objective), objective, seed, mesh)
+        text = repr((type(objective), objective, seed, mesh))
         state, where = _init(_Key(text, objective, optimizer, mesh, seed))
         return jax.device_put(state, where)
 

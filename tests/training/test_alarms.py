@@ -7,7 +7,8 @@ import shutil
 
 import numpy as np
 import pytest
-from test_train import assert_same_bits, everything, metrics_of
+from run_files import metrics_of
+from test_train import assert_same_bits, everything
 
 from configs import demo
 from data_prep import demo_scenes, images

@@ -12,6 +12,7 @@ import pytest
 import test_train
 import toy_data
 import toy_hosts
+from run_files import metrics_of
 
 from pera_jax import train
 from pera_jax.common.errors import UserError
@@ -89,7 +90,7 @@ def test_two_hosts_compute_what_one_computes_and_stop_together(data, tmp_path):
         said = end(processes)
         assert processes[0].returncode == 0, said
     assert_close(test_train.everything(tmp_path / "alone", total), test_train.everything(workdir, total))
-    lines, wanted = test_train.metrics_of(workdir), test_train.metrics_of(tmp_path / "alone")
+    lines, wanted = metrics_of(workdir), metrics_of(tmp_path / "alone")
     assert [line["step"] for line in lines if "monitor/knn20" in line] == sorted({*range(4, total + 1, 4), total})
     for line, other in zip(lines, wanted, strict=True):
         assert line.keys() == other.keys() and line["data/replaced"] == other["data/replaced"]  # the same records

@@ -26,8 +26,6 @@ MESHES = {
     "fsdp": dict(data=1, fsdp=8),
     "tensor": dict(data=1, fsdp=2, tensor=4),
 }
-# These programs run for milliseconds: optimizing them would take two thirds of the compilation time.
-FAST = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
 @functools.cache
@@ -35,7 +33,7 @@ def birth(**changes):
     """The state before the first step, on the host: the same for all meshes and ways to compile."""
     config = tiny.config(**changes)
     objective, optimizer = tiny.objective(config), steps.make_optimizer(config.optimizer)
-    return jax.device_get(jax.jit(lambda: steps.new_state(objective, optimizer, config.seed), compiler_options=FAST)())
+    return jax.device_get(jax.jit(lambda: steps.new_state(objective, optimizer, config.seed))())
 
 
 @functools.cache
@@ -53,7 +51,7 @@ def compiled(mesh, **changes):
     hyper = tiny.HYPER | {"learning_rate": 1e-3}
     hyper = {name: np.asarray(value, config.parameter_precision) for name, value in hyper.items()}
     with jax.set_mesh(mesh):
-        step = step.lower(abstract, tiny.batch(config), hyper).compile(compiler_options=FAST)
+        step = step.lower(abstract, tiny.batch(config), hyper).compile()
     return step, where, jax.sharding.NamedSharding(mesh, sharding.BATCH), hyper
 
 
@@ -130,13 +128,13 @@ def test_the_first_moment_is_that_of_the_gradients_of_the_loss():
     with jax.enable_x64(True):
         objective = objectives.from_config(config, Bands.plain())
         optimizer, batch = steps.make_optimizer(config.optimizer), tiny.batch(config)
-        born = jax.jit(lambda: steps.new_state(objective, optimizer, config.seed), compiler_options=FAST)()
+        born = jax.jit(lambda: steps.new_state(objective, optimizer, config.seed))()
         rngs = Streams.at(config.seed, "step", 0)
         examples, context = objective.prepare(rngs, batch), Context(rngs, tiny.HYPER)
-        grad = jax.jit(jax.grad(objective.loss, has_aux=True), compiler_options=FAST)
+        grad = jax.jit(jax.grad(objective.loss, has_aux=True))
         wanted, _ = grad(born.params, born.teacher, born.objective, examples, context)
         step = steps.make_step(objective, optimizer, config.seed, config.optimizer)
-        after, metrics = jax.jit(step, compiler_options=FAST)(born, batch, tiny.HYPER)
+        after, metrics = jax.jit(step)(born, batch, tiny.HYPER)
         clipped = min(1.0, config.optimizer.clip_norm / metrics["norm/gradient"])
         found = jax.tree.map(lambda moment: moment / (1 - config.optimizer.beta1) / clipped, after.opt_state[1].mu)
     jax.tree.map(

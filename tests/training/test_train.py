@@ -17,6 +17,7 @@ import pytest
 import toy_data
 from conftest import FAST, on_one_device
 from orbax.checkpoint import v1 as ocp
+from run_files import metrics_of
 
 from pera_jax import objectives, train
 from pera_jax.common.errors import UserError
@@ -37,12 +38,6 @@ def smoke(name: str, data: str, total: str = "4 steps"):
     config = importlib.import_module(f"configs.{name}").get_config("smoke")
     config.data.path, config.total = data, total
     return config
-
-
-def metrics_of(workdir) -> list[dict]:
-    """The lines of metrics.jsonl without what a clock measured."""
-    lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith("time/")} for line in lines]
 
 
 def everything(run, step: int) -> dict[str, np.ndarray]:

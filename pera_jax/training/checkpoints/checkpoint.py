@@ -95,8 +95,10 @@ def set_aside(folder: pathlib.Path) -> pathlib.Path:
 
 
 def saved_steps(run: str | pathlib.Path) -> list[int]:
-    """The steps of the finished checkpoints of a run, ascending; empty if there is no run. Raises UserError for a
-    URL."""
+    """Steps of a run's complete checkpoints in ascending order; empty if the folder has none.
+
+    Raises UserError if `run` is a URL.
+    """
     folder = pathlib.Path(paths.local(run)).absolute() / FOLDER
     if not folder.is_dir():
         return []
