@@ -51,16 +51,20 @@ def shared_steps():
 
 
 @contextlib.contextmanager
-def on_one_device():
-    """Trains on one device: eight virtual devices on one or two cores mostly wait for each other."""
+def on_devices(number: int, **axes: int):
+    """Trains on so many devices: eight virtual devices on one or two cores mostly wait for each other."""
     import jax
 
     from pera_jax.parallel import sharding
 
     make_mesh = sharding.make_mesh
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_mesh", lambda **_: make_mesh(devices=jax.devices()[:1]))
+        patch.setattr(sharding, "make_mesh", lambda **_: make_mesh(**axes, devices=jax.devices()[:number]))
         yield
+
+
+def on_one_device():
+    return on_devices(1)
 
 
 @pytest.fixture

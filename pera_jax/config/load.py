@@ -68,7 +68,7 @@ def load(config: str | os.PathLike | ConfigDict, changes: Sequence[str] | Mappin
         config = config.copy_and_resolve_references()
     else:
         file, argument = find(os.fspath(config))
-        config = runpy.run_path(file)["get_config"](argument or None)
+        config = runpy.run_path(file)["get_config"](*([argument] if argument else []))
     for field, value in changes.items() if isinstance(changes, Mapping) else map(assignment, changes):
         try:
             config.update_from_flattened_dict({new_name(field) or field: value})

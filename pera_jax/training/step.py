@@ -52,9 +52,7 @@ def decay_rules(objective: Objective) -> tuple[tuple[str, bool], ...]:
     return (*vit.DECAY_RULES, *objective.decay_rules)
 
 
-def abstract_state(objective, optimizer, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state, without its values."""
-    shapes = jax.eval_shape(lambda: new_state(objective, optimizer, 0))
+def _with_shardings(shapes: TrainState, objective: Objective, mesh: Mesh) -> TrainState:
     return jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         shapes,
@@ -62,11 +60,20 @@ def abstract_state(objective, optimizer, mesh: Mesh) -> TrainState:
     )
 
 
+def abstract_state(objective, optimizer, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, without its values."""
+    return _with_shardings(jax.eval_shape(lambda: new_state(objective, optimizer, 0)), objective, mesh)
+
+
 def init_sharded(objective, optimizer, mesh: Mesh, seed: int) -> TrainState:
     """`new_state`, with each leaf initialized directly in its sharding: no device ever holds an unsharded copy."""
-    where = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(objective, optimizer, mesh))
+
+    def init():  # one function, so that JAX traces it once for both
+        return new_state(objective, optimizer, seed)
+
     with jax.set_mesh(mesh):
-        return jax.jit(lambda: new_state(objective, optimizer, seed), out_shardings=where)()
+        abstract = _with_shardings(jax.eval_shape(init), objective, mesh)
+        return jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
 
 
 def decayed(params: Any, decay: str, rules: tuple[tuple[str, bool], ...]) -> Any:

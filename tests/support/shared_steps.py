@@ -40,6 +40,10 @@ class SharedSteps:
         text = repr((id(step), mesh, jax.tree.leaves(state_shardings)))
         return _jit(_Key(text, step, state_shardings, mesh))
 
+    def abstract_state(self, objective, optimizer, mesh):
+        text = repr((type(objective), objective, mesh))
+        return _abstract(_Key(text, objective, optimizer, mesh))
+
     def init_sharded(self, objective, optimizer, mesh, seed):
         text = repr((type(objective), objective, seed, mesh))
         state, where = _init(_Key(text, objective, optimizer, mesh, seed))
@@ -54,6 +58,11 @@ def _make(key):
 @functools.lru_cache(_MOST)
 def _jit(key):
     return steps.jit_step(*key.arguments)
+
+
+@functools.lru_cache(_MOST)
+def _abstract(key):
+    return steps.abstract_state(*key.arguments)
 
 
 @functools.lru_cache(_MOST)

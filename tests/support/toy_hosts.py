@@ -5,6 +5,7 @@ import pathlib
 import socket
 import subprocess
 
+import toy_runs
 from conftest import FAST
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -15,7 +16,7 @@ def launch(command: list[str], hosts: int, devices: int) -> list[subprocess.Pope
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"XLA_FLAGS": f"{FAST} --xla_force_host_platform_device_count={devices}"}
+    environment = os.environ | toy_runs.PATH | {"XLA_FLAGS": f"{FAST} --xla_force_host_platform_device_count={devices}"}
     flags = [[]]
     if hosts > 1:
         flags = [

@@ -7,8 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from run_files import metrics_of
-from test_train import assert_same_bits, everything
+from run_files import assert_same_bits, everything, metrics_of
 
 from configs import demo
 from data_prep import demo_scenes, images
@@ -133,7 +132,7 @@ def small(scenes, total, **changes):
     config = demo.get_config()
     config.total, config.batch_size, config.log_every = total, 16, "10 steps"
     config.data.update(dict(path=scenes, workers=0))
-    config.crops.update(dict(global_size=32, local_size=16))
+    config.crops.update(dict(global_size=32, local_number=0))
     config.model.update(dict(width=48, depth=2))
     config.pera.heads.update(dict(hidden=64, bottleneck=32, prototypes=128))
     config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})

@@ -10,10 +10,12 @@ import sys
 
 import pytest
 import toy_data
+import toy_runs
 import toy_shards
 from conftest import FAST
 
-from pera_jax import train
+from pera_jax import config as configs
+from pera_jax import objectives, probe, train
 from pera_jax.bands import Bands
 from pera_jax.common import errors
 from pera_jax.common.errors import UserError
@@ -155,7 +157,7 @@ def test_a_damaged_or_foreign_data_set_is_refused(message, config, data, tmp_pat
 def begin(config, workdir: pathlib.Path) -> None:
     """Makes `workdir` a run that has done 1 step: the state at birth, saved under that step."""
     data = mixture.open_mixture(config.data)
-    objective = pera.PerA.from_config(config, data.bands)
+    objective = objectives.from_config(config, data.bands)
     state = steps.new_state(objective, steps.make_optimizer(config.optimizer), config.seed)
     store = checkpoint_store.Store(str(workdir), keep_last=3, keep_every=100)
     meta = run_meta.describe(config, objective, data.card())
@@ -181,11 +183,10 @@ def test_the_workdir_of_another_run_is_refused_and_left_alone(config, tmp_path):
 # ---------------------------------------------------------------- the commands
 
 
-def command(*arguments: str, module: str = "pera_jax.train") -> subprocess.Popen:
-    environment = os.environ | {"XLA_FLAGS": FAST}  # one device
-    return subprocess.Popen(
-        [sys.executable, "-m", module, *arguments], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
-    )
+def command(*arguments: str) -> subprocess.Popen:
+    environment = os.environ | toy_runs.PATH | {"XLA_FLAGS": FAST}  # one device
+    words = [sys.executable, "-m", "pera_jax.train", *arguments]
+    return subprocess.Popen(words, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def sentence(process: subprocess.Popen) -> str:
@@ -209,17 +210,18 @@ def test_wrong_flags_end_with_one_sentence(data, tmp_path):
         """flag or config: 'pth' Did you mean "path" """: command(
             "--config", "configs/demo.py:smoke", f"--config.data.pth={data}", *workdir
         ),
-        "pth": command("--config", str(bad_file), *workdir),
         "no config; choose one": command(*workdir),
         "no folder for checkpoints": command("--config", "demo:smoke"),
-        "does not exist": command("--run", str(tmp_path / "run"), "--data", data, module="pera_jax.probe"),
     }
     for message, process in started.items():
         assert message.strip() in sentence(process)
     assert not (tmp_path / "run").exists()
-    for name, message in (("configs/nowhere.py", "nowhere.py"), ("configs/demo.py:small", "takes no argument 'small'")):
+    wrong = {"configs/nowhere.py": "nowhere.py", "configs/demo.py:small": "no argument 'small'", str(bad_file): "pth"}
+    for name, message in wrong.items():
         with pytest.raises(UserError, match=message):
             train.train(name, tmp_path / "run")
+    with pytest.raises(UserError, match="is not a run folder"):
+        probe.probe(tmp_path / "run", data=data)
 
 
 @pytest.fixture
@@ -234,13 +236,12 @@ def tiny_device(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_names_the_last_good_checkpoint_and_leaves_it_whole(config, data, tiny_device):
-    workdir = tiny_device / "run"
-    begin(config, workdir)
+def test_a_full_disk_names_the_last_good_checkpoint_and_leaves_it_whole(data, tiny_device, tmp_path):
+    workdir, file = tiny_device / "run", toy_runs.write_config(tmp_path)
+    begin(configs.load(file, {"data.path": data}), workdir)
     filler = shutil.disk_usage(tiny_device).free - (300 << 10)  # too little for a checkpoint, enough for the metrics
     (tiny_device / "filler").write_bytes(bytes(filler))
-    arguments = ("--config", "configs/demo.py:smoke", f"--config.data.path={data}", "--workdir", str(workdir))
-    message = sentence(command(*arguments))
+    message = sentence(command("--config", file, f"--config.data.path={data}", "--workdir", str(workdir)))
     assert (
         "checkpoint of step 2 could not be written" in message and "no space left on device; free disk space" in message
     )

@@ -1,6 +1,5 @@
 """Several hosts, as processes on localhost with two virtual devices each: same result, joint stop, lost hosts."""
 
-import os
 import pathlib
 import signal
 import subprocess
@@ -9,10 +8,10 @@ import sys
 import jax
 import numpy as np
 import pytest
-import test_train
 import toy_data
 import toy_hosts
-from run_files import metrics_of
+import toy_runs
+from run_files import everything, metrics_of
 
 from pera_jax import train
 from pera_jax.common.errors import UserError
@@ -35,17 +34,14 @@ def data(tmp_path_factory):
 FLAT = [  # the same for every length, so that runs of different lengths compare
     *(f"--config.schedules.learning_rate.{name}=0.0001" for name in ("start", "peak", "end")),
     "--config.schedules.weight_decay.start=0.1", "--config.schedules.weight_decay.end=0.1",
-    "--config.pera.teacher_momentum.start=0.99", "--config.pera.teacher_momentum.end=0.99",
-    "--config.pera.teacher_temperature.start=0.04", "--config.pera.teacher_temperature.end=0.04",
 ]  # fmt: skip
 
 
-def launch(
-    data, workdir, hosts: int, total: int, *options: str, config="configs/demo.py:smoke"
-) -> list[subprocess.Popen]:
+def launch(data, workdir, hosts: int, total: int, *options: str) -> list[subprocess.Popen]:
     """The processes of one run over four devices."""
+    config = toy_runs.write_config(pathlib.Path(workdir).parent)
     command = [
-        sys.executable, "-m", "pera_jax.train", "--config", str(config), f"--config.data.path={data}",
+        sys.executable, "-m", "pera_jax.train", "--config", config, f"--config.data.path={data}",
         f"--config.total={total} steps", "--config.checkpoint.every=4 steps", "--config.mesh.fsdp=2",
         f"--config.monitor.data={pathlib.Path(data).parent / 'labeled'}", "--config.monitor.every=4 steps",
         f"--config.stall_seconds={STALL}", "--allow-config-change", "--workdir", str(workdir), *options,
@@ -89,7 +85,7 @@ def test_two_hosts_compute_what_one_computes_and_stop_together(data, tmp_path):
         processes = launch(data, folder, 1, total, *FLAT)
         said = end(processes)
         assert processes[0].returncode == 0, said
-    assert_close(test_train.everything(tmp_path / "alone", total), test_train.everything(workdir, total))
+    assert_close(everything(tmp_path / "alone", total), everything(workdir, total))
     lines, wanted = metrics_of(workdir), metrics_of(tmp_path / "alone")
     assert [line["step"] for line in lines if "monitor/knn20" in line] == sorted({*range(4, total + 1, 4), total})
     for line, other in zip(lines, wanted, strict=True):
@@ -97,16 +93,9 @@ def test_two_hosts_compute_what_one_computes_and_stop_together(data, tmp_path):
         assert_close(other, line)
 
 
-def test_a_host_ends_where_the_other_is_lost_or_hangs(data, tmp_path, monkeypatch):
-    """With a method that compiles in seconds."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests" / "support"), os.environ["PYTHONPATH"]]))
-    config = tmp_path / "toy.py"
-    config.write_text(
-        "from pera_jax import config as configs\n\n\ndef get_config():\n"
-        '    return configs.smoke(configs.default("toy_mae"))\n'
-    )
-    lost = launch(data, tmp_path / "lost", 2, 1000, config=config)
-    hanging = launch(data, tmp_path / "hanging", 2, 1000, f"--config.stall_seconds={SOON}", config=config)
+def test_a_host_ends_where_the_other_is_lost_or_hangs(data, tmp_path):
+    lost = launch(data, tmp_path / "lost", 2, 1000)
+    hanging = launch(data, tmp_path / "hanging", 2, 1000, f"--config.stall_seconds={SOON}")
     for processes, number in ((lost, signal.SIGKILL), (hanging, signal.SIGSTOP)):
         wait_for_step(processes[0], 6)
         processes[1].send_signal(number)

@@ -9,8 +9,8 @@ import tiny
 import toy_data
 import toy_shards
 from conftest import on_one_device
-from run_files import metrics_of
-from test_train import assert_same_bits, everything, smoke
+from run_files import assert_same_bits, everything, metrics_of
+from test_train import smoke
 
 from pera_jax import train
 from pera_jax.common.errors import UserError

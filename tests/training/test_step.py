@@ -22,10 +22,7 @@ from pera_jax.training import step as steps
 
 STEPS = 4
 DOUBLE = dict(precision="float64", parameter_precision="float64")
-MESHES = {
-    "fsdp": dict(data=1, fsdp=8),
-    "tensor": dict(data=1, fsdp=2, tensor=4),
-}
+FSDP = dict(data=1, fsdp=8)
 
 
 @functools.cache
@@ -38,9 +35,9 @@ def birth(**changes):
 
 @functools.cache
 def compiled(mesh, **changes):
-    """The jitted step over a mesh, ready to run, and where state and batch lie."""
+    """The jitted step on eight devices ("fsdp") or one, ready to run, and where state and batch lie."""
     config = tiny.config(**changes)
-    mesh = sharding.make_mesh(**MESHES[mesh]) if mesh else sharding.make_mesh(devices=jax.devices()[:1])
+    mesh = sharding.make_mesh(**FSDP) if mesh else sharding.make_mesh(devices=jax.devices()[:1])
     objective, optimizer = tiny.objective(config), steps.make_optimizer(config.optimizer)
     abstract = steps.abstract_state(objective, optimizer, mesh)
     where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -91,15 +88,9 @@ def double():
 
 
 def test_eight_devices_compute_what_one_computes(double):
-    """With KoLeo's groups of four over two devices; test_contract has the mesh with all three axes."""
+    """With KoLeo's groups of four over two devices; test_contract has three axes and microbatches."""
     with jax.enable_x64(True):
         assert_same(double, run("fsdp", **DOUBLE), 1e-9)
-
-
-def test_two_microbatches_over_a_tensor_axis_make_the_step_of_the_whole_batch(double):
-    """On two shards of the batch: there the groups of four that KoLeo compares lie in one microbatch."""
-    with jax.enable_x64(True):
-        assert_same(double, run("tensor", accumulate=2, **DOUBLE), 1e-9)
 
 
 def test_on_pure_fsdp_only_parameters_gradients_and_class_tokens_move():
@@ -241,7 +232,7 @@ def test_decay_spares_what_it_is_told_to():
 def test_a_state_is_born_where_it_will_live():
     config = tiny.config(pera__heads__prototypes=128)
     objective, optimizer = tiny.objective(config), steps.make_optimizer(config.optimizer)
-    mesh = sharding.make_mesh(**MESHES["fsdp"])
+    mesh = sharding.make_mesh(**FSDP)
     born = steps.init_sharded(objective, optimizer, mesh, 7)
     plain = jax.jit(lambda: steps.new_state(objective, optimizer, 7))()
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), *map(jax.device_get, (born, plain)))

@@ -1,6 +1,6 @@
 """The training job: exact resume after every kind of stop, order of startup, and each config in a small version."""
 
-import contextlib
+import functools
 import importlib
 import json
 import os
@@ -15,9 +15,9 @@ import jax
 import numpy as np
 import pytest
 import toy_data
-from conftest import FAST, on_one_device
-from orbax.checkpoint import v1 as ocp
-from run_files import metrics_of
+import toy_runs
+from conftest import FAST, on_devices, on_one_device
+from run_files import assert_same_bits, everything, metrics_of
 
 from pera_jax import objectives, train
 from pera_jax.common.errors import UserError
@@ -26,6 +26,7 @@ from pera_jax.parallel import sharding
 from pera_jax.training.checkpoints import checkpoint
 
 OPENING = ("resuming from step ", "devices: ", "data: ", "training: ", "model: ", "compiling ")  # what is said before
+SHARDED = functools.partial(on_devices, 2, data=1, fsdp=2)
 TOTAL, EVERY = 56, 4  # steps of the run that is interrupted, and between its checkpoints
 
 
@@ -40,33 +41,14 @@ def smoke(name: str, data: str, total: str = "4 steps"):
     return config
 
 
-def everything(run, step: int) -> dict[str, np.ndarray]:
-    """All arrays and numbers of a checkpoint but `meta`, by path."""
-    folder = pathlib.Path(run).absolute() / "checkpoints" / str(step)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    metadata = ocp.checkpointables_metadata(folder).metadata
-    wanted = {
-        name: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), metadata[name])
-        for name in ("state", "teacher")
-    }
-    items = ocp.load_checkpointables(folder, wanted | {"data": None})
-    leaves = jax.tree_util.tree_flatten_with_path(items)[0]
-    return {sharding.path_of(path): np.asarray(leaf) for path, leaf in leaves}
-
-
-def assert_same_bits(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
-    assert one.keys() == other.keys()
-    for path in one:
-        np.testing.assert_array_equal(one[path], other[path], err_msg=path, strict=True)
-
-
 # ---------------------------------------------------------------- interrupted runs, through the command
 
 
 def launch(data: str, workdir, workers: int) -> subprocess.Popen:
-    environment = os.environ | {"XLA_FLAGS": FAST}  # one device
+    environment = os.environ | toy_runs.PATH | {"XLA_FLAGS": FAST}  # one device
+    config = toy_runs.write_config(pathlib.Path(workdir).parent)
     command = [
-        sys.executable, "-m", "pera_jax.train", "--config", "configs/demo.py:smoke", f"--config.data.path={data}",
+        sys.executable, "-m", "pera_jax.train", "--config", config, f"--config.data.path={data}",
         f"--config.data.workers={workers}", f"--config.total={TOTAL} steps", f"--config.checkpoint.every={EVERY} steps",
         "--workdir", str(workdir),
     ]  # fmt: skip
@@ -190,7 +172,7 @@ def frozen(config):
 def test_every_config_trains_small_and_leaves_weights_that_can_be_used(name, data, tmp_path, request):
     workdir = request.getfixturevalue("finished") if name == "demo" else tmp_path / "run"
     if name != "demo":
-        with contextlib.nullcontext() if name == "pera_vitg16_1024" else on_one_device():
+        with SHARDED() if name == "pera_vitg16_1024" else on_one_device():
             train.train(smoke(name, data), str(workdir))
     lines = metrics_of(workdir)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
@@ -209,7 +191,8 @@ def test_every_config_trains_small_and_leaves_weights_that_can_be_used(name, dat
 
 def test_untrained_weights_are_those_that_the_run_was_born_with(data, tmp_path):
     workdir = tmp_path / "run"
-    train.train(frozen(smoke("pera_vitg16_1024", data)), str(workdir))  # born cut over eight devices
+    with SHARDED():
+        train.train(frozen(smoke("pera_vitg16_1024", data)), str(workdir))
     for which in ("teacher", "student"):
         kept = load.load_weights(workdir, which=which)
         born = {name: tree for name, tree in objectives.untrained(kept.meta).items() if name in kept.params}
