@@ -10,7 +10,7 @@ from pera_jax import train
 from pera_jax.training import step as steps
 from pera_jax.weights import initial_state
 
-_MOST = 8  # programs kept; each takes some 50 MB
+_MOST = 12  # programs kept; each takes some 50 MB
 
 
 class _Key:

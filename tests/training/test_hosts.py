@@ -11,15 +11,16 @@ import pytest
 import toy_data
 import toy_hosts
 import toy_runs
+from conftest import on_devices
 from run_files import everything, metrics_of
 
+from pera_jax import config as configs
 from pera_jax import train
 from pera_jax.common.errors import UserError
 from pera_jax.parallel import cluster, global_arrays, sharding
 from pera_jax.training import profiling
 from pera_jax.training.checkpoints import checkpoint
 
-ROOT = pathlib.Path(train.__file__).parent.parent
 STALL = 180  # seconds; from the start of a process to its first step takes half of it on a slow, busy machine
 SOON = 50  # where a hang is waited for, with all programs compiled; Gloo ends the process itself after about 70
 
@@ -31,22 +32,27 @@ def data(tmp_path_factory):
     return toy_data.write(folder / "toy", undecodable=(3, 20))
 
 
-FLAT = [  # the same for every length, so that runs of different lengths compare
-    *(f"--config.schedules.learning_rate.{name}=0.0001" for name in ("start", "peak", "end")),
-    "--config.schedules.weight_decay.start=0.1", "--config.schedules.weight_decay.end=0.1",
-]  # fmt: skip
+FLAT = {  # the same for every length, so that runs of different lengths compare
+    "schedules.learning_rate.start": 1e-4, "schedules.learning_rate.peak": 1e-4, "schedules.learning_rate.end": 1e-4,
+    "schedules.weight_decay.start": 0.1, "schedules.weight_decay.end": 0.1,
+}  # fmt: skip
 
 
-def launch(data, workdir, hosts: int, total: int, *options: str) -> list[subprocess.Popen]:
-    """The processes of one run over four devices."""
-    config = toy_runs.write_config(pathlib.Path(workdir).parent)
+def settings(data, total: int, monitor: bool = False) -> dict:
+    watched = str(pathlib.Path(data).parent / "labeled") if monitor else ""
+    return {
+        "data.path": data, "total": f"{total} steps", "checkpoint.every": "4 steps", "mesh.fsdp": 2,
+        "monitor.data": watched, "monitor.every": "4 steps", "stall_seconds": STALL,
+    }  # fmt: skip
+
+
+def launch(workdir, changes: dict) -> list[subprocess.Popen]:
+    """The processes of one run over two hosts with two devices each."""
     command = [
-        sys.executable, "-m", "pera_jax.train", "--config", config, f"--config.data.path={data}",
-        f"--config.total={total} steps", "--config.checkpoint.every=4 steps", "--config.mesh.fsdp=2",
-        f"--config.monitor.data={pathlib.Path(data).parent / 'labeled'}", "--config.monitor.every=4 steps",
-        f"--config.stall_seconds={STALL}", "--allow-config-change", "--workdir", str(workdir), *options,
+        sys.executable, "-m", "pera_jax.train", "--config", toy_runs.write_config(workdir.parent),
+        *(f"--config.{field}={value}" for field, value in changes.items()), "--workdir", str(workdir),
     ]  # fmt: skip
-    return toy_hosts.launch(command, hosts, 4 // hosts)
+    return toy_hosts.launch(command, hosts=2, devices=2)
 
 
 def end(processes) -> list[str]:
@@ -69,9 +75,9 @@ def assert_close(one, other):
 
 
 def test_two_hosts_compute_what_one_computes_and_stop_together(data, tmp_path):
-    """SIGTERM to one of two hosts stops both; one process with as many devices ends the run, another does all of it."""
+    """SIGTERM to one of two hosts stops both; one process with four devices ends the run, and runs another."""
     workdir = tmp_path / "run"
-    processes = launch(data, workdir, 2, 1000, *FLAT)  # too long to end by itself
+    processes = launch(workdir, settings(data, 1000, monitor=True) | FLAT)  # too long to end by itself
     wait_for_step(processes[0], 5)
     processes[1].send_signal(signal.SIGTERM)
     said = end(processes)
@@ -81,10 +87,10 @@ def test_two_hosts_compute_what_one_computes_and_stop_together(data, tmp_path):
     assert not [line for line in said[1].splitlines() if line.startswith("step ")]  # the first host writes for both
 
     total = stopped + 4
-    for folder in (workdir, tmp_path / "alone"):
-        processes = launch(data, folder, 1, total, *FLAT)
-        said = end(processes)
-        assert processes[0].returncode == 0, said
+    config = configs.load(toy_runs.write_config(tmp_path), settings(data, total, monitor=True) | FLAT)
+    with on_devices(4, fsdp=2):
+        train.train(config, workdir, allow_config_change=True)
+        train.train(config, tmp_path / "alone")
     assert_close(everything(tmp_path / "alone", total), everything(workdir, total))
     lines, wanted = metrics_of(workdir), metrics_of(tmp_path / "alone")
     assert [line["step"] for line in lines if "monitor/knn20" in line] == sorted({*range(4, total + 1, 4), total})
@@ -94,8 +100,8 @@ def test_two_hosts_compute_what_one_computes_and_stop_together(data, tmp_path):
 
 
 def test_a_host_ends_where_the_other_is_lost_or_hangs(data, tmp_path):
-    lost = launch(data, tmp_path / "lost", 2, 1000)
-    hanging = launch(data, tmp_path / "hanging", 2, 1000, f"--config.stall_seconds={SOON}")
+    lost = launch(tmp_path / "lost", settings(data, 1000))
+    hanging = launch(tmp_path / "hanging", settings(data, 1000) | {"stall_seconds": SOON})
     for processes, number in ((lost, signal.SIGKILL), (hanging, signal.SIGSTOP)):
         wait_for_step(processes[0], 6)
         processes[1].send_signal(number)

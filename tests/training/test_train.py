@@ -1,7 +1,9 @@
 """The training job: exact resume after every kind of stop, order of startup, and each config in a small version."""
 
+import contextlib
 import functools
 import importlib
+import io
 import json
 import os
 import pathlib
@@ -19,6 +21,7 @@ import toy_runs
 from conftest import FAST, on_devices, on_one_device
 from run_files import assert_same_bits, everything, metrics_of
 
+from pera_jax import config as configs
 from pera_jax import objectives, train
 from pera_jax.common.errors import UserError
 from pera_jax.encoder import load
@@ -44,16 +47,26 @@ def smoke(name: str, data: str, total: str = "4 steps"):
 # ---------------------------------------------------------------- interrupted runs, through the command
 
 
+def interrupted(data: str, folder: pathlib.Path, workers: int) -> tuple[str, dict]:
+    """The config file of the run that is interrupted, and its changes."""
+    changes = {"data.path": data, "data.workers": workers, "total": f"{TOTAL} steps"}
+    return toy_runs.write_config(folder), changes | {"checkpoint.every": f"{EVERY} steps"}
+
+
 def launch(data: str, workdir, workers: int) -> subprocess.Popen:
     environment = os.environ | toy_runs.PATH | {"XLA_FLAGS": FAST}  # one device
-    config = toy_runs.write_config(pathlib.Path(workdir).parent)
-    command = [
-        sys.executable, "-m", "pera_jax.train", "--config", config, f"--config.data.path={data}",
-        f"--config.data.workers={workers}", f"--config.total={TOTAL} steps", f"--config.checkpoint.every={EVERY} steps",
-        "--workdir", str(workdir),
-    ]  # fmt: skip
+    config, changes = interrupted(data, workdir.parent, workers)
+    changes = [f"--config.{field}={value}" for field, value in changes.items()]
+    command = [sys.executable, "-m", "pera_jax.train", "--config", config, *changes, "--workdir", str(workdir)]
     root = pathlib.Path(train.__file__).parent.parent
     return subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def run_here(data: str, workdir) -> list[str]:
+    """The same run in this process, without data workers; returns the lines that it prints."""
+    with on_one_device(), contextlib.redirect_stderr(io.StringIO()) as stderr:
+        train.train(configs.load(*interrupted(data, workdir.parent, 0)), workdir)
+    return stderr.getvalue().splitlines()
 
 
 def end(process: subprocess.Popen) -> str:
@@ -91,10 +104,8 @@ def kill_while_saving(process: subprocess.Popen, workdir: pathlib.Path, after: i
 @pytest.fixture(scope="module")
 def uninterrupted(data, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
-    process = launch(data, workdir, workers=0)
-    stderr = end(process)
-    assert process.returncode == 0, stderr
-    opening, progress = stderr.splitlines()[:5], stderr.splitlines()[5:]
+    said = run_here(data, workdir)
+    opening, progress = said[:5], said[5:]
     assert [line.split(" ")[0] for line in opening] == ["devices:", "data:", "training:", "model:", "compiling"], (
         opening
     )
@@ -133,10 +144,7 @@ def test_a_run_killed_in_every_way_ends_in_the_same_bits(uninterrupted, data, tm
     assert not (workdir / "FINISHED").exists()
     assert all(line.startswith("step ") for line in progress)
 
-    process = launch(data, workdir, workers=0)
-    stderr = end(process)
-    assert process.returncode == 0, stderr
-    said = stderr.splitlines()
+    said = run_here(data, workdir)
     assert said[0] == f"resuming from step {seen} of {TOTAL}; changed: data.workers 1 -> 0"
     assert said[len(OPENING)].startswith(f"step {seen + 1}/{TOTAL}")
 
