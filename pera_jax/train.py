@@ -4,8 +4,8 @@
 
 Runs the jitted step of the config's objective over a mesh. Re-run the same command to resume, bit for bit, from the
 newest checkpoint of the workdir; `pera_jax.training.resume` lists the config fields that may change. Only one process
-can train in a workdir. SIGTERM and SIGINT save a checkpoint and exit with status 0; `pera_jax.common.errors` lists the
-other statuses.
+can train in a workdir. SIGTERM, SIGINT and SIGHUP save a checkpoint and exit with status 0; `pera_jax.common.errors`
+lists the other statuses.
 
 With several hosts, run the same command on each. They find each other on SLURM and TPU pods; elsewhere pass flags such
 as `--coordinator host0:8476 --num_processes 4 --process_id 0`. SIGTERM to any host saves a checkpoint and stops all of

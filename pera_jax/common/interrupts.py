@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a command ends cleanly at any time, even during imports or while C++ code compiles.
+"""Ctrl-C, SIGTERM and SIGHUP: a command ends cleanly at any time, even during imports or while C++ code compiles.
 
 Python handles a signal in the main thread between two bytecode instructions, which may take minutes in a compiler, and
 as an exception that a callback may swallow. The functions here do not depend on that.
@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # SIGHUP: the terminal is closed or its connection lost
 _LONGEST = 3.0  # time limit in seconds for the actions of `before_end`
 _starting = threading.Lock()  # held while child processes start
 _before_end: list[Callable[[], None]] = []  # what to do before the process ends immediately
@@ -30,12 +31,17 @@ def end_at_once(number: int, text: str) -> None:
     """Writes `text` to stderr and ends the process with status 128 + `number` (a signal number), without cleanup."""
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
-    os.write(2, f"{text}\n".encode())
+    _say(text)
     _starting.acquire(timeout=_LONGEST)  # a half-started child would print a traceback
     helper = threading.Thread(target=_run, args=(list(reversed(_before_end)),), daemon=True)
     helper.start()
     helper.join(_LONGEST)
     os._exit(128 + number)
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # a closed terminal
+        os.write(2, f"{text}\n".encode())
 
 
 def _run(actions: list[Callable[[], None]]) -> None:
@@ -46,11 +52,11 @@ def _run(actions: list[Callable[[], None]]) -> None:
 
 @contextlib.contextmanager
 def not_for_children() -> Iterator[None]:
-    """Blocks SIGINT and SIGTERM in processes that this thread starts, until they call `signals_wanted`.
+    """Blocks `STOPS` in processes that this thread starts, until they call `signals_wanted`.
 
-    Both signals go to the whole process group, and a child that is still importing would print a traceback."""
+    These signals go to the whole process group, and a child that is still importing would print a traceback."""
     with _starting:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
         try:
             yield
         finally:
@@ -59,7 +65,7 @@ def not_for_children() -> Iterator[None]:
 
 def signals_wanted() -> None:
     """Unblocks the signals blocked by `not_for_children`; call it after installing the handlers."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
 def guard_imports() -> None:
@@ -85,7 +91,7 @@ def _end(number, frame) -> None:
 
 
 class StopSignal:
-    """Context in which SIGTERM and Ctrl-C ask a command to stop without loss.
+    """Context in which SIGTERM, SIGHUP (unless ignored, as under nohup) and Ctrl-C ask a command to stop without loss.
 
     Before `saving` is called there is nothing to save, and the command ends immediately with status 128 + signal
     number. After it, the first signal requests a stop after the current step and prints a line; a second Ctrl-C ends
@@ -105,7 +111,8 @@ class StopSignal:
         self._read, write = os.pipe()
         os.set_blocking(write, False)
         self._write = write
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        wanted = STOPS[:2] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else STOPS
+        self._before = {number: signal.signal(number, self._handle) for number in wanted}
         self._wakeup = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=self._forget)
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
@@ -150,8 +157,10 @@ class StopSignal:
             end_at_once(number, f"error: interrupted by {name}; {lost}")
         elif self.asked is None:
             self.asked = name
+            if self.several_hosts and number == signal.SIGHUP:
+                os.kill(os.getpid(), signal.SIGTERM)  # which reaches the other hosts
             again = "; press Ctrl-C again to stop immediately" if number == signal.SIGINT else ""
-            os.write(2, f"{name}: saving a checkpoint after this step{again}\n".encode())
+            _say(f"{name}: saving a checkpoint after this step{again}")
         elif number == signal.SIGINT:
             end_at_once(
                 number, "error: stopped immediately; re-run the same command to resume from the newest checkpoint"

@@ -1,6 +1,8 @@
 """Progress of counted loops on stderr: count, rate, time left."""
 
 import collections
+import contextlib
+import errno
 import os
 import shutil
 import sys
@@ -80,6 +82,18 @@ class Progress:
         return f"{self._label}: {self._done:,}/{self._total:,} {self._unit}"
 
 
+def write(stream: TextIO, text: str) -> None:
+    """Writes and flushes `text`. Does nothing if the terminal or the pipe is gone: a job outlives its observer."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
+        with contextlib.suppress(OSError):  # Python keeps what was not written, and would fail again at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 class Line:
     """A line that is redrawn on a terminal; otherwise each text is printed as a separate line."""
 
@@ -91,22 +105,19 @@ class Line:
     def show(self, text: str) -> None:
         if self.live:
             width = shutil.get_terminal_size().columns - 1  # a full line would wrap and could not be redrawn
-            self._stream.write(f"\r{text[:width]}\x1b[K")  # back to the start of the line; erase what is left of it
+            write(self._stream, f"\r{text[:width]}\x1b[K")  # back to the start of the line; erase what is left of it
             self._drawn = True
         else:
-            self._stream.write(text + "\n")
-        self._stream.flush()
+            write(self._stream, text + "\n")
 
     def say(self, text: str) -> None:
         """Prints a permanent line."""
         self.end()
-        self._stream.write(printable(text, limit=2000) + "\n")
-        self._stream.flush()
+        write(self._stream, printable(text, limit=2000) + "\n")
 
     def end(self) -> None:
         if self._drawn:
-            self._stream.write("\n")
-            self._stream.flush()
+            write(self._stream, "\n")
             self._drawn = False
 
 

@@ -281,7 +281,7 @@ def keep_memory() -> None:
 
 def _start_worker(worker: int, workers: int) -> None:
     """Runs first in each worker process."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to all processes of a job; the parent decides when to end
+    for number in interrupts.STOPS:  # sent to all processes of a job; the parent decides when to end
         signal.signal(number, signal.SIG_IGN)
     interrupts.signals_wanted()
     shared_memory.name_after(multiprocessing.parent_process().pid)

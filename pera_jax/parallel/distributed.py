@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from pera_jax.common.errors import CRASH, TRY_AGAIN, UserError
+from pera_jax.common.progress import write
 from pera_jax.common.text import first_line, printable
 
 _EXIT_DELAY = 2.0  # seconds before process 0 exits: it runs the coordinator, whose end cuts off the other processes
@@ -31,7 +32,7 @@ def main_host() -> bool:
 def say(text: str) -> None:
     """Prints one line on stderr, on process 0 only; unprintable characters in `text` are escaped."""
     if main_host():
-        print(printable(text, limit=2000), file=sys.stderr, flush=True)
+        write(sys.stderr, printable(text, limit=2000) + "\n")
 
 
 def barrier(name: str) -> None:

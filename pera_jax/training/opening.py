@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from pera_jax.common.progress import write
 from pera_jax.common.text import printable, several
 from pera_jax.data.mixture import Mixture
 from pera_jax.objectives.base import Objective
@@ -16,7 +17,7 @@ _BACKENDS = "jax._src.xla_bridge"  # the logger of JAX's choice of devices
 
 class _PrintWarning(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"warning: {' '.join(record.getMessage().split())}", file=sys.stderr, flush=True)
+        write(sys.stderr, f"warning: {' '.join(record.getMessage().split())}\n")
 
 
 def show_device_warnings() -> None:

@@ -1,8 +1,11 @@
 """Exit statuses of commands, and Ctrl-C and SIGTERM before, during and after the first step."""
 
+import fcntl
+import os
 import signal
 import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -33,7 +36,7 @@ def start(*arguments: str) -> subprocess.Popen:
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_before_there_is_something_to_save_a_command_ends_at_once(number):
     process = start("command")
     process.send_signal(number)
@@ -70,6 +73,40 @@ def test_the_first_asks_and_says_so_the_second_ctrl_c_ends_at_once_and_a_second_
     err = process.communicate(timeout=20)[1]
     assert process.returncode == 130
     assert err == "error: stopped immediately; re-run the same command to resume from the newest checkpoint\ntidied\n"
+
+
+def test_a_closed_terminal_asks_as_well_and_takes_no_messages():
+    """SIGHUP, and writes that fail; under nohup neither."""
+    for prefix, asked in (((), True), (("nohup",), False)):
+        terminal, end = os.openpty()
+        process = subprocess.Popen(
+            [*prefix, sys.executable, "-c", WORK, "command", "saves"], stdout=subprocess.PIPE, stderr=end,
+            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(2, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
+        os.close(end)
+        assert process.stdout.readline() == b"ready\n"
+        os.close(terminal)  # the kernel sends SIGHUP
+        if asked:
+            assert process.communicate(timeout=20)[0] == b"asked by SIGHUP\n" and process.returncode == 0
+        else:
+            time.sleep(0.3)
+            assert process.poll() is None
+            process.kill()
+            process.communicate()
+
+
+def test_a_line_without_a_reader_is_no_error():
+    code = """
+import sys
+from pera_jax.common import progress
+line = progress.Line(None)
+for _ in range(3):
+    line.say("x" * 1000)
+print("done")
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stderr.close()
+    assert process.stdout.read() == b"done\n" and process.wait(20) == 0
 
 
 def test_in_a_program_of_others_the_first_asks_and_the_second_ctrl_c_is_a_keyboard_interrupt():
