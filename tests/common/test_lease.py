@@ -12,8 +12,9 @@ import time
 
 import pytest
 
-from pera_jax.common import lease, owner
+from pera_jax.common import lease
 from pera_jax.common.errors import UserError
+from pera_jax.common.lease import owner
 
 SHORT = {"renewal": 0.1, "silence": 0.6}  # seconds
 HOLD = """

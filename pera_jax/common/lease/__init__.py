@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 
 from pera_jax.common import interrupts
 from pera_jax.common.errors import UserError
-from pera_jax.common.owner import Owner, process_began, this_machine
+from pera_jax.common.lease.owner import Owner, process_began, this_machine
 
 NAME = ".lease"
 RENEWAL = 10.0  # seconds between renewals
