@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import importlib.util
 import os
 import pathlib
 import signal
@@ -23,6 +24,14 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 sys.path.insert(0, str(ROOT))  # `data_prep`, `configs` and `benchmarks` are run from the checkout
 os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
+
+# Annotations of shapes and dtypes are checked in these modules. What runs in the environments of Beam, PyTorch and the
+# GPU compiler needs no check, and they lack one of the two packages.
+SHAPED = ("losses", "augment", "models", "objectives.pera.masks", "objectives.pera.views")
+if all(importlib.util.find_spec(name) for name in ("jaxtyping", "beartype")):
+    import jaxtyping
+
+    jaxtyping.install_import_hook([f"pera_jax.{name}" for name in SHAPED], "beartype.beartype")
 
 # A shell that starts the tests in the background makes them ignore SIGINT, and with them the subprocesses that tests
 # send it to.

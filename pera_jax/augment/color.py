@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Key, Real
 
 from pera_jax.bands import Bands
 
@@ -45,7 +46,7 @@ class Jitter(NamedTuple):
 Rgb = tuple[int, int, int] | None  # indices of the red, green and blue channels; None if there are none
 
 
-def draw(key: jax.Array, number: int, strength: tuple[float, float, float, float]) -> Jitter:
+def draw(key: Key[jax.Array, ""], number: int, strength: tuple[float, float, float, float]) -> Jitter:
     """A random jitter for each of `number` crops, in random order.
 
     Args:
@@ -59,7 +60,9 @@ def draw(key: jax.Array, number: int, strength: tuple[float, float, float, float
 
 
 @jax.named_scope("color")
-def apply(crops: jax.Array, jitter: Jitter, bands: Bands, rgb: Rgb, dtype=jnp.float32) -> jax.Array:
+def apply(
+    crops: Real[jax.Array | np.ndarray, "N H W C"], jitter: Jitter, bands: Bands, rgb: Rgb, dtype=jnp.float32
+) -> Float[jax.Array, "N H W C"]:
     """Applies row i of `jitter` to crop i, then normalizes.
 
     Brightness multiplies. Contrast blends with the crop's mean luma, and saturation with each pixel's luma:
@@ -71,12 +74,12 @@ def apply(crops: jax.Array, jitter: Jitter, bands: Bands, rgb: Rgb, dtype=jnp.fl
     all operations run on the whole batch, and each crop selects its own result.
 
     Args:
-      crops: [N, H, W, C] in the dtype of `bands`.
+      crops: in the dtype of `bands`.
       bands: range that maps to [0, 1], mean and std of each channel.
       rgb: from `bands.rgb_indices`; if None, saturation and hue must be unchanged.
 
     Returns:
-      [N, H, W, C] in `dtype`, computed in float32, or in `dtype` if that is wider.
+      The crops in `dtype`, computed in float32, or in `dtype` if that is wider.
     """
     wide = jnp.promote_types(jnp.float32, dtype)
     settings = dict(bands=bands, rgb=rgb, wide=wide, dtype=dtype)
@@ -88,7 +91,9 @@ def apply(crops: jax.Array, jitter: Jitter, bands: Bands, rgb: Rgb, dtype=jnp.fl
     )
 
 
-def apply_by_crop(crops: jax.Array, jitter: Jitter, bands: Bands, rgb: Rgb, wide, dtype) -> jax.Array:
+def apply_by_crop(
+    crops: Real[jax.Array | np.ndarray, "N H W C"], jitter: Jitter, bands: Bands, rgb: Rgb, wide, dtype
+) -> Float[jax.Array, "N H W C"]:
     """`apply` as a loop over crops, computed in `wide`."""
 
     def one_crop(crop):
@@ -112,7 +117,9 @@ def apply_by_crop(crops: jax.Array, jitter: Jitter, bands: Bands, rgb: Rgb, wide
     return jax.lax.map(one_crop, (crops, jitter.factors, _operations(jitter)))
 
 
-def apply_together(crops: jax.Array, jitter: Jitter, bands: Bands, rgb: Rgb, wide, dtype) -> jax.Array:
+def apply_together(
+    crops: Real[jax.Array | np.ndarray, "N H W C"], jitter: Jitter, bands: Bands, rgb: Rgb, wide, dtype
+) -> Float[jax.Array, "N H W C"]:
     """`apply` on all crops at once, one position of their orders after the other, computed in `wide`.
 
     At each position, every crop gets both an affine operation with its own coefficients and a hue shift, and selects

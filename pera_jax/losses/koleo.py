@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Float
 
 from pera_jax.models.precision import Precision
 from pera_jax.parallel import sharding
@@ -30,7 +31,9 @@ _gram.defvjp(
 
 
 @jax.named_scope("koleo")
-def koleo(units: jax.Array, weights: jax.Array, group: int, precision: Precision) -> jax.Array:
+def koleo(
+    units: Float[jax.Array, "B V D"], weights: Float[jax.Array, "K D"], group: int, precision: Precision
+) -> Float[jax.Array, ""]:
     """The KoLeo term, summed over crops: minus the mean log distance to the nearest other sample of the group.
 
         for v in range(V):
@@ -43,10 +46,10 @@ def koleo(units: jax.Array, weights: jax.Array, group: int, precision: Precision
     through both samples.
 
     Args:
-      units: [B, V, D]. weights: [K, D]. group: number of samples per group, a divisor of B.
+      group: number of samples per group, a divisor of B.
 
     Returns:
-      A scalar; 0 for groups of one sample, which have no neighbor.
+      The term; 0 for groups of one sample, which have no neighbor.
     """
     if group == 1:
         return jnp.zeros((), units.dtype)

@@ -12,15 +12,18 @@ vectors of its `fsdp` group once and multiplies them with its own prototypes; su
 
 import dataclasses
 import functools
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jaxtyping import ArrayLike, Float, Real
 
 from pera_jax.models.precision import Precision
 from pera_jax.parallel import sharding
 
 
+@no_type_check  # as a pytree, it also holds what JAX puts in place of arrays: shapes, shardings, None
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prototypes:
@@ -34,11 +37,11 @@ class Prototypes:
 def class_term(
     student: Prototypes,
     teacher: Prototypes,
-    center: jax.Array,
-    student_temperature: jax.Array,
-    teacher_temperature: jax.Array,
+    center: Float[jax.Array, " K"],
+    student_temperature: Float[ArrayLike, ""],
+    teacher_temperature: Float[ArrayLike, ""],
     precision: Precision,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> tuple[Float[jax.Array, " V"], dict[str, Float[jax.Array, "..."]]]:
     """Cross-entropy between the teacher's and the student's output of each pair, averaged over pairs and batch.
 
         loss = 0
@@ -49,11 +52,9 @@ def class_term(
 
     Args:
       student, teacher: units [B, V, D], weights [K, D].
-      center: [K].
-      student_temperature, teacher_temperature: scalars.
 
     Returns:
-      The loss [V] of each pair (its mean is the term), and statistics of the teacher's probabilities over all pairs and
+      The loss of each pair (its mean is the term), and statistics of the teacher's probabilities over all pairs and
       samples: `entropy` (mean), `mean` [K], `used` [K] (1 if the prototype is the most probable one of any crop, else
         0).
     """
@@ -101,7 +102,9 @@ def class_term(
     return loss, jax.lax.stop_gradient(statistics)
 
 
-def teacher_statistics(loss: jax.Array, statistics: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def teacher_statistics(
+    loss: Float[jax.Array, " V"], statistics: dict[str, Float[jax.Array, "..."]]
+) -> dict[str, Real[jax.Array, ""]]:
     """The logged statistics of the teacher's probabilities, from the results of `class_term` (averaged over
     microbatches).
 
@@ -163,14 +166,14 @@ _gather_units.defvjp(
 )
 
 
-def mean_output(teacher: Prototypes, precision: Precision) -> jax.Array:
-    """`mean(z)` over all crops and samples, [K], towards which the center moves; computed as `W mean(u)`."""
+def mean_output(teacher: Prototypes, precision: Precision) -> Float[jax.Array, " K"]:
+    """`mean(z)` over all crops and samples, towards which the center moves; computed as `W mean(u)`."""
     mean_unit = jnp.mean(teacher.units, axis=(0, 1))  # [D]
     return precision.wide_einsum("kd,d->k", teacher.weights, mean_unit)
 
 
-def mean_direction(tokens: jax.Array) -> jax.Array:
-    """Mean of `tokens / ||tokens||` over all crops and samples: [B, V, D] -> [D].
+def mean_direction(tokens: Float[jax.Array, "B V D"]) -> Float[jax.Array, " D"]:
+    """Mean of `tokens / ||tokens||` over all crops and samples.
 
     Its squared norm is the mean cosine similarity of all pairs of tokens, so 1 minus it is the variance of their
     directions: 0 if all are equal, near 1 if they are spread out.

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Float
 
 from pera_jax.common.errors import UserError
 from pera_jax.common.text import first_line
@@ -128,8 +129,10 @@ class Attention(nn.Module):
     kernel_init: nn.initializers.Initializer
 
     @nn.compact
-    def __call__(self, x, class_weights=False):
-        """[B, N, D] -> [B, N, D]; or, with `class_weights`, the first token's attention weights [B, H, N] in `wide`."""
+    def __call__(
+        self, x: Float[jax.Array, "B N D"], class_weights: bool = False
+    ) -> Float[jax.Array, "B N D"] | Float[jax.Array, "B {self.heads} N"]:
+        """The mixed tokens; or, with `class_weights`, the first token's attention weights by head, in `wide`."""
         policy = dict(
             dtype=self.precision.compute,
             param_dtype=self.precision.wide,

@@ -8,11 +8,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 
+@no_type_check  # as a pytree, it also holds what JAX puts in place of arrays: shapes, shardings, None
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("key", "places"), meta_fields=("rate", "group"))
 @dataclasses.dataclass(frozen=True)
 class DropPath:
@@ -61,13 +64,14 @@ _put.defvjp(
 )
 
 
-def residual(branch: Callable[[jax.Array], jax.Array], x: jax.Array, drop_path: DropPath | None) -> jax.Array:
+def residual(
+    branch: Callable[[jax.Array], jax.Array], x: Float[jax.Array, "B N D"], drop_path: DropPath | None
+) -> Float[jax.Array, "B N D"]:
     """`x + branch(x)`, with the branch applied to a random subset of each group of crops and scaled by `group / kept`.
 
     Args:
       branch: maps [n, N, D] to [n, N, D].
-      x: [G g, N, D].
-      drop_path: for G groups of g crops; None: the branch runs on every crop.
+      drop_path: for G groups of g crops, B = G g; None: the branch runs on every crop.
     """
     if drop_path is None or drop_path.rate == 0.0:
         return x + branch(x).astype(x.dtype)

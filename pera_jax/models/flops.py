@@ -9,7 +9,7 @@ from typing import Any
 TRAINED, TRAINED_FIRST, FORWARD = 3, 2, 1
 
 
-def block(vit: Any, tokens: int) -> float:
+def block(vit: Any, tokens: int) -> int:
     """One block of a `ViT`, for one crop of `tokens` tokens."""
     width, hidden = vit.width, int(vit.width * vit.mlp_ratio)
     projections = 2 * tokens * width * (3 * width + width)  # query, key, value; output
@@ -17,12 +17,12 @@ def block(vit: Any, tokens: int) -> float:
     return projections + attention + 2 * 2 * tokens * width * hidden
 
 
-def embedding(vit: Any, patches: int) -> float:
+def embedding(vit: Any, patches: int) -> int:
     """The projection of `patches` patches."""
     return 2 * patches * vit.patch**2 * vit.bands * vit.width
 
 
-def head(head: Any, width: int) -> float:
+def head(head: Any, width: int) -> int:
     """A `Head` and its last layer, for one token of size `width`."""
     mlp = width * head.hidden + head.hidden**2 + head.hidden * head.bottleneck
     return 2 * (mlp + head.bottleneck * head.outputs)

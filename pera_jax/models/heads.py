@@ -7,7 +7,9 @@ u` are cheaper without materializing `z`.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Float
 
 from pera_jax.models.precision import Precision
 from pera_jax.models.vit import fan_in_uniform
@@ -25,7 +27,7 @@ SHARDING_RULES: tuple[tuple[str, P], ...] = (
 DECAY_RULES: tuple[tuple[str, bool], ...] = ((r"head/(.*kernel|direction)$", True), (r"head/(.*bias|gain)$", False))
 
 
-def normalize(x: jax.Array, floor: float) -> jax.Array:
+def normalize(x: Float[jax.Array | np.ndarray, "*B D"], floor: float) -> Float[jax.Array, "*B D"]:
     """`x / max(||x||, floor)` over the last axis, with a finite gradient at zero."""
     square = jnp.sum(x * x, axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.maximum(square, floor**2))
@@ -41,8 +43,10 @@ class Head(nn.Module):
 
     @nn.compact
     @jax.named_scope("head")
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """`x` [..., D] -> unit vectors `u` [..., bottleneck] and the last layer's matrix `W` [outputs, bottleneck].
+    def __call__(
+        self, x: Float[jax.Array, "*B D"]
+    ) -> tuple[Float[jax.Array, "*B {self.bottleneck}"], Float[jax.Array, "{self.outputs} {self.bottleneck}"]]:
+        """The unit vectors `u` of tokens `x`, and the last layer's matrix `W`.
 
         Row k of `W` is `g_k v_k / ||v_k||`. Both are in `wide` precision.
         """

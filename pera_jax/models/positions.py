@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Float64
 
 _A = -0.75  # the bicubic kernel's parameter
 _OFFSET = 0.1  # DINO adds it to the new size to avoid a rounding error in the resize function it uses
@@ -21,8 +22,8 @@ def _kernel(distance: float) -> float:
 
 
 @functools.cache
-def axis_map(old: int, new: int) -> np.ndarray:
-    """The [new, old] float64 matrix of one axis: bicubic, half-pixel centers, sampling scale `old / (new + 0.1)`,
+def axis_map(old: int, new: int) -> Float64[np.ndarray, "{new} {old}"]:
+    """The matrix of one axis: bicubic, half-pixel centers, sampling scale `old / (new + 0.1)`,
     no antialiasing, taps beyond the border clamped to the edge."""
     matrix = np.zeros((new, old))
     for row in range(new):
@@ -33,8 +34,10 @@ def axis_map(old: int, new: int) -> np.ndarray:
     return matrix
 
 
-def resample(grid: jax.Array, height: int, width: int) -> jax.Array:
-    """Resamples `grid` [h, w, D] to [height, width, D]; returns it unchanged if the size is the same."""
+def resample(
+    grid: Float[jax.Array | np.ndarray, "h w D"], height: int, width: int
+) -> Float[jax.Array | np.ndarray, "{height} {width} D"]:
+    """Resamples `grid` to another size; returns it unchanged if the size is the same."""
     if grid.shape[:2] == (height, width):
         return grid
     rows = jnp.asarray(axis_map(grid.shape[0], height), grid.dtype)

@@ -11,6 +11,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,19 +40,21 @@ class Precision:
         """The smallest norm by which an L2 normalization divides."""
         return 1e-6 if self.half else 1e-12
 
-    def wide_einsum(self, subscripts: str, *operands: jax.Array) -> jax.Array:
+    def wide_einsum(self, subscripts: str, *operands: Float[jax.Array, "..."]) -> Float[jax.Array, "..."]:
         """An einsum of `wide` operands in full `wide` precision (Gram matrices, distances)."""
         return jnp.einsum(subscripts, *operands, precision=jax.lax.Precision.HIGHEST)
 
-    def product(self, subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    def product(
+        self, subscripts: str, a: Float[jax.Array, "..."], b: Float[jax.Array, "..."]
+    ) -> Float[jax.Array, "..."]:
         """An einsum of two arrays, cast to `compute`, accumulated and returned in `wide`.
 
         Its cotangent is rounded to `compute`, so that the products of the backward pass do not mix both precisions.
         """
         return _product(subscripts, self, a.astype(self.compute), b.astype(self.compute))
 
-    def logits(self, features: jax.Array, weights: jax.Array) -> jax.Array:
-        """`features` [..., D] times `weights` [K, D] -> [..., K] in `wide`; the operands are cast to `compute`."""
+    def logits(self, features: Float[jax.Array, "*B D"], weights: Float[jax.Array, "K D"]) -> Float[jax.Array, "*B K"]:
+        """`features` times the rows of `weights`, in `wide`; the operands are cast to `compute`."""
         return self.product("...d,kd->...k", features, weights)
 
 

@@ -12,8 +12,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Float, Int, Key, Real
 
 from pera_jax.common.errors import UserError
 from pera_jax.models import drop_path as drop
@@ -54,8 +56,10 @@ def fan_in_uniform(fan_in: int):
 
 
 @jax.named_scope("patchify")
-def patchify(images: jax.Array, patch: int) -> jax.Array:
-    """[B, H, W, C] -> [B, L, patch * patch * C]; patches in raster order, values ordered by row, column, channel."""
+def patchify(
+    images: Real[jax.Array | np.ndarray, "B H W C"], patch: int
+) -> Real[jax.Array | np.ndarray, "B L {patch}*{patch}*C"]:
+    """The patches of images in raster order, with values ordered by row, column, channel."""
     return rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=patch, q=patch)
 
 
@@ -64,7 +68,7 @@ class Mlp(nn.Module):
     precision: Precision
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: Float[jax.Array, "B N D"]) -> Float[jax.Array, "B N D"]:
         policy = dict(
             dtype=self.precision.compute,
             param_dtype=self.precision.wide,
@@ -95,8 +99,10 @@ class Block(nn.Module):
     keep: tuple[str, ...] = ()
 
     @nn.compact
-    def __call__(self, x, key, drop_path):
-        """Maps `x` [B, N, D] to the same shape, plus a dict of the intermediate results named in `keep`.
+    def __call__(
+        self, x: Float[jax.Array, "B N D"], key: Key[jax.Array, ""] | None, drop_path: DropPath | None
+    ) -> tuple[Float[jax.Array, "B N D"], dict[str, Float[jax.Array, "B ..."]]]:
+        """Runs the block on tokens `x`; returns also a dict of the intermediate results named in `keep`.
 
         `keep` may contain "output" [B, N, D] and "class_attention" [B, H, N], see `Attention`. `key` is this block's
         key.
@@ -178,8 +184,8 @@ class ViT(nn.Module):
         self.position_embedding = self.param("position_embedding", _NORMAL, (1 + grid * grid, self.width), wide)
         self.norm = _layer_norm(self.precision)
 
-    def positions(self, height: int, width: int) -> jax.Array:
-        """The position embedding [1 + h w, D] of an image of `height` x `width` patches."""
+    def positions(self, height: int, width: int) -> Float[jax.Array, "1+{height}*{width} {self.width}"]:
+        """The position embedding of an image of `height` x `width` patches."""
         side = self.image_size // self.patch
         grid = self.position_embedding[1:].reshape(side, side, self.width)  # [G, G, D]
         grid = positions.resample(grid, height, width).reshape(height * width, self.width)  # [L, D]
@@ -214,16 +220,20 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images, visible=None, learnable=None, mask_token=None, drop_path=None, blocks=0, class_attention=False
-    ):
+        self, images: Float[jax.Array | np.ndarray, "B H W C"],
+        visible: Int[jax.Array | np.ndarray, "B n"] | None = None,
+        learnable: Int[jax.Array | np.ndarray, "B m"] | None = None,
+        mask_token: Float[jax.Array | np.ndarray, " {self.width}"] | None = None,
+        drop_path: DropPath | None = None, blocks: int = 0, class_attention: bool = False,
+    ) -> dict[str, Float[jax.Array, "B ..."] | list[Float[jax.Array, "B ..."]]]:  # fmt: skip
         """Encodes the `visible` patches of `images` and, from mid depth on, the `learnable` ones.
 
         Args:
-          images: [B, H, W, C] normalized, H and W multiples of `patch`.
-          visible: [B, n] int patch indices; None: all patches in raster order.
-          learnable: [B, m] int patch indices, or None.
-          mask_token: [D], the initial learnable token, to which positions are added; required with `learnable`.
-          drop_path: a `DropPath`; None: every block runs on every crop.
+          images: normalized, H and W multiples of `patch`.
+          visible: patch indices; None: all patches in raster order.
+          learnable: patch indices, or None.
+          mask_token: the initial learnable token, to which positions are added; required with `learnable`.
+          drop_path: None: every block runs on every crop.
           blocks: also return the outputs of this many last blocks.
           class_attention: also return the attention of the class token in the last block.
 

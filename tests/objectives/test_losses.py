@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -116,7 +117,7 @@ def test_class_term_at_extreme_logits_in_float32():
     """Logits of some hundreds over a temperature of 0.02: float32 stays finite and right."""
     student, teacher, center = draw(1, sharpness=40.0)
     wide, _ = CLASS(student, teacher, center, 0.1, 0.02)
-    narrow = jax.tree.map(lambda x: np.float32(x), (student, teacher, center))
+    narrow = jax.tree.map(jnp.float32, (student, teacher, center))
     value, statistics = class_term(*narrow, np.float32(0.1), np.float32(0.02), precision=Precision())
     assert value.dtype == np.float32
     np.testing.assert_allclose(value, wide, rtol=1e-3)
@@ -182,7 +183,7 @@ def test_koleo_near_duplicates_in_float32(distance):
     units = student.units[:, 0].copy()
     units[1] = units[0] + distance * np.array([1.0, -1.0, 0.5, 0.25])
     units, weights = np.float32(units), np.float32(student.weights)
-    value = koleo.koleo(units[:, None], weights, 2, Precision())
+    value = koleo.koleo(jnp.asarray(units[:, None]), jnp.asarray(weights), 2, Precision())
     np.testing.assert_allclose(value, koleo_loop(np.float64(units), np.float64(weights), 2), rtol=1e-2)
 
 
@@ -206,9 +207,16 @@ def test_pixel_term_is_its_loop(seed, factor):
     predicted, target = np.random.default_rng(seed).normal(size=(2, 4, 5, 12))
     expected = sum(np.sum((predicted[n, t] - target[n, t]) ** 2) for n in range(4) for t in range(5)) / 20
     with jax.enable_x64(True):
+        predicted, target = jnp.asarray(predicted), jnp.asarray(target)
         np.testing.assert_allclose(pixels.pixel_term(predicted, target), expected, rtol=1e-10)
         moved = pixels.pixel_term(target + factor * (predicted - target), target)
     np.testing.assert_allclose(moved, factor**2 * expected, rtol=1e-8, atol=1e-12)
+
+
+def test_a_shape_that_would_broadcast_is_refused():
+    """By the import hook of conftest.py, which checks all annotations of arrays in the tests."""
+    with pytest.raises(jaxtyping.TypeCheckError, match="target"):
+        pixels.pixel_term(jnp.zeros((4, 5, 12)), jnp.zeros((4, 1, 12)))
 
 
 def test_pixel_values_are_ordered_row_column_channel():
@@ -228,7 +236,7 @@ def test_the_mean_output_is_that_of_all_outputs(seed):
     _, teacher, _ = draw(seed)
     outputs = [teacher.weights @ teacher.units[b, v] for b in range(B) for v in range(V)]
     with jax.enable_x64(True):
-        mean = losses.mean_output(teacher, F64)
+        mean = losses.mean_output(jax.tree.map(jnp.asarray, teacher), F64)
     np.testing.assert_allclose(mean, np.mean(outputs, axis=0), rtol=1e-9, atol=1e-12)
 
 

@@ -2,13 +2,15 @@
 
 import dataclasses
 
+import jax
 from jax._src.cudnn import fused_attention_stablehlo as rules
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What `attention.choose` reads of a device."""
+    """What `attention.choose` reads of a device; a `jax.Device` to `isinstance`."""
 
+    __class__ = jax.Device
     platform: str = "gpu"
     device_kind: str = "NVIDIA H100 80GB HBM3"
     compute_capability: str = "9.0"

@@ -4,9 +4,11 @@ Shen et al., arXiv:2505.19447, section III-B: the two networks never see the sam
 """
 
 import dataclasses
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Int32, Key
 
 from pera_jax.common.errors import UserError
 
@@ -24,6 +26,7 @@ class Counts:
         return self.student + self.learnable + self.teacher
 
 
+@no_type_check  # as a pytree, it also holds what JAX puts in place of arrays: shapes, shardings, None
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Masks:
@@ -56,13 +59,13 @@ def counts(patches: int, student_fraction: float, teacher_fraction: float, needs
     return result
 
 
-def cut(order: jax.Array, parts: Counts) -> Masks:
-    """Splits permutations `order` [N, L] of patch indices into student | learnable | teacher."""
+def cut(order: Int32[jax.Array, "N L"], parts: Counts) -> Masks:
+    """Splits permutations `order` of patch indices into student | learnable | teacher."""
     student, learnable, teacher = jnp.split(order, (parts.student, parts.student + parts.learnable), axis=1)
     return Masks(student, learnable, teacher)
 
 
-def sample(key: jax.Array, crops: int, parts: Counts) -> Masks:
+def sample(key: Key[jax.Array, ""], crops: int, parts: Counts) -> Masks:
     """A uniformly random permutation of the patches of each crop, split into the three parts."""
     # Ranks of random 32-bit words; ties (in about L^2 / 2^33 of the crops) keep raster order, a negligible bias.
     words = jax.random.bits(key, (crops, parts.total))

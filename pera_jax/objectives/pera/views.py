@@ -6,11 +6,14 @@ independent between crops, and between student and teacher.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
+from jaxtyping import Key, Real
 
 from pera_jax.augment import color
 from pera_jax.bands import Bands, rgb_indices
@@ -21,6 +24,7 @@ from pera_jax.objectives.pera.masks import Masks
 from pera_jax.parallel import sharding
 
 
+@no_type_check  # as a pytree, it also holds what JAX puts in place of arrays: shapes, shardings, None
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Views:
@@ -31,6 +35,7 @@ class Views:
     masks: Masks
 
 
+@no_type_check  # as `Views`
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Draws:
@@ -41,7 +46,7 @@ class Draws:
     masks: Masks
 
 
-def check(settings: Any, rgb: tuple[str, ...], names: tuple[str, ...]) -> None:
+def check(settings: Any, rgb: Sequence[str], names: Sequence[str]) -> None:
     """Checks `config.pera.views`.
 
         brightness, contrast, saturation: factors uniform in 1 +- the value; hue: shift uniform in +- the value, turns
@@ -74,7 +79,7 @@ def check(settings: Any, rgb: tuple[str, ...], names: tuple[str, ...]) -> None:
             )
 
 
-def draw_jitter(key: jax.Array, number: int, settings: Any) -> tuple[color.Jitter, color.Jitter]:
+def draw_jitter(key: Key[jax.Array, ""], number: int, settings: Any) -> tuple[color.Jitter, color.Jitter]:
     """Independent jitters for the student's and the teacher's views of `number` crops; `settings` as in `check`."""
     student_key, teacher_key, change_key, gray_key, teacher_change_key = jax.random.split(key, 5)
     strength = tuple(settings[name] for name in ("brightness", "contrast", "saturation", "hue"))
@@ -91,7 +96,7 @@ def draw_jitter(key: jax.Array, number: int, settings: Any) -> tuple[color.Jitte
 
 
 def draw(
-    key: jax.Array, number: int, crops: dict[str, CropSpec], parts: dict[str, masks.Counts], settings: Any
+    key: Key[jax.Array, ""], number: int, crops: dict[str, CropSpec], parts: dict[str, masks.Counts], settings: Any
 ) -> dict[str, Draws]:
     """All random draws for the crops of `number` images, by crop type; leaves are [B, V, ...]."""
     draws = {}
@@ -104,9 +109,13 @@ def draw(
 
 
 def make(
-    crops: dict[str, jax.Array], draws: dict[str, Draws], bands: Bands, rgb: color.Rgb, dtype: Any
+    crops: dict[str, Real[jax.Array | np.ndarray, "B _V _H _W C"]],
+    draws: dict[str, Draws],
+    bands: Bands,
+    rgb: color.Rgb,
+    dtype: Any,
 ) -> dict[str, Views]:
-    """Two views of each crop and its masks, from crops [B, V, H, W, C] in the stored dtype."""
+    """Two views of each crop and its masks, from crops in the stored dtype."""
 
     def view(crops, jitter):
         return color.apply(crops, jitter, bands, rgb, dtype)  # [B V, H, W, C]
