@@ -77,7 +77,7 @@ def _load(run: str | pathlib.Path, step: int, which: str | None, verify: bool, p
         held = "only the teacher's backbone" if backbone_alone(meta) else f"only {' and '.join(networks)}"
         raise UserError(f"{run} has no {which}, {held}; choose another network")
     item = TEACHER if which == TEACHER else "state"
-    stored = intact.read(folder, lambda: ocp.checkpointables_metadata(folder).metadata[item])
+    stored = intact.read(folder, lambda: ocp.metadata(folder, item).metadata)
     stored = stored if which == TEACHER else {"params": stored["params"]}
     if digests is not None:
         _check_complete(folder, item, stored, digests)
