@@ -119,11 +119,6 @@ def test_crops_change_with_the_epoch_and_with_the_seed(source, stream):
     assert (other["index"] != stream[0]["index"]).any()
 
 
-def test_the_stream_is_the_same_for_any_number_of_workers(source, stream):
-    """Of two workers, and from a batch that the second one makes: see the rows of hosts."""
-    assert_same(take(source, 9, workers=3), stream)
-
-
 # Rows of a batch by host: runs of them, mixed up as by a mesh of another order, and shared by hosts.
 HOSTS = {
     "two": [range(0, 6), range(6, 12)],
@@ -135,6 +130,7 @@ HOSTS = {
 
 @pytest.mark.parametrize(("hosts", "workers"), [("two", 0), ("four", 0), ("mixed", 0), ("shared", 0), ("mixed", 2)])
 def test_the_rows_of_the_hosts_make_up_the_same_global_batches(source, stream, hosts, workers):
+    """Also from a batch that the second of two workers makes; of all rows: see the mixture of test_bands."""
     for rows in HOSTS[hosts][:1] if workers else HOSTS[hosts]:
         wanted = [{name: value[list(rows)] for name, value in batch.items()} for batch in stream[3:8]]
         assert_same(take(source, 5, rows=rows, start_batch=3, workers=workers), wanted)

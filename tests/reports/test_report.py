@@ -235,7 +235,7 @@ def test_images_that_the_run_was_not_trained_on_are_told_and_damage_is_passed_on
     content[len(content) // 2] ^= 1
     arrays.write_bytes(content)
     command = ["--run", str(work), "--data", str(changed), "--output", str(tmp_path / "out")]
-    command += ["--images", "1", "--pairs", "1"]
+    command += ["--images", "3", "--pairs", "5"]  # as many as above: the same programs
     with pytest.raises(errors.UserError, match="its teacher does not match its digests"):
         report.main(command)
     report.main([*command, "--split", "train", "--no-verify"])
