@@ -137,6 +137,7 @@ def check(path: str) -> Table:
             state, grads, objective, objective_state, hyper, file.optimizer, file.config.optimizer
         )
 
+    outputs_of = jax.jit(objective.outputs)
     for n in range(file.steps):
         views = file.views(n)
         hyper = {
@@ -145,7 +146,7 @@ def check(path: str) -> Table:
             "teacher_temperature": meta["temps"][n], "student_temperature": 0.1,
         }
         hyper = {k: np.float32(v) for k, v in hyper.items()}
-        outputs = jax.jit(objective.outputs)(state.params, state.teacher, views, None)
+        outputs = outputs_of(state.params, state.teacher, views, None)
         compare_outputs(file, table, n, objective, outputs, views["global"])
         (_, means), grads = gradients(state, views, hyper)
         objective_state, metrics = objective.update(state.objective, means)

@@ -36,8 +36,8 @@ def folders(tmp_path_factory):
     }
 
 
-def settings(folders, *names, **changes):
-    config = configs.smoke(configs.default())
+def settings(folders, *names, method="pera", **changes):
+    config = configs.smoke(configs.default(method))
     config.data.path = ",".join(folders[name] for name in names)
     config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
     return config
@@ -128,16 +128,14 @@ def sentinel(tmp_path) -> str:
 
 
 def test_thirteen_bands_of_uint16_train_and_their_features_are_extracted(folders, tmp_path, one_device):
-    colorless = {"pera__views__saturation": 0.0, "pera__views__hue": 0.0}
     folders = folders | {"deep": sentinel(tmp_path)}
-    config = settings(folders, "deep", "other", data__normalize="dataset", data__ranges=((0, 10000),), **colorless)
-    config.update_from_flattened_dict({"total": "4 steps", "checkpoint.every": "4 steps", "data.weights": (1.0, 3.0)})
-    config.crops.local_number = 0
+    chosen = {"data__normalize": "dataset", "data__ranges": ((0, 10000),), "data__weights": (1.0, 3.0)}
+    colorless = {"pera__views__saturation": 0.0, "pera__views__hue": 0.0}
     workdir = str(tmp_path / "run")
     with pytest.raises(UserError, match="pera.views.student_grayscale=0.1 needs red, green and blue bands"):
-        train.train(config, workdir)
+        train.train(settings(folders, "deep", "other", **chosen, **colorless), workdir)
     assert not (tmp_path / "run").exists()
-    config.pera.views.student_grayscale = 0.0
+    config = settings(folders, "deep", "other", method="toy_mae", **chosen, checkpoint__every="4 steps")
     train.train(config, workdir)
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [rows[-1][f"data/drawn/{name}"] for name in ("sentinel", "other")] == [16, 48]

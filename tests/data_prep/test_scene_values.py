@@ -9,12 +9,13 @@ import types
 
 import numpy as np
 import pytest
+import toy_commands
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep import scenes, verify
+from data_prep.convert import processes
 from data_prep.convert.pixels import Rejected
-from data_prep.convert.shards import write_shard
 from data_prep.geo import scene_file, scene_hints, scene_plan, scene_reader, scene_resample, scene_tiles
 from data_prep.geo.scene_grid import length
 from data_prep.inspect.check_shard import with_data
@@ -34,18 +35,19 @@ pytestmark = [
 ]  # of affine, to rasterio itself
 
 
+@pytest.fixture(autouse=True)
+def inline_workers(monkeypatch):
+    monkeypatch.setattr(processes, "run", toy_commands.in_this_process)
+
+
 def convert(inputs, out, *options, tile=32):
-    """The command in this process, on inline workers: (DatasetInfo of the split, {key: (pixels, place)}, report)."""
+    """The command in this process: (DatasetInfo of the split, {key: (pixels, place)}, report)."""
     arguments = ["--input", *inputs, "--output", out, "--split", "train", "--tile", tile, "--workers", 1, *options]
-    scenes.main([str(argument) for argument in arguments], driver=inline)
+    scenes.main([str(argument) for argument in arguments])
     source = records.open_split(out, "train")
     found = [records.decode_record(source.read(i)) for i in range(len(source))]
     tiles = {record.key: (codecs.decode_image(record.image), json.loads(record.place)) for record in found}
     return source.split_info, tiles, json.loads((out / "train.report.json").read_text())
-
-
-def inline(jobs, convert, workers, report):
-    yield from (write_shard(job, convert, report) for job in jobs)
 
 
 def drawn(kind, shape=(2, 64, 64)):

@@ -305,8 +305,8 @@ def test_every_shard_holds_tiles_of_all_scenes_and_a_killed_conversion_goes_on_t
     assert report["written"] == 300 and list(report["rejected"]["reasons"]) == ["ending .txt"]
 
     out = tmp_path / "killed/set"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "data_prep.scenes", *map(str, args), str(out), "--workers", "1"],
+    process = subprocess.Popen(  # it gives way, so that it is not done before the kill
+        ["nice", sys.executable, "-m", "data_prep.scenes", *map(str, args), str(out), "--workers", "1"],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     while len(list((out / ".train.partial").glob("*-of-00010.json"))) < 2 and process.poll() is None:
@@ -318,7 +318,7 @@ def test_every_shard_holds_tiles_of_all_scenes_and_a_killed_conversion_goes_on_t
 
 
 def test_a_scene_larger_than_memory_is_read_by_windows(tmp_path):
-    """9 GB of pixels, nearly all of them not in the file, also where each tile spans 10,000 pixels."""
+    """9 GB of pixels, nearly all of them not in the file, also where each tile spans 6,000 pixels."""
     with rasterio.open(tmp_path / "big.tif", "w", driver="GTiff", width=60_000, height=50_000, count=3, dtype="uint8",
                        tiled=True, blockxsize=512, blockysize=512, sparse_ok=True, crs="EPSG:32633",
                        transform=rasterio.Affine(0.5, 0, 0, 0, -0.5, 0)) as file:  # fmt: skip
@@ -331,7 +331,7 @@ from data_prep.geo.scene_grid import length
 files, _ = scene_plan.list_scenes([scene_plan.pathlib.Path({str(tmp_path / "big.tif")!r})])
 found, _, _ = scene_plan.look_at(files, 0.0)
 bands, _ = scene_plan.choose_bands(files, found, None, None)
-for gsd, tile, key in ((None, "256", "040000_050000"), (50.0, "100", "000400_000500")):
+for gsd, tile, key in ((None, "256", "040000_050000"), (50.0, "60", "000400_000500")):
     stride = length("10000" if gsd is None else "100")
     items, _ = scene_tiles.plan_tiles(files, found, {{}}, bands, length(tile), stride, gsd)
     (item,) = [item for item in items if item.key.endswith(key)]
@@ -343,7 +343,7 @@ print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.st
     assert done.returncode == 0, done.stderr
     near, far, megabytes = map(int, done.stdout.split())
     assert near == 3 * 50 * 50 and far == 3
-    assert megabytes < 600
+    assert megabytes < 400
 
 
 def test_damaged_scenes_are_named_and_what_can_be_read_of_them_is_kept(tmp_path):

@@ -26,6 +26,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import toy_commands
 import toy_data
 import toy_scenes
 from absl import flags
@@ -165,19 +166,11 @@ def workspace(tmp_path_factory):
 def here(workspace, monkeypatch, one_device):
     """One device, no processes for conversions, less to fit for probes: the same code with less to wait for."""
     monkeypatch.chdir(workspace)
-    monkeypatch.setattr(processes, "run", in_this_process)
+    monkeypatch.setattr(processes, "run", toy_commands.in_this_process)
     for task, changes in FEWER.items():
         for name, value in changes.items():
             monkeypatch.setitem(specs.TASKS[task].SETTINGS, name, value)
     return workspace
-
-
-def in_this_process(tasks, work, workers, keep_going=False):
-    for task in tasks:
-        news = []
-        result = work(task, news.append)
-        yield from ((processes.NEWS, task, each) for each in news)
-        yield processes.DONE, task, result
 
 
 # ---------------------------------------------------------------- how a command is run
