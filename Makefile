@@ -14,6 +14,8 @@ BEAM := .venv-beam
 TORCH := .venv-torch
 GPU := .venv-gpu
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+# Python keeps the bytecode of what is imported, whatever the shell says: without it each process compiles for seconds.
+export PYTHONDONTWRITEBYTECODE :=
 
 DEMO := demo
 # Tests without training, compilation of a step, or subprocesses.

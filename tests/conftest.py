@@ -11,7 +11,9 @@ import sys
 import pytest
 
 # Test programs run for milliseconds, and optimizing them takes two thirds of the compilation time.
-FAST = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+FAST = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST} --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # XLA's CPU collectives deadlock when 8 devices share a thread pool of 2; the pool's size is read from NPROC.
