@@ -192,6 +192,7 @@ def plan(config, topology: str, per_device: int | None, search: bool, images: in
         "config": config.name, "topology": topology, "device": devices[0].device_kind, "devices": len(devices),
         "mesh": dict(program.mesh.shape), "per_device_batch": per_device, "batch_size": batch,
         "accumulate": config.accumulate, "remat": config.model.remat,
+        "networks": ["teacher", "student"] if program.objective.teacher_keys else ["student"],
         "compiled": bool(trial.text),
         "memory": trial.memory and dataclasses.asdict(trial.memory),
         "room": limit if math.isfinite(limit) else None,
@@ -229,8 +230,9 @@ def show(result: dict) -> str:
         )
     else:
         total = memory["arguments"] + memory["temporaries"]
+        teacher = " teacher," if "teacher" in result["networks"] else ""
         lines += [
-            f"{'parameters, optimizer, teacher, batch':40}{memory['arguments'] / _GIB:10.3f} GiB per chip",
+            f"{f'parameters, optimizer,{teacher} batch':40}{memory['arguments'] / _GIB:10.3f} GiB per chip",
             f"{'temporaries':40}{memory['temporaries'] / _GIB:10.3f} GiB per chip",
         ]
         if limit is not None:

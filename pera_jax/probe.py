@@ -30,7 +30,7 @@ def probe(
     run: str | os.PathLike, tasks: Sequence[str] = ("knn", "linear"), *, data: str | os.PathLike | None = None,
     config: str | os.PathLike | None = None, changes: Mapping[str, Any] | Sequence[str] = (),
     train_split: str | None = None, test_split: str | None = None, labels: str | os.PathLike | None = None,
-    image_size: int | None = None, encoder: str = "teacher", step: int | None = None,
+    image_size: int | None = None, encoder: str | None = None, step: int | None = None,
     output: str | os.PathLike | None = None, batch_size: int = 256,
     reading: folders.Reading = folders.Reading(), verify: bool = True,
 ) -> list[dict[str, Any]]:  # fmt: skip
@@ -44,6 +44,8 @@ def probe(
       changes: overrides of task settings, such as {"knn.k": (20,)}.
       image_size: px; None for the size of the global crops in training.
       batch_size: images decoded at a time; does not change scores.
+      encoder: "teacher", "student", or a baseline, "untrained" or "pixels"; None for the teacher, or for the student of
+        a method without a teacher.
       reading: options for reading folders of images and of scenes.
 
     Returns:
@@ -111,7 +113,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--set", action="append", default=[], metavar="NAME.FIELD=VALUE", dest="changes",
                         help="override a task setting, e.g. linear.seeds=(0,1,2,3,4)")  # fmt: skip
-    parser.add_argument("--encoder", default="teacher", help=f"one of {', '.join(ENCODERS)} (default: teacher)")
+    parser.add_argument("--encoder", help=f"one of {', '.join(ENCODERS)} (default: the teacher, or the "
+                        "student if the method has no teacher)")  # fmt: skip
     parser.add_argument("--step", type=int, help="step of the checkpoint (default: the latest)")
     parser.add_argument("--output", type=paths.local, help="folder for the results (default: RUN/probe)")
     parser.add_argument("--batch-size", type=int, default=256, help="images decoded at a time; does not change scores")
@@ -141,9 +144,9 @@ def main(argv: list[str] | None = None) -> None:
     fields = {name: getattr(options, name) for name in ("data", "train_split", "test_split", "labels", "image_size")}
     chosen = specs.chosen(tasks, fields, options.config, options.changes)
     if options.follow:
-        if options.encoder != "teacher" or options.step is not None or options.no_verify:
+        if options.encoder is not None or options.step is not None or options.no_verify:
             raise UserError(
-                "--follow evaluates the teacher of every checkpoint; remove --encoder, --step and --no-verify"
+                "--follow evaluates the trained encoder of every checkpoint; remove --encoder, --step and --no-verify"
             )
     elif not pathlib.Path(options.run).is_dir():
         raise UserError(f"the run folder {options.run} does not exist; give the --workdir of a training")

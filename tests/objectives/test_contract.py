@@ -207,6 +207,7 @@ def test_its_encoder_is_loaded_probed_and_exported(name, data, run, tmp_path, ca
         with pytest.raises(UserError, match="no teacher"):
             features.load(run, which="teacher")
     found = probe.probe(run, ["knn"], data=data, changes={"knn.k": (3,)}, output=tmp_path / "probe")
+    assert found[0]["checkpoint"]["encoder"] == judged.network
     assert all(0.0 <= score["value"] <= 1.0 for score in found[0]["scores"].values())
     export.main(["timm", "--run", str(run), "--output", str(tmp_path / "timm")])
     np.testing.assert_allclose(features.load(tmp_path / "timm")(image).class_token, model(image).class_token, atol=1e-5)
@@ -225,6 +226,7 @@ def test_it_is_reported_and_monitored(name, data, run, tmp_path):
 def test_it_is_planned(name, data, monkeypatch):
     monkeypatch.setattr(plan, "devices_of", lambda topology: jax.devices()[:1])
     found = plan.plan(settings(name, data), "local", 2, False, 1000, 0.4, say=lambda line: None)
+    assert ("optimizer, teacher, batch" in plan.show(found)) == bool(objective_of(small(name)).teacher_keys)
     assert found["flops_per_image"] == objective_of(small(name)).flops_per_image()
 
 

@@ -74,7 +74,7 @@ def test_each_checkpoint_once_and_a_failing_task_does_not_end_it(finished, data,
         None,
         None,
     ]
-    [failed] = results.read_place(tmp_path, "teacher", 8, "knn")
+    [failed] = results.read_step(tmp_path, 8, "knn")
     assert "scores" not in failed
     assert "ZeroDivisionError: as planned" in (tmp_path / "results.csv").read_text()
     before = times(tmp_path)

@@ -59,7 +59,7 @@ def found(output: pathlib.Path):
         kept = dict(np.load(file))
         split = json.loads(str(kept.pop("of")))["split"]
         arrays |= {f"{split}/{name}": values for name, values in kept.items()}
-    return arrays, [results.read_place(output, "teacher", 1, name)[0] for name in ("knn", "logistic")]
+    return arrays, [results.read_step(output, 1, name)[0] for name in ("knn", "logistic")]
 
 
 def test_scores_depend_on_nothing_but_images_and_weights(run, data, tmp_path, request):

@@ -212,13 +212,14 @@ def test_a_config_names_several_tasks(run, data, tmp_path):
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--poll", "-1"], "--poll is -1.0"),
         (["--train-split", ""], "knn.train_split is empty"),
-        (["--encoder", "student"], "unknown encoder 'student'"),
+        (["--encoder", "ema"], "unknown encoder 'ema'; expected one of teacher, student, untrained, pixels"),
+        (["--encoder", "student"], "the encoder of .* is its teacher, not a student; remove"),
         (["--set", "knn.kk=3"], "unknown setting 'kk' in knn; the settings of knn are k, "),
         (["--set", "knn.k=3"], "expected knn.k as tuple, such as the default"),
         (["--set", "linear.k=3"], "unknown name 'linear' in NAME.FIELD=VALUE; expected one of knn"),
         (["--set", "k"], "expected NAME=VALUE, got 'k'"),
         (["--config", "{tmp}/none.py"], "data cannot be combined with a probe config"),
-        (["--follow", "--step", "4"], "--follow evaluates the teacher of every checkpoint"),
+        (["--follow", "--step", "4"], "--follow evaluates the trained encoder of every checkpoint"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, run, data, capsys, arguments, sentence):

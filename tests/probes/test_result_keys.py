@@ -85,7 +85,7 @@ def test_results_of_earlier_versions_are_read_and_give_way_to_the_same(tmp_path)
     (place / "knn" / "scene.png").write_bytes(b"")
     (place / "knn.json").write_text(json.dumps(old))
     [found] = results.read(tmp_path)
-    assert results.read_place(tmp_path, "teacher", 640, "knn") == [found] and found["scores"] == old["scores"]
+    assert results.read_step(tmp_path, 640, "knn") == [found] and found["scores"] == old["scores"]
     results.write(tmp_path, changed(("checkpoint.image_size", 96)), {})
     assert (place / "knn.json").exists() and "48 px" in results.markdown(results.read(tmp_path))
     results.write(tmp_path, ENTRY, {})

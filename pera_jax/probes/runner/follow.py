@@ -85,7 +85,7 @@ def _follow(run: str, job: Job, poll: float, patience: float) -> list[dict[str, 
             time.sleep(poll)
             continue
         job.prepare(weights.meta)
-        network = Network.from_weights(weights, run, "teacher", checkpoint.identity(_folder(run, step)), network)
+        network = Network.from_weights(weights, run, checkpoint.identity(_folder(run, step)), network)
         for spec in job.specs:
             if distributed.broadcast_from_main(int(_is_evaluated(run, job, step, spec))):
                 continue
@@ -125,7 +125,7 @@ def _next(run: str, job: Job, skipped: set[tuple[int, str]]) -> int:
 def _is_evaluated(run: str, job: Job, step: int, spec: Spec) -> bool:
     """Whether there is a result of this checkpoint and spec on this data."""
     return any(
-        _matches(entry, run, job, step, spec) for entry in results.read_place(job.base, "teacher", step, spec.name)
+        _matches(entry, run, job, step, spec) for entry in results.read_step(job.base, step, spec.name)
     )
 
 
@@ -147,7 +147,7 @@ def _save(run: str, step: int) -> tuple[int, str]:
 
 
 def _load(run: str, step: int, skipped: set[tuple[int, str]]) -> Weights | None:
-    """Loads the teacher of a checkpoint on every process. None if the checkpoint is gone or damaged, and then it is
+    """Loads the evaluated network of a checkpoint on every process. None if the checkpoint is gone or damaged, and then it is
     added to `skipped`, or if it is not yet visible on some process."""
     weights = damaged = None
     save = _save(run, step)
@@ -175,7 +175,7 @@ def _folder(run: str, step: int) -> pathlib.Path:
 
 
 def load_if_kept(run: str, step: int) -> Weights | None:
-    """Loads the teacher of a checkpoint; None if training removes it while it is read.
+    """Loads the evaluated network of a checkpoint; None if training removes it while it is read.
 
     Raises:
       Damaged: the checkpoint exists and cannot be read.

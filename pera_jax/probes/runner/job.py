@@ -18,7 +18,7 @@ from pera_jax.data.labelled import folders, scenes
 from pera_jax.data.labelled.samples import Samples, check_labels, open_samples
 from pera_jax.encoder import extract as features
 from pera_jax.encoder.cache import Cache, digest
-from pera_jax.encoder.load import Weights, load_weights
+from pera_jax.encoder.load import STUDENT, TEACHER, Weights, load_weights, networks_of
 from pera_jax.parallel import distributed
 from pera_jax.probes.classification.labeled import Labeled
 from pera_jax.probes.dense import dense
@@ -27,7 +27,8 @@ from pera_jax.probes.runner.specs import DENSE, TASKS, Spec
 from pera_jax.probes.scores import Score
 from pera_jax.training.checkpoints import checkpoint
 
-ENCODERS = ("teacher", "untrained", "pixels")
+TRAINED = (TEACHER, STUDENT)
+ENCODERS = (*TRAINED, "untrained", "pixels")
 _DATES = {"segmentation": 1, "change": 2}
 
 
@@ -36,7 +37,7 @@ class Network:
     """The evaluated network.
 
     Attributes:
-      encoder: "teacher", "untrained" (the initial weights) or "pixels" (the baseline without a network).
+      encoder: "teacher", "student" (of a method without a teacher), "untrained" (the initial weights) or "pixels" (the baseline without a network).
       meta: metadata of the checkpoint.
       weights: SHA-256 of the backbone; "" for pixels.
       saved: identity of the save, SHA-256 of Orbax's metadata; it changes if the step is saved again.
@@ -51,15 +52,15 @@ class Network:
     extractor: features.Extractor | features.Pixels
 
     @classmethod
-    def from_weights(
-        cls, weights: Weights, run: str, encoder: str, saved: str, before: "Network | None" = None
-    ) -> "Network":
+    def from_weights(cls, weights: Weights, run: str, saved: str, before: "Network | None" = None) -> "Network":
         """The network of loaded weights.
 
         Args:
+          weights: `weights.network` is one of `ENCODERS`.
           before: an earlier checkpoint of the same run; its compiled extractor is reused, so it must not be used
             afterwards.
         """
+        encoder = weights.network
         if encoder == "pixels":
             return cls(encoder, run, 0, weights.meta, "", saved, features.Pixels(weights.meta))
         if (
@@ -81,9 +82,16 @@ class Network:
         }  # fmt: skip
 
 
-def load_network(run: str, step: int | None, encoder: str, verify: bool = True) -> Network:
-    """Loads a network of a run. Raises UserError: a run, step or encoder that does not exist; damaged weights."""
-    if encoder not in ENCODERS:
+def load_network(run: str, step: int | None, encoder: str | None, verify: bool = True) -> Network:
+    """Loads a network of a run.
+
+    Args:
+      encoder: one of `ENCODERS`; None for the trained network that is evaluated, see `networks_of`.
+
+    Raises:
+      UserError: a run, step or encoder that does not exist; damaged weights.
+    """
+    if encoder not in (None, *ENCODERS):
         raise UserError(f"unknown encoder {encoder!r}; expected one of {', '.join(ENCODERS)}")
 
     def read(chosen: int) -> tuple[Weights, str]:
@@ -91,13 +99,16 @@ def load_network(run: str, step: int | None, encoder: str, verify: bool = True) 
         return weights, checkpoint.identity(checkpoint.folder_of(run, chosen)[0])
 
     weights, saved = checkpoint.read_while_present(run, step, read)
-    return Network.from_weights(weights, run, encoder, saved)
+    return Network.from_weights(weights, run, saved)
 
 
-def _weights(run: str, step: int, encoder: str, verify: bool) -> Weights:
-    if encoder == "teacher":
-        return load_weights(run, step, verify=verify, parts=("backbone",))
+def _weights(run: str, step: int, encoder: str | None, verify: bool) -> Weights:
     meta = checkpoint.load_meta(checkpoint.folder_of(run, step)[0])
+    judged = networks_of(meta)[0]
+    if encoder in (None, judged):
+        return load_weights(run, step, judged, verify, parts=("backbone",))
+    if encoder in TRAINED:
+        raise UserError(f"the encoder of {run} is its {judged}, not a {encoder}; remove the option encoder")
     params = objectives.untrained(meta) if encoder == "untrained" else {"backbone": {}}  # pixels need no network
     return Weights(params, meta, 0, encoder)
 

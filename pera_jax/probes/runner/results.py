@@ -40,12 +40,13 @@ COLUMNS = ("name", "task", "score", "value", "low", "high", "seeds", "step", "en
            "run", "failure", "replaced")  # fmt: skip
 
 _WRITE_TIMEOUT = 600.0  # seconds to wait for another job that writes results
-_PLACES = ("step_*", "untrained", "pixels")
+_BASELINES = ("untrained", "pixels")
+_PLACES = ("step_*", *_BASELINES)
 
 
 def folder_of(encoder: str, step: int) -> str:
-    """The folder name for the results of a checkpoint."""
-    return f"step_{step:06d}" if encoder == "teacher" else encoder
+    """The folder name for the results of a checkpoint, or of a baseline, which does not depend on the step."""
+    return encoder if encoder in _BASELINES else f"step_{step:06d}"
 
 
 def _writing(base: pathlib.Path) -> contextlib.AbstractContextManager:
@@ -121,16 +122,16 @@ def read(base: pathlib.Path) -> list[dict[str, Any]]:
 def replaced(base: pathlib.Path, entry: Mapping[str, Any]) -> bool:
     """Whether the checkpoint of an entry was saved again since; False if it no longer exists."""
     stored = entry["checkpoint"]
-    if stored["encoder"] != "teacher" or not stored["saved"]:
+    if stored["encoder"] in _BASELINES or not stored["saved"]:
         return False
     run = pathlib.Path(os.path.realpath(base)) / stored["origin"] if "origin" in stored else pathlib.Path(stored["run"])
     now = checkpoint.identity(run / checkpoint.FOLDER / str(stored["step"]))
     return now not in ("", stored["saved"])
 
 
-def read_place(base: pathlib.Path, encoder: str, step: int, name: str) -> list[dict[str, Any]]:
-    """The entries with this name of one checkpoint. Raises UserError for a file that is not a result."""
-    found = [_read(base, file) for file in _files(base / folder_of(encoder, step), name)]
+def read_step(base: pathlib.Path, step: int, name: str) -> list[dict[str, Any]]:
+    """The entries with this name of one checkpoint's trained network. Raises UserError for a file that is not a result."""
+    found = [_read(base, file) for file in _files(base / f"step_{step:06d}", name)]
     return [entry for entry in found if entry["name"] == name]
 
 
