@@ -74,7 +74,27 @@ def assert_close(one, other):
         assert np.abs(np.float64(one[name]) - other[name]).max() <= 1e-3 * scale, name
 
 
-def test_two_hosts_compute_what_one_computes_and_stop_together(data, tmp_path):
+@pytest.fixture(scope="module")
+def left_alone(data, tmp_path_factory):
+    """Runs on two hosts, the second of which was killed ("lost") or stopped ("hanging"): folders and processes.
+
+    The first host notices after a while; the other test runs meanwhile.
+    """
+    folder = tmp_path_factory.mktemp("left_alone")
+    runs = {
+        "lost": launch(folder / "lost", settings(data, 1000)),
+        "hanging": launch(folder / "hanging", settings(data, 1000) | {"stall_seconds": SOON}),
+    }
+    for name, number in (("lost", signal.SIGKILL), ("hanging", signal.SIGSTOP)):
+        wait_for_step(runs[name][0], 6)
+        runs[name][1].send_signal(number)
+    yield folder, runs
+    for processes in runs.values():
+        for process in processes:
+            process.kill()
+
+
+def test_two_hosts_compute_what_one_computes_and_stop_together(left_alone, data, tmp_path):
     """SIGTERM to one of two hosts stops both; one process with four devices ends the run, and runs another."""
     workdir = tmp_path / "run"
     processes = launch(workdir, settings(data, 1000, monitor=True) | FLAT)  # too long to end by itself
@@ -99,20 +119,13 @@ def test_two_hosts_compute_what_one_computes_and_stop_together(data, tmp_path):
         assert_close(other, line)
 
 
-def test_a_host_ends_where_the_other_is_lost_or_hangs(data, tmp_path):
-    lost = launch(tmp_path / "lost", settings(data, 1000))
-    hanging = launch(tmp_path / "hanging", settings(data, 1000) | {"stall_seconds": SOON})
-    for processes, number in ((lost, signal.SIGKILL), (hanging, signal.SIGSTOP)):
-        wait_for_step(processes[0], 6)
-        processes[1].send_signal(number)
-    try:
-        said = [processes[0].communicate(timeout=2 * STALL)[1] for processes in (lost, hanging)]
-    finally:
-        hanging[1].kill()
-    assert lost[0].returncode not in (0, None), said
-    assert hanging[0].returncode == -signal.SIGALRM, said
-    assert "no progress for" in said[1] and 'File "' in said[1]
-    assert all(checkpoint.saved_steps(tmp_path / name)[-1] >= 4 for name in ("lost", "hanging"))
+def test_a_host_ends_where_the_other_is_lost_or_hangs(left_alone):
+    folder, runs = left_alone
+    said = {name: processes[0].communicate(timeout=2 * STALL)[1] for name, processes in runs.items()}
+    assert runs["lost"][0].returncode not in (0, None), said
+    assert runs["hanging"][0].returncode == -signal.SIGALRM, said
+    assert "no progress for" in said["hanging"] and 'File "' in said["hanging"]
+    assert all(checkpoint.saved_steps(folder / name)[-1] >= 4 for name in runs)
 
 
 def test_how_processes_find_each_other():
