@@ -158,6 +158,7 @@ def plan(config, topology: str, per_device: int | None, search: bool, images: in
     Raises:
       UserError: unknown topology, or an invalid config.
     """
+    configs.check_fields(config)
     devices = devices_of(topology)
     chip = chips.chip_of(devices[0].device_kind)
     shards = _shards(config, devices)

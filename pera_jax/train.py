@@ -30,7 +30,7 @@ from ml_collections.config_flags import DEFINE_config_file
 from pera_jax import calls, objectives
 from pera_jax import config as configs
 from pera_jax.common import environment, errors, interrupts, lease, paths
-from pera_jax.common.errors import UserError
+from pera_jax.common.errors import UsageError, UserError
 from pera_jax.common.text import several
 from pera_jax.config import flags as config_flags
 from pera_jax.data import mixture, pipeline
@@ -78,7 +78,8 @@ def train(
 
 
 def _train(config, workdir, profile, allow_config_change, stop, stack: contextlib.ExitStack) -> None:
-    # first, because opening devices and data may hang
+    configs.check_fields(config)
+    # before all else, because opening devices and data may hang
     watchdog = stack.enter_context(Watchdog(config.stall_seconds if stop.ends_process else 0))
     stack.enter_context(explain_out_of_memory(config))
 
@@ -257,14 +258,14 @@ def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
 def main(argv, stop: interrupts.StopSignal):
     given = flags.FLAGS
     if argv[1:]:
-        raise UserError(f"unexpected argument {several(argv[1:])}; options start with --, e.g. --workdir runs/NAME")
+        raise UsageError(f"unexpected argument {several(argv[1:])}; options start with --, e.g. --workdir runs/NAME")
     opening.show_device_warnings()
     # Orbax logs each phase of a save, and a traceback of what it also raises.
     logging.set_verbosity(logging.FATAL)
     if not given.config:
-        raise UserError("no config; choose one with --config, e.g. --config demo")
+        raise UsageError("no config; choose one with --config, e.g. --config demo")
     if not given.workdir:
-        raise UserError("no folder for checkpoints and metrics; choose one with --workdir, e.g. --workdir runs/NAME")
+        raise UsageError("no folder for checkpoints and metrics; choose one with --workdir, e.g. --workdir runs/NAME")
     arguments = cluster.from_flags(given.coordinator, given.num_processes, given.process_id, os.environ)
     cluster.initialize(arguments, given.join_seconds)
     with distributed.exit_on_error(), contextlib.ExitStack() as stack:

@@ -2,7 +2,7 @@
 
     0         done, or stopped by a signal after a save (a finished run has a file FINISHED)
     1         wrong input, or a run that needs attention: re-running the same command fails again
-    2         unknown or missing options
+    2         unknown, missing or malformed options
     70        a bug in this program: the traceback shows where
     75        the machine or another host failed: re-running the same command may succeed
     128 + N   ended by signal N; 130 is Ctrl-C, 142 (SIGALRM) a training run that stalled
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pera_jax.common import interrupts
 from pera_jax.common.text import first_line, printable
 
-INPUT, CRASH, TRY_AGAIN = 1, 70, 75
+INPUT, USAGE, CRASH, TRY_AGAIN = 1, 2, 70, 75
 
 
 class UserError(Exception):
@@ -35,6 +35,12 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return printable(super().__str__(), self.longest)
+
+
+class UsageError(UserError):
+    """An unknown, missing or malformed option of a command."""
+
+    status = USAGE
 
 
 class Misfit(UserError):

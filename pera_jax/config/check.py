@@ -16,6 +16,26 @@ from pera_jax.objectives.base import Layout
 PATHS = ("resume_from", "init_from", "data.path", "monitor.data")
 """The fields that hold paths."""
 
+_FRACTION = "in [0, 1)", lambda value: 0 <= value < 1
+_POSITIVE = "> 0", lambda value: value > 0
+_AT_LEAST_0 = ">= 0", lambda value: value >= 0
+_AT_LEAST_1 = ">= 1", lambda value: value >= 1
+_AREA = "two ascending numbers in (0, 1]", lambda value: len(value) == 2 and 0 < value[0] <= value[1] <= 1
+_ASPECT = "two ascending numbers > 0", lambda value: len(value) == 2 and 0 < value[0] <= value[1] < float("inf")
+_RANGES = {
+    "data.workers": (">= 0, or -1 to choose by the number of cores", lambda value: value >= -1),
+    "crops.global_size": _AT_LEAST_1, "crops.global_number": _AT_LEAST_1, "crops.global_area": _AREA,
+    "crops.local_size": _AT_LEAST_1, "crops.local_number": _AT_LEAST_0, "crops.local_area": _AREA,
+    "crops.aspect": _ASPECT, "crops.flip": ("in [0, 1]", lambda value: 0 <= value <= 1),
+    "model.width": _AT_LEAST_0, "model.depth": _AT_LEAST_0, "model.heads": _AT_LEAST_0, "model.patch": _AT_LEAST_0,
+    "model.mlp_ratio": _POSITIVE, "drop_path.rate": _FRACTION, "optimizer.beta1": _FRACTION,
+    "optimizer.beta2": _FRACTION, "optimizer.eps": _POSITIVE, "optimizer.clip_norm": _POSITIVE,
+    "monitor.images": _AT_LEAST_1, "stall_seconds": (">= 0 (0 disables it)", lambda value: value >= 0),
+    "checkpoint.keep_last": _AT_LEAST_1,
+}  # fmt: skip
+"""Field -> (valid values in words, whether a value is valid). Sizes and groups of batches, the mesh, the seed and the
+schedules are checked where they are used together."""
+
 
 def check(config: ConfigDict, batch_shards: int, weight_shards: int, hosts: int) -> None:
     """Checks everything in a config that does not depend on data or model.
@@ -28,12 +48,12 @@ def check(config: ConfigDict, batch_shards: int, weight_shards: int, hosts: int)
     Raises:
       UserError: names the first invalid field.
     """
-    _same_fields(config, default(config.get("objective", "pera")), "")
+    check_fields(config)
     for field in PATHS:
-        paths.local(functools.reduce(getattr, field.split("."), config), f"config.{field}")
+        paths.local(_value(config, field), f"config.{field}")
     _check_batch(config, batch_shards, hosts)
-    if not 0 <= config.drop_path.rate < 1:
-        raise UserError(f"drop_path.rate={config.drop_path.rate} must lie in [0, 1)")
+    _check_ranges(config)
+    _check_weights(config.data)
     crops, patch = config.crops, variants.sizes(config.model)["patch"]
     for kind, number in (("global", crops.global_number), ("local", crops.local_number)):
         size = crops[f"{kind}_size"]
@@ -41,14 +61,6 @@ def check(config: ConfigDict, batch_shards: int, weight_shards: int, hosts: int)
             raise UserError(
                 f"crops.{kind}_size={size} is not a multiple of the patch size {patch}; choose a multiple of {patch}"
             )
-    if crops.global_number < 1 or crops.local_number < 0:
-        raise UserError("crops.global_number must be >= 1 and crops.local_number >= 0")
-    if config.data.workers < -1:
-        raise UserError(f"data.workers={config.data.workers} must be >= 0, or -1 to choose by the number of cores")
-    if config.stall_seconds < 0:
-        raise UserError(f"stall_seconds={config.stall_seconds} must be >= 0 (0 disables it)")
-    if config.monitor.images < 1:
-        raise UserError(f"monitor.images={config.monitor.images} must be >= 1")
     _one_of(config.model, "remat", ("none", "dots", "block"), "model.")
     _one_of(config.model, "attention", ("auto", "cudnn", "xla"), "model.")
     _one_of(config, "precision", ("bfloat16", "float32", "float64"))
@@ -57,6 +69,44 @@ def check(config: ConfigDict, batch_shards: int, weight_shards: int, hosts: int)
     _one_of(config.optimizer, "decay", ("all", "matrices"), "optimizer.")
     _check_rate_factors(config.optimizer.rate_factors)
     objectives.validate(config, Layout(batch_shards, weight_shards, hosts))
+
+
+def _value(config: ConfigDict, field: str):
+    return functools.reduce(getattr, field.split("."), config)
+
+
+def _check_ranges(config: ConfigDict) -> None:
+    for field, (words, is_valid) in _RANGES.items():
+        value = _value(config, field)
+        try:
+            valid = is_valid(value)
+        except TypeError:  # no numbers
+            valid = False
+        if not valid:
+            raise UserError(f"{field}={value!r} must be {words}")
+
+
+def _check_weights(data: ConfigDict) -> None:
+    weights, folders = tuple(data.weights), data.path.count(",") + 1
+    if not weights or not data.path:
+        return
+    if folders == 1:
+        raise UserError(f"data.weights={weights} has no effect on the one dataset of data.path; remove data.weights")
+    positive = (isinstance(weight, int | float) and 0 < weight < float("inf") for weight in weights)
+    if len(weights) != folders or not all(positive):
+        raise UserError(
+            f"data.weights={weights} must have a positive number for each of the {folders} datasets of data.path, or "
+            "be empty to weight datasets by their number of records"
+        )
+
+
+def check_fields(config: ConfigDict) -> None:
+    """Checks that a config has exactly the fields of a training. Raises UserError for the first that differs."""
+    if "tasks" in config and "objective" not in config:
+        raise UserError(
+            "the config is a probe config, with tasks; use it with pera-jax probe, or choose another config"
+        )
+    _same_fields(config, default(config.get("objective", "pera")), "")
 
 
 def _check_rate_factors(rules) -> None:

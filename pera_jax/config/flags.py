@@ -1,13 +1,13 @@
 """`--config` for commands with absl flags: a name or file, optionally with `--config.FIELD=VALUE`."""
 
-import os
 import sys
 from collections.abc import Container
 
 from absl import flags
+from ml_collections import ConfigDict
 
-from pera_jax.common.errors import UserError
-from pera_jax.config.load import find
+from pera_jax.common.errors import UsageError
+from pera_jax.config.load import load
 from pera_jax.config.renamed import new_name
 
 
@@ -18,25 +18,25 @@ def parse(argv: list[str]) -> list[str]:
       The program name and the positional arguments.
 
     Raises:
-      UserError: an unknown flag or field, a config that does not exist, or an invalid value.
+      UsageError: an unknown flag or field, or an invalid value.
+      UserError: the config cannot be loaded, see `load`.
     """
     try:
         argv = resolve([with_underscores(each, flags.FLAGS) for each in argv])
         sys.argv[1:] = argv[1:]  # from which ml_collections reads the overridden fields
-        rest = flags.FLAGS(argv)
-        if flags.FLAGS.config:
-            flags.FLAGS.config.is_locked  # the first access raises if the file cannot be loaded
-        return rest
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
+        return flags.FLAGS(argv)
+    except SystemExit:  # after `--help`, with status 1
+        sys.exit(0)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         while error.args and isinstance(error.args[0], Exception):  # an AttributeError that wraps a KeyError
             error = error.args[0]
         reason = error.args[0] if isinstance(error, KeyError) else error
-        raise UserError(f"invalid flag or config: {' '.join(str(reason).split())}") from error
+        raise UsageError(f"invalid flag or config: {' '.join(str(reason).split())}") from error
 
 
 def resolve(arguments: list[str]) -> list[str]:
-    """Replaces the name after `--config` by the path "FILE.py" or "FILE.py:ARGUMENT", which ml_collections needs, and
-    renamed fields by their current names. Raises UserError if the config does not exist."""
+    """Replaces the config X after `--config` by "THIS_FILE:X", with which ml_collections calls `get_config` below, and
+    renamed fields by their current names."""
     result, value_expected = [], False
     for argument in arguments:
         name, equals, value = argument.partition("=")
@@ -48,9 +48,9 @@ def resolve(arguments: list[str]) -> list[str]:
             )
             name, argument = f"--config.{now}", f"--config.{now}{equals}{value}"
         if value_expected:
-            argument = _resolve_config(argument)
+            argument = f"{__file__}:{argument}"
         elif equals and name in ("--config", "-config"):
-            argument = f"--config={_resolve_config(value)}"
+            argument = f"--config={__file__}:{value}" if value else "--config="
         value_expected = argument in ("--config", "-config")
         result.append(argument)
     return result
@@ -63,6 +63,6 @@ def with_underscores(argument: str, known: Container[str]) -> str:
     return f"--{flag}{equals}{value}" if name.startswith("--") and flag in known else argument
 
 
-def _resolve_config(config: str) -> str:
-    file, argument = find(config)
-    return os.path.abspath(file) + (f":{argument}" if argument else "")
+def get_config(config: str) -> ConfigDict:
+    """Loads a config for ml_collections, which only knows Python files with such a function."""
+    return load(config)

@@ -1,7 +1,4 @@
-"""The config.json of a run as a config: `--config RUN/config.json`, optionally with `--config.FIELD=VALUE`.
-
-ml_collections loads Python files that define `get_config`; this is such a file, and its argument is the JSON file.
-"""
+"""The config.json of a run as a config: `--config RUN/config.json`, optionally with `--config.FIELD=VALUE`."""
 
 import pathlib
 from typing import Any

@@ -69,21 +69,16 @@ class Mixture:
 
 
 def open_mixture(settings) -> Mixture:
-    """Opens the datasets of `config.data`.
+    """Opens the datasets of `config.data`, whose fields `config.check` has accepted.
 
     Raises:
-      UserError: as `records.open_split` and `choose_bands`; a dataset is named twice; invalid weights.
+      UserError: as `records.open_split` and `choose_bands`; a dataset is named twice.
     """
     paths = [path.strip() for path in settings.path.split(",")]
     if len(set(paths)) < len(paths):
         raise UserError(f"data.path={settings.path} names a dataset twice; use data.weights instead")
     sources = tuple(records.open_split(path, settings.split, settings.skip_damaged) for path in paths)
     weights = tuple(settings.weights) or tuple(len(source) for source in sources)
-    if len(weights) != len(sources) or not all(weight > 0 for weight in weights):
-        raise UserError(
-            f"data.weights={settings.weights} must have a positive number for each of the {len(sources)} dataset(s) of "
-            "data.path, or be empty to weight datasets by their number of records"
-        )
     shares = tuple(weight / sum(weights) for weight in weights)
     bands = choose_bands(settings, sources, shares)
     return Mixture(sources, shares, bands, tuple(tuple(bands.indices_in(s.info, s.path)) for s in sources))

@@ -17,6 +17,7 @@ import numpy as np
 from pera_jax.common import digests, files, json_files, owned
 from pera_jax.common.errors import UserError
 from pera_jax.common.json_files import Finite, Name, Positive
+from pera_jax.common.text import printable
 from pera_jax.encoder import load
 from pera_jax.formats import tables
 from pera_jax.formats.tables import Entry, backbone, linear
@@ -98,11 +99,18 @@ def export(run: str, step: int | None, output: pathlib.Path, verify: bool = True
     Each file is written atomically.
 
     Raises:
-      UserError: a run or step that does not exist; a checkpoint without a student; a file that cannot be written, or
+      UserError: a run or step that does not exist; a checkpoint without a student, or of another method than
+        PerA; a file that cannot be written, or
         that exists with other contents; PyTorch is not installed.
     """
 
     def both(chosen: int) -> list[load.Weights]:
+        method = checkpoint.load_meta(checkpoint.folder_of(run, chosen)[0])["config"]["objective"]
+        if method != "pera":
+            raise UserError(
+                f"{run} was trained by {printable(str(method))}, and the format of the authors' code holds PerA only; "
+                "use pera-jax export timm"
+            )
         return [load.load_weights(run, chosen, which, verify=verify) for which in ("student", "teacher")]
 
     student, teacher = checkpoint.read_while_present(run, step, both)

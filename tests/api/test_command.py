@@ -12,8 +12,8 @@ from conftest import ROOT
 
 from pera_jax import __main__ as command
 from pera_jax import config as configs
+from pera_jax import plan, train
 from pera_jax.common.errors import UserError
-from pera_jax.config import run_file
 from pera_jax.probes.runner import specs
 from pera_jax.training.checkpoints import run_meta
 
@@ -93,7 +93,42 @@ def test_a_file_of_ones_own_and_a_run_are_configs(monkeypatch, tmp_path):
     assert (config.name, config.total, config.data.path) == ("own_smoke", "3 steps", "x")
     run_meta.write(str(tmp_path), {"config": config.to_dict()})
     assert configs.load("config.json").to_json() == config.to_json()
-    assert configs.find(str(tmp_path / "config.json")) == (run_file.__file__, str(tmp_path / "config.json"))
+
+
+HEAD = "from pera_jax import config as configs\n\n\n"
+WRONG_FILES = {
+    "def get_config(:\n": r"own.py fails in line 4 \(SyntaxError: invalid syntax\); correct the file",
+    "def get_config():\n    return [][1]\n": r"fails in line 5 \(IndexError: list index out of range\)",
+    "import nothing_of_this_name\n": r"fails in line 4 \(ModuleNotFoundError: No module named 'nothing_of_this_name'",
+    "def get_config():\n    raise SystemExit(3)\n": r"fails in line 5 \(SystemExit: 3\)",
+    "config = configs.default()\n": "own.py has no function get_config; define one",
+    "def get_config():\n    return {}\n": "expected a ConfigDict from get_config in .*own.py, got dict; start from",
+    "def get_config(size):\n    return size\n": "get_config in .*own.py needs an argument; give one as in .*own.py:smoke",
+}
+
+
+@pytest.mark.parametrize("text", WRONG_FILES)
+def test_a_file_that_is_no_config_is_one_sentence(text, tmp_path):
+    (tmp_path / "own.py").write_text(HEAD + text)
+    with pytest.raises(UserError, match=WRONG_FILES[text]):
+        configs.load(tmp_path / "own.py")
+
+
+def test_an_argument_that_a_file_does_not_take_is_one_sentence(tmp_path):
+    (tmp_path / "own.py").write_text(HEAD + "def get_config():\n    return configs.default()\n")
+    assert configs.load(tmp_path / "own.py").objective == "pera"
+    with pytest.raises(UserError, match="get_config in .*own.py takes no argument 'smoke'; remove :smoke"):
+        configs.load(f"{tmp_path}/own.py:smoke")
+
+
+def test_a_probe_config_is_refused_by_trainings_and_plans(tmp_path):
+    for use in (
+        lambda: train("probes", tmp_path / "run"),
+        lambda: plan.main(["--config", "probes", "--topology", "x"]),
+    ):
+        with pytest.raises(UserError, match="a probe config, with tasks; use it with pera-jax probe"):
+            use()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_loaded_config_is_copied_before_it_is_changed():

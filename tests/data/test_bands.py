@@ -72,7 +72,6 @@ REFUSED = {
     "expected uint16 values in": (["deep", "float"], {"data__ranges": ((0, 9000),)}),
     "has no band 'infrared'": (["four", "rgb"], {}),
     "names a dataset twice": (["rgb", "rgb"], {}),
-    "a positive number for each of the 2": (["rgb", "more"], {"data__weights": (1.0,)}),
     "is constant within its range": (["deep"], {"data__normalize": "dataset", "data__ranges": ((6000, 7000),)}),
 }
 

@@ -211,6 +211,11 @@ def test_its_encoder_is_loaded_probed_and_exported(name, data, run, tmp_path, ca
     assert all(0.0 <= score["value"] <= 1.0 for score in found[0]["scores"].values())
     export.main(["timm", "--run", str(run), "--output", str(tmp_path / "timm")])
     np.testing.assert_allclose(features.load(tmp_path / "timm")(image).class_token, model(image).class_token, atol=1e-5)
+    if name != "pera":
+        with pytest.raises(
+            UserError, match=f"trained by {name}, and the format .* holds PerA only; use .* export timm"
+        ):
+            export.main(["released", "--run", str(run), "--output", str(tmp_path / "released")])
     words = card.text(judged, judged.network, 32, 32)
     assert objectives.method(name).citation in words and "4 steps" in words
 

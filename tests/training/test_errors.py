@@ -108,6 +108,20 @@ WRONG_SETTINGS = {
     "total": {"total": "4"},
     "seed=-1 is out of range": {"seed": -1},
     "data.workers=-2 must be >= 0": {"data.workers": -2},
+    r"crops.global_area=\(2.0, 3.0\) must be two ascending numbers in \(0, 1\]": {"crops.global_area": (2.0, 3.0)},
+    r"crops.local_area=\(1,\) must be two ascending numbers": {"crops.local_area": (1,)},
+    r"crops.aspect=\(1.3, 0.7\) must be two ascending numbers > 0": {"crops.aspect": (1.3, 0.7)},
+    r"crops.aspect=\('a', 'b'\) must be two ascending": {"crops.aspect": ("a", "b")},
+    "crops.global_size=0 must be >= 1": {"crops.global_size": 0},
+    r"crops.flip=1.5 must be in \[0, 1\]": {"crops.flip": 1.5},
+    "model.depth=-1 must be >= 0": {"model.depth": -1},
+    r"optimizer.beta1=2.0 must be in \[0, 1\)": {"optimizer.beta1": 2.0},
+    r"optimizer.beta2=nan must be in \[0, 1\)": {"optimizer.beta2": float("nan")},
+    "optimizer.eps=0.0 must be > 0": {"optimizer.eps": 0.0},
+    "optimizer.clip_norm=-3.0 must be > 0": {"optimizer.clip_norm": -3.0},
+    "checkpoint.keep_last=0 must be >= 1": {"checkpoint.keep_last": 0},
+    r"data.weights=\(3,\) has no effect on the one dataset": {"data.weights": (3,)},
+    "a positive number for each of the 2 datasets": {"data.path": "a,b", "data.weights": (3,)},
     "dataset folder nowhere does not exist": {"data.path": "nowhere"},
     "has no split 'test'; it has train": {"data.split": "test"},
     "init_from|nowhere is not a run folder": {"init_from": "nowhere"},
@@ -189,10 +203,10 @@ def command(*arguments: str) -> subprocess.Popen:
     return subprocess.Popen(words, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def sentence(process: subprocess.Popen) -> str:
-    """What a command that failed said, besides progress: exactly one line."""
+def sentence(process: subprocess.Popen, status: int = errors.INPUT) -> str:
+    """What a command that failed with this status said, besides progress: exactly one line."""
     lines = process.stderr.read().splitlines()
-    assert process.wait(60) == 1, lines
+    assert process.wait(60) == status, lines
     said = ("step ", "devices: ", "data: ", "training: ", "model: ", "compiling ", "resuming from step ")
     (line,) = [line for line in lines if not line.startswith(said)]
     assert line.startswith("error: ")
@@ -212,9 +226,10 @@ def test_wrong_flags_end_with_one_sentence(data, tmp_path):
         ),
         "no config; choose one": command(*workdir),
         "no folder for checkpoints": command("--config", "demo:smoke"),
+        "Unknown command line flag 'confg'": command("--confg", "demo:smoke", *workdir),
     }
     for message, process in started.items():
-        assert message.strip() in sentence(process)
+        assert message.strip() in sentence(process, errors.USAGE)
     assert not (tmp_path / "run").exists()
     wrong = {"configs/nowhere.py": "nowhere.py", "configs/demo.py:small": "no argument 'small'", str(bad_file): "pth"}
     for name, message in wrong.items():

@@ -136,14 +136,13 @@ def test_config_json_is_a_config(tmp_path):
     assert read.batch_size == 8 and read.data.ranges == ((0, 10),)
     read.batch_size = config.batch_size
     assert read.to_json() == config.to_json()
-    bridged = f"{run_file.__file__}:{file}"
+    bridged = f"{config_flags.__file__}:{file}"
     assert config_flags.resolve(["x", "--config", str(file), "--config.total=1 steps"]) == [
         "x", "--config", bridged, "--config.total=1 steps"
     ]  # fmt: skip
-    named = f"--config={configs.find('demo')[0]}"
     assert config_flags.resolve([f"--config={file}", "--config=demo:smoke"]) == [
         f"--config={bridged}",
-        f"{named}:smoke",
+        f"--config={config_flags.__file__}:demo:smoke",
     ]
 
 
