@@ -4,7 +4,7 @@
     python benchmarks/convert.py --source folder --numbers 100000
 
 For each number, creates that many JPEG images of 64 px in a tar (or another archive, or a folder), converts them with
-`python -m data_prep.images`, and opens and shuffles the result as training does, each in a separate process. CPU time
+`pera-jax prep-images`, and opens and shuffles the result as training does, each in a separate process. CPU time
 includes all processes of the conversion. Memory is the peak resident size of the conversion's main process, of its
 largest worker, and of the training startup. Files need about 6 kB per image, in a temporary folder in --folder.
 """
@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument(
         "--source", choices=("tar", "tar.gz", "zip", "folder"), default="tar", help="kind of input (default: tar)"
     )
-    parser.add_argument("--drop", help="see python -m data_prep.images")
+    parser.add_argument("--drop", help="see pera-jax prep-images")
     parser.add_argument(
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="number of processes (default: all cores)"
     )

@@ -1,10 +1,10 @@
 """Runs a conversion as an Apache Beam pipeline, on this machine or on Dataflow, Flink or Spark.
 
-    python -m data_prep.beam images --input aid/train --output shards/aid --split train -- --runner=DirectRunner
-    python -m data_prep.beam tfds --dataset /mnt/tfds/eurosat/rgb/2.0.0 --output /mnt/shards/eurosat --split train \\
+    pera-jax prep-beam images --input aid/train --output shards/aid --split train -- --runner=DirectRunner
+    pera-jax prep-beam tfds --dataset /mnt/tfds/eurosat/rgb/2.0.0 --output /mnt/shards/eurosat --split train \\
         -- --runner=FlinkRunner --flink_master=HOST:8081 --environment_type=DOCKER --environment_config=IMAGE
 
-First the command (images, scenes or tfds) with its options, as in `python -m data_prep.COMMAND`; after -- the options
+First the command (images, scenes or tfds) with its options, as in `pera-jax prep-COMMAND`; after -- the options
 of Beam. The dataset folder is the same byte for byte as without Beam, and either command can resume the other.
 
 * Inputs and --output must be on a mount that this machine and all workers see under the same path (NFS, Filestore, a
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     given = sys.argv[1:] if argv is None else argv
     at = given.index("--") if "--" in given else len(given)
     own, options = given[:at], given[at + 1 :]
-    usage = "python -m data_prep.beam COMMAND OPTIONS -- BEAM'S OPTIONS"
+    usage = "pera-jax prep-beam COMMAND OPTIONS -- BEAM'S OPTIONS"
     parser = argparse.ArgumentParser(usage=usage, description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=COMMANDS)
     command = parser.parse_args(own[:1]).command

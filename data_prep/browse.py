@@ -1,7 +1,7 @@
 """Writes a self-contained HTML page that shows a dataset folder.
 
-    python -m data_prep.browse shards/aid --output aid.html
-    python -m data_prep.browse shards/sentinel2 --output sentinel2.html --bands nir,red,green --images 96
+    pera-jax browse shards/aid --output aid.html
+    pera-jax browse shards/sentinel2 --output sentinel2.html --bands nir,red,green --images 96
 
 The page has the metadata of the dataset and, for each split, sample images, counts of classes and sizes, locations and
 dates of tiles, band statistics with histograms, and the report of the conversion. It needs no network and contains no
@@ -29,7 +29,7 @@ _MOST_IMAGES = 1000  # about 8 kB each
 
 def main(argv: list[str] | None = None) -> None:
     """The command. Raises UserError."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.browse", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="pera-jax browse", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=paths.local_path, help="dataset folder")
     parser.add_argument(
         "--output", type=paths.local_path, required=True, help="the HTML file to write; an earlier page is replaced"
@@ -107,7 +107,7 @@ def _split(
     ]
     if found.unreadable:
         parts.append(
-            f'<p class="warn">Damaged records: {found.unreadable:,}; run python -m data_prep.verify for details.</p>'
+            f'<p class="warn">Damaged records: {found.unreadable:,}; run pera-jax verify for details.</p>'
         )
     if info.class_names is not None:
         parts.append(f"<h3>Classes, over {of} records</h3>{html.bars(_classes(info.class_names, found))}")

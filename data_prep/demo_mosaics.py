@@ -1,6 +1,6 @@
 """Renders procedural scenes for dense probes: land cover with masks, and pairs of dates with new buildings.
 
-    python -m data_prep.demo_mosaics --output mosaics
+    pera-jax demo-mosaics --output mosaics
 
 makes mosaics/cover/{train,test}/{image,label} with classes.txt, and mosaics/change/{train,test}/{A,B,label}, as
 `pera_jax.data.labelled.scenes` reads them. A scene is a patchwork of fields, each filled with the layout of one class
@@ -34,7 +34,7 @@ _FIELDS = 7
 
 def main(argv: list[str] | None = None) -> None:
     """The command. Raises UserError."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.demo_mosaics", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="pera-jax demo-mosaics", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=paths.local_path, required=True, help="folder to create")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     args = parser.parse_args(argv)

@@ -1,6 +1,6 @@
 """Renders a small dataset of procedural overhead scenes: an image folder with train/CLASS and test/CLASS.
 
-    python -m data_prep.demo_scenes --output scenes
+    pera-jax demo-scenes --output scenes
 
 The classes differ in layout (rows, circles, grids, bands, single objects), while colors, brightness and contrast come
 from the same distributions, so that color statistics say little about the class. Each image only depends on --seed,
@@ -33,7 +33,7 @@ _SETTINGS_FILE = "scenes.json"
 
 def main(argv: list[str] | None = None) -> None:
     """The command. Raises UserError."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.demo_scenes", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="pera-jax demo-scenes", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=paths.local_path, required=True, help="folder to create")
     parser.add_argument(
         "--images", type=int, default=1500, help="total number; a fifth is for testing (default: %(default)s)"

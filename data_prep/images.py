@@ -1,7 +1,7 @@
 """Converts a folder or archives of images to one split of a dataset folder of ArrayRecord shards.
 
-    python -m data_prep.images --input aid/train --output shards/aid --split train
-    python -m data_prep.images --input million_aid.zip --output shards/million --split train --drop duplicates,blank
+    pera-jax prep-images --input aid/train --output shards/aid --split train
+    pera-jax prep-images --input million_aid.zip --output shards/million --split train --drop duplicates,blank
 
 * Input: a folder, or tar, tar.gz, tar.bz2, tar.xz and zip archives, which are streamed and never unpacked to disk.
 * Images: file names that end in jpg, jpeg, png, tif, tiff or webp (any case), in folders of any depth. Other files are
@@ -38,7 +38,7 @@ from pera_jax.data import file_tree, records
 
 def main(argv: list[str] | None = None, driver: Callable = run_jobs) -> None:
     """The command; `driver` runs the jobs, see `run` of `folder.write_split`. Raises UserError."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.images", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="pera-jax prep-images", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--input", type=paths.local_path, required=True, nargs="+", help="folder of images, or archives"
     )

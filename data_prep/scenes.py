@@ -1,7 +1,7 @@
 """Cuts GeoTIFF scenes into tiles, as one split of a dataset folder of ArrayRecord shards.
 
-    python -m data_prep.scenes --input scenes/ --output shards/sentinel2 --split train --tile 256
-    python -m data_prep.scenes --input naip_2020.tif --output shards/naip --split train --tile 640m --stride 320m \
+    pera-jax prep-scenes --input scenes/ --output shards/sentinel2 --split train --tile 256
+    pera-jax prep-scenes --input naip_2020.tif --output shards/naip --split train --tile 640m --stride 320m \
         --gsd 2.5 --bands red,green,blue --band-names red,green,blue,nir
 
 * Scenes: files below the folders of --input whose names end in tif or tiff (any case); files passed directly may have
@@ -144,7 +144,7 @@ def _show(output: pathlib.Path, report: dict) -> None:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m data_prep.scenes", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="pera-jax prep-scenes", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--input", type=paths.local_path, required=True, nargs="+", help="folders of GeoTIFFs, or files"
     )

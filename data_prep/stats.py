@@ -1,7 +1,7 @@
 """Prints statistics of every band of a dataset folder, from its histograms.
 
-    python -m data_prep.stats shards/aid
-    python -m data_prep.stats shards/aid --split train --output statistics
+    pera-jax stats shards/aid
+    pera-jax stats shards/aid --split train --output statistics
 
 prints a table for each split; with --output it also writes SPLIT.statistics.csv, SPLIT.statistics.json and
 SPLIT.histograms.png to that folder, which is created if missing.
@@ -101,7 +101,7 @@ def number(value: float) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """The command. Raises UserError."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.stats", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="pera-jax stats", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=paths.local_path, help="dataset folder")
     parser.add_argument("--split", help="only this split")
     parser.add_argument("--output", type=paths.local_path, help="folder for CSV, JSON and a picture per split")

@@ -1,7 +1,7 @@
 """Converts a split of a TensorFlow Datasets image dataset to a split of a dataset folder, without TensorFlow.
 
-    python -m data_prep.tfds --dataset eurosat/rgb --tfds-split train[:80%] --output shards/eurosat --split train
-    python -m data_prep.tfds --dataset ~/tensorflow_datasets/eurosat/all/2.0.0 --tfds-split train --split train \\
+    pera-jax prep-tfds --dataset eurosat/rgb --tfds-split train[:80%] --output shards/eurosat --split train
+    pera-jax prep-tfds --dataset ~/tensorflow_datasets/eurosat/all/2.0.0 --tfds-split train --split train \\
         --output shards/eurosat13 --bands B01,B02,B03,B04,B05,B06,B07,B08,B09,B10,B11,B12,B8A
 
 * Dataset: a folder prepared by TFDS (with dataset_info.json and features.json), or the name NAME[/CONFIG][:VERSION] of
@@ -36,7 +36,7 @@ from pera_jax.data.tfds_sets import bands_of, feature_of, open_dataset, pick_ima
 
 def main(argv: list[str] | None = None, driver: Callable = run_jobs) -> None:
     """The command; `driver` runs the jobs, see `run` of `folder.write_split`. Raises UserError."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.tfds", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="pera-jax prep-tfds", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--dataset", required=True, type=paths.local, help="folder of a prepared dataset, or NAME[/CONFIG][:VERSION]"
     )

@@ -1,7 +1,7 @@
 """Checks a dataset folder: reads and decodes every record, and compares them with the metadata.
 
-    python -m data_prep.verify shards/aid
-    python -m data_prep.verify shards/aid --split train --workers 8 --json verified.json
+    pera-jax verify shards/aid
+    pera-jax verify shards/aid --split train --workers 8 --json verified.json
 
 * Shards: exist, have the size and number of records given in info.json, and can be read.
 * Records: match their checksums, and contain images with the bands and dtype of the dataset and valid labels.
@@ -35,7 +35,7 @@ _MOST_GRAY_LEVELS = 2.0  # maximum difference of the band mean between two JPEG 
 
 def main(argv: list[str] | None = None) -> None:
     """The command. Raises UserError, also if the folder is damaged."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.verify", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="pera-jax verify", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=paths.local_path, help="dataset folder")
     parser.add_argument("--split", help="check only this split")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Fine-tunes weights exported by `python -m pera_jax.export timm` on class folders of RGB images.
+"""Fine-tunes weights exported by `pera-jax export timm` on class folders of RGB images.
 
     python examples/finetune.py exported aid --output tuned.pth
 

@@ -1,4 +1,4 @@
-"""An encoder for the PANGAEA benchmark, from weights exported by `python -m pera_jax.export timm`.
+"""An encoder for the PANGAEA benchmark, from weights exported by `pera-jax export timm`.
 
     encoder = PerA("exported", {"optical": ["B4", "B3", "B2"]})
     maps = encoder({"optical": images})  # [B, C, H, W] or [B, C, T, H, W] -> a list of [B, D, h, w]

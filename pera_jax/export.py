@@ -1,11 +1,11 @@
 """Exports and imports weights.
 
-    python -m pera_jax.export timm --run runs/aid --output exported          # timm: safetensors, config, model card
-    python -m pera_jax.export released --run runs/aid --output aid.params    # PyTorch state dict of the authors' code
-    python -m pera_jax.export import-released pera.params --output runs/pera
-    python -m pera_jax.export import-timm vit_base.safetensors --output runs/vit_base
-    python -m pera_jax.export features --run runs/aid --input images --output features    # NumPy arrays of a dataset
-    python -m pera_jax.export stablehlo --run runs/aid --output aid.stablehlo             # runs without pera_jax
+    pera-jax export timm --run runs/aid --output exported          # timm: safetensors, config, model card
+    pera-jax export released --run runs/aid --output aid.params    # PyTorch state dict of the authors' code
+    pera-jax export import-released pera.params --output runs/pera
+    pera-jax export import-timm vit_base.safetensors --output runs/vit_base
+    pera-jax export features --run runs/aid --input images --output features    # NumPy arrays of a dataset
+    pera-jax export stablehlo --run runs/aid --output aid.stablehlo             # runs without pera_jax
 
 An import becomes a run folder with one checkpoint at step 0: probe it, export it, or start a training from it with
 `init_from`. Reading and writing torch.save files needs PyTorch (the extra `torch`).
@@ -50,7 +50,7 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m pera_jax.export", description="Exports and imports weights.")
+    parser = argparse.ArgumentParser(prog="pera-jax export", description="Exports and imports weights.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     out = commands.add_parser("timm", help="export an encoder for timm")

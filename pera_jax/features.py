@@ -2,7 +2,7 @@
 
     from pera_jax import features
 
-    model = features.load("runs/aid")        # or a folder written by `python -m pera_jax.export timm`
+    model = features.load("runs/aid")        # or a folder written by `pera-jax export timm`
     tokens = model(images)                   # stored values [B, H, W, C], NumPy or JAX
     tokens.class_token, tokens.patch_map     # [B, D], [B, h, w, D]
 

@@ -1,8 +1,8 @@
 """Predicts the memory and cost of a training by compiling its step for TPUs or for the devices of this machine.
 
-    python -m pera_jax.plan --config pera_vitg16_1024 --topology v5e:16x16
-    python -m pera_jax.plan --config pera_vitb16 --topology v6e:4x4 --per_device_batch 32 --no-search
-    python -m pera_jax.plan --config demo --topology local
+    pera-jax plan --config pera_vitg16_1024 --topology v5e:16x16
+    pera-jax plan --config pera_vitb16 --topology v6e:4x4 --per_device_batch 32 --no-search
+    pera-jax plan --config demo --topology local
 
 A TPU topology needs the extra `tpu`: libtpu, whose compiler runs without TPUs. `local` means the devices of this
 machine. Nothing is run: memory and collectives are the compiler's own numbers for one chip.
@@ -260,7 +260,7 @@ def show(result: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m pera_jax.plan", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="pera-jax plan", description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="a name such as pera_vitb16 or demo:smoke, or a file")
     parser.add_argument(
         "--topology", required=True, help="TPU topology such as v5e:16x16, v6e:16x16 or v5p:4x4x8, or local"
@@ -284,6 +284,10 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--share must be in (0, 1], --images and --per_device_batch >= 1")
     if arguments.json:
         owned.check(arguments.json, fix="--json")
+        try:
+            files.check_writable(arguments.json)
+        except OSError as error:
+            raise UserError(f"cannot write {arguments.json}: {error.strerror}; choose another --json") from error
     result = plan(
         configs.load(arguments.config, arguments.set), arguments.topology, arguments.per_device_batch,
         not arguments.no_search, arguments.images, arguments.share,

@@ -1,7 +1,7 @@
 """The probe command: scores the frozen features of a checkpoint.
 
-    python -m pera_jax.probe --run runs/aid --data shards/aid --tasks knn,linear
-    python -m pera_jax.probe --run runs/aid --config probes --follow
+    pera-jax probe --run runs/aid --data shards/aid --tasks knn,linear
+    pera-jax probe --run runs/aid --config probes --follow
 
 With `--follow` the command evaluates each new checkpoint of a run that trains in another process, until the run ends.
 Hyperparameters are chosen on a held-out part of the training split; the test split is used once per score. Results are
@@ -85,7 +85,7 @@ def output_folder(run: str, output: str | os.PathLike | None) -> pathlib.Path:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m pera_jax.probe", description="Evaluates the frozen features of a checkpoint."
+        prog="pera-jax probe", description="Evaluates the frozen features of a checkpoint."
     )
     parser.add_argument("--run", required=True, type=paths.local, help="run folder (the --workdir of the training)")
     parser.add_argument(

@@ -1,6 +1,6 @@
 """The report command: one self-contained HTML page about a run and what it has learned.
 
-    python -m pera_jax.report --run runs/aid --data shards/aid --output report
+    pera-jax report --run runs/aid --data shards/aid --output report
 
 writes report/index.html, and each figure as a PNG beside it: the views of the networks, a PCA of the patch tokens, the
 attention of the class token, nearest neighbors. The page also has scores, training curves, confusion matrices, scenes
@@ -15,7 +15,7 @@ from pera_jax.reports.job import report
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m pera_jax.report", description="Writes an HTML page about a run.")
+    parser = argparse.ArgumentParser(prog="pera-jax report", description="Writes an HTML page about a run.")
     parser.add_argument("--run", required=True, type=paths.local, help="run folder (the --workdir of the training)")
     parser.add_argument(
         "--data", type=paths.local, help="dataset folder (default: the training data, if it still exists)"

@@ -1,6 +1,6 @@
 """The training job.
 
-    python -m pera_jax.train --config aid_small --config.data.path=shards/aid --workdir runs/aid
+    pera-jax train --config aid_small --config.data.path=shards/aid --workdir runs/aid
 
 Runs the jitted step of the config's objective over a mesh. Re-run the same command to resume, bit for bit, from the
 newest checkpoint of the workdir; `pera_jax.training.resume` lists the config fields that may change. Only one process

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,6 +41,13 @@ def write(path: pathlib.Path, content: bytes, temporary: pathlib.Path | None = N
     paths.local(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path, temporary) as place:
         place.write_bytes(content)
+
+
+def check_writable(path: pathlib.Path) -> None:
+    """Raises OSError if `path` could not be written, where its folders may not exist yet; leaves no files behind."""
+    there = next(place for place in path.absolute().parents if place.exists())
+    with tempfile.TemporaryFile(dir=there):
+        pass
 
 
 def as_json(value: Any) -> bytes:

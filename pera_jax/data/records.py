@@ -182,11 +182,11 @@ def load_info(path: str | pathlib.Path) -> DatasetInfo:
     folder = pathlib.Path(paths.local(path))
     file = folder / INFO_FILE
     if not folder.is_dir():
-        raise UserError(f"dataset folder {printable(folder)} does not exist; make one with python -m data_prep.images")
+        raise UserError(f"dataset folder {printable(folder)} does not exist; make one with pera-jax prep-images")
     if not file.is_file():
         raise UserError(
             f"{printable(folder)} has no {INFO_FILE}: it is not a dataset folder, or its conversion has not finished; "
-            "make one of a folder of images with python -m data_prep.images --input IMAGES --output SHARDS"
+            "make one of a folder of images with pera-jax prep-images --input IMAGES --output SHARDS"
         )
     fix = "copy it again, or convert the dataset again"
     fields = json_files.read(file, dict[str, Any], fix)

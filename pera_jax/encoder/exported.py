@@ -1,4 +1,4 @@
-"""Reads folders written by `python -m pera_jax.export timm`.
+"""Reads folders written by `pera-jax export timm`.
 
 config.json has an entry for this program, with the SHA-256 of model.safetensors and a digest of the entry itself.
 """
@@ -84,8 +84,8 @@ def load(folder: pathlib.Path, step: int | None, which: str | None, verify: bool
             meta_fields.check_exported(meta)
     except (OSError, json_files.Invalid) as error:
         raise UserError(
-            f"{folder / CONFIG} was not written by python -m pera_jax.export timm ({error}); export the weights again, "
-            "or import the file with python -m pera_jax.export import-timm"
+            f"{folder / CONFIG} was not written by pera-jax export timm ({error}); export the weights again, "
+            "or import the file with pera-jax export import-timm"
         ) from error
     check(meta, folder / CONFIG)
     shape, (height, width), held = meta["model"], meta["image_size"], (meta["network"], meta["step"])

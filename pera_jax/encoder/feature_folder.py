@@ -1,6 +1,6 @@
 """Writes the features of a dataset as NumPy arrays to a folder.
 
-    python -m pera_jax.export features --run runs/aid --input images --output features
+    pera-jax export features --run runs/aid --input images --output features
 
 writes
 

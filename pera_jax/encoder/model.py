@@ -1,6 +1,6 @@
 """Features of images from trained weights: class token, map of patch tokens, tokens of intermediate blocks.
 
-    model = features.load("runs/aid")        # or a folder written by `python -m pera_jax.export timm`
+    model = features.load("runs/aid")        # or a folder written by `pera-jax export timm`
     tokens = model(images)                   # stored values [B, H, W, C], NumPy or JAX
     tokens.class_token, tokens.patch_map     # [B, D], [B, h, w, D]
     model(images, blocks=(3, 7, 11)).block_maps
@@ -163,7 +163,7 @@ def _chosen(blocks: int | Sequence[int], depth: int) -> tuple[int, ...]:
 def load(
     path: str | pathlib.Path, step: int | None = None, which: str | None = None, verify: bool = True
 ) -> Model:
-    """Loads the model of a run, or of a folder written by `python -m pera_jax.export timm`.
+    """Loads the model of a run, or of a folder written by `pera-jax export timm`.
 
     Args:
       path: the run folder (its `--workdir`) or the exported folder.
@@ -193,7 +193,7 @@ def load_weights(
     path = pathlib.Path(paths.local(path))
     if not path.is_dir():
         raise UserError(
-            f"the folder {path} does not exist; give a run folder or a folder written by python -m pera_jax.export timm"
+            f"the folder {path} does not exist; give a run folder or a folder written by pera-jax export timm"
         )
     if (path / exported.FILE).is_file():
         return exported.load(path, step, which, verify)

@@ -164,15 +164,6 @@ def interval(
     return float(low), float(high)
 
 
-def bootstrap_interval(
-    values: np.ndarray, seed: int, resamples: int = 1000, level: float = 0.95
-) -> tuple[float, float]:
-    """The `interval` of the mean of `values` [N], one per test unit; with `predicted == labels` that of the
-    accuracy."""
-    values = np.asarray(values, np.float64)
-    return interval(lambda counts: counts @ values / len(values), len(values), seed, resamples, level)
-
-
 def over_seeds(score: Callable, predictions: Sequence[np.ndarray], truth: np.ndarray, seed: int) -> Score:
     """The mean of a metric over several seeds, with the bootstrap interval of the mean.
 

@@ -32,7 +32,7 @@ summary { cursor: pointer; }
 )
 NO_DATA = "no images; give a dataset folder with --data."
 NO_CHECKPOINT = "the run has no complete checkpoint yet."
-NO_RESULTS = "the run has not been probed yet; use python -m pera_jax.probe."
+NO_RESULTS = "the run has not been probed yet; use pera-jax probe."
 
 
 @dataclasses.dataclass(frozen=True)

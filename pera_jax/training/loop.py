@@ -207,7 +207,7 @@ def explain_out_of_memory(config):
         raise UserError(
             f"a device ran out of memory{f' while allocating {wanted[1]}' if wanted else ''}; set a smaller batch_size "
             f"than {config.batch_size}, or keep it and set accumulate={2 * config.accumulate} or model.remat={deeper} "
-            "(python -m pera_jax.plan shows the memory of each), then re-run the same command to resume"
+            "(pera-jax plan shows the memory of each), then re-run the same command to resume"
         ) from error
 
 

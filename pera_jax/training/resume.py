@@ -75,11 +75,14 @@ def check_same_run(
         )
     other = f"the checkpoint in {workdir} belongs to another"
     fix = "use another --workdir, or the config that the run was started with"
-    for name in ("model", "bands", "dtype", "ranges", "mean", "std"):
-        if found[name] != wanted[name]:
-            raise UserError(
-                f"{other} model: expected {name} {wanted[name]} from this config, got {found[name]}; {fix}"
-            )
+    was, now = found["config"]["objective"], wanted["config"]["objective"]
+    shapes = [(f"model.{name}", wanted["model"].get(name), found["model"].get(name))
+              for name in wanted["model"] | found["model"]]  # fmt: skip
+    bands = [(name, wanted[name], found[name]) for name in ("bands", "dtype", "ranges", "mean", "std")]
+    different = [each for each in (("objective", now, was), *shapes, *bands) if each[1] != each[2]]
+    if different:
+        said = several([f"{name} {expected} from this config, got {got}" for name, expected, got in different], _MOST)
+        raise UserError(f"{other} model: expected {said}; {fix}")
     changes = _changes(found["config"], wanted["config"])
     method = objectives.method(wanted["config"]["objective"])
     own = {

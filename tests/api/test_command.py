@@ -36,6 +36,7 @@ def test_every_command_is_a_module_that_can_be_run_and_has_a_line_of_help(monkey
         assert f"  {name:12}  {about}" in lines
         text = pathlib.Path(importlib.util.find_spec(module).origin).read_text()
         assert 'if __name__ == "__main__":' in text, module
+        assert (f"pera-jax {name}" in text or name == "features") and "python -m" not in text, module
     runnable = {
         ".".join(file.relative_to(ROOT).with_suffix("").parts)
         for folder in ("pera_jax", "data_prep")
@@ -103,7 +104,7 @@ WRONG_FILES = {
     "def get_config():\n    raise SystemExit(3)\n": r"fails in line 5 \(SystemExit: 3\)",
     "config = configs.default()\n": "own.py has no function get_config; define one",
     "def get_config():\n    return {}\n": "expected a ConfigDict from get_config in .*own.py, got dict; start from",
-    "def get_config(size):\n    return size\n": "get_config in .*own.py needs an argument; give one as in .*own.py:smoke",
+    "def get_config(size):\n    return size\n": "own.py needs an argument; give one as in .*own.py:smoke",
 }
 
 

@@ -40,7 +40,7 @@ model = pera_jax.features.load("run")
 assert model.network.width == 32
 for wrong, sentence in (
     ({"data": "images"}, "images has no info.json: it is not a dataset folder"),
-    ({"data": "images"}, "make one of a folder of images with python -m data_prep.images"),
+    ({"data": "images"}, "make one of a folder of images with pera-jax prep-images"),
     ({"config": "pera_vitb"}, "expected one of aid_small, demo, demo_probes, pera_vitb16, pera_vitg16_1024, probes,"),
     ({"changes": {"model.breadth": 3}}, "no field model.breadth"),
 ):

@@ -136,6 +136,12 @@ def test_the_command_on_local_devices(tmp_path, capsys):
         plan.main([*arguments[:-1], "3", "--set", "accumulate=2"])
 
 
+def test_numbers_that_could_not_be_written_are_found_out_first(monkeypatch):
+    monkeypatch.setattr(plan, "plan", None)
+    with pytest.raises(UserError, match="cannot write /proc/new/plan.json: .*; choose another --json"):
+        plan.main(["--config", "demo:smoke", "--topology", "local", "--json", "/proc/new/plan.json"])
+
+
 def test_a_topology_without_libtpu(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs libtpu; run pip install"):

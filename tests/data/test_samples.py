@@ -114,7 +114,7 @@ def test_names_that_are_not_utf_8_stay_out_as_in_conversions(folders, capsys):
 
 def test_an_archive_is_to_be_converted_first(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"PK")
-    with pytest.raises(UserError, match="a.zip is a file; convert archives with python -m data_prep.images"):
+    with pytest.raises(UserError, match="a.zip is a file; convert archives with pera-jax prep-images"):
         samples.open_images(str(tmp_path / "a.zip"))
 
 

@@ -196,7 +196,7 @@ def change_config(folder: pathlib.Path, **changes) -> None:
         (
             lambda folder: (folder / "config.json").unlink(),
             {},
-            "config.json was not written by python -m pera_jax.export timm",
+            "config.json was not written by pera-jax export timm",
         ),
         (
             lambda folder: (folder / "config.json").write_text("{}"),

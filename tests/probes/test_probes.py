@@ -203,7 +203,7 @@ def test_a_config_names_several_tasks(run, data, tmp_path):
         (["--data", "{tmp}/nothing"], "nothing does not exist"),
         (["--test-split", "val"], "has no split 'val'; it has few, part, test and 1 more"),
         (["--test-split", "train"], "are both 'train'"),
-        (["--tasks", "knn,svm"], "unknown task 'svm'; expected any of knn, linear"),
+        (["--tasks", "knn,svm"], "unknown task 'svm'; expected one or more of knn, linear"),
         (["--image-size", "50"], r"image size 50 is not a multiple of the checkpoint's patch size 8 px; try 48"),
         (["--train-split", "part"], "split 'part' of .* has no image of stripes, which 'test' has"),
         (["--data", "{unlabeled}"], "has no labels"),

@@ -184,7 +184,7 @@ def test_the_workdir_of_another_run_is_refused_and_left_alone(config, tmp_path):
     begin(config, workdir)
     other = config.copy_and_resolve_references()
     other.model.width = 64
-    refuse(other, workdir, "belongs to another model: expected model .*'width': 64.*, got .*'width': 32")
+    refuse(other, workdir, "belongs to another model: expected model.width 64 from this config, got 32; use another")
     other = config.copy_and_resolve_references()
     other.data.path = toy_data.write(tmp_path / "other", fingerprint="other")
     refuse(other, workdir, "belongs to another dataset: expected other with fingerprint other, got toy with toy")

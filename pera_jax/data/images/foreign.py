@@ -214,16 +214,16 @@ def _as_colors(stored: _Stored, span: tuple[int, int] | None) -> Picture:
     values, changes, count = stored.values, list(stored.changes), stored.values.shape[2]
     if values.dtype not in (np.uint8, np.uint16):
         known = "stores float32" if values.dtype == np.float32 else "may read it with --scale apply"
-        raise ImageDecodeError(f"has values of {values.dtype} with unknown range; python -m data_prep.scenes {known}")
+        raise ImageDecodeError(f"has values of {values.dtype} with unknown range; pera-jax prep-scenes {known}")
     if not _has_colors(stored):
-        raise ImageDecodeError(f"has {count} bands, which are not colors; python -m data_prep.scenes reads any bands")
+        raise ImageDecodeError(f"has {count} bands, which are not colors; pera-jax prep-scenes reads any bands")
     if stored.depth > 8:
         changes.append("range" if span else "16 bit")
         most = int(values[..., : stored.base].max())
         if span is None and stored.depth == 16 and 0 < most < _NARROW:
             raise ImageDecodeError(
-                f"has a maximum of {most} of 65535 and would become dark; convert with python -m data_prep.images "
-                f"--range 0,{most}, or another range for all images, or with python -m data_prep.scenes"
+                f"has a maximum of {most} of 65535 and would become dark; convert with pera-jax prep-images "
+                f"--range 0,{most}, or another range for all images, or with pera-jax prep-scenes"
             )
     elif stored.depth < 8:
         changes.append(f"{stored.depth} bit")

@@ -115,7 +115,7 @@ def _open(data: str, split: str, with_classes: bool | None, reading: folders.Rea
         return _from_folder(data, split, with_classes, reading)
     if pathlib.Path(data).is_file():
         raise UserError(
-            f"{data} is a file; convert archives with python -m data_prep.images, and pass the dataset folder"
+            f"{data} is a file; convert archives with pera-jax prep-images, and pass the dataset folder"
         )
     raise UserError(f"the dataset {data} does not exist; pass a dataset folder, an image folder, or tfds:NAME")
 
@@ -184,7 +184,7 @@ def _from_tfds(data: str, split: str) -> Samples:
     try:
         image, label = tfds_sets.pick_image(builder), tfds_sets.pick_label(builder)
     except UserError as error:
-        raise UserError(f"{error} of python -m data_prep.tfds, and probe the shards that it writes") from error
+        raise UserError(f"{error} of pera-jax prep-tfds, and probe the shards that it writes") from error
     bands, dtype = tfds_sets.bands_of(image, tfds_sets.feature_of(builder, image))
     names = None if label is None else tuple(tfds_sets.feature_of(builder, label).names)
     place = str(builder.data_dir)

@@ -147,8 +147,8 @@ def _save(run: str, step: int) -> tuple[int, str]:
 
 
 def _load(run: str, step: int, skipped: set[tuple[int, str]]) -> Weights | None:
-    """Loads the evaluated network of a checkpoint on every process. None if the checkpoint is gone or damaged, and then it is
-    added to `skipped`, or if it is not yet visible on some process."""
+    """Loads the evaluated network of a checkpoint on every process. None if the checkpoint is gone or damaged, and then
+    it is added to `skipped`, or if it is not yet visible on some process."""
     weights = damaged = None
     save = _save(run, step)
     try:

@@ -37,7 +37,8 @@ class Network:
     """The evaluated network.
 
     Attributes:
-      encoder: "teacher", "student" (of a method without a teacher), "untrained" (the initial weights) or "pixels" (the baseline without a network).
+      encoder: "teacher", "student" (of a method without a teacher), "untrained" (the initial weights) or "pixels" (the
+        baseline without a network).
       meta: metadata of the checkpoint.
       weights: SHA-256 of the backbone; "" for pixels.
       saved: identity of the save, SHA-256 of Orbax's metadata; it changes if the step is saved again.

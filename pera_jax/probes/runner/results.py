@@ -19,7 +19,6 @@ import json
 import os
 import pathlib
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -87,10 +86,8 @@ def write(base: pathlib.Path, entry: dict[str, Any], pictures: dict[str, np.ndar
 def check_writable(base: pathlib.Path) -> None:
     """Raises UserError if results could not be written; leaves no files behind."""
     owned.check(base / "results.csv")
-    there = next(place for place in (base.absolute(), *base.absolute().parents) if place.exists())
     try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
+        files.check_writable(base / "results.csv")
     except OSError as error:
         raise _unwritable(base, error) from error
 
@@ -130,7 +127,8 @@ def replaced(base: pathlib.Path, entry: Mapping[str, Any]) -> bool:
 
 
 def read_step(base: pathlib.Path, step: int, name: str) -> list[dict[str, Any]]:
-    """The entries with this name of one checkpoint's trained network. Raises UserError for a file that is not a result."""
+    """The entries with this name of the trained network at a step. Raises UserError for a file that is not a
+    result."""
     found = [_read(base, file) for file in _files(base / f"step_{step:06d}", name)]
     return [entry for entry in found if entry["name"] == name]
 

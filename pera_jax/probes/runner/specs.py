@@ -141,7 +141,7 @@ def from_names(
     """One spec per task, all with the same fields. Raises UserError as `make`."""
     unknown = [task for task in tasks if task not in TASKS]
     if unknown or not tasks:
-        raise UserError(f"unknown task {several(unknown)!r}; expected any of {', '.join(TASKS)}")
+        raise UserError(f"unknown task {several(unknown)!r}; expected one or more of {', '.join(TASKS)}")
     others = {} if set(tasks) <= set(DENSE) else {"image_size", "labels"}  # fields that dense tasks do not have
     return _changed({
         task: {"task": task} | {k: v for k, v in fields.items() if task in WHOLE_IMAGES or k not in others}
