@@ -73,7 +73,7 @@ def test_fine_tuning_learns_and_its_weights_load(run, tmp_path, capsys):
     weights = exported(run, tmp_path / "weights")
     options = ["--epochs", "10", "--batch-size", "10", "--learning-rate", "1e-2", "--workers", "0"]
     finetune.main([weights, str(data), "--output", str(tmp_path / "tuned.pth"), *options])
-    said = re.search(r"(\d+) of 30 test images right", capsys.readouterr().out)
+    said = re.search(r"(\d+) of 30 test images correct", capsys.readouterr().out)
     assert int(said[1]) >= 24  # 10 by chance
     stored = torch.load(tmp_path / "tuned.pth")
     model = timm.create_model(f"local-dir:{weights}", pretrained=True, num_classes=3)
