@@ -10,7 +10,6 @@ from pera_jax.common import paths
 from pera_jax.common.errors import UserError
 from pera_jax.config.defaults import default
 from pera_jax.config.renamed import new_name
-from pera_jax.models import variants
 from pera_jax.objectives.base import Layout
 
 PATHS = ("resume_from", "init_from", "data.path", "monitor.data")
@@ -54,13 +53,6 @@ def check(config: ConfigDict, batch_shards: int, weight_shards: int, hosts: int)
     _check_batch(config, batch_shards, hosts)
     _check_ranges(config)
     _check_weights(config.data)
-    crops, patch = config.crops, variants.sizes(config.model)["patch"]
-    for kind, number in (("global", crops.global_number), ("local", crops.local_number)):
-        size = crops[f"{kind}_size"]
-        if number and size % patch:
-            raise UserError(
-                f"crops.{kind}_size={size} is not a multiple of the patch size {patch}; choose a multiple of {patch}"
-            )
     _one_of(config.model, "remat", ("none", "dots", "block"), "model.")
     _one_of(config.model, "attention", ("auto", "cudnn", "xla"), "model.")
     _one_of(config, "precision", ("bfloat16", "float32", "float64"))
@@ -106,7 +98,8 @@ def check_fields(config: ConfigDict) -> None:
         raise UserError(
             "the config is a probe config, with tasks; use it with pera-jax probe, or choose another config"
         )
-    _same_fields(config, default(config.get("objective", "pera")), "")
+    reference = default(config.get("objective", "pera"))
+    _same_fields(config, reference, "", reference)
 
 
 def _check_rate_factors(rules) -> None:
@@ -158,10 +151,10 @@ def _one_of(config: ConfigDict, field: str, allowed: tuple[str, ...], prefix: st
         raise UserError(f"{prefix}{field}={config[field]!r} is invalid; expected one of {', '.join(allowed)}")
 
 
-def _same_fields(config: ConfigDict, reference: ConfigDict, prefix: str) -> None:
+def _same_fields(config: ConfigDict, reference: ConfigDict, prefix: str, known: ConfigDict) -> None:
     unknown = sorted(set(config) - set(reference))
     if unknown:
-        now = new_name(f"{prefix}{unknown[0]}")
+        now = new_name(f"{prefix}{unknown[0]}", known)
         fix = f"it is now called {now}" if now else f"known here: {', '.join(sorted(reference))}"
         raise UserError(f"the config has no field {prefix}{unknown[0]}; {fix}")
     missing = sorted(set(reference) - set(config))
@@ -173,4 +166,4 @@ def _same_fields(config: ConfigDict, reference: ConfigDict, prefix: str) -> None
         if isinstance(value, ConfigDict):
             if not isinstance(config[name], ConfigDict):
                 raise UserError(f"the config's field {prefix}{name} must be a group of fields, got {config[name]!r}")
-            _same_fields(config[name], value, f"{prefix}{name}.")
+            _same_fields(config[name], value, f"{prefix}{name}.", known)

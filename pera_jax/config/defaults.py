@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from pera_jax import objectives
 from pera_jax.common.errors import UserError
+from pera_jax.objectives import check
 
 
 def default(objective: str = "pera") -> ConfigDict:
@@ -103,7 +104,7 @@ def default(objective: str = "pera") -> ConfigDict:
         keep_every="50 epochs",  # kept for good besides the last ones
     )
     own = objectives.method(objective)
-    config[own.name] = own.default_config()
+    config[check.group(own, config)] = own.default_config()
     return config
 
 

@@ -10,6 +10,8 @@ from pera_jax.common.errors import UsageError
 from pera_jax.config.load import load
 from pera_jax.config.renamed import new_name
 
+_FLAG = ("--config", "-config")
+
 
 def parse(argv: list[str]) -> list[str]:
     """A `flags_parser` for `app.run` of a command whose flag `config` is an ml_collections config file.
@@ -30,30 +32,49 @@ def parse(argv: list[str]) -> list[str]:
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         while error.args and isinstance(error.args[0], Exception):  # an AttributeError that wraps a KeyError
             error = error.args[0]
-        reason = error.args[0] if isinstance(error, KeyError) else error
-        raise UsageError(f"invalid flag or config: {' '.join(str(reason).split())}") from error
+        reason = " ".join(str(error.args[0] if isinstance(error, KeyError) else error).split())
+        if isinstance(error, KeyError) and reason.strip("'").isidentifier():
+            reason = f"the config has no field {reason}"
+        raise UsageError(f"invalid flag or config: {reason}") from error
 
 
 def resolve(arguments: list[str]) -> list[str]:
     """Replaces the config X after `--config` by "THIS_FILE:X", with which ml_collections calls `get_config` below, and
     renamed fields by their current names."""
     result, value_expected = [], False
-    for argument in arguments:
+    for argument in _with_current_names(arguments):
         name, equals, value = argument.partition("=")
-        if name.startswith("--config.") and (now := new_name(name.removeprefix("--config."))):
-            print(
-                f"note: the config field {name.removeprefix('--config.')} is now called {now}",
-                file=sys.stderr,
-                flush=True,
-            )
-            name, argument = f"--config.{now}", f"--config.{now}{equals}{value}"
         if value_expected:
             argument = f"{__file__}:{argument}"
-        elif equals and name in ("--config", "-config"):
+        elif equals and name in _FLAG:
             argument = f"--config={__file__}:{value}" if value else "--config="
-        value_expected = argument in ("--config", "-config")
+        value_expected = argument in _FLAG
         result.append(argument)
     return result
+
+
+def _with_current_names(arguments: list[str]) -> list[str]:
+    result, config = [], None
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        field = name.removeprefix("--config.")
+        if field != name and new_name(field) and (given := _given(arguments)):
+            config = load(given) if config is None else config
+            if now := new_name(field, config):
+                print(f"note: the config field {field} is now called {now}", file=sys.stderr, flush=True)
+                argument = f"--config.{now}{equals}{value}"
+        result.append(argument)
+    return result
+
+
+def _given(arguments: list[str]) -> str:
+    """The last value of `--config`; "" without one."""
+    given = ""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, value = argument.partition("=")
+        if name in _FLAG:
+            given = value if equals else following
+    return given
 
 
 def with_underscores(argument: str, known: Container[str]) -> str:

@@ -17,6 +17,7 @@ from pera_jax.common.errors import UserError
 from pera_jax.common.text import first_line, printable, several
 from pera_jax.config import run_file
 from pera_jax.config.renamed import new_name
+from pera_jax.objectives.lookup import importable_from
 
 _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 
@@ -69,12 +70,13 @@ def load(config: str | os.PathLike | ConfigDict, changes: Sequence[str] | Mappin
         path = os.fspath(config)
         config = run_file.get_config(str(paths.local(path))) if path.endswith(".json") else _from_python(*find(path))
     for field, value in changes.items() if isinstance(changes, Mapping) else map(assignment, changes):
+        field = new_name(field, config) or field
         try:
-            config.update_from_flattened_dict({new_name(field) or field: value})
+            config.update_from_flattened_dict({field: value})
         except (KeyError, AttributeError) as error:
             raise UserError(f"the config has no field {field}; pera_jax/config/defaults.py lists the fields") from error
         except TypeError as error:
-            default = functools.reduce(getattr, (new_name(field) or field).split("."), config)
+            default = functools.reduce(getattr, field.split("."), config)
             raise UserError(
                 f"expected {field} as {run_file.expected_type(default)}, got {value!r}; change its value"
             ) from error
@@ -85,11 +87,12 @@ def _from_python(file: str, argument: str) -> ConfigDict:
     """What `get_config` of a Python file returns. Raises UserError if it raises, or is no such function."""
     given = [argument] if argument else []
     try:
-        get_config = runpy.run_path(file).get("get_config")
-        if not callable(get_config):
-            raise UserError(f"{file} has no function get_config; define one that returns the config")
-        _check_arguments(file, get_config, given)
-        config = get_config(*given)
+        with importable_from(os.path.dirname(file)):  # where the module of its method may lie
+            get_config = runpy.run_path(file).get("get_config")
+            if not callable(get_config):
+                raise UserError(f"{file} has no function get_config; define one that returns the config")
+            _check_arguments(file, get_config, given)
+            config = get_config(*given)
     except (Exception, SystemExit) as error:
         if isinstance(error, UserError) or environment.environment_fault(error):
             raise

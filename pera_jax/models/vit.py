@@ -299,7 +299,7 @@ def build(
             f"choose a multiple of {shape['patch']}"
         )
     if not 0 < shape["split"] < shape["depth"]:
-        raise UserError(f"model.depth={shape['depth']} must be >= 2, because the learnable tokens join at mid depth")
+        raise UserError(f"model.depth={shape['depth']} must be >= 2, because the network is two stacks of blocks")
     implementation = choose(attention, precision, shape["width"] // shape["heads"], device)
     return ViT(**shape, scan=scan, remat=remat, attention=implementation, precision=precision)
 

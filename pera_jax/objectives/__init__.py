@@ -4,7 +4,6 @@
 (an `objectives.base.Objective`); its fields are in `config.<OBJECTIVE.name>`.
 """
 
-import importlib
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ from ml_collections import ConfigDict
 
 from pera_jax.bands import Bands
 from pera_jax.common.errors import UserError
-from pera_jax.common.text import printable
+from pera_jax.objectives import check, lookup
 from pera_jax.objectives.base import Layout, Objective, stream
 
 METHODS = {"pera": "pera_jax.objectives.pera"}
@@ -20,13 +19,7 @@ METHODS = {"pera": "pera_jax.objectives.pera"}
 
 def method(name: str) -> type[Objective]:
     """The class of a method. Raises UserError: neither registered nor an importable module with `OBJECTIVE`."""
-    try:
-        return importlib.import_module(METHODS.get(name, str(name))).OBJECTIVE
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(
-            f"objective={printable(str(name))!r} is not one of {', '.join(METHODS)}, nor an importable module that "
-            "defines OBJECTIVE; choose one of them"
-        ) from error
+    return lookup.objective_of(str(name), METHODS)
 
 
 def default_config(name: str) -> ConfigDict:
@@ -36,7 +29,9 @@ def default_config(name: str) -> ConfigDict:
 
 def validate(config: ConfigDict, layout: Layout) -> None:
     """Checks the method's own fields of a config, and its requirements on the common fields."""
-    method(config.objective).validate(config, layout)
+    found = method(config.objective)
+    check.declarations(found, config.objective)
+    found.validate(config, layout)
 
 
 def from_config(config: ConfigDict, bands: Bands, device: jax.Device | None = None) -> Objective:
@@ -46,9 +41,11 @@ def from_config(config: ConfigDict, bands: Bands, device: jax.Device | None = No
       device: one of the devices that it will run on, see `attention.choose`.
 
     Raises:
-      UserError: the config is invalid.
+      UserError: the config is invalid, or a crop is no multiple of the patch size.
     """
-    return method(config.objective).from_config(config, bands, device)
+    objective = method(config.objective).from_config(config, bands, device)
+    check.crops(objective)
+    return objective
 
 
 def from_metadata(meta: dict[str, Any]) -> Objective:

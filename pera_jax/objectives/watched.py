@@ -35,7 +35,7 @@ COMMON_CONDITIONS = (
     ),
     Condition(
         "loss diverges", "growth", 1.5, 1.2, False,
-        "the {excess_name} has reached {excess:.2f}, {growth:.1f} times its value in the first steps; "
+        "the {excess_name} has risen from {first:.2f} in the first steps to {excess:.2f}; "
         "lower schedules.learning_rate.peak or optimizer.clip_norm",
     ),
 )  # fmt: skip
@@ -47,7 +47,8 @@ class HealthChecks(NamedTuple):
     Attributes:
       conditions: in the order of their metrics.
       averaged: maps the metrics of a step to the values that are averaged over steps; must include `update` and
-        `excess`. The ratio of `excess` to its value in the first steps is the quantity `growth`.
+        `excess`. Its average over the first steps is the quantity `first`, and `growth` is 1 plus the rise of `excess`
+        since then, as a fraction of |first| or of 1 if that is more: the ratio of the two where `first` is at least 1.
       quantities: maps these averages to further quantities that the conditions refer to.
     """
 

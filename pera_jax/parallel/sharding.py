@@ -76,11 +76,11 @@ def path_of(key_path) -> str:
 
 
 def first_match(path: str, rules: tuple[tuple[str, Any], ...], what: str) -> Any:
-    """The value of the first rule whose regex is found in `path`. Raises ValueError if there is none."""
+    """The value of the first rule whose regex is found in `path`. Raises UserError if there is none."""
     for pattern, value in rules:
         if re.search(pattern, path):
             return value
-    raise ValueError(f"no {what} rule matches the leaf {path!r}; add one where its network or objective is defined")
+    raise UserError(f"no {what} rule matches the leaf {path!r}; add one where its network or objective is defined")
 
 
 def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> P:
@@ -88,7 +88,7 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> P:
     sharded.
 
     Raises:
-      ValueError: no rule matches.
+      UserError: no rule matches.
     """
     kept = []
     for size, axes in zip(shape, first_match(path, rules, "sharding")):

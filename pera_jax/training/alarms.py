@@ -78,5 +78,6 @@ class Alarms:
 
     def _seen(self, averages: Mapping[str, float]) -> dict[str, Any]:
         """The quantities that conditions and their texts refer to, from the averages or from one step."""
-        growth = averages["excess"] / max(self._averages["first"], 1.0)
+        excess, first = averages["excess"], self._averages["first"]
+        growth = excess / first if first >= 1.0 else 1.0 + (excess - first) / max(-first, 1.0)
         return {**averages, "growth": growth} | self._checks.quantities(averages)

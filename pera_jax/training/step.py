@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from pera_jax.common.errors import UserError
 from pera_jax.models import vit
+from pera_jax.objectives import check
 from pera_jax.objectives.base import Context, Objective, Streams, stream
 from pera_jax.parallel import sharding
 
@@ -38,6 +39,7 @@ def make_optimizer(config) -> optax.GradientTransformation:
 def new_state(objective: Objective, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     """The state before the first step; the teacher starts as a copy of the student."""
     params = objective.init(stream(jax.random.key(seed), "init"))
+    check.parameters(objective, params)
     teacher = jax.tree.map(jnp.copy, {k: params[k] for k in objective.teacher_keys})
     return TrainState(jnp.zeros((), jnp.int32), params, teacher, optimizer.init(params), objective.init_state())
 
@@ -172,6 +174,7 @@ def make_step(objective: Objective, optimizer, seed: int, settings: Any, accumul
             )
             grads, aux = jax.tree.map(lambda total: total / accumulate, sums)
         objective_state, metrics = objective.update(state.objective, aux)
+        check.metrics(objective, metrics)
         with jax.named_scope("optimizer"):
             state, norms = apply_gradients(state, grads, objective, objective_state, scalars, optimizer, settings)
         return state, metrics | norms

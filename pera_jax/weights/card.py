@@ -78,6 +78,12 @@ def _origin(meta: dict, step: int) -> str:
     data = meta["data"]
     return (
         f"Pre-trained without labels for {step:,} steps of {meta['config']['batch_size']:,} images by "
-        f"{objectives.method(meta['config']['objective']).citation} on {data['name']}: {data['records']:,} images, "
+        f"{_citation(meta)} on {data['name']}: {data['records']:,} images, "
         f"fingerprint `{data['fingerprint']}`; pera_jax, revision `{meta['git']}`."
     )
+
+
+def _citation(meta: dict) -> str:
+    """The citation of the method that trained a checkpoint, which need not be installed unless the checkpoint is of an
+    earlier version."""
+    return meta["method"]["citation"] if "method" in meta else objectives.method(meta["config"]["objective"]).citation

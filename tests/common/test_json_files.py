@@ -91,7 +91,6 @@ def test_a_meta_that_no_run_has_is_refused():
         ("ranges", [[0, 255], [5, 5], [0, 255]], "expected ranges with low < high"),
         ("dtype", "int8", "dtype: unknown value 'int8'"),
         ("config.model.depth", "4", "config.model.depth: expected int, got str"),
-        ("config.pera.heads.hidden", -1, "config.pera.heads.hidden: expected a number in [0, 2**31), got -1"),
         ("config.pera.masks", 3, "config.pera.masks: expected a group of fields, got int"),
         ("config.data.path", None, "config.data.path: expected str, got NoneType"),
         ("data", None, "data: expected object, got null"),

@@ -1,26 +1,35 @@
 """The contract of objectives, for all registered methods and a toy method defined in the tests."""
 
 import dataclasses
+import importlib
 import json
+import sys
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import labelled_toys
 import numpy as np
 import pytest
+import toy_mae
+from absl import flags
 from conftest import on_one_device
+from ml_collections import ConfigDict
+from ml_collections import config_flags as config_flags_of
 from run_files import assert_same_bits, everything, metrics_of
 
 from pera_jax import config as configs
 from pera_jax import export, features, objectives, plan, probe, report, train
 from pera_jax.bands import Bands
 from pera_jax.common.errors import UserError
-from pera_jax.cost import flops
+from pera_jax.config import flags as config_flags
+from pera_jax.cost import flops as flop_counts
+from pera_jax.encoder.load import Weights
 from pera_jax.objectives import base
 from pera_jax.parallel import sharding
 from pera_jax.training import alarms, schedules
 from pera_jax.training import step as steps
-from pera_jax.training.checkpoints import checkpoint
+from pera_jax.training.checkpoints import checkpoint, meta_fields, run_meta
 from pera_jax.weights import card
 
 NAMES = (*objectives.METHODS, "toy_mae")
@@ -140,7 +149,7 @@ def test_the_count_of_flops_is_near_what_is_traced(name):
     step = steps.make_step(objective, optimizer, 0, config.optimizer)
     jaxpr = jax.make_jaxpr(step)(state, batch_of(objective, config.batch_size), scalars_of(config)).jaxpr
     counted = config.batch_size * sum(objective.flops_per_image().values())
-    assert 1.0 <= flops.matrix_products(jaxpr) / counted < 1.6
+    assert 1.0 <= flop_counts.matrix_products(jaxpr) / counted < 1.6
 
 
 # ---------------------------------------------------------------- a run and what is done with it
@@ -265,3 +274,120 @@ def test_unknown_methods_are_refused_by_name(data, tmp_path):
     with pytest.raises(UserError, match="no field pera"):
         train.train(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- mistakes in a method of one's own
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Writes a module of a method and a config file beside it, in a folder that Python does not search."""
+    written = []
+
+    def write(module: str, text: str) -> str:
+        importlib.invalidate_caches()
+        written.append(module)
+        (tmp_path / f"{module}.py").write_text(text)
+        config = tmp_path / f"{module}_config.py"
+        config.write_text(
+            f"from pera_jax import config\ndef get_config(argument=None): return config.default({module!r})\n"
+        )
+        return str(config)
+
+    yield write
+    for module in written:
+        sys.modules.pop(module, None)
+
+
+METHOD = "import toy_mae\nclass Own(toy_mae.ToyMae):\n    name = 'own'\nOBJECTIVE = Own\n"
+
+
+def test_a_method_beside_its_config_file_is_found(own):
+    before = list(sys.path)
+    assert configs.load(own("own_beside", METHOD), ["own.kept=0.5"]).own.kept == 0.5
+    given = f"--config={own('own_by_flag', METHOD)}"
+    values = flags.FlagValues()
+    config_flags_of.DEFINE_config_file("config", None, "", flag_values=values)
+    with mock.patch.object(flags, "FLAGS", values), mock.patch.object(sys, "argv", ["x", given]):
+        config_flags.parse(["x", given])
+        assert values.config.objective == "own_by_flag"
+    assert sys.path == before
+    with pytest.raises(UserError, match="'own_nowhere' is not .* the current folder, on PYTHONPATH or beside the conf"):
+        configs.default("own_nowhere")
+
+
+@pytest.mark.parametrize("module, text, sentence", [
+    ("own_import", "import sys\nimport not_there\n", r"ModuleNotFoundError: No module named 'not_there' \(.*rt.py:2\);"),
+    ("own_numpy", "import jax.numpy as jnp\n\njnp.nothere\n", r"AttributeError: .*'nothere' \(.*own_numpy.py:3\);"),
+    ("own_syntax", "x = (\n", r"SyntaxError: .* \(.*own_syntax.py:1\); correct the module"),
+    ("own_without", "x = 1\n", "own_without.py defines no OBJECTIVE; add a line OBJECTIVE = YourClass"),
+    ("own_data", METHOD.replace("'own'", "'data'"), "name = 'data', but config.data is a common field"),
+    ("own_nameless", METHOD.replace("'own'", "None"), "the class Own has no valid name; set its attribute"),
+])  # fmt: skip
+def test_a_module_that_cannot_be_used_is_refused_with_its_cause(module, text, sentence, own):
+    with pytest.raises(UserError, match=sentence) as refused:
+        configs.load(own(module, text))
+    assert module in str(refused.value) or "class Own" in str(refused.value)
+
+
+@pytest.mark.parametrize("attribute, value, sentence", [
+    ("citation", None, "the class ToyMae of objective='toy_mae' has no citation; set its attribute"),
+    ("flops_per_image", None, "the class ToyMae of objective='toy_mae' has no method flops_per_image; define it"),
+    ("teacher_keys", ("backbone",), r"its schedules\(\) has no 'one_minus_momentum'; add a schedule"),
+])  # fmt: skip
+def test_what_a_method_lacks_is_named(attribute, value, sentence, monkeypatch):
+    monkeypatch.setattr(toy_mae.ToyMae, attribute, value)
+    with pytest.raises(UserError, match=sentence):
+        configs.check(small("toy_mae"), 1, 1, 1)
+
+
+@pytest.mark.parametrize("attribute, value, sentence", [
+    ("update", lambda self, state, aux: (state, {"error": aux["loss"]}), "ToyMae.update must include 'loss', but are e"),
+    ("update", lambda self, state, aux: (state, aux | {"all": jnp.ones(3)}), r"'all' of .*ToyMae.update is .*\[3\], exp"),
+    ("teacher_keys", ("backbone", "haed"), "ToyMae.init returns no parameters 'haed', .* backbone, decoder: correct"),
+])  # fmt: skip
+def test_what_a_method_returns_is_checked_when_the_step_is_traced(attribute, value, sentence, monkeypatch):
+    config = small("toy_mae")
+    monkeypatch.setattr(toy_mae.ToyMae, attribute, value)
+    objective, optimizer = objective_of(config), steps.make_optimizer(config.optimizer)
+    with pytest.raises(UserError, match=sentence):
+        state = jax.eval_shape(lambda: steps.new_state(objective, optimizer, 0))
+        step = steps.make_step(objective, optimizer, 0, config.optimizer)
+        jax.eval_shape(step, state, batch_of(objective, config.batch_size), scalars_of(config))
+
+
+def test_only_the_crops_of_a_method_are_checked():
+    bad = dict(crops__local_size=20, crops__local_number=2)
+    assert list(objective_of(small("toy_mae", **bad)).crops) == ["global"]
+    with pytest.raises(UserError, match="crops.local_size=20 is not a multiple of the patch size 8"):
+        objective_of(small("pera", **bad))
+
+
+def test_earlier_names_of_pera_mean_nothing_to_other_methods(own, capsys):
+    with pytest.raises(UserError, match="no field heads.hidden"):
+        configs.load(small("toy_mae"), ["heads.hidden=4"])
+    assert configs.load(small("pera"), ["heads.hidden=4"]).pera.heads.hidden == 4
+    config = small("toy_mae")
+    config.heads = ConfigDict()
+    with pytest.raises(UserError, match="no field heads; known here"):
+        configs.check(config, 1, 1, 1)
+    with mock.patch.object(flags, "FLAGS", flags.FlagValues()), mock.patch.object(sys, "argv", ["x"]):
+        config_flags_of.DEFINE_config_file("config", None, "", flag_values=flags.FLAGS)
+        with pytest.raises(UserError, match="the config has no field 'heads'"):
+            config_flags.parse(["x", f"--config={own('own_heads', METHOD)}", "--config.heads.hidden=4"])
+    old, new = "--config.heads.hidden=4", "--config.pera.heads.hidden=4"
+    named = own("own_flags", METHOD)
+    assert config_flags.resolve(["x", "--config", named, old])[-1] == old
+    assert not capsys.readouterr().err
+    assert config_flags.resolve(["x", old, "--config=demo"])[1] == new
+    assert "heads.hidden is now called pera.heads.hidden" in capsys.readouterr().err
+
+
+def test_a_card_needs_no_module(data):
+    config = settings("toy_mae", data)
+    meta = run_meta.describe(config, objective_of(config), {"name": "x", "records": 3, "fingerprint": "f"})
+    meta["config"]["objective"], meta["config"]["toy_mae"]["layer"] = "gone", -1  # a field that only the method knows
+    meta["data"] |= {"split": "train"}
+    meta_fields.check_meta(meta)
+    words = card.text(Weights({}, meta, 4, "student"), "student", 32, 32)
+    assert "of 16 images by a toy masked autoencoder on x" in words

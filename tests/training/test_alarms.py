@@ -13,6 +13,7 @@ from configs import demo
 from data_prep import demo_scenes, images
 from pera_jax import train
 from pera_jax.common.errors import UserError
+from pera_jax.objectives import watched
 from pera_jax.objectives.pera import health
 from pera_jax.training import alarms, metrics
 
@@ -113,6 +114,21 @@ def test_bounds_hold_for_any_size(prototypes, images):
     collapsed = {"loss": 2.0, "teacher/entropy": 0.0, "teacher/entropy_of_mean": 1e-3, "teacher/prototypes_in_use": 1.0}
     names = {alarm.name for _, alarm in feed(run, 300, healthy | collapsed)}
     assert names == ({"collapse to few prototypes", "prototypes unused"} if images > 1 else set())
+
+
+@pytest.mark.parametrize("first, last, begins", [
+    (0.2, 2.0, True), (0.2, 0.6, False), (-0.9, -0.3, True), (-0.9, -0.5, False), (-8.0, -3.0, True), (4.0, 6.1, True),
+    (4.0, 5.9, False),
+])  # fmt: skip
+def test_a_loss_of_any_size_and_sign_that_rises_is_seen(first, last, begins):
+    """From 1 on at 1.5 times its first value; else at a rise by a half, or by half of what a negative one was."""
+    own = watched.HealthChecks(watched.COMMON_CONDITIONS, watched.common_averages, lambda _: {"excess_name": "loss"})
+    run = alarms.Alarms(own, 1e-3)
+    feed(run, 30, {"loss": first})
+    said = [alarm for _, alarm in feed(run, 200, {"loss": last})]
+    assert [alarm.name for alarm in said] == ["loss diverges"] * begins
+    if begins:
+        assert f"the loss has risen from {first:.2f} in the first steps to " in said[0].text
 
 
 # ---------------------------------------------------------------- runs

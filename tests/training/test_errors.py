@@ -91,7 +91,7 @@ def test_ctrl_c_is_one_line_too(capsys):
 WRONG_SETTINGS = {
     "batch_size=12 is not divisible by the 8 shard": {"batch_size": 12},
     "has 48 images in split 'train', fewer than batch_size=64": {"batch_size": 64},
-    "crops.global_size=50 is not a multiple of the patch size 8": {"crops.global_size": 50},
+    "crops.global_size=50 is not a multiple of model.patch=8": {"crops.global_size": 50},
     "crops.local_size=20 is not a multiple of the patch size 8": {"crops.local_size": 20},
     "split 36 patches into 0 student": {"pera.masks.student": 0.01},
     "14 learnable and 0 teacher": {"pera.masks.teacher": 0.0, "pera.masks.student": 0.6},

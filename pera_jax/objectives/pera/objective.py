@@ -98,7 +98,7 @@ class PerA(base.Base):
         Raises:
           UserError: a crop size is no multiple of the patch size, a mask has an empty part, or sizes are inconsistent.
         """
-        own, encoder = config.pera, vit.from_config(config, len(bands), device)
+        own, encoder = settings.sized(config.pera), vit.from_config(config, len(bands), device)
         patch = encoder.patch
         crops = base.crop_specs(config.crops)
         parts = {

@@ -85,10 +85,17 @@ class _Imported:
 
 
 @dataclasses.dataclass
+class _Method:
+    name: Name
+    citation: str
+
+
+@dataclasses.dataclass
 class _Meta(_Used):
     data: _Data
     config: dict[str, Any]
     imported: _Imported | None = None
+    method: _Method | None = None  # checkpoints of earlier versions lack it
 
 
 @dataclasses.dataclass
@@ -112,7 +119,6 @@ def check_meta(meta: Any) -> None:
             value = value.get(name)
             if value is None:
                 raise json_files.Invalid(f"config: missing field {field}")
-    _check_sizes(used.config.get(used.config["objective"]), f"config.{used.config['objective']}")
     asked = {name: value for name, value in used.config.get("model", {}).items() if value}  # 0: set by model.variant
     asked |= {"image_size": used.config.get("crops", {}).get("global_size")}
     for name, value in dataclasses.asdict(used.model).items():
@@ -129,14 +135,6 @@ def _reference(config: dict[str, Any]) -> ConfigDict:
         return configs.default(config.get("objective", ""))
     except UserError:
         return configs.default()
-
-
-def _check_sizes(fields: Any, place: str) -> None:
-    """Checks that all integers in the fields of a method are sizes or counts. Raises json_files.Invalid."""
-    for name, value in fields.items() if isinstance(fields, dict) else ():
-        _check_sizes(value, f"{place}.{name}")
-        if isinstance(value, int) and not isinstance(value, bool) and not 0 <= value < 1 << 31:
-            raise json_files.Invalid(f"{place}.{name}: expected a number in [0, 2**31), got {value}")
 
 
 def check_exported(entry: Any) -> None:

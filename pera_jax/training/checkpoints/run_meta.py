@@ -33,6 +33,7 @@ def describe(config: ConfigDict, objective: Objective, data: dict[str, Any]) -> 
         "format_version": intact.FORMAT_VERSION,
         "model": vit.description(objective.encoder),
         **objective.bands.to_dict(),
+        "method": {"name": objective.name, "citation": objective.citation},
         "networks": ["teacher", "student"] if objective.teacher_keys else ["student"],
         "data": data,
         "git": git_revision(),
