@@ -125,7 +125,7 @@ def test_too_little_memory_on_a_device_names_what_takes_less():
     config = SimpleNamespace(batch_size=64, accumulate=1, model=SimpleNamespace(remat="none"))
     with pytest.raises(UserError) as caught, explain_out_of_memory(config):
         jax.device_put(np.zeros(1)) + jax.numpy.zeros(1 << 46, "uint8")
-    for word in ("batch_size than 64", "accumulate=2", "model.remat=block", "pera_jax.plan"):
+    for word in ("batch_size than 64", "accumulate=2", "model.remat=block", "pera-jax plan"):
         assert word in str(caught.value)
 
 

@@ -30,7 +30,7 @@ from pera_jax.training.checkpoints import checkpoint
 
 OPENING = ("resuming from step ", "devices: ", "data: ", "training: ", "model: ", "compiling ")  # what is said before
 SHARDED = functools.partial(on_devices, 2, data=1, fsdp=2)
-TOTAL, EVERY = 56, 4  # steps of the run that is interrupted, and between its checkpoints
+TOTAL, EVERY = 44, 4  # steps of the run that is interrupted, and between its checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def uninterrupted(data, tmp_path_factory):
         opening
     )
     assert opening[2].startswith(
-        f"training: {TOTAL} steps of 16 images, 18.67 epochs of 3 steps; 16 images on each device"
+        f"training: {TOTAL} steps of 16 images, 14.67 epochs of 3 steps; 16 images on each device"
     )
     assert [line.split("  ")[0] for line in progress] == [f"step {i}/{TOTAL}" for i in range(1, TOTAL + 1)]
     return workdir
