@@ -67,7 +67,9 @@ def _import(name: str, methods: Mapping[str, str]) -> ModuleType:
 
 def _is_missing(error: Exception, module: str) -> bool:
     """Whether the module itself, or a package that it is in, was not found; not something that it imports."""
-    return isinstance(error, ModuleNotFoundError) and error.name is not None and f"{module}.".startswith(f"{error.name}.")
+    if not isinstance(error, ModuleNotFoundError) or error.name is None:
+        return False
+    return f"{module}.".startswith(f"{error.name}.")
 
 
 def _place(error: Exception) -> str:

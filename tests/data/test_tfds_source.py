@@ -126,9 +126,9 @@ def test_probes_read_it_as_it_is(data_dir, tmp_path):
     half = samples.open_samples(f"tfds:{data_dir}/toy_fields/plain/1.2.0", "train[50%:]")
     assert list(half.keys) == list(ours.keys)[10:] and half.fingerprint != theirs.fingerprint
     for name, split, sentence in (
-        ("plain", "val", "'val' selects no examples"), ("full", "train", "choose one with --image-feature of python -m "
-                                                                         "data_prep.tfds"),
-    ):  # fmt: skip
+        ("plain", "val", "'val' selects no examples"),
+        ("full", "train", "choose one with --image-feature of pera-jax prep-tfds"),
+    ):
         with pytest.raises(UserError, match=sentence):
             samples.open_samples(f"tfds:{data_dir}/toy_fields/{name}/1.2.0", split)
 

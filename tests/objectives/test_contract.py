@@ -317,7 +317,7 @@ def test_a_method_beside_its_config_file_is_found(own):
 
 
 @pytest.mark.parametrize("module, text, sentence", [
-    ("own_import", "import sys\nimport not_there\n", r"ModuleNotFoundError: No module named 'not_there' \(.*rt.py:2\);"),
+    ("own_import", "import sys\nimport not_there\n", r"ModuleNotFoundError: .* 'not_there' \(.*own_import.py:2\);"),
     ("own_numpy", "import jax.numpy as jnp\n\njnp.nothere\n", r"AttributeError: .*'nothere' \(.*own_numpy.py:3\);"),
     ("own_syntax", "x = (\n", r"SyntaxError: .* \(.*own_syntax.py:1\); correct the module"),
     ("own_without", "x = 1\n", "own_without.py defines no OBJECTIVE; add a line OBJECTIVE = YourClass"),
@@ -342,8 +342,8 @@ def test_what_a_method_lacks_is_named(attribute, value, sentence, monkeypatch):
 
 
 @pytest.mark.parametrize("attribute, value, sentence", [
-    ("update", lambda self, state, aux: (state, {"error": aux["loss"]}), "ToyMae.update must include 'loss', but are e"),
-    ("update", lambda self, state, aux: (state, aux | {"all": jnp.ones(3)}), r"'all' of .*ToyMae.update is .*\[3\], exp"),
+    ("update", lambda self, state, aux: (state, {"error": aux["loss"]}), "ToyMae.update must include 'loss', but are"),
+    ("update", lambda self, state, aux: (state, aux | {"all": jnp.ones(3)}), r"'all' of .*ToyMae.update is .*\[3\]"),
     ("teacher_keys", ("backbone", "haed"), "ToyMae.init returns no parameters 'haed', .* backbone, decoder: correct"),
 ])  # fmt: skip
 def test_what_a_method_returns_is_checked_when_the_step_is_traced(attribute, value, sentence, monkeypatch):
