@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 
 from pera_jax.common import interrupts
+from pera_jax.common.progress import write
 from pera_jax.common.text import first_line, printable
 
 INPUT, USAGE, CRASH, TRY_AGAIN = 1, 2, 70, 75
@@ -64,10 +65,10 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        write(sys.stderr, f"error: {error}\n")
         sys.exit(error.status)
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr, flush=True)
+        write(sys.stderr, "error: interrupted\n")
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
         fault = environment.environment_fault(error)
@@ -75,9 +76,5 @@ def run(main: Callable[[], None]) -> None:
             traceback.print_exc()
             sys.exit(CRASH)
         what = first_line(f"{type(error).__name__}: {error}".removesuffix(": "))
-        print(
-            f"error: the command cannot continue ({what}): {fault}, and re-run the same command",
-            file=sys.stderr,
-            flush=True,
-        )
+        write(sys.stderr, f"error: the command cannot continue ({what}): {fault}, and re-run the same command\n")
         sys.exit(TRY_AGAIN if environment.passing(error) else INPUT)

@@ -90,8 +90,9 @@ def write(stream: TextIO, text: str) -> None:
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.EIO):
             raise
-        with contextlib.suppress(OSError):  # Python keeps what was not written, and would fail again at the end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        # Python keeps what was not written, and would fail again at the end
+        with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
 
 
 class Line:

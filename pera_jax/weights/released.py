@@ -99,9 +99,8 @@ def export(run: str, step: int | None, output: pathlib.Path, verify: bool = True
     Each file is written atomically.
 
     Raises:
-      UserError: a run or step that does not exist; a checkpoint without a student, or of another method than
-        PerA; a file that cannot be written, or
-        that exists with other contents; PyTorch is not installed.
+      UserError: a run or step that does not exist; a checkpoint without a student, or of another method than PerA; a
+        file that cannot be written, or that exists with other contents; PyTorch is not installed.
     """
 
     def both(chosen: int) -> list[load.Weights]:
