@@ -105,7 +105,7 @@ def make_pipeline(
     if workers:
         freed = shared_memory.remove_orphans()
         if freed:
-            print(f"{freed >> 20} MiB of shared memory of killed runs were freed", file=sys.stderr, flush=True)
+            print(f"freed {freed / 2**20:.1f} MiB of shared memory of killed runs", file=sys.stderr, flush=True)
         _check_shared_memory(crops, len(data.bands) * np.dtype(data.bands.dtype).itemsize, len(rows), workers)
 
     draws = [

@@ -2,6 +2,9 @@
 
 import os
 import pathlib
+import subprocess
+
+import pytest
 
 SUPPORT = pathlib.Path(__file__).resolve().parent
 # Subprocesses import the method from this folder, and the program from the checkout.
@@ -16,3 +19,13 @@ def write_config(folder: pathlib.Path) -> str:
         '    return configs.smoke(configs.default("toy_mae"))\n'
     )
     return str(path)
+
+
+def wait_for_step(process: subprocess.Popen, step: int) -> list[str]:
+    """Reads stderr up to the line of `step`, or of a later one; returns the lines."""
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if line.startswith("step ") and int(line.split("/")[0][5:]) >= step:
+            return said
+    pytest.fail(f"ended before step {step}: {''.join(said)}")

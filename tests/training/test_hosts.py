@@ -59,15 +59,6 @@ def end(processes) -> list[str]:
     return [process.communicate(timeout=2 * STALL)[1] for process in processes]
 
 
-def wait_for_step(process, step: int) -> None:
-    said = []
-    for line in process.stderr:
-        said.append(line)
-        if line.startswith("step ") and int(line.split("/")[0][5:]) >= step:
-            return
-    pytest.fail(f"ended before step {step}: {''.join(said)}")
-
-
 def assert_close(one, other):
     for name in one:
         scale = max(np.abs(np.float64(one[name])).max(), 1e-6)
@@ -86,7 +77,7 @@ def left_alone(data, tmp_path_factory):
         "hanging": launch(folder / "hanging", settings(data, 1000) | {"stall_seconds": SOON}),
     }
     for name, number in (("lost", signal.SIGKILL), ("hanging", signal.SIGSTOP)):
-        wait_for_step(runs[name][0], 6)
+        toy_runs.wait_for_step(runs[name][0], 6)
         runs[name][1].send_signal(number)
     yield folder, runs
     for processes in runs.values():
@@ -98,7 +89,7 @@ def test_two_hosts_compute_what_one_computes_and_stop_together(left_alone, data,
     """SIGTERM to one of two hosts stops both; one process with four devices ends the run, and runs another."""
     workdir = tmp_path / "run"
     processes = launch(workdir, settings(data, 1000, monitor=True) | FLAT)  # too long to end by itself
-    wait_for_step(processes[0], 5)
+    toy_runs.wait_for_step(processes[0], 5)
     processes[1].send_signal(signal.SIGTERM)
     said = end(processes)
     assert [process.returncode for process in processes] == [0, 0], said
