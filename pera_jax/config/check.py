@@ -30,10 +30,10 @@ _RANGES = {
     "model.mlp_ratio": _POSITIVE, "drop_path.rate": _FRACTION, "optimizer.beta1": _FRACTION,
     "optimizer.beta2": _FRACTION, "optimizer.eps": _POSITIVE, "optimizer.clip_norm": _POSITIVE,
     "monitor.images": _AT_LEAST_1, "stall_seconds": (">= 0 (0 disables it)", lambda value: value >= 0),
-    "checkpoint.keep_last": _AT_LEAST_1,
+    "checkpoint.keep_last": _AT_LEAST_1, "seed": (f"in [0, {2**32})", lambda value: 0 <= value < 2**32),
 }  # fmt: skip
-"""Field -> (valid values in words, whether a value is valid). Sizes and groups of batches, the mesh, the seed and the
-schedules are checked where they are used together."""
+"""Field -> (valid values in words, whether a value is valid). Sizes and groups of batches, the mesh and the schedules
+are checked where they are used together."""
 
 
 def check(config: ConfigDict, batch_shards: int, weight_shards: int, hosts: int) -> None:

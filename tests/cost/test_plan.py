@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy_runs
 
 from pera_jax import plan
 from pera_jax.common.errors import UserError
@@ -122,9 +123,9 @@ def test_nothing_fits():
 
 def test_the_command_on_local_devices(tmp_path, capsys):
     file = tmp_path / "plan.json"
-    arguments = ["--config", "configs/pera_vitg16_1024.py:smoke", "--topology", "local", "--per_device_batch", "2"]
-    changes = ["--set", "total=10 epochs", "--set", "crops.local_number=0"]
-    plan.main([*arguments, "--images", "160", *changes, "--json", str(file)])
+    config = toy_runs.write_config(tmp_path)
+    arguments = ["--config", config, "--topology", "local", "--set", "mesh.fsdp=8", "--per_device_batch", "2"]
+    plan.main([*arguments, "--images", "160", "--set", "total=10 epochs", "--json", str(file)])
     found, table = json.loads(file.read_text()), capsys.readouterr().out
     assert found["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1} and found["batch_size"] == 16
     assert found["run"]["steps"] == 100

@@ -106,7 +106,7 @@ WRONG_SETTINGS = {
     "precision='float8' is invalid; expected one of": {"precision": "float8"},
     "mesh data=3, fsdp=1, tensor=1 does not fit 8 device": {"mesh.data": 3},
     "total": {"total": "4"},
-    "seed=-1 is out of range": {"seed": -1},
+    r"seed=-1 must be in \[0, 4294967296\)": {"seed": -1},
     "data.workers=-2 must be >= 0": {"data.workers": -2},
     r"crops.global_area=\(2.0, 3.0\) must be two ascending numbers in \(0, 1\]": {"crops.global_area": (2.0, 3.0)},
     r"crops.local_area=\(1,\) must be two ascending numbers": {"crops.local_area": (1,)},

@@ -129,7 +129,7 @@ def replaced(base: pathlib.Path, entry: Mapping[str, Any]) -> bool:
 def read_step(base: pathlib.Path, step: int, name: str) -> list[dict[str, Any]]:
     """The entries with this name of the trained network at a step. Raises UserError for a file that is not a
     result."""
-    found = [_read(base, file) for file in _files(base / f"step_{step:06d}", name)]
+    found = [_read(base, file) for file in _files(base / folder_of("teacher", step), name)]
     return [entry for entry in found if entry["name"] == name]
 
 
