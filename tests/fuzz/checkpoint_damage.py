@@ -27,6 +27,7 @@ if __name__ == "__main__":
 import jax
 import numpy as np
 import tiny
+import toy_states
 from absl import logging
 
 from pera_jax.common import digests
@@ -60,7 +61,7 @@ class Run:
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
         meta = run_meta.describe(config, objective, CARD)
         run = cls(folder, config, objective, optimizer, mesh, steps.abstract_state(objective, optimizer, mesh), meta)
-        born = steps.init_sharded(objective, optimizer, mesh, 0)
+        born = toy_states.random_state(objective, optimizer, mesh)
         store = checkpoint_store.Store(str(folder), keep_last=2, keep_every=10)
         for step in (1, 2):
             # No two leaves and no two checkpoints alike.

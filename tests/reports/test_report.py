@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.special
 import toy_shards
+import toy_states
 from PIL import Image
 
 from pera_jax import config as configs
@@ -56,7 +57,7 @@ def data(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, data) -> pathlib.Path:
-    """A run with a checkpoint of step 4, of a network at birth; three of the four bands."""
+    """A run with a checkpoint of step 4, of a network of random numbers; three of the four bands."""
     workdir = tmp_path_factory.mktemp("run")
     config = configs.smoke(configs.default())
     config.data.update(dict(path=str(data), bands=("red", "green", "nir")))
@@ -66,7 +67,7 @@ def run(tmp_path_factory, data) -> pathlib.Path:
     meta = run_meta.describe(config, objective, Mixture.from_source(records.open_split(data, "train"), bands).card())
     store = checkpoint_store.Store(str(workdir), keep_last=5, keep_every=100)
     optimizer = steps.make_optimizer(config.optimizer)
-    state = jax.jit(lambda seed: steps.new_state(objective, optimizer, seed))(77)
+    state = toy_states.random_state(objective, optimizer, seed=77)
     store.save(state.replace(step=jax.numpy.int32(4)), meta, {"batches": 4, "replaced": 0})
     store.close()
     run_meta.write(str(workdir), meta)

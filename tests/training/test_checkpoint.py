@@ -11,6 +11,7 @@ import types
 import jax
 import numpy as np
 import pytest
+import toy_states
 from hypothesis import given
 from hypothesis import strategies as st
 from orbax.checkpoint import v1 as ocp
@@ -46,11 +47,7 @@ def meta_of(config, objective):
 def state():
     """A state cut over eight devices, no two leaves of it alike."""
     _, objective, optimizer = parts()
-    born = steps.init_sharded(objective, optimizer, sharding.make_mesh(fsdp=8), seed=1)
-    leaves, tree = jax.tree.flatten(born)
-    changed = [leaf + np.asarray(i, leaf.dtype) for i, leaf in enumerate(leaves)]
-    changed = [jax.device_put(new, old.sharding) for new, old in zip(changed, leaves, strict=True)]
-    return jax.tree.unflatten(tree, changed).replace(step=jax.device_put(np.int32(0), born.step.sharding))
+    return toy_states.random_state(objective, optimizer, sharding.make_mesh(fsdp=8))
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import toy_data
+import toy_states
 import toy_weights
 
 from pera_jax import train
@@ -37,16 +38,11 @@ def config_like_the_dictionary(**changes):
 
 @functools.cache
 def born_on(mesh, bands: int, global_size: int):
-    """A state of random numbers: what a network is at birth takes seconds to compile and is not asked here."""
     names = ("a", "b", "c", "d", "e")[:bands]
     gray = dict(pera__views__saturation=0.0, pera__views__hue=0.0, pera__views__student_grayscale=0.0)
     config = config_like_the_dictionary(crops__global_size=global_size, **gray)
     objective, optimizer = pera.PerA.from_config(config, Bands.plain(names)), steps.make_optimizer(config.optimizer)
-    rng = np.random.default_rng(5)
-    return jax.tree.map(
-        lambda leaf: jax.device_put(rng.normal(size=leaf.shape).astype(leaf.dtype), leaf.sharding),
-        steps.abstract_state(objective, optimizer, mesh),
-    )
+    return toy_states.random_state(objective, optimizer, mesh, seed=5)
 
 
 def new_state(config, bands: Bands, mesh=None):
