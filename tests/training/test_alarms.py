@@ -173,7 +173,7 @@ def assert_said(workdir, name: str, err: str) -> int:
 
 
 def test_a_learning_rate_that_is_300_times_too_high_is_named(scenes, one_device, tmp_path, capsys):
-    train.train(small(scenes, "120 steps", schedules__learning_rate__peak=0.3), str(tmp_path / "run"))
+    train.train(small(scenes, "80 steps", schedules__learning_rate__peak=0.3), str(tmp_path / "run"))
     assert_said(tmp_path / "run", "updates too large", capsys.readouterr().err)
 
 

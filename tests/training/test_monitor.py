@@ -11,8 +11,8 @@ import toy_shards
 import toy_states
 from conftest import on_one_device
 from run_files import assert_same_bits, everything, metrics_of
-from test_train import smoke
 
+from pera_jax import config as configs
 from pera_jax import train
 from pera_jax.common.errors import UserError
 from pera_jax.parallel import sharding
@@ -105,7 +105,8 @@ def test_features_are_the_teachers_and_padding_does_not_count(data, mesh):
 
 
 def with_monitor(train_data, **changes):
-    config = smoke("demo", train_data)
+    config = configs.smoke(configs.default("toy_mae"))
+    config.data.path = train_data
     config.log_every = "3 steps"
     config.monitor.update(dict(data=train_data, images=24, every="2 steps") | changes)
     return config
