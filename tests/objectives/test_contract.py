@@ -12,6 +12,7 @@ import labelled_toys
 import numpy as np
 import pytest
 import toy_mae
+import toy_states
 from absl import flags
 from conftest import on_one_device
 from ml_collections import ConfigDict
@@ -71,7 +72,7 @@ def two_steps(config, mesh, dtype):
     objective, optimizer = objective_of(config), steps.make_optimizer(config.optimizer)
     where = jax.tree.map(lambda leaf: leaf.sharding, steps.abstract_state(objective, optimizer, mesh))
     step = steps.jit_step(steps.make_step(objective, optimizer, 0, config.optimizer, config.accumulate), where, mesh)
-    state = steps.init_sharded(objective, optimizer, mesh, 0)
+    state = toy_states.random_state(objective, optimizer, mesh)
     with jax.set_mesh(mesh):
         batch, scalars = batch_of(objective, config.batch_size), scalars_of(config, dtype)
         compiled = step.lower(state, batch, scalars).compile()

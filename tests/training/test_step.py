@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+import toy_states
 
 from pera_jax import config as configs
 from pera_jax import objectives
@@ -29,8 +30,7 @@ FSDP = dict(data=1, fsdp=8)
 def birth(**changes):
     """The state before the first step, on the host: the same for all meshes and ways to compile."""
     config = tiny.config(**changes)
-    objective, optimizer = tiny.objective(config), steps.make_optimizer(config.optimizer)
-    return jax.device_get(jax.jit(lambda: steps.new_state(objective, optimizer, config.seed))())
+    return jax.device_get(toy_states.random_state(tiny.objective(config), steps.make_optimizer(config.optimizer)))
 
 
 @functools.cache
@@ -119,7 +119,8 @@ def test_the_first_moment_is_that_of_the_gradients_of_the_loss():
     with jax.enable_x64(True):
         objective = objectives.from_config(config, Bands.plain())
         optimizer, batch = steps.make_optimizer(config.optimizer), tiny.batch(config)
-        born = jax.jit(lambda: steps.new_state(objective, optimizer, config.seed))()
+        born = toy_states.random_state(objective, optimizer)
+        born = born.replace(opt_state=jax.tree.map(jnp.zeros_like, born.opt_state))
         rngs = Streams.at(config.seed, "step", 0)
         examples, context = objective.prepare(rngs, batch), Context(rngs, tiny.HYPER)
         grad = jax.jit(jax.grad(objective.loss, has_aux=True))
