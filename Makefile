@@ -45,7 +45,7 @@ demo: $(VENV)/ready
 	@rm -f .demo-began
 
 test: $(VENV)/ready-test
-	$(PY) -m pytest -q -rs -n 2 --dist loadfile --no-loadscope-reorder --durations=10 tests
+	$(PY) -m pytest -q -rs -n 3 --dist loadfile --no-loadscope-reorder --durations=10 tests
 
 test-quick: $(VENV)/ready-test
 	$(PY) -m pytest -q -n 2 --dist loadfile --durations=10 $(QUICK)
@@ -59,15 +59,18 @@ test-torch: $(TORCH)/ready
 test-gpu-compile: $(GPU)/ready
 	$(GPU)/bin/python -m pytest -q -s tests/with_gpu_compiler
 
-$(VENV)/ready: requirements.txt
+$(VENV)/made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expected Python 3.11 or newer, got %d.%d; set PYTHON=" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/ready: requirements.txt | $(VENV)/made
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
 	@touch $@
 
-$(VENV)/ready-test: requirements-test.txt $(VENV)/ready
+$(VENV)/ready-test: requirements-test.txt requirements.txt | $(VENV)/made
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-compile -r requirements-test.txt
-	@touch $@
+	@touch $(VENV)/ready $@
 
 $(BEAM)/ready: requirements-beam.txt
 	$(PYTHON) -m venv $(BEAM)
