@@ -5,8 +5,6 @@ et al., arXiv:2505.19447, section III-C). Parameters of a stack have a leading d
 unrolled. The only collection is `params`.
 """
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -15,36 +13,26 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Float, Int, Key, Real
+from jaxtyping import Float, Int, Real
 
 from pera_jax.common.errors import UserError
-from pera_jax.models import drop_path as drop
-from pera_jax.models import positions
-from pera_jax.models.attention import Attention, choose
+from pera_jax.models import blocks, positions
+from pera_jax.models.attention import choose
+from pera_jax.models.blocks import NORMAL, layer_norm, stack
 from pera_jax.models.drop_path import DropPath
 from pera_jax.models.precision import Precision
 from pera_jax.models.variants import sizes
-from pera_jax.parallel.sharding import constrain_batch, gathered
+from pera_jax.parallel.sharding import constrain_batch
 
-_NORMAL = nn.initializers.normal(0.02)
-
-# The sharding of each parameter, and whether it is one of the "matrices" to which weight decay can be limited; the
-# first match by path counts. The leading depth axis of stacked blocks is never sharded.
 SHARDING_RULES: tuple[tuple[str, P], ...] = (
-    (r"(lower|upper)/attention/qkv/kernel$", P(None, "fsdp", None, "tensor")),
-    (r"(lower|upper)/attention/qkv/bias$", P(None, None, "tensor")),
-    (r"(lower|upper)/attention/projection/kernel$", P(None, "tensor", None, "fsdp")),
-    (r"(lower|upper)/mlp/in/kernel$", P(None, "fsdp", "tensor")),
-    (r"(lower|upper)/mlp/in/bias$", P(None, "tensor")),
-    (r"(lower|upper)/mlp/out/kernel$", P(None, "tensor", "fsdp")),
-    (r"(lower|upper)/(.*/bias|norm_\d/scale)$", P()),
+    *blocks.SHARDING_RULES,
     (r"patch_projection/kernel$", P("fsdp")),
     (r"(class_token|position_embedding|patch_projection/bias|norm/(scale|bias))$", P()),
 )
 DECAY_RULES: tuple[tuple[str, bool], ...] = (
-    (r"(lower|upper|patch_projection)/(.*/)?kernel$", True),
+    *blocks.DECAY_RULES,
+    (r"patch_projection/kernel$", True),
     (r"position_embedding$", True),
-    (r"(lower|upper)/(.*/bias|norm_\d/scale)$", False),
     (r"(class_token|patch_projection/bias|norm/(scale|bias))$", False),
 )
 
@@ -61,86 +49,6 @@ def patchify(
 ) -> Real[jax.Array | np.ndarray, "B L {patch}*{patch}*C"]:
     """The patches of images in raster order, with values ordered by row, column, channel."""
     return rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=patch, q=patch)
-
-
-class Mlp(nn.Module):
-    ratio: float
-    precision: Precision
-
-    @nn.compact
-    def __call__(self, x: Float[jax.Array, "B N D"]) -> Float[jax.Array, "B N D"]:
-        policy = dict(
-            dtype=self.precision.compute,
-            param_dtype=self.precision.wide,
-            kernel_init=_NORMAL,
-            precision=self.precision.matmul,
-        )
-        hidden = nn.Dense(int(x.shape[-1] * self.ratio), name="in", **policy)(x)  # [B, N, 4 D]
-        return nn.Dense(x.shape[-1], name="out", **policy)(nn.gelu(hidden, approximate=False))  # [B, N, D]
-
-
-def _layer_norm(precision: Precision, name: str | None = None) -> nn.LayerNorm:
-    return nn.LayerNorm(
-        epsilon=1e-6, dtype=precision.wide, param_dtype=precision.wide, use_fast_variance=False, name=name
-    )
-
-
-def _branches(drop_path: DropPath | None, key) -> tuple[DropPath | None, DropPath | None]:
-    if drop_path is None:
-        return None, None
-    return tuple(dataclasses.replace(drop_path, key=part) for part in jax.random.split(key))
-
-
-class Block(nn.Module):
-    heads: int
-    mlp_ratio: float
-    precision: Precision
-    attention: str
-    keep: tuple[str, ...] = ()
-
-    @nn.compact
-    def __call__(
-        self, x: Float[jax.Array, "B N D"], key: Key[jax.Array, ""] | None, drop_path: DropPath | None
-    ) -> tuple[Float[jax.Array, "B N D"], dict[str, Float[jax.Array, "B ..."]]]:
-        """Runs the block on tokens `x`; returns also a dict of the intermediate results named in `keep`.
-
-        `keep` may contain "output" [B, N, D] and "class_attention" [B, H, N], see `Attention`. `key` is this block's
-        key.
-        """
-        norm_1, norm_2 = (_layer_norm(self.precision, name) for name in ("norm_1", "norm_2"))
-        attention = Attention(self.heads, self.precision, self.attention, _NORMAL, name="attention")
-        mlp = Mlp(self.mlp_ratio, self.precision, name="mlp")
-        first, second = _branches(drop_path, key)
-        kept = {"class_attention": attention(norm_1(x), class_weights=True)} if "class_attention" in self.keep else {}
-        x = drop.residual(lambda y: attention(norm_1(y)), x, first)
-        x = drop.residual(lambda y: mlp(norm_2(y)), x, second)
-        x = constrain_batch(x)
-        return x, kept | ({"output": x} if "output" in self.keep else {})
-
-
-def _keep_input_only(apply: Callable, dtype) -> Callable:
-    """Rematerializes `apply(params, x, key, drop_path)`: only `x`, cast to `dtype`, is stored for the backward pass.
-
-    The residual stream is `wide`, so casting halves the stored activations. The forward pass does not change; the
-    gradient is taken at the rounded input, which the matrix products round anyway.
-    """
-
-    @jax.custom_vjp
-    def block(params, x, key, drop_path):
-        return apply(params, x, key, drop_path)
-
-    def forward(params, x, key, drop_path):
-        return apply(params, x, key, drop_path), (params, x.astype(dtype), jnp.zeros((), x.dtype), key, drop_path)
-
-    def backward(kept, gradient):
-        params, x, like, key, drop_path = kept
-        # Otherwise the compiler could reuse values of the forward pass and store them.
-        params, x, gradient = jax.lax.optimization_barrier((params, x, gradient))
-        _, pull = jax.vjp(lambda params, x: apply(params, x, key, drop_path), params, x.astype(like.dtype))
-        return (*pull(gradient), None, None)
-
-    block.defvjp(forward, backward)
-    return block
 
 
 class ViT(nn.Module):
@@ -181,8 +89,8 @@ class ViT(nn.Module):
             precision=self.precision.matmul,
         )
         self.class_token = self.param("class_token", nn.initializers.normal(1e-6), (self.width,), wide)
-        self.position_embedding = self.param("position_embedding", _NORMAL, (1 + grid * grid, self.width), wide)
-        self.norm = _layer_norm(self.precision)
+        self.position_embedding = self.param("position_embedding", NORMAL, (1 + grid * grid, self.width), wide)
+        self.norm = layer_norm(self.precision)
 
     def positions(self, height: int, width: int) -> Float[jax.Array, "1+{height}*{width} {self.width}"]:
         """The position embedding of an image of `height` x `width` patches."""
@@ -190,33 +98,6 @@ class ViT(nn.Module):
         grid = self.position_embedding[1:].reshape(side, side, self.width)  # [G, G, D]
         grid = positions.resample(grid, height, width).reshape(height * width, self.width)  # [L, D]
         return jnp.concatenate([self.position_embedding[:1], grid])  # [1 + L, D]
-
-    def _stack(self, name, length, x, drop_path, stream, keep=()):
-        sizes = (self.heads, self.mlp_ratio, self.precision, self.attention, keep)
-        keys = None if drop_path is None else jax.random.split(jax.random.fold_in(drop_path.key, stream), length)
-        if self.is_initializing():
-            initial = nn.scan(
-                Block,
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                in_axes=(0, nn.broadcast),
-                length=length,
-            )
-            return initial(*sizes, name=name)(x, keys, drop_path)
-
-        def apply(params, x, key, drop_path):
-            params = gathered(params, name, self.precision.compute, SHARDING_RULES)
-            return Block(*sizes, parent=None).apply({"params": params}, x, key, drop_path)
-
-        if self.remat == "dots":  # gathered parameters are not stored, neither here nor below
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            apply = jax.checkpoint(apply, prevent_cse=not self.scan, policy=policy)
-        elif self.remat == "block":
-            apply = _keep_input_only(apply, self.precision.compute)
-        # Pure functions from here on: Flax's lifted scan could not cast the stored inputs.
-        stacked = (self.variables["params"][name], keys)
-        body = lambda x, part: apply(part[0], x, part[1], drop_path)  # noqa: E731
-        return jax.lax.scan(body, x, stacked, length, unroll=1 if self.scan else length)
 
     @nn.compact
     def __call__(
@@ -255,13 +136,13 @@ class ViT(nn.Module):
         x = constrain_batch(jnp.concatenate([first, tokens], axis=1))  # [B, 1 + n, D]
 
         keep = ("output",) if blocks else ()
-        x, lower = self._stack("lower", self.split, x, drop_path, 0, keep)
+        x, lower = stack(self, "lower", self.split, x, drop_path, 0, keep)
         joined = x.shape[1]
         if learnable is not None:
             joining = mask_token + jnp.take(position[1:], learnable, axis=0)  # [B, m, D]
             x = constrain_batch(jnp.concatenate([x, joining], axis=1))  # [B, 1 + n + m, D]
         keep += ("class_attention",) if class_attention else ()
-        x, upper = self._stack("upper", self.depth - self.split, x, drop_path, 1, keep)
+        x, upper = stack(self, "upper", self.depth - self.split, x, drop_path, 1, keep)
         x = self.norm(x)
         result: dict[str, Any] = {"class_token": x[:, 0], "patch_tokens": x[:, 1:joined]}
         if learnable is not None:

@@ -11,7 +11,7 @@ import pytest
 from pera_jax import config as configs
 from pera_jax.common.errors import UserError
 from pera_jax.cost.program import Program
-from pera_jax.models import attention, vit
+from pera_jax.models import attention, blocks
 from pera_jax.models.precision import Precision
 from pera_jax.objectives.pera import objective as pera
 from pera_jax.parallel import sharding
@@ -92,9 +92,9 @@ def kernel(query, key, value, key_value_seq_lengths=None, implementation=None):
 def block_and_gradients(implementation, heads, x, mesh=None):
     """One block's output on x [B, N, D], and the gradients of its parameters and of x."""
     wide = Precision.from_names("float64", "float64")
-    block = vit.Block(heads, 4.0, wide, implementation)
+    block = blocks.Block(heads, 4.0, wide, implementation)
     rng = np.random.default_rng(0)
-    born = jax.eval_shape(vit.Block(heads, 4.0, wide, "xla").init, jax.random.key(0), x, None, None)
+    born = jax.eval_shape(blocks.Block(heads, 4.0, wide, "xla").init, jax.random.key(0), x, None, None)
     params = jax.tree.map(lambda leaf: 0.3 * rng.normal(size=leaf.shape), born)
     weight = rng.normal(size=x.shape)
 
