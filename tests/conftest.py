@@ -42,7 +42,10 @@ if all(importlib.util.find_spec(name) for name in ("jaxtyping", "beartype")):
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-LONGEST = ("test_hosts", "test_train", "test_contract", "test_step", "test_init_from", "test_installed")
+LONGEST = (
+    "test_train", "test_contract", "test_hosts", "test_commands", "test_step", "test_alarms", "test_init_from",
+    "test_follow", "test_export_features", "test_installed", "test_checkpoint", "test_flops", "test_gpu_attention",
+)
 
 
 def pytest_collection_modifyitems(items):
