@@ -175,6 +175,25 @@ def test_logistic_regression_is_that_of_scikit_learn(seed):
             assert set(np.argmax(x @ found.weights + found.bias, axis=1)) <= set(present)
 
 
+def test_a_fit_uses_one_thread_of_scipy_and_gives_the_others_back(monkeypatch):
+    """Also if it fails; threads of two libraries that wait for each other make it three times slower."""
+    libraries, during = logistic._blas_of_scipy(), []
+    assert all("numpy" not in library.filepath for library in libraries)
+    for library in libraries:
+        library.set_num_threads(2)
+
+    def failing(*_, **__):
+        during.extend(library.num_threads for library in libraries)
+        raise FloatingPointError
+
+    monkeypatch.setattr(logistic.scipy.optimize, "minimize", failing)
+    features, labels = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32), np.arange(12) % 3
+    with pytest.raises(FloatingPointError):
+        logistic.Problem(features, labels, 3).solve(1.0, 1e-3, 10)
+    assert during == [1] * len(libraries)
+    assert [library.num_threads for library in libraries] == [2] * len(libraries)
+
+
 def test_classes_that_all_or_no_images_carry_keep_their_odds():
     x, labels, _ = problem(2)
     labels[:, 1], labels[:, 3] = True, False

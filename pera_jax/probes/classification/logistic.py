@@ -23,8 +23,10 @@ Settings:
   blocks, held_out, shares, seeds: see `supervised`.
 """
 
+import contextlib
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,6 +34,7 @@ import numpy as np
 import scipy.linalg
 import scipy.optimize
 import scipy.special
+import threadpoolctl
 
 from pera_jax.common.errors import UserError
 from pera_jax.probes.classification import supervised
@@ -127,10 +130,11 @@ class Problem:
             if np.linalg.norm(latest) <= tolerance:
                 raise StopIteration
 
-        found = scipy.optimize.minimize(
-            objective, (self.start / scale).ravel(), jac=True, method="L-BFGS-B", callback=finished,
-            options={"maxiter": iterations, "maxfun": 2 * iterations, "gtol": 0.0, "ftol": 0.0, "maxcor": 20},
-        )  # fmt: skip
+        with _one_thread_in_scipy():
+            found = scipy.optimize.minimize(
+                objective, (self.start / scale).ravel(), jac=True, method="L-BFGS-B", callback=finished,
+                options={"maxiter": iterations, "maxfun": 2 * iterations, "gtol": 0.0, "ftol": 0.0, "maxcor": 20},
+            )  # fmt: skip
         self.start = found.x.reshape(self.start.shape) * scale
         value, gradient = self._objective(self.start, strength)
         loss = value - strength * np.sum(self.start[:, :-1] ** 2) / 2.0
@@ -162,6 +166,30 @@ class Problem:
         gradient = np.hstack([error @ self.rotated, error.sum(axis=1, keepdims=True)]) / self.number
         gradient[:, :-1] += strength * weights[:, :-1]
         return loss / self.number + strength * np.sum(weights[:, :-1] ** 2) / 2.0, gradient
+
+
+@functools.cache
+def _blas_of_scipy() -> list:
+    """The BLAS libraries that SciPy's wheel brings along, besides NumPy's."""
+    loaded = threadpoolctl.ThreadpoolController().select(user_api="blas").lib_controllers
+    return [library for library in loaded if {"scipy.libs", "scipy"} & set(pathlib.Path(library.filepath).parts)]
+
+
+@contextlib.contextmanager
+def _one_thread_in_scipy() -> Iterator[None]:
+    """Limits SciPy's BLAS to one thread; the matrix products of the objective are NumPy's and keep theirs.
+
+    The vectors of L-BFGS are short, and the waiting threads of both libraries take the cores from each other: with two
+    threads each, a fit on two cores takes three times as long.
+    """
+    before = [library.num_threads for library in _blas_of_scipy()]
+    for library in _blas_of_scipy():
+        library.set_num_threads(1)
+    try:
+        yield
+    finally:
+        for library, number in zip(_blas_of_scipy(), before, strict=True):
+            library.set_num_threads(number)
 
 
 def choose(train, labels, fit, held, classes, seed, settings):
