@@ -2,7 +2,7 @@
 
 Command:  pera-jax probe --run runs/aid --config probes
           (also with --encoder untrained or --encoder pixels, and with --follow during a training)
-Cost:     4 minutes on two cores for the network of `aid_small`.
+Cost:     5 to 15 minutes on two cores for the network of `aid_small`, most of it for the logistic regression.
 Results:  docs/evaluate.md, "Half an hour on two cores".
 """
 
