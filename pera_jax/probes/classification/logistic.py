@@ -23,7 +23,6 @@ Settings:
   blocks, held_out, shares, seeds: see `supervised`.
 """
 
-import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -130,7 +129,7 @@ class Problem:
             if np.linalg.norm(latest) <= tolerance:
                 raise StopIteration
 
-        with _one_thread_in_scipy():
+        with _blas_of_scipy().limit(limits=1):
             found = scipy.optimize.minimize(
                 objective, (self.start / scale).ravel(), jac=True, method="L-BFGS-B", callback=finished,
                 options={"maxiter": iterations, "maxfun": 2 * iterations, "gtol": 0.0, "ftol": 0.0, "maxcor": 20},
@@ -169,27 +168,16 @@ class Problem:
 
 
 @functools.cache
-def _blas_of_scipy() -> list:
-    """The BLAS libraries that SciPy's wheel brings along, besides NumPy's."""
-    loaded = threadpoolctl.ThreadpoolController().select(user_api="blas").lib_controllers
-    return [library for library in loaded if {"scipy.libs", "scipy"} & set(pathlib.Path(library.filepath).parts)]
+def _blas_of_scipy() -> threadpoolctl.ThreadpoolController:
+    """The BLAS that SciPy's wheel brings along, besides NumPy's.
 
-
-@contextlib.contextmanager
-def _one_thread_in_scipy() -> Iterator[None]:
-    """Limits SciPy's BLAS to one thread; the matrix products of the objective are NumPy's and keep theirs.
-
-    The vectors of L-BFGS are short, and the waiting threads of both libraries take the cores from each other: with two
-    threads each, a fit on two cores takes three times as long.
+    It gets one thread while it minimizes; the matrix products of the objective are NumPy's and keep theirs. The vectors
+    of L-BFGS are short, and the waiting threads of both libraries take the cores from each other: with two threads
+    each, a fit on two cores takes three times as long.
     """
-    before = [library.num_threads for library in _blas_of_scipy()]
-    for library in _blas_of_scipy():
-        library.set_num_threads(1)
-    try:
-        yield
-    finally:
-        for library, number in zip(_blas_of_scipy(), before, strict=True):
-            library.set_num_threads(number)
+    loaded = threadpoolctl.ThreadpoolController()
+    files = [library.filepath for library in loaded.select(user_api="blas").lib_controllers]
+    return loaded.select(filepath=[file for file in files if {"scipy.libs", "scipy"} & set(pathlib.Path(file).parts)])
 
 
 def choose(train, labels, fit, held, classes, seed, settings):
