@@ -72,9 +72,7 @@ def _gather_units_backward(rows, precision, _, cotangent):
     return (cotangent,)
 
 
-gather_units.defvjp(
-    lambda units, rows, precision: (gather_units(units, rows, precision), None), _gather_units_backward
-)
+gather_units.defvjp(lambda units, rows, precision: (gather_units(units, rows, precision), None), _gather_units_backward)
 
 
 def in_chunks(tree: Any, prototypes: int) -> Any:

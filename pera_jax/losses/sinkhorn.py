@@ -52,9 +52,7 @@ def sinkhorn_bias(
         chunks = in_chunks((units.reshape(-1, units.shape[-1]), valid.reshape(-1)), len(weights))
         weights = weights.astype(precision.compute)  # [K / (tensor fsdp), D]
         lowest = float(jnp.finfo(precision.wide).min)  # finite, so that differences of two are
-        start = tuple(
-            vary(jnp.full(len(weights), value, precision.wide), (*data, *columns)) for value in (lowest, 0.0)
-        )
+        start = tuple(vary(jnp.full(len(weights), value, precision.wide), (*data, *columns)) for value in (lowest, 0.0))
 
         def log_r(last):  # from the last one, None at first: [K] -> [K]
             def body(seen, chunk):
