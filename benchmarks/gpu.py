@@ -36,6 +36,7 @@ from pera_jax.common.text import first_line  # noqa: E402
 from pera_jax.cost.program import Program, memory_of  # noqa: E402
 from pera_jax.models import attention  # noqa: E402
 from pera_jax.models.precision import Precision  # noqa: E402
+from pera_jax.objectives import batches  # noqa: E402
 from pera_jax.objectives.base import Context, Streams  # noqa: E402
 from pera_jax.parallel import chips, sharding  # noqa: E402
 from pera_jax.training import step as steps  # noqa: E402
@@ -133,8 +134,7 @@ def gradients() -> dict:
         )  # fmt: skip
         program = Program(config)
         objective = program.objective
-        rng = np.random.default_rng(0)
-        crops = {kind: rng.integers(0, 256, crop.shape, np.uint8) for kind, crop in program.crops.items()}
+        crops = batches.random(objective, config.batch_size, np.random.default_rng(0))
         params = objective.init(jax.random.key(0))
         teacher = {key: params[key] for key in objective.teacher_keys}
 
@@ -182,8 +182,7 @@ class Table:
             self.state = None
             self.state = steps.init_sharded(program.objective, program.optimizer, program.mesh, 0)
             self.prototypes = row[-1]
-        rng = np.random.default_rng(0)
-        noise = {kind: rng.integers(0, 256, crops.shape, np.uint8) for kind, crops in program.crops.items()}
+        noise = batches.random(program.objective, program.config.batch_size, np.random.default_rng(0))
         batch = jax.device_put(noise, jax.sharding.NamedSharding(program.mesh, sharding.BATCH))
 
         def step():

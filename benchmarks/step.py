@@ -35,6 +35,7 @@ from pera_jax.common import errors, files  # noqa: E402
 from pera_jax.common.errors import UserError  # noqa: E402
 from pera_jax.cost import flops
 from pera_jax.cost.program import Program, memory_of  # noqa: E402
+from pera_jax.objectives import batches
 from pera_jax.parallel import sharding
 from pera_jax.training import step as steps  # noqa: E402
 
@@ -62,8 +63,7 @@ def xla_flops(config, remat: str) -> float:
 def time_step(program: Program, compiled, number: int) -> dict[str, float]:
     """CPU seconds and wall-clock seconds per step: the medians of `number` steps after two warmup steps."""
     state = steps.init_sharded(program.objective, program.optimizer, program.mesh, program.config.seed)
-    rng = np.random.default_rng(0)
-    noise = {kind: rng.integers(0, 256, crops.shape, np.uint8) for kind, crops in program.crops.items()}
+    noise = batches.random(program.objective, program.config.batch_size, np.random.default_rng(0))
     batch = jax.device_put(noise, jax.sharding.NamedSharding(program.mesh, sharding.BATCH))
     spent = []
     with jax.set_mesh(program.mesh):

@@ -182,7 +182,7 @@ def _train(config, workdir, profile, allow_config_change, stop, stack: contextli
     shared = distributed.SharedStop() if stop.several_hosts else None
     stream = pipeline.make_pipeline(
         data,
-        pipeline.Crops(objective.crops, config.crops.aspect, config.crops.flip),
+        pipeline.Crops(objective.crops, config.crops.aspect, config.crops.flip, objective.host_draws),
         batch_size=config.batch_size,
         seed=config.seed,
         start_batch=position["batches"],

@@ -13,6 +13,7 @@ import numpy as np
 from pera_jax import config as configs
 from pera_jax import objectives
 from pera_jax.bands import RGB, Bands
+from pera_jax.objectives import batches
 from pera_jax.parallel import sharding
 from pera_jax.training import schedules
 from pera_jax.training import step as steps
@@ -22,7 +23,7 @@ class Program:
     """The training step on a mesh.
 
     Attributes:
-      crops: shape [B, V, H, W, bands] and dtype of a batch, by crop type.
+      batch: shape and dtype of each entry of a batch, see `objectives.batches`.
       hyper: values of the scheduled hyperparameters, which are inputs of the step.
     """
 
@@ -49,12 +50,7 @@ class Program:
         run = schedules.scalars(config, self.objective.schedules(), steps_per_epoch=1000, total_steps=10**9)
         middle = run.at(10**9 // 2)
         self.hyper = {name: np.asarray(value, config.parameter_precision) for name, value in middle.items()}
-        self.crops = {
-            name: jax.ShapeDtypeStruct(
-                (config.batch_size, spec.number, spec.size, spec.size, len(bands)), np.dtype(bands.dtype)
-            )
-            for name, spec in self.objective.crops.items()
-        }
+        self.batch = batches.layout(self.objective, config.batch_size)
 
     def trace(self) -> Any:
         """The traced step, with `.jaxpr` and `.lower()`."""
@@ -65,7 +61,7 @@ class Program:
         )
         step = steps.jit_step(function, jax.tree.map(lambda leaf: leaf.sharding, state), self.mesh)
         with jax.set_mesh(self.mesh):
-            return step.trace(state, self.crops, self.hyper)
+            return step.trace(state, self.batch, self.hyper)
 
 
 @dataclasses.dataclass(frozen=True)

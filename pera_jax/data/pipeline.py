@@ -4,8 +4,9 @@ The stream of global batches is a pure function of (records, crops, seed, batch 
 all records, cut to `floor(records / batch)` full batches: no record occurs twice in an epoch, and the remainder of the
 shuffle is dropped, different records each time. With several datasets, each has its own sequence of complete shuffles,
 and examples are drawn from the datasets by their weights. The crops of a record are drawn from (seed, epoch, index in
-the epoch). So batch k is the same for any number of workers and hosts and any start position, and k is the only
-position that a checkpoint has to store.
+the epoch), and what a method draws for a group of neighboring images, from the seeds of their crops. So batch k is the
+same for any number of workers and hosts and any start position, and k is the only position that a checkpoint has to
+store.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ import time
 import types
 from collections.abc import Iterator, Sequence
 from multiprocessing import connection
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -27,13 +29,12 @@ from absl import flags
 from pera_jax import calls
 from pera_jax.common import environment, interrupts
 from pera_jax.common.errors import UserError
-from pera_jax.data import decode, records, shared_memory
+from pera_jax.data import read_batch, shared_memory
 from pera_jax.data.mixture import Mixture
 
 with calls.logging_unchanged():  # also imports Orbax, which configures logging
     import grain
 
-_REPLACEMENTS, _NEIGHBORS, _LEAP = 100, 4, 0x9E3779B1
 _ENDLESS = 1 << 62  # Grain converts lengths to floats, which would round the largest integer up
 _SEED_STEP = 0x9E3779B9  # offset between the seeds of the datasets of a run
 _STARTED = 5.0  # maximum seconds to wait for workers to start
@@ -48,11 +49,13 @@ class Crops:
       specs: by crop type, the number of crops per image, their size in px and the range of their area as a fraction of
         the image area: `objectives.base.CropSpec`.
       aspect: range of width / height. flip: probability of each of the two flips.
+      draws: further entries of the batch: `objectives.base.HostDraws`, or None.
     """
 
     specs: dict[str, tuple[int, int, tuple[float, float]]]
     aspect: tuple[float, float]
     flip: float
+    draws: Any = None
 
 
 def make_pipeline(
@@ -79,6 +82,7 @@ def make_pipeline(
     Returns:
       An iterator over dicts of arrays, b = len(rows):
         each crop type: [b, number, size, size, C] in the stored dtype, with the bands of the run;
+        each entry of `crops.draws`: [b, ...];
         "label": int32 [b], -1 without classes;
         "set", "index": int64 [b] each, the dataset and the record in it that were drawn;
         "replaced": bool [b], whether that record could not be read or decoded, so that image and label come from
@@ -87,7 +91,8 @@ def make_pipeline(
       delete them before the program ends.
 
     Raises:
-      UserError: fewer records than one batch; too little shared memory.
+      UserError: fewer records than one batch; too little shared memory; rows that are not whole groups of
+        `crops.draws`.
       ValueError: rows outside the batch.
       While iterating, UserError after 100 records that cannot be decoded, and EnvironmentFault if the machine fails or
       kills a worker.
@@ -100,6 +105,7 @@ def make_pipeline(
     rows = np.arange(batch_size) if rows is None else np.asarray(rows)
     if not rows.size or rows.min() < 0 or rows.max() >= batch_size:
         raise ValueError(f"rows {rows} are out of range for batch_size={batch_size}")
+    read_batch.check_groups(crops.draws, rows)
     if not 0 <= seed < 2**32:
         raise UserError(f"seed={seed} is out of range; expected 0 to {2**32 - 1}")
     if workers:
@@ -114,9 +120,9 @@ def make_pipeline(
     ]
     if len(draws) == 1:
         draws = [draws[0][: batches_per_epoch * batch_size]]
-    draws = [each.random_map(Draw(place)).repeat() for place, each in enumerate(draws)]
+    draws = [each.random_map(read_batch.Draw(place)).repeat() for place, each in enumerate(draws)]
     draws = draws[0] if len(draws) == 1 else grain.MapDataset.mix(draws, weights=data.shares)
-    batches = TakeRows(draws, batch_size, rows).batch(len(rows))[start_batch:].map(ReadBatch(data, crops))
+    batches = TakeRows(draws, batch_size, rows).batch(len(rows))[start_batch:].map(read_batch.ReadBatch(data, crops))
     if not workers:
         keep_memory()
         return Batches(iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))), 0)
@@ -215,57 +221,6 @@ class TakeRows(grain.MapDataset):
         return self._parent[batch * self._batch_size + self._rows[place]]
 
 
-class ReadBatch(grain.transforms.Map):
-    """Reads, decodes and crops the records of one batch, directly into the arrays of the batch."""
-
-    def __init__(self, data: Mixture, crops: Crops):
-        self._data = data
-        self._crops = crops
-
-    def map(self, draws: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Maps "set", "index" and "seed", int64 [b], to a batch as documented in `make_pipeline`."""
-        size, bands = len(draws["index"]), self._data.bands
-        batch = {
-            name: np.empty((size, number, pixels, pixels, len(bands)), bands.dtype)
-            for name, (number, pixels, _) in self._crops.specs.items()
-        }
-        label, replaced = np.empty(size, np.int32), np.empty(size, bool)
-        for i, (place, index, seed) in enumerate(zip(draws["set"], draws["index"], draws["seed"], strict=True)):
-            out = {name: values[i] for name, values in batch.items()}
-            label[i], replaced[i] = self._fill(int(place), int(index), int(seed), out)
-        return batch | {"label": label, "set": draws["set"], "index": draws["index"], "replaced": replaced}
-
-    def _fill(self, place: int, index: int, seed: int, out: dict[str, np.ndarray]) -> tuple[int, bool]:
-        """Fills `out`, by crop type [number, size, size, C], from record `index` of dataset `place`, or from another
-        record if that cannot be decoded; returns (label, whether the record was replaced)."""
-        source = self._data.sources[place]
-        for skipped in range(_REPLACEMENTS):
-            # First the next records, then distant ones, since a whole shard may be damaged.
-            other = (index + (skipped if skipped < _NEIGHBORS else skipped * _LEAP)) % len(source)
-            try:
-                record = records.decode_record(source.read(other))
-                rng = np.random.default_rng(seed)
-                decode.fill_crops(record.image, source.info, self._data.places[place], rng, self._crops, out)
-                return record.label, skipped > 0
-            except (RuntimeError, ValueError):  # damaged shard, record or image
-                continue
-        raise UserError(
-            f"{_REPLACEMENTS} records of {source.path} cannot be decoded, starting with record {index}; the dataset is "
-            "damaged, convert it again"
-        )
-
-
-class Draw(grain.transforms.RandomMap):
-    """The draw of a record: its dataset and index, and the seed of its crops, from a generator keyed by (seed,
-    position)."""
-
-    def __init__(self, place: int):
-        self._place = np.int64(place)
-
-    def random_map(self, index: int, rng: np.random.Generator) -> dict[str, np.int64]:
-        return {"set": self._place, "index": np.int64(index), "seed": rng.integers(2**63)}
-
-
 def workers_of(wanted: int) -> int:
     """Resolves `config.data.workers`: -1 means one worker per two available cores, at least 1 and at most 16."""
     return wanted if wanted >= 0 else max(1, min(len(os.sched_getaffinity(0)) // 2, 16))
@@ -298,4 +253,6 @@ def _end_with_parent() -> None:
 
 def _check_shared_memory(crops: Crops, pixel_bytes: int, local_batch: int, workers: int) -> None:
     images = sum(number * size**2 * pixel_bytes for number, size, _ in crops.specs.values())
+    if crops.draws:
+        images += sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in crops.draws.shapes().values())
     shared_memory.check_room((_BATCHES_PER_WORKER * workers + 1) * local_batch * images, workers, local_batch)

@@ -10,6 +10,7 @@ import zlib
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
+import numpy as np
 from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
@@ -43,6 +44,21 @@ def crop_specs(crops: Any) -> dict[str, CropSpec]:
         for name in ("global", "local")
     }
     return {name: spec for name, spec in specs.items() if spec.number}
+
+
+class HostDraws(Protocol):
+    """Random draws that the data workers make with the crops, as further entries of the batch, for instance because
+    drawing them is sequential. Passed to worker processes, so it must be picklable."""
+
+    # Number of images that are drawn together: `group` neighbors in the global batch, which must lie on one device and
+    # in one microbatch (`batches.check_group`).
+    group: int
+
+    def draw(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Draws for one group: leaves [group, ...] of fixed shapes and dtypes, a function of `rng` alone."""
+
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Shape without the axis of images, and dtype, by name; no name of a crop type."""
 
 
 # ---------------------------------------------------------------- arguments of a step
@@ -161,6 +177,7 @@ class Objective(Protocol):
     bands: Bands
     precision: Precision
     crops: dict[str, CropSpec]  # the crops in a batch, by crop type
+    host_draws: HostDraws | None  # further entries of a batch
 
     def flops_per_image(self) -> dict[str, float]:
         """FLOPs per image of a training step, by part: the method's matrix products, without recomputation."""
@@ -179,8 +196,8 @@ class Objective(Protocol):
         """The state besides parameters, such as a center or running statistics; {} if there is none."""
 
     def prepare(self, rngs: Streams, batch: dict[str, jax.Array]) -> Any:
-        """Adds all random draws to a batch of crops [B, V, H, W, C]. Axis 0 of every leaf of the result is the
-        batch."""
+        """Adds all random draws to a batch of crops [B, V, H, W, C] and host draws [B, ...]. Axis 0 of every leaf of
+        the result is the batch."""
 
     def loss(
         self, params: Params, teacher: Params, state: State, examples: Any, context: Context
@@ -222,6 +239,7 @@ class Base:
     curves: ClassVar = ()
     sharding_rules: ClassVar = ()
     decay_rules: ClassVar = ()
+    host_draws = None
     warm_start_batches = 0
 
     @classmethod

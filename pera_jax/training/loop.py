@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from pera_jax.common.errors import UserError
+from pera_jax.objectives import batches
 from pera_jax.objectives.base import judged
 from pera_jax.parallel import chips, global_arrays, sharding
 from pera_jax.training.alarms import NOT_FINITE, Alarms
@@ -76,7 +77,7 @@ class Loop:
         self.waited, self.since, self.since_step = 0.0, time.perf_counter(), None
 
     def next_batch(self, stream, state):
-        """The next global batch as global arrays [B, V, H, W, C] by crop type, sharded over the devices of all hosts.
+        """The next global batch as global arrays, `objectives.batches.layout`, sharded over the devices of all hosts.
 
         If the stream raises a UserError, saves `state` before re-raising it, so that a lost worker loses no training.
         """
@@ -86,7 +87,7 @@ class Loop:
         except UserError as error:
             raise self._kept(state, error) from error
         self.waited += time.perf_counter() - began
-        wanted = {name: batch[name] for name in self.objective.crops}
+        wanted = {name: batch[name] for name in batches.layout(self.objective, self.config.batch_size)}
         wanted["counts"] = np.column_stack([batch["replaced"], batch["set"][:, None] == np.arange(len(self.sets))])
         arrays = global_arrays.assemble(wanted, self.where, self.rows, self.config.batch_size)
         self.tally = self.add(self.tally, arrays.pop("counts"))  # [1 + S]

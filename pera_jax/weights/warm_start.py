@@ -18,6 +18,7 @@ from pera_jax.common.text import every
 from pera_jax.data import pipeline
 from pera_jax.encoder import fit
 from pera_jax.encoder.load import Weights, backbone_alone, load_weights, networks_of
+from pera_jax.objectives import batches
 from pera_jax.objectives.base import Objective, Streams
 from pera_jax.parallel import distributed, global_arrays, sharding
 from pera_jax.training import step as steps
@@ -105,18 +106,19 @@ def with_estimate(state: steps.TrainState, config, objective: Objective, data, m
     with jax.set_mesh(mesh):
         compiled = jax.jit(estimate, in_shardings=(layout, where, whole))
         stream = pipeline.make_pipeline(
-            data, pipeline.Crops(objective.crops, config.crops.aspect, config.crops.flip), batch_size=config.batch_size,
-            seed=config.seed, rows=rows, workers=pipeline.workers_of(config.data.workers),
+            data, pipeline.Crops(objective.crops, config.crops.aspect, config.crops.flip, objective.host_draws),
+            batch_size=config.batch_size, seed=config.seed, rows=rows,
+            workers=pipeline.workers_of(config.data.workers),
         )  # fmt: skip
         try:
             for index in range(number):
                 batch = next(stream)
-                crops = {name: batch[name] for name in objective.crops}
-                arrays = global_arrays.assemble(crops, where, rows, config.batch_size)
+                wanted = {name: batch[name] for name in batches.layout(objective, config.batch_size)}
+                arrays = global_arrays.assemble(wanted, where, rows, config.batch_size)
                 found = jax.tree.map(lambda leaf: leaf / number, compiled(state.teacher, arrays, np.int32(index)))
                 total = found if total is None else jax.tree.map(jnp.add, total, found)
         finally:
-            batch = crops = arrays = None  # they may be views of the workers' shared memory
+            batch = wanted = arrays = None  # they may be views of the workers' shared memory
             stream.close()
         started, note = objective.with_estimate(state.objective, total)
         started = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), started, state.objective)

@@ -1,5 +1,6 @@
 """The stream of batches: what it depends on, and how damaged records are replaced."""
 
+import dataclasses
 import io
 import os
 import pathlib
@@ -18,6 +19,7 @@ from PIL import Image
 from pera_jax.common.errors import UserError
 from pera_jax.data import codecs, pipeline, records
 from pera_jax.data.mixture import Mixture
+from pera_jax.objectives import ibot_masks
 
 RECORDS, BATCH = 50, 12  # Epochs of four batches; two records are left out of each.
 SETTINGS = dict(
@@ -58,9 +60,9 @@ def source(tmp_path_factory, images) -> records.RecordSource:
     return write_records(tmp_path_factory.mktemp("records"), images)
 
 
-def take(source, number: int, **settings) -> list[dict[str, np.ndarray]]:
+def take(source, number: int, crops: pipeline.Crops = CROPS, **settings) -> list[dict[str, np.ndarray]]:
     settings = {"batch_size": BATCH, "seed": 5, **settings}
-    stream = pipeline.make_pipeline(Mixture.from_source(source), CROPS, **settings)
+    stream = pipeline.make_pipeline(Mixture.from_source(source), crops, **settings)
     batches = [{name: value.copy() for name, value in next(stream).items()} for _ in range(number)]
     stream.close()
     return batches
@@ -119,6 +121,15 @@ def test_crops_change_with_the_epoch_and_with_the_seed(source, stream):
     assert (other["index"] != stream[0]["index"]).any()
 
 
+def with_masks(group: int) -> pipeline.Crops:
+    return dataclasses.replace(CROPS, draws=ibot_masks.BlockMasks(side=4, group=group))
+
+
+@pytest.fixture(scope="module")
+def masked(source) -> list[dict[str, np.ndarray]]:
+    return take(source, 8, crops=with_masks(3))
+
+
 # Rows of a batch by host: runs of them, mixed up as by a mesh of another order, and shared by hosts.
 HOSTS = {
     "two": [range(0, 6), range(6, 12)],
@@ -129,12 +140,31 @@ HOSTS = {
 
 
 @pytest.mark.parametrize(("hosts", "workers"), [("two", 0), ("four", 0), ("mixed", 0), ("shared", 0), ("mixed", 2)])
-def test_the_rows_of_the_hosts_make_up_the_same_global_batches(source, stream, hosts, workers):
+def test_the_rows_of_the_hosts_make_up_the_same_global_batches(source, masked, hosts, workers):
     """Also from a batch that the second of two workers makes; of all rows: see the mixture of test_bands."""
     for rows in HOSTS[hosts][:1] if workers else HOSTS[hosts]:
-        wanted = [{name: value[list(rows)] for name, value in batch.items()} for batch in stream[3:8]]
-        assert_same(take(source, 5, rows=rows, start_batch=3, workers=workers), wanted)
+        wanted = [{name: value[list(rows)] for name, value in batch.items()} for batch in masked[3:]]
+        assert_same(take(source, 5, crops=with_masks(3), rows=rows, start_batch=3, workers=workers), wanted)
     assert set().union(*HOSTS[hosts]) == set(range(BATCH))
+
+
+def test_draws_for_groups_of_images_differ_and_leave_the_crops_alone(source, stream, masked):
+    masks = [batch["masks"] for batch in masked]
+    assert {(each.shape, each.dtype) for each in masks} == {((BATCH, 2, 16), np.dtype(np.uint8))}
+    groups = np.concatenate(masks).reshape(-1, 3 * 2 * 16)
+    assert np.all(groups.any(axis=1)) and len(np.unique(groups, axis=0)) == len(groups)
+    rest = [{name: value for name, value in batch.items() if name != "masks"} for batch in masked]
+    assert_same(rest, stream[:8])
+    other_seed = take(source, 1, crops=with_masks(3), seed=6)[0]["masks"]
+    assert np.any(other_seed != masks[0])
+
+
+@pytest.mark.parametrize("rows", [range(2, 8), range(4), (0, 1, 2, 3, 5, 4), (0, 1, 2, 2, 3, 4)])
+def test_rows_that_split_a_group_are_an_error(source, rows):
+    with pytest.raises(UserError, match="draws for groups of 3 images, and the rows of the batch on this host are not"):
+        take(source, 1, crops=with_masks(3), rows=rows)
+    with pytest.raises(UserError, match="draws for groups of 5 images"):
+        take(source, 1, crops=with_masks(5))
 
 
 def test_rows_that_a_batch_does_not_have_are_an_error(source):

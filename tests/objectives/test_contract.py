@@ -26,7 +26,7 @@ from pera_jax.common.errors import UserError
 from pera_jax.config import flags as config_flags
 from pera_jax.cost import flops as flop_counts
 from pera_jax.encoder.load import Weights
-from pera_jax.objectives import base
+from pera_jax.objectives import base, batches
 from pera_jax.parallel import sharding
 from pera_jax.training import alarms, schedules
 from pera_jax.training import step as steps
@@ -52,11 +52,7 @@ def objective_of(config) -> base.Objective:
 
 
 def batch_of(objective, images: int):
-    rng, side = np.random.default_rng(0), len(objective.bands)
-    return {
-        name: rng.integers(0, 256, (images, spec.number, spec.size, spec.size, side), np.uint8)
-        for name, spec in objective.crops.items()
-    }
+    return batches.random(objective, images, np.random.default_rng(0))
 
 
 def scalars_of(config, dtype=np.float32):

@@ -8,6 +8,7 @@ from pera_jax.bands import visible
 from pera_jax.data import pipeline, records
 from pera_jax.data.mixture import Mixture
 from pera_jax.encoder.load import Weights
+from pera_jax.objectives import batches
 from pera_jax.objectives.base import Streams
 from pera_jax.objectives.watched import Preview
 from pera_jax.reports.drawing.grid import Grid, Tile
@@ -30,10 +31,12 @@ def preview(networks: dict[str, Weights], source: records.RecordSource, number: 
     )
     batch = next(stream)
     stream.close()
-    crops = {name: np.array(batch[name][:number]) for name in objective.crops}
+    # The pipeline would need whole groups of images for the draws, which is more than a small split may have.
+    shown = {name: np.array(batch[name][:number]) for name in objective.crops}
+    shown |= batches.draws(objective, number, np.random.default_rng(seed))
     params = {name: weights.params for name, weights in networks.items()}
     channels = visible(objective.bands, config["data"]["rgb"])
-    return objective.preview(params, crops, Streams(jax.random.key(seed)), channels)
+    return objective.preview(params, shown, Streams(jax.random.key(seed)), channels)
 
 
 def grid(shown: Preview) -> Grid:
