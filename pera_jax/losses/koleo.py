@@ -1,4 +1,5 @@
-"""The KoLeo regularizer (Sablayrolles et al., arXiv:1806.03198), which spreads the prototype outputs `z = W u`.
+"""The KoLeo regularizer (Sablayrolles et al., arXiv:1806.03198), which spreads the prototype outputs `z = W u`, or
+tokens.
 
 Written per device (`shard_map`): `W^T W` is computed once a step, and a group that spans devices gathers the rows of
 the others. The docstring shows the naive loop; the code materializes no array of batch x prototypes.
@@ -32,7 +33,7 @@ _gram.defvjp(
 
 @jax.named_scope("koleo")
 def koleo(
-    units: Float[jax.Array, "B V D"], weights: Float[jax.Array, "K D"], group: int, precision: Precision
+    units: Float[jax.Array, "B V D"], weights: Float[jax.Array, "K D"] | None, group: int, precision: Precision
 ) -> Float[jax.Array, ""]:
     """The KoLeo term, summed over crops: minus the mean log distance to the nearest other sample of the group.
 
@@ -46,6 +47,7 @@ def koleo(
     through both samples.
 
     Args:
+      weights: None for the term on `units` themselves, of any length, in place of `z`; norms below 1e-8 count as 1e-8.
       group: number of samples per group, a divisor of B.
 
     Returns:
@@ -54,7 +56,10 @@ def koleo(
     if group == 1:
         return jnp.zeros((), units.dtype)
     batch, (rows, _) = len(units), sharding.axes_in_use()
-    gram, total = _gram(precision, weights), jnp.sum(weights, axis=0)  # [D, D]; [D], W^T 1
+    if weights is None:
+        gram, total, outputs = None, jnp.ones(units.shape[-1], units.dtype), units.shape[-1]  # W is the unit matrix
+    else:
+        gram, total, outputs = _gram(precision, weights), jnp.sum(weights, axis=0), len(weights)  # [D, D]; [D], W^T 1
 
     def local(units, gram, total):
         scaled = _unit_outputs(units, gram, precision)  # [B, V, D]
@@ -67,7 +72,7 @@ def koleo(
             first += begin % group
         scaled, others = (x.reshape(-1, size, *x.shape[1:]) for x, size in ((scaled, own), (others, group)))
         gap = _gap_to_nearest(scaled, others, gram, first, precision)  # [G, g, V, D]
-        distance = _length(gap, gram, total, len(weights), precision)
+        distance = _length(gap, gram, total, outputs, precision)
         total_log = jnp.sum(jnp.log(distance + _EPS))
         return -(jax.lax.psum(total_log, rows) if rows else total_log) / batch
 
@@ -75,17 +80,23 @@ def koleo(
     return (jax.shard_map(local, **shape) if rows else local)(units, gram, total)
 
 
-def _unit_outputs(units: jax.Array, gram: jax.Array, precision: Precision) -> jax.Array:
+def _unit_outputs(units: jax.Array, gram: jax.Array | None, precision: Precision) -> jax.Array:
     """`units` [B, V, D], scaled so that `W u` has norm 1."""
-    square = precision.wide_einsum("bvd,de,bve->bv", units, gram, units)
-    return units * jax.lax.rsqrt(jnp.maximum(square, precision.norm_floor**2))[..., None]
+    if gram is None:
+        square, floor = jnp.sum(jnp.square(units), axis=-1), _EPS
+    else:
+        square, floor = precision.wide_einsum("bvd,de,bve->bv", units, gram, units), precision.norm_floor
+    return units * jax.lax.rsqrt(jnp.maximum(square, floor**2))[..., None]
 
 
 def _gap_to_nearest(scaled, others, gram, first, precision: Precision) -> jax.Array:
     """`scaled` [G, o, V, D] minus the nearest of `others` [G, g, V, D], except itself, which has index `first[G] +
     i`."""
     # [G, V, o, g]
-    inner = precision.wide_einsum("givd,de,gjve->gvij", *map(jax.lax.stop_gradient, (scaled, gram, others)))
+    if gram is None:
+        inner = precision.wide_einsum("givd,gjvd->gvij", *map(jax.lax.stop_gradient, (scaled, others)))
+    else:
+        inner = precision.wide_einsum("givd,de,gjve->gvij", *map(jax.lax.stop_gradient, (scaled, gram, others)))
     itself = first[:, None] + jnp.arange(scaled.shape[1])  # [G, o]
     inner = jnp.where(itself[:, None, :, None] == jnp.arange(others.shape[1]), -jnp.inf, inner)
     nearest = jnp.argmax(inner, axis=-1).swapaxes(1, 2)  # [G, o, V]
@@ -93,8 +104,11 @@ def _gap_to_nearest(scaled, others, gram, first, precision: Precision) -> jax.Ar
     return scaled - jnp.take_along_axis(others, nearest[..., None], axis=1)  # [G, o, V, D]
 
 
-def _length(gap, gram, total, prototypes: int, precision: Precision) -> jax.Array:
+def _length(gap, gram, total, outputs: int, precision: Precision) -> jax.Array:
     """`|| W gap + eps ||` of [G, o, V, D] -> [G, o, V]."""
-    square = precision.wide_einsum("givd,de,give->giv", gap, gram, gap)
-    square += 2 * _EPS * precision.wide_einsum("givd,d->giv", gap, total) + prototypes * _EPS**2
-    return jnp.sqrt(jnp.maximum(square, prototypes * _EPS**2))
+    if gram is None:
+        square = jnp.sum(jnp.square(gap), axis=-1)
+    else:
+        square = precision.wide_einsum("givd,de,give->giv", gap, gram, gap)
+    square += 2 * _EPS * precision.wide_einsum("givd,d->giv", gap, total) + outputs * _EPS**2
+    return jnp.sqrt(jnp.maximum(square, outputs * _EPS**2))

@@ -11,7 +11,6 @@ vectors of its `fsdp` group once and multiplies them with its own prototypes; su
 """
 
 import dataclasses
-import functools
 from typing import no_type_check
 
 import jax
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import ArrayLike, Float, Real
 
+from pera_jax.losses.per_device import gather_units, highest, log_softmax, log_sum_exp, mean, total, vary
 from pera_jax.models.precision import Precision
 from pera_jax.parallel import sharding
 
@@ -63,9 +63,9 @@ def class_term(
     whole, cut, data = P(), P(columns), rows[:1]
 
     def local(student_units, teacher_units, student_weights, teacher_weights, center, temperatures):
-        student_units, teacher_units = (_gather_units(x, rows, precision) for x in (student_units, teacher_units))
+        student_units, teacher_units = (gather_units(x, rows, precision) for x in (student_units, teacher_units))
         # [K / (tensor fsdp), D]; its gradient is summed over `data` once
-        student_weights = _vary(student_weights, data)
+        student_weights = vary(student_weights, data)
         ts, tt = temperatures
 
         # One pair at a time, recomputed in the backward pass, so that only the probabilities of one pair are in memory.
@@ -73,13 +73,11 @@ def class_term(
         def pair(student_weights, student_units, teacher_units):
             z_s = precision.logits(student_units, student_weights) / ts  # [B, K]
             z_t = (precision.logits(teacher_units, teacher_weights) - center) / tt  # [B, K]
-            log_sum_t, highest = _log_sum_exp(z_t, columns)  # [B] each
-            log_p_t = z_t - log_sum_t[:, None]  # [B, K]
+            log_p_t, best = log_softmax(z_t, columns)  # [B, K], [B]
             p_t = jnp.exp(log_p_t)
             # sum_k p_t log p_s, where p_t sums to 1: the log-partition can be taken out of the sum.
-            loss = jnp.mean(_log_sum_exp(z_s, columns)[0] - _sum(jnp.sum(p_t * z_s, axis=-1), columns))
-            entropy = -jnp.mean(_sum(jnp.sum(p_t * log_p_t, axis=-1), columns))
-            best = jnp.where(jnp.max(z_t, axis=-1) == highest, jnp.argmax(z_t, axis=-1), len(center))  # or on no row
+            loss = jnp.mean(log_sum_exp(z_s, columns)[0] - total(jnp.sum(p_t * z_s, axis=-1), columns))
+            entropy = -jnp.mean(total(jnp.sum(p_t * log_p_t, axis=-1), columns))
             return loss, jax.lax.stop_gradient((entropy, jnp.mean(p_t, axis=0), best))
 
         def body(seen, units):
@@ -87,11 +85,11 @@ def class_term(
             loss, (entropy, mean_of_pair, best) = pair(student_weights, *units)
             return (mean_p + mean_of_pair, used.at[best].set(1.0, mode="drop")), (loss, entropy)
 
-        start = _vary(jnp.zeros((2, len(center)), precision.wide), (*data, *columns))
+        start = vary(jnp.zeros((2, len(center)), precision.wide), (*data, *columns))
         per_pair = (jnp.moveaxis(student_units, 1, 0), jnp.moveaxis(teacher_units, 1, 0))  # [V, B, D] each
         (mean_p, used), (loss, entropy) = jax.lax.scan(body, tuple(start), per_pair)
-        mean_p, loss, entropy = (_mean(value, data) for value in (mean_p / len(loss), loss, entropy))
-        return loss, entropy, mean_p, jax.lax.pmax(used, data) if data else used
+        mean_p, loss, entropy = (mean(value, data) for value in (mean_p / len(loss), loss, entropy))
+        return loss, entropy, mean_p, highest(used, data)
 
     shape = dict(in_specs=(sharding.BATCH, sharding.BATCH, cut, cut, cut, whole), out_specs=(whole, whole, cut, cut))
     loss, entropy, mean_p, used = (jax.shard_map(local, **shape) if rows else local)(
@@ -121,54 +119,18 @@ def teacher_statistics(
     }
 
 
-def _sum(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    return jax.lax.psum(x, axes) if axes else x
+def mean_output(
+    teacher: Prototypes, precision: Precision, row_weights: Float[jax.Array, "B V"] | None = None
+) -> Float[jax.Array, " K"]:
+    """`mean(z)` over all crops and samples, towards which the center moves; computed as `W mean(u)`.
 
-
-def _mean(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    return jax.lax.pmean(x, axes) if axes else x
-
-
-def _vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """Marks `x`, which is replicated along the mesh `axes`, as varying along them."""
-    return jax.lax.pcast(x, axes, to="varying") if axes else x
-
-
-def _log_sum_exp(z: jax.Array, axes: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:
-    """log sum exp over the last axis, which is sharded over `axes`, and its maximum; [B, K] -> [B], [B]."""
-    highest = jnp.max(jax.lax.stop_gradient(z), axis=-1)
-    highest = jax.lax.pmax(highest, axes) if axes else highest
-    return highest + jnp.log(_sum(jnp.sum(jnp.exp(z - highest[:, None]), axis=-1), axes)), highest
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather_units(units: jax.Array, rows: tuple[str, ...], precision: Precision) -> jax.Array:
-    """All-gathers this device's [B / (data fsdp), V, D] over `fsdp` to [B / data, V, D], in `compute` precision.
-
-    The gradient, of which each device has the part of its own prototypes, is reduced once, in `wide` precision.
+    With `row_weights`, the mean is over the rows whose weight is not 0, each counted alike; 0 if there is none.
     """
-    narrow = units.astype(precision.compute)
-    if rows:
-        narrow = _vary(jax.lax.all_gather(narrow, "fsdp", axis=0, tiled=True), ("tensor",))
-    return narrow
-
-
-def _gather_units_backward(rows, precision, _, cotangent):
-    cotangent = cotangent.astype(precision.wide)
-    if rows:
-        cotangent = jax.lax.psum_scatter(cotangent, "fsdp", scatter_dimension=0, tiled=True)
-        cotangent = jax.lax.psum(cotangent, "tensor")
-    return (cotangent,)
-
-
-_gather_units.defvjp(
-    lambda units, rows, precision: (_gather_units(units, rows, precision), None), _gather_units_backward
-)
-
-
-def mean_output(teacher: Prototypes, precision: Precision) -> Float[jax.Array, " K"]:
-    """`mean(z)` over all crops and samples, towards which the center moves; computed as `W mean(u)`."""
-    mean_unit = jnp.mean(teacher.units, axis=(0, 1))  # [D]
+    if row_weights is None:
+        mean_unit = jnp.mean(teacher.units, axis=(0, 1))  # [D]
+    else:
+        valid = (row_weights > 0).astype(teacher.units.dtype)
+        mean_unit = jnp.sum(teacher.units * valid[..., None], axis=(0, 1)) / jnp.maximum(jnp.sum(valid), 1)  # [D]
     return precision.wide_einsum("kd,d->k", teacher.weights, mean_unit)
 
 
