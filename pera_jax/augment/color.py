@@ -98,35 +98,48 @@ def apply_by_crop(
 
     def one_crop(crop):
         image, factors, operations = crop  # [H, W, C], [4], [4]
-        brightness, contrast, saturation, turn = factors
-        branches = [
-            lambda planes: _affine(planes, rgb, brightness),
-            lambda planes: _affine(planes, rgb, contrast, c=1 - contrast, means=_means(planes, rgb, (0, 1))),
-        ]
-        if rgb:
-            branches.append(lambda planes: _colors(planes, _affine(planes, rgb, saturation, b=1 - saturation), rgb))
-            branches.append(lambda planes: _hue(planes, rgb, turn))
-        planes = jax.lax.fori_loop(
-            0,
-            jnp.sum(operations != _NO_OP),
-            lambda step, planes: jax.lax.switch(operations[step], branches, planes),
-            _planes(image, bands, wide),
-        )
-        return _normalize(planes, bands, dtype)
+        return normalized(jittered_crop(planes_of(image, bands, wide), factors, operations, rgb), bands, dtype)
 
-    return jax.lax.map(one_crop, (crops, jitter.factors, _operations(jitter)))
+    return jax.lax.map(one_crop, (crops, jitter.factors, operations_of(jitter)))
 
 
 def apply_together(
     crops: Real[jax.Array | np.ndarray, "N H W C"], jitter: Jitter, bands: Bands, rgb: Rgb, wide, dtype
 ) -> Float[jax.Array, "N H W C"]:
-    """`apply` on all crops at once, one position of their orders after the other, computed in `wide`.
+    """`apply` on all crops at once, computed in `wide`."""
+    return normalized(jittered_crops(planes_of(crops, bands, wide), jitter, rgb), bands, dtype)
+
+
+def jittered_crop(planes: Planes, factors: jax.Array, operations: jax.Array, rgb: Rgb) -> Planes:
+    """The jitter of one crop, planes [H, W]: a loop over the operations that change it.
+
+    Args:
+      factors: [4], as in `Jitter`; operations: int32 [4], a row of `operations_of`.
+    """
+    brightness, contrast, saturation, turn = factors
+    branches = [
+        lambda planes: _affine(planes, rgb, brightness),
+        lambda planes: _affine(planes, rgb, contrast, c=1 - contrast, means=_means(planes, rgb, (0, 1))),
+    ]
+    if rgb:
+        branches.append(lambda planes: _colors(planes, _affine(planes, rgb, saturation, b=1 - saturation), rgb))
+        branches.append(lambda planes: _hue(planes, rgb, turn))
+    return jax.lax.fori_loop(
+        0,
+        jnp.sum(operations != _NO_OP),
+        lambda step, planes: jax.lax.switch(operations[step], branches, planes),
+        planes,
+    )
+
+
+def jittered_crops(planes: Planes, jitter: Jitter, rgb: Rgb) -> Planes:
+    """The jitter of N crops, planes [N, H, W]: one position of their orders after the other.
 
     At each position, every crop gets both an affine operation with its own coefficients and a hue shift, and selects
     one. A scan rather than four copies of its body, because XLA would fuse these into one kernel, which recomputes each
     band from three bands, each of them from three bands again, and so on.
     """
-    operations = _operations(jitter)
+    operations = operations_of(jitter)
 
     def position(state, inputs):
         planes, means = state
@@ -140,13 +153,12 @@ def apply_together(
             )
         return (after, _means(after, rgb, (1, 2))), None  # the means are computed here to fuse with what precedes
 
-    planes = _planes(crops, bands, wide)
     inputs = [value.T for value in (operations, *_coefficients(jitter.factors, operations))]  # each [4, N]
     (planes, _), _ = jax.lax.scan(position, (planes, _means(planes, rgb, (1, 2))), inputs)
-    return _normalize(planes, bands, dtype)
+    return planes
 
 
-def _operations(jitter: Jitter) -> jax.Array:
+def operations_of(jitter: Jitter) -> jax.Array:
     """int32 [N, 4]: `order` without the operations that change nothing, padded with `_NO_OP` at the end."""
     changes = jnp.take_along_axis(jitter.factors != UNCHANGED, jitter.order, axis=1)  # [N, 4]
     changing_first = jnp.argsort(~changes, axis=1, stable=True)
@@ -163,12 +175,14 @@ def _coefficients(factors: jax.Array, operations: jax.Array) -> tuple[jax.Array,
     return a, b, c, jnp.where(operations == HUE, factor, 0)
 
 
-def _planes(crops: jax.Array, bands: Bands, dtype) -> Planes:
+def planes_of(crops: jax.Array, bands: Bands, dtype) -> Planes:
+    """Stored values [..., C] as one array [...] of values in [0, 1] per band."""
     values = bands.mapped(crops, dtype)
     return tuple(values[..., band] for band in range(len(bands)))
 
 
-def _normalize(planes: Planes, bands: Bands, dtype) -> jax.Array:
+def normalized(planes: Planes, bands: Bands, dtype) -> jax.Array:
+    """The inverse of `planes_of` for values in [0, 1], normalized to network inputs."""
     return jnp.stack(
         [(plane - mean) / std for plane, mean, std in zip(planes, bands.mean, bands.std, strict=True)], axis=-1
     ).astype(dtype)
@@ -191,6 +205,12 @@ def _affine(planes: Planes, rgb: Rgb, a: jax.Array, *, b=None, c=None, means: Pl
     luma = 0 if b is None else b * _luma(planes, rgb)
     shifts = (luma,) * len(planes) if c is None else tuple(luma + c * mean for mean in means)
     return tuple(jnp.clip(a * plane + shift, 0, 1) for plane, shift in zip(planes, shifts, strict=True))
+
+
+def grayscale(planes: Planes, rgb: tuple[int, int, int], chosen: jax.Array) -> Planes:
+    """Luma for red, green and blue where `chosen` (bool, broadcast against a plane); other bands do not change."""
+    luma = jnp.clip(_luma(planes, rgb), 0, 1)  # rounding makes white brighter than 1
+    return _colors(planes, tuple(jnp.where(chosen, luma, plane) for plane in planes), rgb)
 
 
 def _colors(planes: Planes, changed: Planes, rgb: tuple[int, int, int]) -> Planes:
