@@ -107,7 +107,8 @@ def apply_together(
     crops: Real[jax.Array | np.ndarray, "N H W C"], jitter: Jitter, bands: Bands, rgb: Rgb, wide, dtype
 ) -> Float[jax.Array, "N H W C"]:
     """`apply` on all crops at once, computed in `wide`."""
-    return normalized(jittered_crops(planes_of(crops, bands, wide), jitter, rgb), bands, dtype)
+    operations = operations_of(jitter)
+    return normalized(jittered_crops(planes_of(crops, bands, wide), jitter.factors, operations, rgb), bands, dtype)
 
 
 def jittered_crop(planes: Planes, factors: jax.Array, operations: jax.Array, rgb: Rgb) -> Planes:
@@ -132,14 +133,16 @@ def jittered_crop(planes: Planes, factors: jax.Array, operations: jax.Array, rgb
     )
 
 
-def jittered_crops(planes: Planes, jitter: Jitter, rgb: Rgb) -> Planes:
+def jittered_crops(planes: Planes, factors: jax.Array, operations: jax.Array, rgb: Rgb) -> Planes:
     """The jitter of N crops, planes [N, H, W]: one position of their orders after the other.
 
     At each position, every crop gets both an affine operation with its own coefficients and a hue shift, and selects
     one. A scan rather than four copies of its body, because XLA would fuse these into one kernel, which recomputes each
     band from three bands, each of them from three bands again, and so on.
+
+    Args:
+      factors: [N, 4], as in `Jitter`; operations: int32 [N, 4], from `operations_of`.
     """
-    operations = operations_of(jitter)
 
     def position(state, inputs):
         planes, means = state
@@ -153,7 +156,7 @@ def jittered_crops(planes: Planes, jitter: Jitter, rgb: Rgb) -> Planes:
             )
         return (after, _means(after, rgb, (1, 2))), None  # the means are computed here to fuse with what precedes
 
-    inputs = [value.T for value in (operations, *_coefficients(jitter.factors, operations))]  # each [4, N]
+    inputs = [value.T for value in (operations, *_coefficients(factors, operations))]  # each [4, N]
     (planes, _), _ = jax.lax.scan(position, (planes, _means(planes, rgb, (1, 2))), inputs)
     return planes
 

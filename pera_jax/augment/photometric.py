@@ -2,17 +2,18 @@
 
 Each happens with its own probability, in this order, then values are normalized; those of DINO (arXiv:2104.14294),
 DINOv2 (arXiv:2304.07193) and MoCo v3 (arXiv:2104.02057). Jitter is that of `augment.color`. Unlike in PerA's views,
-grayscale follows jitter and is independent of it. Jitter, blur and solarize apply to all bands as far as
-`augment.color` defines them, grayscale to red, green and blue.
+grayscale follows jitter and is independent of it. Blur and solarize apply to all bands, grayscale to red, green and
+blue, and jitter as in `augment.color`.
 
-Blur is a separable convolution with a symmetric kernel of each crop's sigma; beyond an edge, the crop is extended by
-its border. There are two kernels:
+Blur is separable, with one sigma per crop. There are two kernels:
 
-* "boxes": that of Pillow's `ImageFilter.GaussianBlur(radius=sigma)` (DINO, MoCo v3), which is the box of variance
-  sigma^2 / 3, of fractional width, convolved three times: 13 taps for sigma up to 2. Pillow differs by rounding to 8
-  bits after each of its six passes, and extends edges before each pass.
-* "gaussian": exp(-d^2 / 2 sigma^2) at nine taps, as torchvision's `GaussianBlur(9)` (DINOv2), whose edges are
-  reflected. For sigma below 0.5 it blurs much less than Pillow, and beyond 1.8 it is truncated.
+* "boxes": that of Pillow's `ImageFilter.GaussianBlur(radius=sigma)` (DINO, MoCo v3), an approximation of a Gaussian by
+  three passes of a box of fractional width and variance sigma^2 / 3, each of which extends the crop by its border. It
+  is within 3 of 255 gray levels of Pillow, 0.2 to 0.7 on average on photographs: Pillow rounds to 8 bits after each
+  pass, and by this leaves crops unchanged for sigma below about 0.15.
+* "gaussian": exp(-d^2 / 2 sigma^2) at nine taps with reflected edges, that of torchvision's `GaussianBlur(9)` (DINOv2),
+  within half a gray level. Below a sigma of 0.5 it blurs much less than Pillow, and near 2 it is truncated. The two
+  kernels are up to 1.4 gray levels apart on average (at a sigma of 0.3), and up to 54 at the edges.
 
 Solarize maps v to min(v, 1 - v). That is what inverting 8-bit values >= 128 does, exactly, and on values between two
 8-bit ones as if these were rounded first.
@@ -22,7 +23,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +34,9 @@ from pera_jax.augment import color
 from pera_jax.bands import Bands, rgb_indices
 from pera_jax.common.errors import UserError
 
-KERNELS = ("boxes", "gaussian")
+KERNELS = {"boxes": (3, "edge"), "gaussian": (1, "reflect")}  # passes, and what a crop is extended by before each
 _WIDEST = 5.0  # the largest sigma in px
 _REACH = 4  # of the kernel "gaussian", in px
-_BOXES = 3  # passes of the kernel "boxes"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,20 +63,25 @@ class PhotometricSpec:
     kernel: str = "boxes"
 
 
-class Photometric(NamedTuple):
+@no_type_check  # as a pytree, it also holds what JAX puts in place of arrays: shapes, shardings, None
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Photometric:
     """All random draws of N crops.
 
     Attributes:
       jitter: factors and order; the factors are `color.UNCHANGED` for crops that are not jittered.
       grayscale, solarize: bool [N].
-      kernel: float32 [N, R + 1]: the weights of the blur at a distance of 0 to R px; (1, 0, ...) for crops that are
-        not blurred. R is 0 if the probability of blur is 0.
+      weights: float32 [N, R + 1]: those of the blur's kernel at a distance of 0 to R px; (1, 0, ...) for crops that
+        are not blurred. R is 0 if the probability of blur is 0.
+      kernel: the same as in the spec; not an array.
     """
 
     jitter: color.Jitter
     grayscale: jax.Array
-    kernel: jax.Array
+    weights: jax.Array
     solarize: jax.Array
+    kernel: str = dataclasses.field(metadata=dict(static=True))
 
 
 def spec_from(settings: Mapping[str, Any] | Any, kernel: str = "boxes") -> PhotometricSpec:
@@ -127,18 +132,17 @@ def draw(key: Key[jax.Array, ""], number: int, spec: PhotometricSpec) -> Photome
     factors = jnp.where(happens(jitter_happens, spec.jitter)[:, None], jitter.factors, color.UNCHANGED)
     low, high = spec.sigma
     sigma = jax.random.uniform(sigma_key, (number,), jnp.float32, minval=low, maxval=high)
-    unchanged = jnp.ones((number, 1), jnp.float32)
+    weights = jnp.ones((number, 1), jnp.float32)
     if spec.blur:
-        kernel = _gaussian(sigma) if spec.kernel == "gaussian" else _boxes(sigma, high)  # [N, R + 1]
-        unchanged = jnp.pad(unchanged, ((0, 0), (0, kernel.shape[1] - 1)))
-        kernel = jnp.where(happens(blur_happens, spec.blur)[:, None], kernel, unchanged)
-    else:
-        kernel = unchanged
+        blurring = blur_weights(sigma, spec)  # [N, R + 1]
+        same = jnp.pad(weights, ((0, 0), (0, blurring.shape[1] - 1)))
+        weights = jnp.where(happens(blur_happens, spec.blur)[:, None], blurring, same)
     return Photometric(
         color.Jitter(factors, jitter.order),
         happens(gray_happens, spec.grayscale),
-        kernel,
+        weights,
         happens(solarize_happens, spec.solarize),
+        spec.kernel,
     )
 
 
@@ -163,7 +167,7 @@ def apply(
     jitter = draws.jitter._replace(factors=draws.jitter.factors.astype(wide))
     return jax.lax.platform_dependent(
         crops,
-        draws._replace(jitter=jitter, kernel=draws.kernel.astype(wide)),
+        dataclasses.replace(draws, jitter=jitter, weights=draws.weights.astype(wide)),
         cpu=functools.partial(apply_by_crop, **settings),
         default=functools.partial(apply_together, **settings),
     )
@@ -174,17 +178,19 @@ def apply_by_crop(
 ) -> Float[jax.Array, "N H W C"]:
     """`apply` as a loop over crops, computed in `wide`."""
 
+    blurred = functools.partial(_blurred, kernel=draws.kernel)
+
     def one_crop(crop):
-        image, factors, operations, gray, kernel, solarize = crop  # [H, W, C], [4], [4], [], [R + 1], []
+        image, factors, operations, gray, weights, solarize = crop  # [H, W, C], [4], [4], [], [R + 1], []
         planes = color.jittered_crop(color.planes_of(image, bands, wide), factors, operations, rgb)
         if rgb:
             planes = color.grayscale(planes, rgb, gray)
-        if kernel.size > 1:
-            planes = jax.lax.cond(kernel[0] < 1, _blurred, lambda planes, kernel: planes, planes, kernel)
+        if weights.size > 1:
+            planes = jax.lax.cond(weights[0] < 1, blurred, lambda planes, weights: planes, planes, weights)
         return color.normalized(_solarized(planes, solarize), bands, dtype)
 
     operations = color.operations_of(draws.jitter)
-    rows = (crops, draws.jitter.factors, operations, draws.grayscale, draws.kernel, draws.solarize)
+    rows = (crops, draws.jitter.factors, operations, draws.grayscale, draws.weights, draws.solarize)
     return jax.lax.map(one_crop, rows)
 
 
@@ -192,10 +198,11 @@ def apply_together(
     crops: Real[jax.Array | np.ndarray, "N H W C"], draws: Photometric, bands: Bands, rgb: color.Rgb, wide, dtype
 ) -> Float[jax.Array, "N H W C"]:
     """`apply` on all crops at once, computed in `wide`."""
-    planes = color.jittered_crops(color.planes_of(crops, bands, wide), draws.jitter, rgb)
+    operations = color.operations_of(draws.jitter)
+    planes = color.jittered_crops(color.planes_of(crops, bands, wide), draws.jitter.factors, operations, rgb)
     if rgb:
         planes = color.grayscale(planes, rgb, draws.grayscale[:, None, None])
-    planes = _solarized(_blurred(planes, draws.kernel), draws.solarize[:, None, None])
+    planes = _solarized(_blurred(planes, draws.weights, draws.kernel), draws.solarize[:, None, None])
     return color.normalized(planes, bands, dtype)
 
 
@@ -203,15 +210,18 @@ def _solarized(planes: color.Planes, chosen: jax.Array) -> color.Planes:
     return tuple(jnp.where(chosen, jnp.minimum(plane, 1 - plane), plane) for plane in planes)
 
 
-def _blurred(planes: color.Planes, kernel: jax.Array) -> color.Planes:
-    """Planes [..., H, W], each convolved over H and W with its kernel, of which `kernel` [..., R + 1] is one half."""
-    weights = [weight[..., None, None] for weight in jnp.moveaxis(kernel, -1, 0)]  # R + 1 times [..., 1, 1]
+def _blurred(planes: color.Planes, weights: jax.Array, kernel: str) -> color.Planes:
+    """Planes [..., H, W], each convolved along H and W with its `weights` [..., R + 1]."""
+    weights = [weight[..., None, None] for weight in jnp.moveaxis(weights, -1, 0)]  # R + 1 times [..., 1, 1]
     reach = len(weights) - 1
+    if not reach:
+        return planes
+    passes, edges = KERNELS[kernel]
 
-    def along(plane, axis):
-        size = plane.shape[axis]
-        extended = jnp.pad(plane, [(reach, reach) if a == axis else (0, 0) for a in range(plane.ndim)], mode="edge")
-        # XLA would fuse both directions into one kernel, which computes (2 R + 1)^2 products per value.
+    def along(values, axis):
+        size = values.shape[axis]
+        extended = jnp.pad(values, [(reach, reach) if a == axis else (0, 0) for a in range(values.ndim)], mode=edges)
+        # XLA would fuse passes into one kernel, which computes the products of all passes for each value.
         extended = jax.lax.optimization_barrier(extended)
 
         def shifted(by):
@@ -220,30 +230,32 @@ def _blurred(planes: color.Planes, kernel: jax.Array) -> color.Planes:
         pairs = [weights[by] * (shifted(-by) + shifted(by)) for by in range(1, reach + 1)]
         return sum(pairs, weights[0] * shifted(0))
 
-    if not reach:
-        return planes
-    return tuple(along(along(plane, plane.ndim - 2), plane.ndim - 1) for plane in planes)
+    values = jnp.stack(planes)  # [C, ..., H, W]
+    for axis in (values.ndim - 1, values.ndim - 2):
+        for _ in range(passes):
+            values = along(values, axis)
+    return tuple(values)
+
+
+def blur_weights(sigma: Float[jax.Array, " N"], spec: PhotometricSpec) -> Float[jax.Array, "N R1"]:
+    """`Photometric.weights` of a blur by `sigma`, within `spec.sigma`."""
+    return _gaussian(sigma) if spec.kernel == "gaussian" else _box(sigma, spec.sigma[1])
 
 
 def _gaussian(sigma: jax.Array) -> jax.Array:
-    """Half of each Gaussian kernel of 9 taps, [N, 5], for sigma [N]."""
+    """The weights [N, 5] of the kernel "gaussian" for sigma [N]."""
     weights = jnp.exp(-0.5 * (jnp.arange(_REACH + 1) / sigma[:, None]) ** 2)  # [N, R + 1]
     return weights / (2 * jnp.sum(weights, axis=1, keepdims=True) - weights[:, :1])
 
 
-def _boxes(sigma: jax.Array, highest: float) -> jax.Array:
-    """Half of each kernel "boxes", [N, R + 1], for sigma [N] of at most `highest`.
+def _box(sigma: jax.Array, highest: float) -> jax.Array:
+    """The weights [N, R + 1] of one pass of the kernel "boxes", for sigma [N] of at most `highest`.
 
-    A box of integer radius l with weight 1, and weight a <= 1 at a distance of l + 1, has the variance sigma^2 / 3
-    (Gwosdek et al., Theoretical foundations of Gaussian convolution by extended box filtering, 2011).
+    A box with weight 1 up to the distance l, and a <= 1 at l + 1, has the variance sigma^2 / 3 (Gwosdek et al.,
+    Theoretical foundations of Gaussian convolution by extended box filtering, 2011).
     """
-    side = math.floor((math.sqrt(4 * highest**2 + 1) - 1) / 2) + 1  # px from the middle of the widest box to its end
+    reach = math.floor((math.sqrt(4 * highest**2 + 1) - 1) / 2) + 1
     whole = jnp.floor((jnp.sqrt(4 * sigma**2 + 1) - 1) / 2)  # l, [N]
     part = (2 * whole + 1) * (whole * (whole + 1) - sigma**2) / (2 * sigma**2 - 6 * (whole + 1) ** 2)  # a
     radius = (whole + part)[:, None]
-    box = jnp.clip(radius + 1 - jnp.abs(jnp.arange(-side, side + 1)), 0, 1) / (2 * radius + 1)  # [N, 2 side + 1]
-    kernel = box
-    for _ in range(_BOXES - 1):
-        shifts = [jnp.pad(kernel, ((0, 0), (by, 2 * side - by))) for by in range(2 * side + 1)]
-        kernel = sum(shift * box[:, by, None] for by, shift in enumerate(shifts))
-    return kernel[:, _BOXES * side :]
+    return jnp.clip(radius + 1 - jnp.arange(reach + 1), 0, 1) / (2 * radius + 1)  # [N, R + 1]

@@ -4,14 +4,13 @@ import colorsys
 import dataclasses
 import functools
 import itertools
-import os
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
+from toy_photographs import drawings, photographs
 
 from pera_jax.augment import color
 from pera_jax.augment.color import BRIGHTNESS, CONTRAST, HUE, SATURATION, Jitter
@@ -19,7 +18,6 @@ from pera_jax.bands import Bands, rgb_indices
 from pera_jax.common.errors import UserError
 from pera_jax.objectives.pera import views
 
-PHOTOS = pathlib.Path(os.environ.get("PERA_JAX_PHOTOS", pathlib.Path(__file__).parents[3] / "shared/data/aid"))
 SETTINGS = {
     "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1,
     "student_change": 0.8, "student_grayscale": 0.1, "teacher_jitter": 0.1, "rgb": (),
@@ -45,26 +43,6 @@ def looked_at(crops, factors, orders, path, rgb=COLORS):
     jitter = Jitter(jnp.asarray(factors, jnp.float32), jnp.asarray(orders, jnp.int32))
     bands = Bands.plain([f"b{i}" for i in range(crops.shape[-1])], mean=0.0, std=1.0)
     return np.asarray(PATHS[path](jnp.asarray(crops), jitter, bands=bands, rgb=rgb))
-
-
-@functools.cache
-def photographs(number=30, size=128):
-    files = sorted(PHOTOS.rglob("*.jpg"))
-    if not files:
-        pytest.skip(f"no photographs (*.jpg) in {PHOTOS}; name a folder in PERA_JAX_PHOTOS")
-    chosen = files[:: max(len(files) // number, 1)][:number]
-    return np.stack([np.asarray(Image.open(f).convert("RGB").resize((size, size))) for f in chosen])
-
-
-@functools.cache
-def drawings(number=12, size=96, seed=0):
-    """Smooth random images of moderate color, as photographs have: [N, size, size, 3] uint8."""
-    rng = np.random.default_rng(seed)
-    coarse = rng.uniform(0, 255, (number, 8, 8, 3))
-    coarse = coarse.mean(axis=-1, keepdims=True) * 0.7 + coarse * 0.3
-    return np.stack(
-        [np.asarray(Image.fromarray(c.astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)) for c in coarse]
-    )
 
 
 def pillow_hue(image, turn):
