@@ -20,7 +20,7 @@ export PYTHONDONTWRITEBYTECODE :=
 DEMO := demo
 # Tests without training, compilation of a step, or subprocesses.
 QUICK := tests/test_house.py $(patsubst %,tests/common/test_%.py,digests json_files lease owned paths text) \
-	$(patsubst %,tests/objectives/test_%.py,losses masking) \
+	$(patsubst %,tests/objectives/test_%.py,losses masking) tests/losses/test_terms.py \
 	$(patsubst %,tests/models/test_%.py,initial_values) \
 	$(patsubst %,tests/training/test_%.py,metrics resume schedules) \
 	$(patsubst %,tests/data/test_%.py,crops foreign records samples) \

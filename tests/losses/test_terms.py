@@ -220,14 +220,30 @@ def test_koleo_of_tokens_knows_no_length():
     np.testing.assert_allclose(run(tokens, np.eye(D)), run(tokens, None), rtol=1e-9)
 
 
-def shapes(jaxpr):
-    """Sizes of all arrays in a jaxpr, those of inner jaxprs included."""
+def equations(jaxpr, in_loop=False):
+    """All equations, those of inner jaxprs included, and whether each is in the body of a loop."""
     for equation in jaxpr.eqns:
-        yield from (v.aval.size for v in equation.outvars if hasattr(v.aval, "size"))
+        yield equation, in_loop
         for parameter in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
             inner = getattr(parameter, "jaxpr", parameter)
             if hasattr(inner, "eqns"):
-                yield from shapes(inner)
+                yield from equations(inner, in_loop or equation.primitive.name == "scan")
+
+
+def largest(found):
+    return max(v.aval.size for equation, _ in found for v in equation.outvars if hasattr(v.aval, "size"))
+
+
+def test_only_numbers_per_row_are_summed_over_devices_for_each_crop_or_chunk():
+    """Gradients of weights are summed once."""
+    with on((2, 2, 2)):
+        jaxpr = jax.make_jaxpr(jax.grad(terms, has_aux=True), static_argnums=3)(*draw(), F64).jaxpr
+    found = [
+        (e, inside) for e, inside in equations(jaxpr) if e.primitive.name.startswith(("psum", "pmax", "all_gather"))
+    ]
+    inside = [(e, True) for e, inside in found if inside]
+    assert len(inside) > 10 and largest(inside) <= 8  # rows of a chunk, or the prototypes of a device
+    assert largest(found) >= K * D // 4
 
 
 def test_no_array_holds_all_logits_and_products_are_few(monkeypatch):
@@ -245,14 +261,14 @@ def test_no_array_holds_all_logits_and_products_are_few(monkeypatch):
 
     def traced(function, *arguments):
         jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
-        return max(shapes(jaxpr)), flops.matrix_products(jaxpr) / (2 * batch * outputs * width)
+        return largest(equations(jaxpr)), flops.matrix_products(jaxpr) / (2 * batch * outputs * width)
 
     crossed = jax.grad(lambda *x: jnp.sum(crossed_term(*x, 0.1, 0.05, wide)[0]), allow_int=True)
-    largest, products = traced(crossed, network(batch, crops), network(batch, T), bias)
-    assert largest <= T * batch * outputs and products == T + 4 * crops
+    size, products = traced(crossed, network(batch, crops), network(batch, T), bias)
+    assert size <= T * batch * outputs and products == T + 4 * crops
     masked = jax.grad(lambda *x: masked_term(*x, 0.1, 0.05, wide)[0])
-    largest, products = traced(masked, network(batch, rows), network(batch, rows), bias, weights)
-    assert largest <= max(per_device.CHUNK, batch * rows * width) and products == 6 * rows
+    size, products = traced(masked, network(batch, rows), network(batch, rows), bias, weights)
+    assert size <= max(per_device.CHUNK, batch * rows * width) and products == 6 * rows
     run = lambda net, weights: sinkhorn_bias(net.units, net.weights, weights, 0.05, wide)  # noqa: E731
-    largest, products = traced(run, network(batch, rows), weights)
-    assert largest <= max(per_device.CHUNK, batch * rows * width) and products == 3 * rows
+    size, products = traced(run, network(batch, rows), weights)
+    assert size <= max(per_device.CHUNK, batch * rows * width) and products == 3 * rows
