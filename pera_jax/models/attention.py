@@ -126,7 +126,8 @@ class Attention(nn.Module):
     heads: int
     precision: Precision
     implementation: str
-    kernel_init: nn.initializers.Initializer
+    qkv_init: nn.initializers.Initializer
+    projection_init: nn.initializers.Initializer
 
     @nn.compact
     def __call__(
@@ -136,7 +137,6 @@ class Attention(nn.Module):
         policy = dict(
             dtype=self.precision.compute,
             param_dtype=self.precision.wide,
-            kernel_init=self.kernel_init,
             precision=self.precision.matmul,
         )
         tokens, width = x.shape[1:]
@@ -145,7 +145,8 @@ class Attention(nn.Module):
             # Before the projections, where padding fuses with the norm and needs no pass of its own.
             x = jnp.pad(x, [(0, 0), (0, padded_length(tokens) - tokens), (0, 0)])  # [B, M, D], M = N or N + 1
         # The kernel has axes for q/k/v, heads and head width, so that heads can be sharded.
-        qkv = nn.DenseGeneral((3, self.heads, width // self.heads), name="qkv", **policy)(x)  # [B, N, 3, H, D/H]
+        features = (3, self.heads, width // self.heads)
+        qkv = nn.DenseGeneral(features, name="qkv", kernel_init=self.qkv_init, **policy)(x)  # [B, N, 3, H, D/H]
         query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, N, H, D/H]
         if class_weights:
             return _weights(query[:, :1], key, self.precision)[:, :, 0]  # [B, H, N]
@@ -153,4 +154,7 @@ class Attention(nn.Module):
             mixed = _fused_by_device(query, key, value, tokens)  # [B, M, H, D/H]
         else:
             mixed = _mix_in_parts(query, key, value, self.precision)  # [B, N, H, D/H], wide
-        return nn.DenseGeneral(width, axis=(-2, -1), name="projection", **policy)(mixed)[:, :tokens]  # [B, N, D]
+        project = nn.DenseGeneral(
+            width, axis=(-2, -1), name="projection", kernel_init=self.projection_init, **policy
+        )
+        return project(mixed)[:, :tokens]  # [B, N, D]

@@ -20,35 +20,51 @@ from pera_jax.parallel.sharding import constrain_batch, gathered
 
 # The sharding of each parameter of a stack, and whether it is one of the "matrices" to which weight decay can be
 # limited; the first match by path counts. The leading depth axis is never sharded.
-_STACK = r"(lower|upper)/"
+STACK = r"(lower|upper|blocks)/"
 SHARDING_RULES: tuple[tuple[str, P], ...] = (
-    (_STACK + r"attention/qkv/kernel$", P(None, "fsdp", None, "tensor")),
-    (_STACK + r"attention/qkv/bias$", P(None, None, "tensor")),
-    (_STACK + r"attention/projection/kernel$", P(None, "tensor", None, "fsdp")),
-    (_STACK + r"mlp/in/kernel$", P(None, "fsdp", "tensor")),
-    (_STACK + r"mlp/in/bias$", P(None, "tensor")),
-    (_STACK + r"mlp/out/kernel$", P(None, "tensor", "fsdp")),
-    (_STACK + r"(.*/bias|norm_\d/scale)$", P()),
+    (STACK + r"attention/qkv/kernel$", P(None, "fsdp", None, "tensor")),
+    (STACK + r"attention/qkv/bias$", P(None, None, "tensor")),
+    (STACK + r"attention/projection/kernel$", P(None, "tensor", None, "fsdp")),
+    (STACK + r"mlp/in/kernel$", P(None, "fsdp", "tensor")),
+    (STACK + r"mlp/in/bias$", P(None, "tensor")),
+    (STACK + r"mlp/out/kernel$", P(None, "tensor", "fsdp")),
+    (STACK + r"(.*/bias|norm_\d/scale|layer_scale_\d)$", P()),
 )
 DECAY_RULES: tuple[tuple[str, bool], ...] = (
-    (_STACK + r"(.*/)?kernel$", True),
-    (_STACK + r"(.*/bias|norm_\d/scale)$", False),
+    (STACK + r"(.*/)?kernel$", True),
+    (STACK + r"(.*/bias|norm_\d/scale|layer_scale_\d)$", False),
 )
 
-
 NORMAL = nn.initializers.normal(0.02)
+_XAVIER = nn.initializers.xavier_uniform()  # of qkv: as one matrix of fan-out 3 D
+
+
+def _square_qkv(key, shape, dtype):
+    """Xavier uniform for each of query, key and value as a square matrix; `shape` is [D, 3 D]."""
+    bound = (6 / (2 * shape[0])) ** 0.5
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+# Initial kernels of qkv and of the other linear layers of a block, by the name of an initialization.
+KERNELS = {
+    "vit": (NORMAL, NORMAL),
+    "dino": (NORMAL, NORMAL),
+    "mae": (_XAVIER, _XAVIER),
+    "mocov3": (_square_qkv, _XAVIER),
+}
 
 
 class Mlp(nn.Module):
     ratio: float
     precision: Precision
+    kernel_init: nn.initializers.Initializer
 
     @nn.compact
     def __call__(self, x: Float[jax.Array, "B N D"]) -> Float[jax.Array, "B N D"]:
         policy = dict(
             dtype=self.precision.compute,
             param_dtype=self.precision.wide,
-            kernel_init=NORMAL,
+            kernel_init=self.kernel_init,
             precision=self.precision.matmul,
         )
         hidden = nn.Dense(int(x.shape[-1] * self.ratio), name="in", **policy)(x)  # [B, N, 4 D]
@@ -72,6 +88,8 @@ class Block(nn.Module):
     mlp_ratio: float
     precision: Precision
     attention: str
+    initial: str
+    layer_scale: float
     keep: tuple[str, ...] = ()
 
     @nn.compact
@@ -84,14 +102,22 @@ class Block(nn.Module):
         key.
         """
         norm_1, norm_2 = (layer_norm(self.precision, name) for name in ("norm_1", "norm_2"))
-        attention = Attention(self.heads, self.precision, self.attention, NORMAL, name="attention")
-        mlp = Mlp(self.mlp_ratio, self.precision, name="mlp")
+        qkv_init, kernel_init = KERNELS[self.initial]
+        attention = Attention(self.heads, self.precision, self.attention, qkv_init, kernel_init, name="attention")
+        mlp = Mlp(self.mlp_ratio, self.precision, kernel_init, name="mlp")
         first, second = _branches(drop_path, key)
         kept = {"class_attention": attention(norm_1(x), class_weights=True)} if "class_attention" in self.keep else {}
-        x = drop.residual(lambda y: attention(norm_1(y)), x, first)
-        x = drop.residual(lambda y: mlp(norm_2(y)), x, second)
+        x = drop.residual(lambda y: self._scaled(1, attention(norm_1(y))), x, first)
+        x = drop.residual(lambda y: self._scaled(2, mlp(norm_2(y))), x, second)
         x = constrain_batch(x)
         return x, kept | ({"output": x} if "output" in self.keep else {})
+
+    def _scaled(self, branch: int, y: Float[jax.Array, "B N D"]) -> Float[jax.Array, "B N D"]:
+        """The output of a branch times its LayerScale, if the network has any."""
+        if not self.layer_scale:
+            return y
+        initial = nn.initializers.constant(self.layer_scale)
+        return y * self.param(f"layer_scale_{branch}", initial, y.shape[-1:], self.precision.wide)
 
 
 def _keep_input_only(apply: Callable, dtype) -> Callable:
@@ -126,11 +152,14 @@ def stack(
     """Runs the blocks `name` of `module` on the tokens `x`; returns also what the blocks keep, see `Block`.
 
     Args:
-      module: has the attributes `heads`, `mlp_ratio`, `precision`, `attention`, `scan` and `remat` of a `ViT`.
+      module: has the attributes `heads`, `mlp_ratio`, `precision`, `attention`, `initial`, `layer_scale`, `scan` and
+        `remat` of a `ViT`.
       length: number of blocks.
       stream: number of the stack among those that draw from the same `drop_path`.
     """
-    sizes = (module.heads, module.mlp_ratio, module.precision, module.attention, keep)
+    sizes = (
+        module.heads, module.mlp_ratio, module.precision, module.attention, module.initial, module.layer_scale, keep
+    )  # fmt: skip
     keys = None if drop_path is None else jax.random.split(jax.random.fold_in(drop_path.key, stream), length)
     if module.is_initializing():
         initial = nn.scan(

@@ -1,4 +1,4 @@
-"""Bicubic resampling of the position embedding to another grid size, as a fixed separable linear map."""
+"""Position embeddings: fixed sine-cosine tables, and bicubic resampling to another grid, a separable linear map."""
 
 import functools
 import math
@@ -9,7 +9,9 @@ import numpy as np
 from jaxtyping import Float, Float64
 
 _A = -0.75  # the bicubic kernel's parameter
-_OFFSET = 0.1  # DINO adds it to the new size to avoid a rounding error in the resize function it uses
+# DINO adds it to the new size to avoid a rounding error in the resize function it uses.
+DINO_OFFSET = 0.1
+ORDERS = ("sincos_xy", "sincos_yx")
 
 
 def _kernel(distance: float) -> float:
@@ -22,12 +24,12 @@ def _kernel(distance: float) -> float:
 
 
 @functools.cache
-def axis_map(old: int, new: int) -> Float64[np.ndarray, "{new} {old}"]:
-    """The matrix of one axis: bicubic, half-pixel centers, sampling scale `old / (new + 0.1)`,
+def axis_map(old: int, new: int, offset: float = DINO_OFFSET) -> Float64[np.ndarray, "{new} {old}"]:
+    """The matrix of one axis: bicubic, half-pixel centers, sampling scale `old / (new + offset)`,
     no antialiasing, taps beyond the border clamped to the edge."""
     matrix = np.zeros((new, old))
     for row in range(new):
-        center = (row + 0.5) * old / (new + _OFFSET) - 0.5
+        center = (row + 0.5) * old / (new + offset) - 0.5
         first = math.floor(center) - 1
         for tap in range(first, first + 4):
             matrix[row, min(max(tap, 0), old - 1)] += _kernel(center - tap)
@@ -35,11 +37,29 @@ def axis_map(old: int, new: int) -> Float64[np.ndarray, "{new} {old}"]:
 
 
 def resample(
-    grid: Float[jax.Array | np.ndarray, "h w D"], height: int, width: int
+    grid: Float[jax.Array | np.ndarray, "h w D"], height: int, width: int, offset: float = DINO_OFFSET
 ) -> Float[jax.Array | np.ndarray, "{height} {width} D"]:
-    """Resamples `grid` to another size; returns it unchanged if the size is the same."""
+    """Resamples `grid` to another size, see `axis_map`; returns it unchanged if the size is the same."""
     if grid.shape[:2] == (height, width):
         return grid
-    rows = jnp.asarray(axis_map(grid.shape[0], height), grid.dtype)
-    columns = jnp.asarray(axis_map(grid.shape[1], width), grid.dtype)
+    rows = jnp.asarray(axis_map(grid.shape[0], height, offset), grid.dtype)
+    columns = jnp.asarray(axis_map(grid.shape[1], width, offset), grid.dtype)
     return jnp.einsum("ih,jw,hwd->ijd", rows, columns, grid, precision=jax.lax.Precision.HIGHEST)
+
+
+@functools.cache
+def sincos(order: str, side: int, width: int) -> Float64[np.ndarray, "1+{side}*{side} {width}"]:
+    """The fixed embedding of `side` x `side` patches, raster order, after a zero row for the class token.
+
+    Frequencies are `10000^(-i / (width / 4))` for i = 0 .. width / 4 - 1.
+
+    Args:
+      order: of the four parts of a row: "sincos_xy" is [sin column, cos column, sin row, cos row] (MAE,
+        arXiv:2111.06377), "sincos_yx" is [sin row, cos row, sin column, cos column] (MoCo v3, arXiv:2104.02057).
+      width: a multiple of 4.
+    """
+    frequencies = 10000.0 ** (-np.arange(width // 4) / (width // 4))
+    rows, columns = (axis.reshape(-1, 1) * frequencies for axis in np.mgrid[:side, :side])  # [L, D / 4] each
+    first, second = (columns, rows) if order == "sincos_xy" else (rows, columns)
+    table = np.concatenate([np.sin(first), np.cos(first), np.sin(second), np.cos(second)], axis=1)  # [L, D]
+    return np.concatenate([np.zeros((1, width)), table])
