@@ -29,6 +29,7 @@ from pera_jax.common.errors import UserError
 from pera_jax.common.text import first_line
 from pera_jax.cost import hlo
 from pera_jax.cost.program import Memory, Program, memory_of
+from pera_jax.objectives.base import networks
 from pera_jax.parallel import chips, sharding
 from pera_jax.training import schedules
 
@@ -193,7 +194,7 @@ def plan(config, topology: str, per_device: int | None, search: bool, images: in
         "config": config.name, "topology": topology, "device": devices[0].device_kind, "devices": len(devices),
         "mesh": dict(program.mesh.shape), "per_device_batch": per_device, "batch_size": batch,
         "accumulate": config.accumulate, "remat": config.model.remat,
-        "networks": ["teacher", "student"] if program.objective.teacher_keys else ["student"],
+        "networks": list(networks(program.objective)),
         "compiled": bool(trial.text),
         "memory": trial.memory and dataclasses.asdict(trial.memory),
         "room": limit if math.isfinite(limit) else None,

@@ -132,7 +132,7 @@ def _train(config, workdir, profile, allow_config_change, stop, stack: contextli
 
     # ---- objective, optimizer, step
     objective = objectives.from_config(config, data.bands)
-    optimizer = steps.make_optimizer(config.optimizer)
+    optimizer = steps.make_optimizer(objective, config.optimizer)
     abstract = steps.abstract_state(objective, optimizer, mesh)
     train_step = steps.jit_step(
         steps.make_step(objective, optimizer, config.seed, config.optimizer, config.accumulate),

@@ -83,7 +83,7 @@ class Reference:
         config.optimizer.eps = self.meta["eps"]
         self.config = config
         self.objective = pera.PerA.from_config(config, Bands.plain(RGB[:bands], mean=0.0, std=1.0))
-        self.optimizer = steps.make_optimizer(config.optimizer)
+        self.optimizer = steps.make_optimizer(self.objective, config.optimizer)
         self.entries = released.table(cfg["depth"], self.objective.encoder.split)
 
     def tree(self, prefix: str):

@@ -29,6 +29,7 @@ _RANGES = {
     "model.width": _AT_LEAST_0, "model.depth": _AT_LEAST_0, "model.heads": _AT_LEAST_0, "model.patch": _AT_LEAST_0,
     "model.mlp_ratio": _POSITIVE, "drop_path.rate": _FRACTION, "optimizer.beta1": _FRACTION,
     "optimizer.beta2": _FRACTION, "optimizer.eps": _POSITIVE, "optimizer.clip_norm": _POSITIVE,
+    "optimizer.layer_decay": ("in (0, 1]", lambda value: 0 < value <= 1),
     "monitor.images": _AT_LEAST_1, "stall_seconds": (">= 0 (0 disables it)", lambda value: value >= 0),
     "checkpoint.keep_last": _AT_LEAST_1, "seed": (f"in [0, {2**32})", lambda value: 0 <= value < 2**32),
 }  # fmt: skip
@@ -58,7 +59,8 @@ def check(config: ConfigDict, batch_shards: int, weight_shards: int, hosts: int)
     _one_of(config, "precision", ("bfloat16", "float32", "float64"))
     _one_of(config, "parameter_precision", ("float32", "float64"))
     _one_of(config.data, "normalize", ("imagenet", "dataset"), "data.")
-    _one_of(config.optimizer, "decay", ("all", "matrices"), "optimizer.")
+    _one_of(config.optimizer, "clip", ("none", "global", "groups", "parameter"), "optimizer.")
+    _one_of(config.optimizer, "decay", ("all", "matrices", "no_bias_or_norm"), "optimizer.")
     _check_rate_factors(config.optimizer.rate_factors)
     objectives.validate(config, Layout(batch_shards, weight_shards, hosts))
 

@@ -78,9 +78,14 @@ def default(objective: str = "pera") -> ConfigDict:
         beta1=0.9,
         beta2=0.999,
         eps=2e-5,
+        # Gradients are clipped by the norm of all of them ("global"), of each network and head ("groups"), or of each
+        # one ("parameter"); or not at all ("none").
+        clip="global",
         clip_norm=3.0,
-        decay="all",  # "all" parameters, or "matrices": no biases, norms, tokens and gains
+        # "all" parameters, "no_bias_or_norm" (nor LayerScale), or "matrices": also no tokens and gains
+        decay="all",
         rate_factors=(),  # of the learning rate, ((path regex, factor), ...): the first match counts, 0.0 freezes
+        layer_decay=1.0,  # factor of the learning rate from each block of the backbone to the one below it
     )
     config.schedules = dict(
         learning_rate=dict(start=0.0, peak=1e-3, end=1e-6, warmup="20 epochs"),
@@ -105,6 +110,7 @@ def default(objective: str = "pera") -> ConfigDict:
     )
     own = objectives.method(objective)
     config[check.group(own, config)] = own.default_config()
+    own.set_defaults(config)
     return config
 
 

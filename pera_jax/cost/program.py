@@ -45,7 +45,7 @@ class Program:
         configs.check(config, sharding.batch_shards(self.mesh), sharding.weight_shards(self.mesh), 1)
         bands = bands or Bands.plain(config.data.bands or RGB)
         self.objective = make(config, bands, self.mesh.devices.flat[0])
-        self.optimizer = steps.make_optimizer(config.optimizer)
+        self.optimizer = steps.make_optimizer(self.objective, config.optimizer)
         # The values do not matter for compilation; these are from the middle of a run longer than every warmup.
         run = schedules.scalars(config, self.objective.schedules(), steps_per_epoch=1000, total_steps=10**9)
         middle = run.at(10**9 // 2)

@@ -98,8 +98,13 @@ def load(folder: pathlib.Path, step: int | None, which: str | None, verify: bool
             f"{folder} was exported for {height} x {width} px; export it for a square image size, or give the run "
             "folder"
         )
-    file, entries = folder / FILE, tables.backbone("", ("backbone",), shape["depth"], shape["split"])
-    named = arrays.read(file, verify)
+    file, named = folder / FILE, arrays.read(folder / FILE, verify)
+    learned = shape.get("position", "learned") == "learned"
+    entries = tables.backbone(
+        "", ("backbone",), shape["depth"], shape["split"], layer_scale="layer_scale" in shape, positions=learned
+    )
+    if not learned:
+        named.pop("pos_embed", None)  # it is computed
     if verify:
         check_file(meta, folder / CONFIG, file)
     network, image = vit.build(shape), jnp.zeros((1, height, width, shape["bands"]))

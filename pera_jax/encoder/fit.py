@@ -9,7 +9,7 @@ from einops import rearrange, repeat
 
 from pera_jax.bands import band_order
 from pera_jax.common.errors import UserError
-from pera_jax.models import positions
+from pera_jax.models import positions, vit
 
 
 def check_size(height: int, width: int, patch: int) -> None:
@@ -21,18 +21,25 @@ def check_size(height: int, width: int, patch: int) -> None:
 
 
 def resized(backbone: dict[str, Any], shape: dict[str, Any], rows: int, columns: int) -> dict[str, Any]:
-    """`backbone` with its position embedding interpolated to `rows` x `columns` patches, as in the network's forward
-    pass.
+    """`backbone` with its position embedding, if that is learned, interpolated to `rows` x `columns` patches, as in the
+    network's forward pass.
 
     Args:
       shape: the `vit.description` of the network.
     """
     side = shape["image_size"] // shape["patch"]
-    if (rows, columns) == (side, side):
+    if (rows, columns) == (side, side) or "position_embedding" not in backbone:
         return backbone
     embedding = jnp.asarray(backbone["position_embedding"])  # [1 + G G, D]
     grid = positions.resample(embedding[1:].reshape(side, side, -1), rows, columns)  # [rows, columns, D]
     return backbone | {"position_embedding": jnp.concatenate([embedding[:1], grid.reshape(rows * columns, -1)])}
+
+
+def with_positions(backbone: dict[str, Any], shape: dict[str, Any], rows: int, columns: int) -> dict[str, Any]:
+    """`backbone` with a position embedding [1 + rows * columns, D] as an array, also if the network has a fixed one."""
+    network = vit.build(shape)
+    embedding = network.apply({"params": backbone}, rows, columns, method=network.positions)
+    return backbone | {"position_embedding": embedding}
 
 
 def rebanded(backbone: dict[str, Any], patch: int, there: Sequence[str], here: Sequence[str]) -> dict[str, Any]:

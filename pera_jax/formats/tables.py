@@ -34,37 +34,50 @@ def linear(name: str, path: tuple[str, ...]) -> list[Entry]:
     return [Entry(f"{name}.weight", (*path, "kernel"), "i o", "o i"), Entry(f"{name}.bias", (*path, "bias"), "o", "o")]
 
 
-def _norm(name: str, path: tuple[str, ...]) -> list[Entry]:
+def norm(name: str, path: tuple[str, ...]) -> list[Entry]:
     return [Entry(f"{name}.weight", (*path, "scale"), "d", "d"), Entry(f"{name}.bias", (*path, "bias"), "d", "d")]
 
 
-def _block(name: str, path: tuple[str, ...]) -> list[Entry]:
-    return [
-        *_norm(f"{name}.norm1", (*path, "norm_1")),
+def block(name: str, path: tuple[str, ...], layer_scale: bool = False) -> list[Entry]:
+    """The entries of one block, in a stack at `path`; `layer_scale`: whether it has LayerScale."""
+    gains = [Entry(f"{name}.ls{i}.gamma", (*path, f"layer_scale_{i}"), "d", "d") for i in (1, 2)]
+    return (gains if layer_scale else []) + [
+        *norm(f"{name}.norm1", (*path, "norm_1")),
         Entry(f"{name}.attn.qkv.weight", (*path, "attention", "qkv", "kernel"), "d t h e", "(t h e) d"),
         Entry(f"{name}.attn.qkv.bias", (*path, "attention", "qkv", "bias"), "t h e", "(t h e)"),
         Entry(f"{name}.attn.proj.weight", (*path, "attention", "projection", "kernel"), "h e d", "d (h e)"),
         Entry(f"{name}.attn.proj.bias", (*path, "attention", "projection", "bias"), "d", "d"),
-        *_norm(f"{name}.norm2", (*path, "norm_2")),
+        *norm(f"{name}.norm2", (*path, "norm_2")),
         *linear(f"{name}.mlp.fc1", (*path, "mlp", "in")),
         *linear(f"{name}.mlp.fc2", (*path, "mlp", "out")),
     ]
 
 
-def backbone(prefix: str, path: tuple[str, ...], depth: int, split: int) -> list[Entry]:
-    """The entries of a ViT of `depth` blocks, `split` of them in the stack `lower`; names start with `prefix`."""
+def backbone(
+    prefix: str, path: tuple[str, ...], depth: int, split: int, *, layer_scale: bool = False, positions: bool = True
+) -> list[Entry]:
+    """The entries of a ViT of `depth` blocks, `split` of them in the stack `lower`; names start with `prefix`.
+
+    Args:
+      positions: whether the position embedding is a parameter.
+    """
+    learned = Entry(f"{prefix}pos_embed", (*path, "position_embedding"), "l d", "1 l d")
     table = [
         Entry(f"{prefix}cls_token", (*path, "class_token"), "d", "1 1 d"),
-        Entry(f"{prefix}pos_embed", (*path, "position_embedding"), "l d", "1 l d"),
+        *([learned] if positions else []),
         Entry(f"{prefix}patch_embed.proj.weight", (*path, "patch_projection", "kernel"), "(p q c) d", "d c p q"),
         Entry(f"{prefix}patch_embed.proj.bias", (*path, "patch_projection", "bias"), "d", "d"),
-        *_norm(f"{prefix}norm", (*path, "norm")),
+        *norm(f"{prefix}norm", (*path, "norm")),
     ]
-    for block in range(depth):
-        stack, index = ("lower", block) if block < split else ("upper", block - split)
-        entries = _block(f"{prefix}blocks.{block}", (*path, stack))
-        table += [dataclasses.replace(entry, index=index) for entry in entries]
+    for number in range(depth):
+        stack, index = ("lower", number) if number < split else ("upper", number - split)
+        table += stacked(block(f"{prefix}blocks.{number}", (*path, stack), layer_scale), index)
     return table
+
+
+def stacked(entries: list[Entry], index: int) -> list[Entry]:
+    """The entries as the number `index` of a stack."""
+    return [dataclasses.replace(entry, index=index) for entry in entries]
 
 
 # ---------------------------------------------------------------- conversion

@@ -88,8 +88,8 @@ class Block(nn.Module):
     mlp_ratio: float
     precision: Precision
     attention: str
-    initial: str
-    layer_scale: float
+    initial: str = "vit"
+    layer_scale: float = 0.0
     keep: tuple[str, ...] = ()
 
     @nn.compact

@@ -24,6 +24,8 @@ from pera_jax.models.precision import Precision
 from pera_jax.models.variants import sizes
 from pera_jax.parallel.sharding import constrain_batch
 
+POSITIONS = ("learned", *positions.ORDERS)
+
 SHARDING_RULES: tuple[tuple[str, P], ...] = (
     *blocks.SHARDING_RULES,
     (r"patch_projection/kernel$", P("fsdp")),

@@ -106,8 +106,9 @@ class Schedule(NamedTuple):
     """The declaration of a scalar that depends on the step; `training.schedules` evaluates it in float64 on the host.
 
     Attributes:
-      form: "constant" (the field is a number), "cosine" (fields `start`, `end`), "ramp" (`start`, `end`, `warmup`) or
-        "warmup_cosine" (`start`, `peak`, `end`, `warmup`).
+      form: "constant" (the field is a number), "cosine" (fields `start`, `end`), "ramp" (`start`, `end`, `warmup`),
+        "warmup_cosine" (`start`, `peak`, `end`, `warmup`) or "after" (the field is a duration; 0.0 during it, then
+        1.0).
       field: the config field, such as "schedules.learning_rate".
       positive: whether 0 is not allowed.
       highest: the largest allowed value.
@@ -120,6 +121,22 @@ class Schedule(NamedTuple):
     positive: bool = False
     highest: float = float("inf")
     complement: bool = False
+
+
+class Freeze(NamedTuple):
+    """Parameters that are not trained, for good or at first.
+
+    Attributes:
+      pattern: path regex, as in "prototype_head/gain$".
+      until: the scalar, a `Schedule` of the form "after", from which on they are trained; "" for never. Parameters that
+        are frozen for good are not averaged either: the teacher keeps its own.
+      moments: whether Adam's moments are updated while they are frozen, so that only the learning rate is 0. If not,
+        the gradient is dropped, and Adam's count of these parameters starts when they are first trained.
+    """
+
+    pattern: str
+    until: str = ""
+    moments: bool = False
 
 
 class Layout(NamedTuple):
@@ -140,6 +157,9 @@ class Objective(Protocol):
     name: ClassVar[str]  # of its group of fields in the config
     citation: ClassVar[str]  # authors, title, identifier
     teacher_keys: ClassVar[tuple[str, ...]]  # sub-trees of the parameters with an EMA; () without a teacher
+    evaluated: ClassVar[str]  # "teacher" or "student": the network that is probed, fine-tuned and exported
+    # sub-trees of the parameters that `optimizer.clip="groups"` clips by their common norm; (): each by its own
+    clip_groups: ClassVar[tuple[tuple[str, ...], ...]]
     # its own config fields that must not change when a run resumes, such as "heads"
     fixed_fields: ClassVar[tuple[str, ...]]
     free_fields: ClassVar[tuple[str, ...]]  # its own config fields that do not change any computed number
@@ -151,6 +171,10 @@ class Objective(Protocol):
     @classmethod
     def default_config(cls) -> ConfigDict:
         """`config.<name>` with the published defaults."""
+
+    @classmethod
+    def set_defaults(cls, config: ConfigDict) -> None:
+        """Sets the common fields of the default config to the method's own defaults."""
 
     @classmethod
     def shrink(cls, config: ConfigDict) -> None:
@@ -178,6 +202,7 @@ class Objective(Protocol):
     precision: Precision
     crops: dict[str, CropSpec]  # the crops in a batch, by crop type
     host_draws: HostDraws | None  # further entries of a batch
+    frozen: tuple[Freeze, ...]  # parameters that are not trained, the first match by path counts
 
     def flops_per_image(self) -> dict[str, float]:
         """FLOPs per image of a training step, by part: the method's matrix products, without recomputation."""
@@ -234,6 +259,8 @@ class Base:
     """Defaults for `Objective`: no teacher, no state, no config fields, no preview."""
 
     teacher_keys: ClassVar = ()
+    evaluated: ClassVar = "teacher"
+    clip_groups: ClassVar = ()
     fixed_fields: ClassVar = ()
     free_fields: ClassVar = ()
     curves: ClassVar = ()
@@ -241,10 +268,15 @@ class Base:
     decay_rules: ClassVar = ()
     host_draws = None
     warm_start_batches = 0
+    frozen = ()
 
     @classmethod
     def default_config(cls):
         return ConfigDict()
+
+    @classmethod
+    def set_defaults(cls, config):
+        pass
 
     @classmethod
     def shrink(cls, config):
@@ -290,7 +322,14 @@ class Base:
         return None
 
 
+def networks(objective: Objective) -> tuple[str, ...]:
+    """The names of the networks in a training state; the first one is evaluated and exported."""
+    if not objective.teacher_keys:
+        return ("student",)
+    return ("student", "teacher") if objective.evaluated == "student" else ("teacher", "student")
+
+
 def judged(objective: Objective, params: Params, teacher: Params) -> Params:
-    """The parameters that are evaluated and exported: the teacher's, or the student's if there is no teacher."""
-    return teacher if objective.teacher_keys else params
+    """The parameters that are evaluated and exported."""
+    return teacher if networks(objective)[0] == "teacher" else params
 

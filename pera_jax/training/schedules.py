@@ -148,6 +148,9 @@ def _curve(config: Any, schedule: Schedule, lengths: dict[str, int]) -> Callable
             )
         return steps
 
+    if schedule.form == "after":
+        first = parse_duration(field, **lengths, name=schedule.field)
+        return lambda step: float(step >= first)
     if schedule.form == "constant":
         value = number("")
         return lambda step: value

@@ -1,6 +1,5 @@
 """The training state, its sharded initialization, and the pure train step; the same for every objective."""
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +9,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from pera_jax.common.errors import UserError
 from pera_jax.models import vit
 from pera_jax.objectives import check
 from pera_jax.objectives.base import Context, Objective, Streams, stream
 from pera_jax.parallel import sharding
+from pera_jax.training import optimizer as optimizer_rules
+from pera_jax.training.optimizer import make_optimizer as make_optimizer  # part of this module's interface
 
 
 @flax.struct.dataclass
@@ -26,14 +26,6 @@ class TrainState:
     teacher: Any  # the EMA of `params[k]` for k in the objective's `teacher_keys`
     opt_state: Any
     objective: Any  # the objective's own state, such as a center
-
-
-def make_optimizer(config) -> optax.GradientTransformation:
-    """Clipping by global norm, then Adam's direction. `apply_gradients` applies learning rate and weight decay."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
-    )
 
 
 def new_state(objective: Objective, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
@@ -78,61 +70,24 @@ def init_sharded(objective, optimizer, mesh: Mesh, seed: int) -> TrainState:
         return jax.jit(init, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
 
 
-def decayed(params: Any, decay: str, rules: tuple[tuple[str, bool], ...]) -> Any:
-    """The weight-decay mask: 1.0 where weight decay applies, 0.0 elsewhere; `decay` as `config.optimizer.decay`."""
-
-    def applies(path, _):
-        matrix = sharding.first_match(sharding.path_of(path), rules, "weight-decay")
-        return 1.0 if decay == "all" or matrix else 0.0
-
-    return jax.tree_util.tree_map_with_path(applies, params)
-
-
-def rate_factors(params: Any, rules: tuple[tuple[str, float], ...]) -> Any:
-    """The learning-rate factor of each parameter: that of the first rule of `config.optimizer.rate_factors` that
-    matches its path, else 1.0; 0.0 freezes the parameter, including its weight decay.
-
-    Raises:
-      UserError: a rule that matches no parameter.
-    """
-    used = set()
-
-    def factor(path, _):
-        for index, (pattern, value) in enumerate(rules):
-            if re.search(pattern, sharding.path_of(path)):
-                used.add(index)
-                return float(value)
-        return 1.0
-
-    factors = jax.tree_util.tree_map_with_path(factor, params)
-    unused = [pattern for index, (pattern, _) in enumerate(rules) if index not in used]
-    if unused:
-        raise UserError(f"optimizer.rate_factors: {unused[0]!r} matches no parameter; fix or remove the rule")
-    return factors
-
-
 def apply_gradients(
     state: TrainState, grads: Any, objective: Objective, objective_state: Any, scalars: dict, optimizer, settings
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """AdamW, then `teacher <- m teacher + (1 - m) student`.
 
     Args:
-      scalars: `learning_rate`, `weight_decay` and, with a teacher, `one_minus_momentum` (computed in float64 on the
-        host).
-      settings: `config.optimizer`: `decay` and `rate_factors`.
+      scalars: `learning_rate`, `weight_decay`, with a teacher `one_minus_momentum` (computed in float64 on the host),
+        and those that `objective.frozen` names.
+      settings: `config.optimizer`.
     """
-    direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    rate, weight_decay = scalars["learning_rate"], scalars["weight_decay"]
-    updates = jax.tree.map(
-        lambda d, p, on, factor: -(rate if factor == 1.0 else factor * rate) * (d + on * weight_decay * p),
-        direction, state.params, decayed(state.params, settings.decay, decay_rules(objective)),
-        rate_factors(state.params, settings.rate_factors),
-    )  # fmt: skip
+    grads = optimizer_rules.trained_gradients(grads, objective.frozen)
+    direction, opt_state = optimizer.update(grads, state.opt_state, state.params, scalars=scalars)
+    updates = optimizer_rules.updates(direction, state.params, objective, settings, scalars, decay_rules(objective))
     params = optax.apply_updates(state.params, updates)
     teacher = state.teacher
     if objective.teacher_keys:
         followed = {k: params[k] for k in objective.teacher_keys}
-        teacher = jax.tree.map(lambda t, s: t + scalars["one_minus_momentum"] * (s - t), teacher, followed)
+        teacher = optimizer_rules.following(teacher, followed, scalars["one_minus_momentum"], objective.frozen)
     metrics = {
         "norm/gradient": optax.tree.norm(grads),
         "norm/parameters": optax.tree.norm(params),

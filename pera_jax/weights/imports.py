@@ -148,7 +148,7 @@ def _import(
         bands = _bands(file, shape["bands"], options)
         config = _config(file.stem, shape, released.head_sizes(named) if complete else {}, bands.names)
         objective = objectives.from_config(config, bands)
-        optimizer = steps.make_optimizer(config.optimizer)
+        optimizer = steps.make_optimizer(objective, config.optimizer)
         abstract = jax.eval_shape(lambda: steps.new_state(objective, optimizer, 0))
         tree = {"params": abstract.params, "teacher": abstract.teacher}
         problems += tables.misshapen(named, tree, entries, shape)

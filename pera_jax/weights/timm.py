@@ -198,9 +198,11 @@ def to_timm(backbone: dict[str, Any], shape: dict[str, Any], height: int, width:
     """
     patch = shape["patch"]
     fit.check_size(height, width, patch)
-    backbone = fit.resized(backbone, shape, height // patch, width // patch)
+    backbone = fit.with_positions(backbone, shape, height // patch, width // patch)
     tree = {"teacher": {"backbone": jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), backbone)}}
-    return tables.to_named(tree, table(shape["depth"], shape["split"]), shape["heads"], patch)
+    scaled = bool(shape.get("layer_scale"))
+    entries = tables.backbone("", ("teacher", "backbone"), shape["depth"], shape["split"], layer_scale=scaled)
+    return tables.to_named(tree, entries, shape["heads"], patch)
 
 
 def config(meta: dict[str, Any], step: int, which: str, height: int, width: int) -> dict[str, Any]:
@@ -216,7 +218,7 @@ def config(meta: dict[str, Any], step: int, which: str, height: int, width: int)
             "img_size": [height, width], "patch_size": shape["patch"], "in_chans": shape["bands"],
             "embed_dim": shape["width"], "depth": shape["depth"], "num_heads": shape["heads"],
             "mlp_ratio": shape["mlp_ratio"], "num_classes": 0, "global_pool": "token",
-        },
+        } | ({"init_values": shape["layer_scale"]} if "layer_scale" in shape else {}),
         "pretrained_cfg": {
             "num_classes": 0, "input_size": [shape["bands"], height, width], "fixed_input_size": True,
             "pool_size": None, "interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "squash",

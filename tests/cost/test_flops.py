@@ -29,7 +29,8 @@ def traced(function, *arguments) -> float:
 @functools.cache
 def of_step(**changes) -> float:
     config = tiny.config(**changes)
-    objective, optimizer = tiny.objective(config), steps.make_optimizer(config.optimizer)
+    objective = tiny.objective(config)
+    optimizer = steps.make_optimizer(objective, config.optimizer)
     state = jax.eval_shape(lambda: steps.new_state(objective, optimizer, 0))
     return traced(steps.make_step(objective, optimizer, 0, config.optimizer), state, tiny.batch(config), tiny.HYPER)
 

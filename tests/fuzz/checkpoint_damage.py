@@ -57,7 +57,8 @@ class Run:
     @classmethod
     def made(cls, folder: pathlib.Path) -> "Run":
         config = tiny.config()
-        objective, optimizer = tiny.objective(config), steps.make_optimizer(config.optimizer)
+        objective = tiny.objective(config)
+        optimizer = steps.make_optimizer(objective, config.optimizer)
         mesh = sharding.make_mesh(devices=jax.devices()[:1])
         meta = run_meta.describe(config, objective, CARD)
         run = cls(folder, config, objective, optimizer, mesh, steps.abstract_state(objective, optimizer, mesh), meta)

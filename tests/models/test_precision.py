@@ -55,7 +55,7 @@ def wide_products(jaxpr):
 def traced(request):
     settings = tiny.config(precision="bfloat16", model__scan=request.param, model__remat="block")
     objective = tiny.objective(settings)
-    optimizer = steps.make_optimizer(settings.optimizer)
+    optimizer = steps.make_optimizer(objective, settings.optimizer)
     state = jax.eval_shape(lambda: steps.new_state(objective, optimizer, 0))
     batch = tiny.batch(settings)
     rngs = Streams.at(0, "step", 0)
@@ -153,7 +153,8 @@ def test_bfloat16_stays_close_to_float32():
     for precision in ("bfloat16", "float32"):
         settings = tiny.config(precision=precision, pera__loss__koleo_group=0, crops__local_number=0)
         objective = tiny.objective(settings)
-        state = jax.jit(lambda: steps.new_state(objective, steps.make_optimizer(settings.optimizer), 0))()  # noqa: B023
+        optimizer = steps.make_optimizer(objective, settings.optimizer)
+        state = jax.jit(lambda: steps.new_state(objective, optimizer, 0))()  # noqa: B023
         views = objective.make_views(objective.prepare(Streams(jax.random.key(1)), tiny.batch(settings)))
 
         @jax.jit

@@ -29,6 +29,7 @@ from pera_jax.encoder.load import Weights
 from pera_jax.objectives import base, batches
 from pera_jax.parallel import sharding
 from pera_jax.training import alarms, schedules
+from pera_jax.training import optimizer as optimizers
 from pera_jax.training import step as steps
 from pera_jax.training.checkpoints import checkpoint, meta_fields, run_meta
 from pera_jax.weights import card
@@ -65,7 +66,8 @@ def scalars_of(config, dtype=np.float32):
 def two_steps(config, mesh, dtype):
     """State and metrics after two steps in float64, on the host."""
     config.update(dict(precision=dtype, parameter_precision=dtype))
-    objective, optimizer = objective_of(config), steps.make_optimizer(config.optimizer)
+    objective = objective_of(config)
+    optimizer = steps.make_optimizer(objective, config.optimizer)
     where = jax.tree.map(lambda leaf: leaf.sharding, steps.abstract_state(objective, optimizer, mesh))
     step = steps.jit_step(steps.make_step(objective, optimizer, 0, config.optimizer, config.accumulate), where, mesh)
     state = toy_states.random_state(objective, optimizer, mesh)
@@ -99,9 +101,10 @@ def assert_close(one, other, bound=1e-9):
 
 def test_every_leaf_has_its_rules(name):
     config = small(name)
-    objective, optimizer = objective_of(config), steps.make_optimizer(config.optimizer)
+    objective = objective_of(config)
+    optimizer = steps.make_optimizer(objective, config.optimizer)
     state = steps.abstract_state(objective, optimizer, sharding.make_mesh(fsdp=8))  # raises for a leaf without a rule
-    mask = jax.tree.leaves(steps.decayed(state.params, "matrices", steps.decay_rules(objective)))
+    mask = jax.tree.leaves(optimizers.decayed(state.params, "matrices", steps.decay_rules(objective)))
     assert 0 < sum(mask) < len(mask)
     assert set(objective.teacher_keys) <= set(state.params) and "backbone" in state.params
     assert set(state.teacher) == set(objective.teacher_keys)
@@ -141,7 +144,8 @@ def test_drawing_depends_on_seed_name_and_step_only():
 def test_the_count_of_flops_is_near_what_is_traced(name):
     """Exactly, but for what a method names: see its own tests."""
     config = small(name, drop_path__rate=0.0)
-    objective, optimizer = objective_of(config), steps.make_optimizer(config.optimizer)
+    objective = objective_of(config)
+    optimizer = steps.make_optimizer(objective, config.optimizer)
     state = jax.eval_shape(lambda: steps.new_state(objective, optimizer, 0))
     step = steps.make_step(objective, optimizer, 0, config.optimizer)
     jaxpr = jax.make_jaxpr(step)(state, batch_of(objective, config.batch_size), scalars_of(config)).jaxpr
@@ -191,7 +195,8 @@ def test_a_run_resumes_bitwise(name, data, run, one_device, tmp_path):
 
 def test_its_state_is_restored_on_other_devices(name, run):
     config = small(name)
-    objective, optimizer = objective_of(config), steps.make_optimizer(config.optimizer)
+    objective = objective_of(config)
+    optimizer = steps.make_optimizer(objective, config.optimizer)
     one, eight = (
         checkpoint.restore(run / "checkpoints" / "4", steps.abstract_state(objective, optimizer, mesh))
         for mesh in (sharding.make_mesh(devices=jax.devices()[:1]), sharding.make_mesh(data=2, fsdp=2, tensor=2))
@@ -346,7 +351,8 @@ def test_what_a_method_lacks_is_named(attribute, value, sentence, monkeypatch):
 def test_what_a_method_returns_is_checked_when_the_step_is_traced(attribute, value, sentence, monkeypatch):
     config = small("toy_mae")
     monkeypatch.setattr(toy_mae.ToyMae, attribute, value)
-    objective, optimizer = objective_of(config), steps.make_optimizer(config.optimizer)
+    objective = objective_of(config)
+    optimizer = steps.make_optimizer(objective, config.optimizer)
     with pytest.raises(UserError, match=sentence):
         state = jax.eval_shape(lambda: steps.new_state(objective, optimizer, 0))
         step = steps.make_step(objective, optimizer, 0, config.optimizer)

@@ -66,7 +66,7 @@ def run(tmp_path_factory, data) -> pathlib.Path:
     objective = pera.PerA.from_config(config, bands)
     meta = run_meta.describe(config, objective, Mixture.from_source(records.open_split(data, "train"), bands).card())
     store = checkpoint_store.Store(str(workdir), keep_last=5, keep_every=100)
-    optimizer = steps.make_optimizer(config.optimizer)
+    optimizer = steps.make_optimizer(objective, config.optimizer)
     state = toy_states.random_state(objective, optimizer, seed=77)
     store.save(state.replace(step=jax.numpy.int32(4)), meta, {"batches": 4, "replaced": 0})
     store.close()

@@ -91,5 +91,5 @@ def _newborn(bands: Bands):
     if bands.names != records.RGB:
         config.pera.views.update(dict(saturation=0.0, hue=0.0, student_grayscale=0.0))
     objective = pera.PerA.from_config(config, bands)
-    optimizer = steps.make_optimizer(config.optimizer)
+    optimizer = steps.make_optimizer(objective, config.optimizer)
     return config, objective, jax.jit(lambda seed: steps.new_state(objective, optimizer, seed))

@@ -36,7 +36,7 @@ def parts(**model):
     config = importlib.import_module("configs.demo").get_config("smoke")
     config.model.update(model)
     objective = pera.PerA.from_config(config, Bands.plain())
-    return config, objective, steps.make_optimizer(config.optimizer)
+    return config, objective, steps.make_optimizer(objective, config.optimizer)
 
 
 def meta_of(config, objective):

@@ -173,7 +173,7 @@ def begin(config, workdir: pathlib.Path) -> None:
     """Makes `workdir` a run that has done 1 step: a state of random numbers, saved under that step."""
     data = mixture.open_mixture(config.data)
     objective = objectives.from_config(config, data.bands)
-    state = toy_states.random_state(objective, steps.make_optimizer(config.optimizer))
+    state = toy_states.random_state(objective, steps.make_optimizer(objective, config.optimizer))
     store = checkpoint_store.Store(str(workdir), keep_last=3, keep_every=100)
     meta = run_meta.describe(config, objective, data.card())
     store.save(state.replace(step=state.step + 1), meta, {"batches": 1, "replaced": 0, "drawn": [16]})
@@ -273,7 +273,7 @@ def test_a_save_that_fails_half_way_leaves_the_last_checkpoint(config, data, tmp
     store = checkpoint_store.Store(str(tmp_path / "run"), keep_last=3, keep_every=100)
     folder, _ = checkpoint.folder_of(tmp_path / "run", 1)
     objective = pera.PerA.from_config(config, Bands.plain())
-    state = toy_states.random_state(objective, steps.make_optimizer(config.optimizer))
+    state = toy_states.random_state(objective, steps.make_optimizer(objective, config.optimizer))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:

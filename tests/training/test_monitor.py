@@ -90,7 +90,7 @@ def test_features_are_the_teachers_and_padding_does_not_count(data, mesh):
     """27 images on 8 or 4 parts of the batch; the teacher stays cut as it is."""
     config, objective = tiny.config(), tiny.objective(tiny.config())
     mesh = sharding.make_mesh(**mesh)
-    teacher = toy_states.random_state(objective, steps.make_optimizer(config.optimizer), mesh).teacher
+    teacher = toy_states.random_state(objective, steps.make_optimizer(objective, config.optimizer), mesh).teacher
     with jax.set_mesh(mesh):
         watch = monitor.Monitor(settings(data, images=27), objective, teacher, mesh)
         found, said = watch.features(teacher), watch(teacher)

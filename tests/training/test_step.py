@@ -18,6 +18,7 @@ from pera_jax.cost import hlo
 from pera_jax.objectives.base import Context, Streams
 from pera_jax.objectives.pera import PerA
 from pera_jax.parallel import sharding
+from pera_jax.training import optimizer as optimizers
 from pera_jax.training import schedules
 from pera_jax.training import step as steps
 
@@ -30,7 +31,9 @@ FSDP = dict(data=1, fsdp=8)
 def birth(**changes):
     """The state before the first step, on the host: the same for all meshes and ways to compile."""
     config = tiny.config(**changes)
-    return jax.device_get(toy_states.random_state(tiny.objective(config), steps.make_optimizer(config.optimizer)))
+    objective = tiny.objective(config)
+    optimizer = steps.make_optimizer(objective, config.optimizer)
+    return jax.device_get(toy_states.random_state(objective, optimizer))
 
 
 @functools.cache
@@ -38,7 +41,8 @@ def compiled(mesh, **changes):
     """The jitted step on eight devices ("fsdp") or one, ready to run, and where state and batch lie."""
     config = tiny.config(**changes)
     mesh = sharding.make_mesh(**FSDP) if mesh else sharding.make_mesh(devices=jax.devices()[:1])
-    objective, optimizer = tiny.objective(config), steps.make_optimizer(config.optimizer)
+    objective = tiny.objective(config)
+    optimizer = steps.make_optimizer(objective, config.optimizer)
     abstract = steps.abstract_state(objective, optimizer, mesh)
     where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     step = steps.jit_step(
@@ -118,7 +122,7 @@ def test_the_first_moment_is_that_of_the_gradients_of_the_loss():
     config.update_from_flattened_dict(DOUBLE)
     with jax.enable_x64(True):
         objective = objectives.from_config(config, Bands.plain())
-        optimizer, batch = steps.make_optimizer(config.optimizer), tiny.batch(config)
+        optimizer, batch = steps.make_optimizer(objective, config.optimizer), tiny.batch(config)
         born = toy_states.random_state(objective, optimizer)
         born = born.replace(opt_state=jax.tree.map(jnp.zeros_like, born.opt_state))
         rngs = Streams.at(config.seed, "step", 0)
@@ -157,9 +161,11 @@ def test_the_comparison_sees_one_image_and_the_order_of_images(double):
 
 def update(grads, state, hyper, decay="all", clip=1e9):
     config = tiny.config(optimizer__clip_norm=clip, optimizer__decay=decay)
-    optimizer = steps.make_optimizer(config.optimizer)
+    objective = types.SimpleNamespace(
+        teacher_keys=("backbone",), decay_rules=((r"kernel$", True), (r"bias$", False)), frozen=()
+    )
+    optimizer = steps.make_optimizer(objective, config.optimizer)
     state = state.replace(opt_state=optimizer.init(state.params)) if state.opt_state is None else state
-    objective = types.SimpleNamespace(teacher_keys=("backbone",), decay_rules=((r"kernel$", True), (r"bias$", False)))
     return steps.apply_gradients(state, grads, objective, state.objective, hyper, optimizer, config.optimizer)
 
 
@@ -214,7 +220,7 @@ def test_decay_spares_what_it_is_told_to():
     config = tiny.config()
     objective = tiny.objective(config)
     params, rules = jax.eval_shape(lambda: objective.init(jax.random.key(0))), steps.decay_rules(objective)
-    shares = jax.tree_util.tree_flatten_with_path(steps.decayed(params, "matrices", rules))[0]
+    shares = jax.tree_util.tree_flatten_with_path(optimizers.decayed(params, "matrices", rules))[0]
     decayed = {sharding.path_of(path) for path, on in shares if on}
     stacks = [
         f"backbone/{stack}/{name}/kernel"
@@ -227,12 +233,13 @@ def test_decay_spares_what_it_is_told_to():
         for name in ("hidden_1/kernel", "hidden_2/kernel", "bottleneck/kernel", "direction")
     ]
     assert decayed == {*stacks, *heads, "backbone/patch_projection/kernel", "backbone/position_embedding"}
-    assert all(on for on in jax.tree.leaves(steps.decayed(params, "all", rules)))
+    assert all(on for on in jax.tree.leaves(optimizers.decayed(params, "all", rules)))
 
 
 def test_a_state_is_born_where_it_will_live():
     config = tiny.config(pera__heads__prototypes=128)
-    objective, optimizer = tiny.objective(config), steps.make_optimizer(config.optimizer)
+    objective = tiny.objective(config)
+    optimizer = steps.make_optimizer(objective, config.optimizer)
     mesh = sharding.make_mesh(**FSDP)
     born = steps.init_sharded(objective, optimizer, mesh, 7)
     plain = jax.jit(lambda: steps.new_state(objective, optimizer, 7))()

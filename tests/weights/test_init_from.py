@@ -41,7 +41,8 @@ def born_on(mesh, bands: int, global_size: int):
     names = ("a", "b", "c", "d", "e")[:bands]
     gray = dict(pera__views__saturation=0.0, pera__views__hue=0.0, pera__views__student_grayscale=0.0)
     config = config_like_the_dictionary(crops__global_size=global_size, **gray)
-    objective, optimizer = pera.PerA.from_config(config, Bands.plain(names)), steps.make_optimizer(config.optimizer)
+    objective = pera.PerA.from_config(config, Bands.plain(names))
+    optimizer = steps.make_optimizer(objective, config.optimizer)
     return toy_states.random_state(objective, optimizer, mesh, seed=5)
 
 
@@ -121,7 +122,8 @@ def test_what_does_not_fit_is_named(imported):
     config = config_like_the_dictionary(
         pera__heads__prototypes=64, model__width=32, model__patch=8, crops__global_size=32, crops__local_size=24
     )
-    objective, optimizer = pera.PerA.from_config(config, Bands.plain()), steps.make_optimizer(config.optimizer)
+    objective = pera.PerA.from_config(config, Bands.plain())
+    optimizer = steps.make_optimizer(objective, config.optimizer)
     born = jax.eval_shape(lambda: steps.new_state(objective, optimizer, 0))
     with pytest.raises(
         UserError, match="does not fit this config: expected backbone/class_token .32,., got .16,."

@@ -12,10 +12,12 @@ from pera_jax.common import json_files
 from pera_jax.common.errors import UserError
 from pera_jax.common.json_files import Count, Finite, Name, Positive
 from pera_jax.data import codecs
+from pera_jax.models import vit
 
 _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 17)]
 _Depth = Annotated[int, msgspec.Meta(ge=1, le=1 << 12)]
 _Ratio = Annotated[float, msgspec.Meta(gt=0, le=1 << 10)]
+_LayerScale = Annotated[float, msgspec.Meta(ge=0, le=1 << 10)]
 _Deviation = Annotated[float, msgspec.Meta(gt=0, le=1e300)]
 
 # Config fields that reports use. (`objectives.from_metadata` checks those that define the network.)
@@ -32,6 +34,8 @@ class _Model:
     bands: _Size
     split: _Depth
     mlp_ratio: _Ratio
+    position: Literal[vit.POSITIONS] = "learned"  # type: ignore[valid-type]
+    layer_scale: _LayerScale = 0.0
 
 
 @dataclasses.dataclass

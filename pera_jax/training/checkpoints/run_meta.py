@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from pera_jax.common import files
 from pera_jax.common.errors import UserError
 from pera_jax.models import vit
-from pera_jax.objectives.base import Objective
+from pera_jax.objectives.base import Objective, networks
 from pera_jax.training.checkpoints import intact
 
 
@@ -34,7 +34,7 @@ def describe(config: ConfigDict, objective: Objective, data: dict[str, Any]) -> 
         "model": vit.description(objective.encoder),
         **objective.bands.to_dict(),
         "method": {"name": objective.name, "citation": objective.citation},
-        "networks": ["teacher", "student"] if objective.teacher_keys else ["student"],
+        "networks": list(networks(objective)),
         "data": data,
         "git": git_revision(),
         "config": json.loads(config.to_json()),
