@@ -20,7 +20,7 @@ MAY = {
     "models": {"common", "parallel"},
     "augment": {"bands", "common"},
     "losses": {"models", "parallel", "common"},
-    "objectives": {"models", "losses", "augment", "parallel", "bands", "common"},
+    "objectives": {"models", "losses", "augment", "formats", "parallel", "bands", "common"},
     "config": {"objectives", "models", "common"},
     "formats": {"common", "models"},
     "training": {"objectives", "models", "config", "parallel", "data", "bands", "common", "calls"},

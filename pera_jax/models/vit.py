@@ -122,8 +122,8 @@ class ViT(nn.Module):
         visible: Int[jax.Array | np.ndarray, "B n"] | None = None,
         learnable: Int[jax.Array | np.ndarray, "B m"] | None = None,
         mask_token: Float[jax.Array | np.ndarray, " {self.width}"] | None = None,
-        replaced: Bool[jax.Array | np.ndarray, "B L"] | None = None,
         drop_path: DropPath | None = None, blocks: int = 0, class_attention: bool = False,
+        replaced: Bool[jax.Array | np.ndarray, "B L"] | None = None,
     ) -> dict[str, Float[jax.Array, "B ..."] | list[Float[jax.Array, "B ..."]]]:  # fmt: skip
         """Encodes the `visible` patches of `images` and, from mid depth on, the `learnable` ones.
 
@@ -133,10 +133,10 @@ class ViT(nn.Module):
           learnable: patch indices, or None.
           mask_token: the initial learnable token, to which positions are added; required with `learnable` and
             `replaced`.
-          replaced: patches whose embeddings are replaced by `mask_token`; not together with `visible`.
           drop_path: None: every block runs on every crop.
           blocks: also return the outputs of this many last blocks.
           class_attention: also return the attention of the class token in the last block.
+          replaced: patches whose embeddings are replaced by `mask_token`; not together with `visible`.
 
         Returns:
           A dict of `wide` arrays after the final norm: `class_token` [B, D] and `patch_tokens` [B, n, D]; with

@@ -15,8 +15,10 @@ from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
 from pera_jax.bands import Bands
+from pera_jax.formats import tables
 from pera_jax.models.precision import Precision
 from pera_jax.models.vit import ViT
+from pera_jax.objectives.declared import Freeze, Schedule
 from pera_jax.objectives.watched import COMMON_CONDITIONS, HealthChecks, Panel, Preview, common_averages
 
 Params = Any  # nested dicts of arrays; `params["backbone"]` are those of `Objective.encoder`
@@ -100,43 +102,6 @@ class Context:
 
     rngs: Streams
     scalars: dict[str, jax.Array]
-
-
-class Schedule(NamedTuple):
-    """The declaration of a scalar that depends on the step; `training.schedules` evaluates it in float64 on the host.
-
-    Attributes:
-      form: "constant" (the field is a number), "cosine" (fields `start`, `end`), "ramp" (`start`, `end`, `warmup`),
-        "warmup_cosine" (`start`, `peak`, `end`, `warmup`) or "after" (the field is a duration; 0.0 during it, then
-        1.0).
-      field: the config field, such as "schedules.learning_rate".
-      positive: whether 0 is not allowed.
-      highest: the largest allowed value.
-      complement: whether 1 minus the value is passed to the step, because float32 is imprecise for an EMA momentum near
-        1.
-    """
-
-    form: str
-    field: str
-    positive: bool = False
-    highest: float = float("inf")
-    complement: bool = False
-
-
-class Freeze(NamedTuple):
-    """Parameters that are not trained, for good or at first.
-
-    Attributes:
-      pattern: path regex, as in "prototype_head/gain$".
-      until: the scalar, a `Schedule` of the form "after", from which on they are trained; "" for never. Parameters that
-        are frozen for good are not averaged either: the teacher keeps its own.
-      moments: whether Adam's moments are updated while they are frozen, so that only the learning rate is 0. If not,
-        the gradient is dropped, and Adam's count of these parameters starts when they are first trained.
-    """
-
-    pattern: str
-    until: str = ""
-    moments: bool = False
 
 
 class Layout(NamedTuple):
@@ -242,6 +207,10 @@ class Objective(Protocol):
     def with_estimate(self, state: State, estimate: Any) -> tuple[State, str]:
         """The initial state, and a sentence that reports it."""
 
+    def official_entries(self) -> list[tables.Entry] | None:
+        """The arrays of the state dictionary of the method's official program: names, and paths below "params" (the
+        student) and "teacher". None if there is no such program."""
+
     def adapt(
         self, params: Params, new: Params, patch: int, source: tuple[str, ...], target: tuple[str, ...]
     ) -> Params:
@@ -314,6 +283,9 @@ class Base:
 
     def with_estimate(self, state, estimate):
         raise NotImplementedError(f"{type(self).__name__} has warm_start_batches and no with_estimate")
+
+    def official_entries(self):
+        return None
 
     def adapt(self, params, new, patch, source, target):
         return params

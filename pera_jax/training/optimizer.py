@@ -14,7 +14,8 @@ import optax
 
 from pera_jax.common.errors import UserError
 from pera_jax.models.blocks import STACK
-from pera_jax.objectives.base import BACKBONE, Freeze, Objective
+from pera_jax.objectives.base import BACKBONE, Objective
+from pera_jax.objectives.declared import Freeze
 from pera_jax.parallel import sharding
 
 _BIAS_OR_NORM = re.compile(r"(bias|(^|/)norm[^/]*/scale|layer_scale_\d+)$")

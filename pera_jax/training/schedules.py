@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pera_jax.common.errors import UserError
-from pera_jax.objectives.base import Schedule
+from pera_jax.objectives.declared import Schedule
 
 FORMS = '"20 epochs", "1500 steps", "96000 examples" or "10 percent"'
 _DURATION = re.compile(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*(epoch|step|example|percent)s?\s*")
