@@ -18,7 +18,8 @@ from pera_jax.bands import Bands
 from pera_jax.formats import tables
 from pera_jax.models.precision import Precision
 from pera_jax.models.vit import ViT
-from pera_jax.objectives.declared import Freeze, Schedule
+from pera_jax.objectives.declared import Freeze as Freeze
+from pera_jax.objectives.declared import Schedule as Schedule
 from pera_jax.objectives.watched import COMMON_CONDITIONS, HealthChecks, Panel, Preview, common_averages
 
 Params = Any  # nested dicts of arrays; `params["backbone"]` are those of `Objective.encoder`

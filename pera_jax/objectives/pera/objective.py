@@ -21,8 +21,7 @@ from pera_jax.models.heads import Head
 from pera_jax.models.precision import Precision
 from pera_jax.models.vit import ViT, patchify
 from pera_jax.objectives import base
-from pera_jax.objectives.base import Context, CropSpec, Streams
-from pera_jax.objectives.declared import Schedule
+from pera_jax.objectives.base import Context, CropSpec, Schedule, Streams
 from pera_jax.objectives.pera import cost, curves, health, masks, preview, settings, transfer, views
 from pera_jax.objectives.pera.views import Views
 from pera_jax.objectives.watched import HealthChecks
