@@ -268,7 +268,10 @@ class Base:
         return HealthChecks(COMMON_CONDITIONS, common_averages, lambda averages: {"excess_name": "loss"})
 
     def logged_scalars(self, scalars):
-        return scalars
+        if "one_minus_momentum" not in scalars:
+            return scalars
+        shown = {name: value for name, value in scalars.items() if name != "one_minus_momentum"}
+        return shown | {"momentum": 1.0 - scalars["one_minus_momentum"]}
 
     def init_state(self):
         return {}

@@ -20,7 +20,7 @@ from pera_jax.models.drop_path import DropPath
 from pera_jax.models.heads import Head
 from pera_jax.models.precision import Precision
 from pera_jax.models.vit import ViT, patchify
-from pera_jax.objectives import base
+from pera_jax.objectives import base, prototype_checks
 from pera_jax.objectives.base import Context, CropSpec, Schedule, Streams
 from pera_jax.objectives.pera import cost, curves, health, masks, preview, settings, transfer, views
 from pera_jax.objectives.pera.views import Views
@@ -83,10 +83,6 @@ class PerA(base.Base):
             "teacher_temperature": Schedule("ramp", "pera.teacher_temperature", positive=True),
             "student_temperature": Schedule("constant", "pera.student_temperature", positive=True),
         }
-
-    def logged_scalars(self, scalars: dict[str, float]) -> dict[str, float]:
-        shown = {name: value for name, value in scalars.items() if name != "one_minus_momentum"}
-        return shown | {"momentum": 1.0 - scalars["one_minus_momentum"]}
 
     def health_checks(self, images: int) -> HealthChecks:
         return health.checks(self.prototype_head.outputs, images)
@@ -226,7 +222,6 @@ class PerA(base.Base):
         """The new center and the metrics, from the `aux` of the whole batch."""
         center = self.center_momentum * state["center"] + (1 - self.center_momentum) * aux["output"]
         per_pair, globals_ = aux["per_pair"], self.crops["global"].number
-        teacher = prototypes.teacher_statistics(per_pair, aux["statistics"])
         metrics = {
             "loss": aux["loss"],
             "loss/class": jnp.mean(per_pair),
@@ -234,14 +229,9 @@ class PerA(base.Base):
             "loss/class_local": jnp.sum(per_pair[globals_:]) / len(per_pair),
             "loss/koleo": aux["koleo"],
             "loss/pixel": aux["pixel"],
-            "teacher/entropy": teacher["teacher_entropy"],
-            "teacher/entropy_of_mean": teacher["teacher_entropy_of_mean"],
-            "teacher/prototypes_in_use": teacher["prototypes_in_use"],
-            "teacher/kl_to_uniform": jnp.log(len(center)) - teacher["teacher_entropy_of_mean"],
-            "teacher/feature_variance": 1 - jnp.sum(jnp.square(aux["token"])),
-            "teacher/unit_variance": 1 - jnp.sum(jnp.square(aux["unit"])),
-            "teacher/center_norm": jnp.linalg.norm(center), "kl": teacher["kl"],
-        }  # fmt: skip
+            "teacher/center_norm": jnp.linalg.norm(center),
+        }
+        metrics |= prototype_checks.teacher_metrics(per_pair, aux["statistics"], aux["token"], aux["unit"])
         return {"center": center}, metrics
 
     def outputs(self, params, teacher, views, drop_path):
