@@ -21,13 +21,15 @@ from pera_jax.common.text import every, several
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """The array called `name` is `path` in our tree, [`index`] of the stack, rearranged by `ours -> theirs`."""
+    """The array called `name` is `path` in our tree, [`index`] of the stack, rearranged by `ours -> theirs`; `heads`
+    if it has another number of them than the backbone."""
 
     name: str
     path: tuple[str, ...]
     ours: str
     theirs: str
     index: int | None = None
+    heads: int | None = None
 
 
 def linear(name: str, path: tuple[str, ...]) -> list[Entry]:
@@ -38,10 +40,11 @@ def norm(name: str, path: tuple[str, ...]) -> list[Entry]:
     return [Entry(f"{name}.weight", (*path, "scale"), "d", "d"), Entry(f"{name}.bias", (*path, "bias"), "d", "d")]
 
 
-def block(name: str, path: tuple[str, ...], layer_scale: bool = False) -> list[Entry]:
-    """The entries of one block, in a stack at `path`; `layer_scale`: whether it has LayerScale."""
+def block(name: str, path: tuple[str, ...], layer_scale: bool = False, heads: int | None = None) -> list[Entry]:
+    """The entries of one block, in a stack at `path`; `layer_scale`: whether it has LayerScale; `heads`: if these are
+    not as many as in the backbone."""
     gains = [Entry(f"{name}.ls{i}.gamma", (*path, f"layer_scale_{i}"), "d", "d") for i in (1, 2)]
-    return (gains if layer_scale else []) + [
+    entries = (gains if layer_scale else []) + [
         *norm(f"{name}.norm1", (*path, "norm_1")),
         Entry(f"{name}.attn.qkv.weight", (*path, "attention", "qkv", "kernel"), "d t h e", "(t h e) d"),
         Entry(f"{name}.attn.qkv.bias", (*path, "attention", "qkv", "bias"), "t h e", "(t h e)"),
@@ -51,6 +54,7 @@ def block(name: str, path: tuple[str, ...], layer_scale: bool = False) -> list[E
         *linear(f"{name}.mlp.fc1", (*path, "mlp", "in")),
         *linear(f"{name}.mlp.fc2", (*path, "mlp", "out")),
     ]
+    return [dataclasses.replace(entry, heads=heads) for entry in entries]
 
 
 def backbone(
@@ -101,7 +105,7 @@ def to_named(tree: dict[str, Any], entries: list[Entry], heads: int, patch: int)
             for key in entry.path:
                 leaf = leaf[key]
             leaf = leaf if entry.index is None else leaf[entry.index]
-            result[entry.name] = _rearrange(leaf, entry.ours, entry.theirs, _sizes(heads, patch))
+            result[entry.name] = _rearrange(leaf, entry.ours, entry.theirs, _sizes(entry.heads or heads, patch))
     return result
 
 
@@ -109,7 +113,9 @@ def from_named(arrays: dict[str, np.ndarray], entries: list[Entry], heads: int, 
     """Converts arrays by name to our tree with stacked blocks; every entry must be present."""
     stacks: dict[tuple[str, ...], dict[int | None, np.ndarray]] = {}
     for entry in entries:
-        leaf = _rearrange(arrays[entry.name], entry.theirs, entry.ours, _sizes(heads, patch))
+        leaf = _rearrange(
+            arrays[entry.name], entry.theirs, entry.ours, _sizes(entry.heads or heads, patch)
+        )
         stacks.setdefault(entry.path, {})[entry.index] = leaf
     tree: dict[str, Any] = {}
     for path, parts in stacks.items():

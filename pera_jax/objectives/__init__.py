@@ -14,7 +14,10 @@ from pera_jax.common.errors import UserError
 from pera_jax.objectives import check, lookup
 from pera_jax.objectives.base import Layout, Objective, stream
 
-METHODS = {"pera": "pera_jax.objectives.pera"}
+METHODS = {
+    "pera": "pera_jax.objectives.pera",
+    "mae": "pera_jax.objectives.mae",
+}
 
 
 def method(name: str) -> type[Objective]:
