@@ -100,10 +100,12 @@ def check(path: str) -> Table:
     file, table = load(path), Table()
     for n, (outputs, metrics, grads, before, state) in enumerate(run(file, 1)):
         for name, ours in outputs.items():
-            table.add(f"step{n}/{name}", file.arranged(n, name, ours), file.arrays[f"step{n}/{name}"], file.OUTPUT)
+            bound = file.LOSS if name.startswith("loss/") else file.OUTPUT
+            table.add(f"step{n}/{name}", file.arranged(n, name, ours), file.arrays[f"step{n}/{name}"], bound)
         ours = file.losses(metrics)
         for name, theirs in file.of(f"step{n}/loss/").items():
-            table.add(f"step{n}/loss/{name}", ours[name], theirs, file.LOSS)
+            if f"loss/{name}" not in outputs:
+                table.add(f"step{n}/loss/{name}", ours[name], theirs, file.LOSS)
         for name, value in before.items():
             table.add(f"step{n}/{name}_before", value, file.arrays[f"step{n}/{name}_before"].reshape(-1), file.OUTPUT)
         for name, gradient in file.official(params=grads).items():

@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
 
 from pera_jax.bands import band_order
 from pera_jax.common.errors import UserError
-from pera_jax.models import positions, vit
+from pera_jax.models import vit
 
 
 def check_size(height: int, width: int, patch: int) -> None:
@@ -20,19 +19,24 @@ def check_size(height: int, width: int, patch: int) -> None:
         )
 
 
-def resized(backbone: dict[str, Any], shape: dict[str, Any], rows: int, columns: int) -> dict[str, Any]:
-    """`backbone` with its position embedding, if that is learned, interpolated to `rows` x `columns` patches, as in the
-    network's forward pass.
+def repositioned(
+    backbone: dict[str, Any], shape: dict[str, Any], position: str, rows: int, columns: int
+) -> dict[str, Any]:
+    """`backbone` with the position embedding of a network for `rows` x `columns` patches.
+
+    A learned embedding is interpolated, as in the forward pass, or starts as the fixed one of the weights. Fixed
+    embeddings are no parameters.
 
     Args:
-      shape: the `vit.description` of the network.
+      shape: the `vit.description` of the weights' network.
+      position: `ViT.position` of the network that they are for.
     """
+    if position != "learned":
+        return {name: leaf for name, leaf in backbone.items() if name != "position_embedding"}
     side = shape["image_size"] // shape["patch"]
-    if (rows, columns) == (side, side) or "position_embedding" not in backbone:
+    if (rows, columns) == (side, side) and "position_embedding" in backbone:
         return backbone
-    embedding = jnp.asarray(backbone["position_embedding"])  # [1 + G G, D]
-    grid = positions.resample(embedding[1:].reshape(side, side, -1), rows, columns)  # [rows, columns, D]
-    return backbone | {"position_embedding": jnp.concatenate([embedding[:1], grid.reshape(rows * columns, -1)])}
+    return with_positions(backbone, shape, rows, columns)
 
 
 def with_positions(backbone: dict[str, Any], shape: dict[str, Any], rows: int, columns: int) -> dict[str, Any]:

@@ -113,9 +113,8 @@ def from_named(arrays: dict[str, np.ndarray], entries: list[Entry], heads: int, 
     """Converts arrays by name to our tree with stacked blocks; every entry must be present."""
     stacks: dict[tuple[str, ...], dict[int | None, np.ndarray]] = {}
     for entry in entries:
-        leaf = _rearrange(
-            arrays[entry.name], entry.theirs, entry.ours, _sizes(entry.heads or heads, patch)
-        )
+        sizes = _sizes(entry.heads or heads, patch)
+        leaf = _rearrange(arrays[entry.name], entry.theirs, entry.ours, sizes)
         stacks.setdefault(entry.path, {})[entry.index] = leaf
     tree: dict[str, Any] = {}
     for path, parts in stacks.items():

@@ -52,9 +52,7 @@ class MAE(base.Base):
     bands: Bands
 
     name: ClassVar = "mae"
-    citation: ClassVar = (
-        "MAE (He et al., Masked Autoencoders Are Scalable Vision Learners, arXiv:2111.06377)"
-    )
+    citation: ClassVar = "MAE (He et al., Masked Autoencoders Are Scalable Vision Learners, arXiv:2111.06377)"
     evaluated: ClassVar = "student"
     fixed_fields: ClassVar = ("decoder",)
     sharding_rules: ClassVar = decoder.SHARDING_RULES
@@ -195,7 +193,11 @@ class MAE(base.Base):
 
     def loss(self, params, teacher, state, examples, context: Context):
         """The mean over crops, removed patches and their values of the squared error."""
-        predicted, target, _ = self.outputs(params, examples)
+        return self.loss_on_views(params, *self.views(examples))
+
+    def loss_on_views(self, params: dict[str, Any], images: jax.Array, order: jax.Array):
+        """The loss and `aux`; arguments as of `outputs_on_views`."""
+        predicted, target, _ = self.outputs_on_views(params, images, order)
         loss = pixels.mean_pixel_term(predicted, target)
         return loss, jax.lax.stop_gradient({"loss": loss, "square": jnp.mean(jnp.square(target))})
 
@@ -204,16 +206,20 @@ class MAE(base.Base):
         targets is the mean color of each patch, explains nothing."""
         return state, {"loss": aux["loss"], "explained": 1 - aux["loss"] / aux["square"]}
 
-    def outputs(self, params: dict[str, Any], examples: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
-        """Predictions for the removed patches of (a microbatch of) the result of `prepare`, in the order of its
-        `order`; their targets; and their pixels before these are normalized: [B V, L - kept, p p C] each."""
+    def views(self, examples: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """The normalized images [B V, H, W, C] and the permutations [B V, L] of the result of `prepare`."""
         images, order = (rearrange(examples[name], "b v ... -> (b v) ...") for name in ("images", "order"))
-        return self.outputs_on_views(params, self.bands.normalized(images, self.precision.wide), order)
+        return self.bands.normalized(images, self.precision.wide), order
 
     def outputs_on_views(
         self, params: dict[str, Any], images: jax.Array, order: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """As `outputs`, for normalized images [N, H, W, C] and permutations [N, L] of their patches."""
+        """Predictions for the removed patches of normalized images [N, H, W, C], their targets, and their values
+        before these are normalized: [N, L - kept, p p C] each.
+
+        Args:
+          order: permutations [N, L] of patch indices, of which the first `kept` are kept.
+        """
         kept, removed = order[:, : self.kept], order[:, self.kept :]
         encoded = self.encoder.apply({"params": params["backbone"]}, images, kept)
         predicted = self.decoder.apply(
@@ -261,7 +267,7 @@ class MAE(base.Base):
 
         def predict(params, batch):
             examples = self.prepare(rngs, batch)
-            predicted, target, values = self.outputs(params, examples)
+            predicted, target, values = self.outputs_on_views(params, *self.views(examples))
             shown = predicted
             if self.norm_targets:
                 mean, deviation = pixels.patch_statistics(values)

@@ -49,12 +49,15 @@ def with_weights(state: steps.TrainState, run: str, objective: Objective) -> ste
     there, here = source.meta["model"], objective.encoder
     grid, bands = here.image_size // here.patch, (tuple(source.meta["bands"]), objective.bands.names)
     notes = ["all networks and heads" if complete else "the backbone, with new heads"]
-    if grid != there["image_size"] // there["patch"]:
-        old = there["image_size"] // there["patch"]
+    old, old_position = there["image_size"] // there["patch"], there.get("position", "learned")
+    if old_position != here.position:
+        notes.append(f"{old_position} positions in place of {here.position} ones" if here.position == "learned" else
+                     f"{here.position} positions, but the weights were trained with {old_position} ones")
+    elif grid != old:
         notes.append(f"positions interpolated from {old} x {old} to {grid} x {grid} patches")
 
     def fitted(network: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-        backbone = fit.resized(network["backbone"], there, grid, grid)
+        backbone = fit.repositioned(network["backbone"], there, here.position, grid, grid)
         result = new | network | {"backbone": fit.rebanded(backbone, there["patch"], *bands)}
         return objective.adapt(result, new, there["patch"], *bands) if complete else result
 
