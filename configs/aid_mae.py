@@ -4,8 +4,9 @@ Command:  pera-jax train --config aid_mae --config.data.path=shards/aid --workdi
 Cost:     448,000 images, 0.12 GFLOP each: as many FLOPs as `aid_small`, which sees 128,000 images.
 Results:  none yet.
 
-The decoder has two thirds of the encoder's width and a third of its depth. The peak learning rate is that of `aid_small`;
-the official 1.5e-4 x batch_size / 256 is made for batches of thousands, and would be 1.9e-5 here. No other has been tried.
+The decoder has two thirds of the encoder's width and a third of its depth. The peak learning rate is that of
+`aid_small`; the official 1.5e-4 x batch_size / 256 is made for batches of thousands and would be 1.9e-5 here. No other
+has been tried.
 """
 
 from pera_jax import config as configs
