@@ -79,6 +79,16 @@ def backbone(
     return table
 
 
+def head(mlp: str, last: str, path: tuple[str, ...]) -> list[Entry]:
+    """The entries of a `Head` with an MLP named `mlp` and a weight-normalized last layer named `last`."""
+    layers = zip((0, 2, 4), ("hidden_1", "hidden_2", "bottleneck"), strict=True)
+    return [
+        *(entry for number, layer in layers for entry in linear(f"{mlp}.{number}", (*path, layer))),
+        Entry(f"{last}.weight_v", (*path, "direction"), "k d", "k d"),
+        Entry(f"{last}.weight_g", (*path, "gain"), "k", "k 1"),
+    ]
+
+
 def stacked(entries: list[Entry], index: int) -> list[Entry]:
     """The entries as the number `index` of a stack."""
     return [dataclasses.replace(entry, index=index) for entry in entries]

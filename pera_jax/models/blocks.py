@@ -3,18 +3,18 @@
 Parameters of a stack have a leading depth axis, whether it is scanned or unrolled.
 """
 
-import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Float, Key
+from jaxtyping import Float
 
 from pera_jax.models import drop_path as drop
 from pera_jax.models.attention import Attention
-from pera_jax.models.drop_path import DropPath
+from pera_jax.models.drop_path import DropPath, GrowingDropPath
 from pera_jax.models.precision import Precision
 from pera_jax.parallel.sharding import constrain_batch, gathered
 
@@ -77,12 +77,6 @@ def layer_norm(precision: Precision, name: str | None = None) -> nn.LayerNorm:
     )
 
 
-def _branches(drop_path: DropPath | None, key) -> tuple[DropPath | None, DropPath | None]:
-    if drop_path is None:
-        return None, None
-    return tuple(dataclasses.replace(drop_path, key=part) for part in jax.random.split(key))
-
-
 class Block(nn.Module):
     heads: int
     mlp_ratio: float
@@ -94,18 +88,18 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[jax.Array, "B N D"], key: Key[jax.Array, ""] | None, drop_path: DropPath | None
+        self, x: Float[jax.Array, "B N D"], draws: Any, drop_path: DropPath | GrowingDropPath | None
     ) -> tuple[Float[jax.Array, "B N D"], dict[str, Float[jax.Array, "B ..."]]]:
         """Runs the block on tokens `x`; returns also a dict of the intermediate results named in `keep`.
 
-        `keep` may contain "output" [B, N, D] and "class_attention" [B, H, N], see `Attention`. `key` is this block's
-        key.
+        `keep` may contain "output" [B, N, D] and "class_attention" [B, H, N], see `Attention`. `draws` is this
+        block's entry of `drop_path.of_blocks`, or None.
         """
         norm_1, norm_2 = (layer_norm(self.precision, name) for name in ("norm_1", "norm_2"))
         qkv_init, kernel_init = KERNELS[self.initial]
         attention = Attention(self.heads, self.precision, self.attention, qkv_init, kernel_init, name="attention")
         mlp = Mlp(self.mlp_ratio, self.precision, kernel_init, name="mlp")
-        first, second = _branches(drop_path, key)
+        first, second = (None, None) if drop_path is None else drop_path.of_branches(draws)
         kept = {"class_attention": attention(norm_1(x), class_weights=True)} if "class_attention" in self.keep else {}
         x = drop.residual(lambda y: self._scaled(1, attention(norm_1(y))), x, first)
         x = drop.residual(lambda y: self._scaled(2, mlp(norm_2(y))), x, second)
@@ -121,24 +115,24 @@ class Block(nn.Module):
 
 
 def _keep_input_only(apply: Callable, dtype) -> Callable:
-    """Rematerializes `apply(params, x, key, drop_path)`: only `x`, cast to `dtype`, is stored for the backward pass.
+    """Rematerializes `apply(params, x, draws, drop_path)`: only `x`, cast to `dtype`, is stored for the backward pass.
 
     The residual stream is `wide`, so casting halves the stored activations. The forward pass does not change; the
     gradient is taken at the rounded input, which the matrix products round anyway.
     """
 
     @jax.custom_vjp
-    def block(params, x, key, drop_path):
-        return apply(params, x, key, drop_path)
+    def block(params, x, draws, drop_path):
+        return apply(params, x, draws, drop_path)
 
-    def forward(params, x, key, drop_path):
-        return apply(params, x, key, drop_path), (params, x.astype(dtype), jnp.zeros((), x.dtype), key, drop_path)
+    def forward(params, x, draws, drop_path):
+        return apply(params, x, draws, drop_path), (params, x.astype(dtype), jnp.zeros((), x.dtype), draws, drop_path)
 
     def backward(kept, gradient):
-        params, x, like, key, drop_path = kept
+        params, x, like, draws, drop_path = kept
         # Otherwise the compiler could reuse values of the forward pass and store them.
         params, x, gradient = jax.lax.optimization_barrier((params, x, gradient))
-        _, pull = jax.vjp(lambda params, x: apply(params, x, key, drop_path), params, x.astype(like.dtype))
+        _, pull = jax.vjp(lambda params, x: apply(params, x, draws, drop_path), params, x.astype(like.dtype))
         return (*pull(gradient), None, None)
 
     block.defvjp(forward, backward)
@@ -146,8 +140,8 @@ def _keep_input_only(apply: Callable, dtype) -> Callable:
 
 
 def stack(
-    module: nn.Module, name: str, length: int, x: Float[jax.Array, "B N D"], drop_path: DropPath | None = None,
-    stream: int = 0, keep: tuple[str, ...] = (),
+    module: nn.Module, name: str, length: int, x: Float[jax.Array, "B N D"],
+    drop_path: DropPath | GrowingDropPath | None = None, stream: int = 0, keep: tuple[str, ...] = (), first: int = 0,
 ) -> tuple[Float[jax.Array, "B N D"], dict[str, Float[jax.Array, "{length} B ..."]]]:  # fmt: skip
     """Runs the blocks `name` of `module` on the tokens `x`; returns also what the blocks keep, see `Block`.
 
@@ -156,11 +150,12 @@ def stack(
         `remat` of a `ViT`.
       length: number of blocks.
       stream: number of the stack among those that draw from the same `drop_path`.
+      first: number of blocks in those before it.
     """
     sizes = (
         module.heads, module.mlp_ratio, module.precision, module.attention, module.initial, module.layer_scale, keep
     )  # fmt: skip
-    keys = None if drop_path is None else jax.random.split(jax.random.fold_in(drop_path.key, stream), length)
+    draws = None if drop_path is None else drop_path.of_blocks(stream, first, length)
     if module.is_initializing():
         initial = nn.scan(
             Block,
@@ -169,11 +164,11 @@ def stack(
             in_axes=(0, nn.broadcast),
             length=length,
         )
-        return initial(*sizes, name=name)(x, keys, drop_path)
+        return initial(*sizes, name=name)(x, draws, drop_path)
 
-    def apply(params, x, key, drop_path):
+    def apply(params, x, draws, drop_path):
         params = gathered(params, name, module.precision.compute, SHARDING_RULES)
-        return Block(*sizes, parent=None).apply({"params": params}, x, key, drop_path)
+        return Block(*sizes, parent=None).apply({"params": params}, x, draws, drop_path)
 
     if module.remat == "dots":  # gathered parameters are not stored, neither here nor below
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -181,6 +176,6 @@ def stack(
     elif module.remat == "block":
         apply = _keep_input_only(apply, module.precision.compute)
     # Pure functions from here on: Flax's lifted scan could not cast the stored inputs.
-    stacked = (module.variables["params"][name], keys)
+    stacked = (module.variables["params"][name], draws)
     body = lambda x, part: apply(part[0], x, part[1], drop_path)  # noqa: E731
     return jax.lax.scan(body, x, stacked, length, unroll=1 if module.scan else length)

@@ -1,18 +1,23 @@
-"""Drop path (stochastic depth) that saves compute: a residual branch runs only on a random subset of the crops.
+"""Drop path (stochastic depth, Huang et al., arXiv:1603.09382): residual branches are skipped at random, crop by crop.
 
-Each group of `g` crops keeps exactly `max(floor((1 - rate) g), 1)` of them. The group size is a config field, and each
+`DropPath` saves compute: a branch runs only on a random subset of the crops. Each group of `g` crops keeps exactly
+`max(floor((1 - rate) g), 1)` of them, with the same rate in all blocks. The group size is a config field, and each
 group lies on one device, so the result does not depend on the mesh and the gathers need no communication.
+
+`GrowingDropPath` has a rate that grows linearly over the blocks, as in DINO (Caron et al., arXiv:2104.14294). The
+number of crops that a block keeps would then differ from block to block, but a loop over blocks is compiled once. So
+each crop is dropped independently with the block's rate, and branches run on all crops: it saves no compute.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import no_type_check
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Float, Int32, Key
 
 
 @no_type_check  # as a pytree, it also holds what JAX puts in place of arrays: shapes, shardings, None
@@ -34,11 +39,97 @@ class DropPath:
     rate: float
     group: int
 
+    def of_blocks(self, stream: int, first: int, length: int) -> Key[jax.Array, " {length}"]:
+        """What the blocks of a stack need besides `self`, with a leading axis of `length` blocks: a key each.
+
+        Args:
+          stream: number of the stack. first: number of the stack's first block.
+        """
+        return jax.random.split(jax.random.fold_in(self.key, stream), length)
+
+    def of_branches(self, block: Key[jax.Array, ""]) -> tuple["DropPath", "DropPath"]:
+        """The drop path of both branches of a block; `block`: its entry of `of_blocks`."""
+        first, second = jax.random.split(block)
+        return dataclasses.replace(self, key=first), dataclasses.replace(self, key=second)
+
+
+@no_type_check  # as `DropPath`
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("key", "places"), meta_fields=("rate", "depth"))
+@dataclasses.dataclass(frozen=True)
+class GrowingDropPath:
+    """A drop path of one forward pass whose rate grows linearly, from 0 in the first block to `rate` in the last.
+
+    Attributes:
+      key: a PRNG key.
+      places: int32 [B], the index of each crop in the whole batch, on which its draws depend.
+      rate: the probability that a crop skips a branch of the last block.
+      depth: number of blocks, at least 2.
+    """
+
+    key: jax.Array
+    places: jax.Array
+    rate: float
+    depth: int
+
+    def of_blocks(self, stream: int, first: int, length: int) -> tuple[jax.Array, jax.Array]:
+        """As `DropPath.of_blocks`: keys and rates."""
+        keys = jax.random.split(jax.random.fold_in(self.key, stream), length)
+        return keys, self.rate * jnp.arange(first, first + length, dtype=jnp.float32) / (self.depth - 1)
+
+    def of_branches(self, block: tuple[jax.Array, jax.Array]) -> tuple["PerCrop", "PerCrop"]:
+        key, rate = block
+        first, second = jax.random.split(key)
+        return PerCrop(first, self.places, rate), PerCrop(second, self.places, rate)
+
+
+class PerCrop(NamedTuple):
+    """The drop path of one branch that drops each crop independently; attributes as in `GrowingDropPath`, `rate` is
+    float32 []."""
+
+    key: jax.Array
+    places: jax.Array
+    rate: jax.Array
+
+    def factors(self) -> Float[jax.Array, " B"]:
+        """What the branch's output is multiplied by for each crop: 0 if it is dropped, else 1 / (1 - rate)."""
+        words = jax.vmap(lambda place: jax.random.uniform(jax.random.fold_in(self.key, place), (), jnp.float32))
+        kept = words(self.places) < 1 - self.rate
+        return jnp.where(kept, 1 / (1 - self.rate), 0.0)
+
 
 def kept_of(group: int, rate: float) -> int:
     """The number of crops of a group that are kept, that is, on which the branch runs."""
     # In floating point 0.7 * 10 can be 6.999999999999999; rounding recovers the decimal product.
     return max(math.floor(round((1.0 - rate) * group, 9)), 1)
+
+
+def kept_fraction(rate: float, group: int, crops: int) -> float:
+    """The fraction of the crops that are kept, of `crops` per image in groups of `group` images; for groups of all
+    images (0), it is not rounded to whole crops."""
+    return kept_of(group * crops, rate) / (group * crops) if group and rate else 1.0 - rate
+
+
+def by_type(
+    key: Key[jax.Array, ""], places: Int32[jax.Array, " b"], crops: Mapping[str, int], rate: float, group: int,
+    depth: int | None = None,
+) -> dict[str, DropPath | GrowingDropPath]:  # fmt: skip
+    """The drop path of each crop type, independent of each other.
+
+    Args:
+      places: the index of each image in the whole batch.
+      crops: the number of crops per image by type; crops are batch-major.
+      group: images per group of a `DropPath`, or 0 for all of `places`.
+      depth: number of blocks for a `GrowingDropPath`; None for a `DropPath`.
+    """
+    result, images = {}, group or len(places)
+    for index, (name, number) in enumerate(crops.items()):
+        type_key = jax.random.fold_in(key, index)
+        if depth is None:
+            result[name] = DropPath(type_key, places[::images] // images, rate, images * number)
+        else:
+            rows = (places[:, None] * number + jnp.arange(number, dtype=places.dtype)).reshape(-1)  # [b V]
+            result[name] = GrowingDropPath(type_key, rows, rate, depth)
+    return result
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -65,14 +156,17 @@ _put.defvjp(
 
 
 def residual(
-    branch: Callable[[jax.Array], jax.Array], x: Float[jax.Array, "B N D"], drop_path: DropPath | None
+    branch: Callable[[jax.Array], jax.Array], x: Float[jax.Array, "B N D"], drop_path: DropPath | PerCrop | None
 ) -> Float[jax.Array, "B N D"]:
-    """`x + branch(x)`, with the branch applied to a random subset of each group of crops and scaled by `group / kept`.
+    """`x + branch(x)`, with the branch applied to a random subset of each group of crops and scaled by `group / kept`;
+    or with the branch of each crop times `PerCrop.factors`.
 
     Args:
       branch: maps [n, N, D] to [n, N, D].
       drop_path: for G groups of g crops, B = G g; None: the branch runs on every crop.
     """
+    if isinstance(drop_path, PerCrop):
+        return x + branch(x).astype(x.dtype) * drop_path.factors().astype(x.dtype)[:, None, None]
     if drop_path is None or drop_path.rate == 0.0:
         return x + branch(x).astype(x.dtype)
     groups, group, kept = len(drop_path.places), drop_path.group, kept_of(drop_path.group, drop_path.rate)

@@ -19,7 +19,7 @@ from pera_jax.common.errors import UserError
 from pera_jax.models import blocks, positions
 from pera_jax.models.attention import choose
 from pera_jax.models.blocks import NORMAL, layer_norm, stack
-from pera_jax.models.drop_path import DropPath
+from pera_jax.models.drop_path import DropPath, GrowingDropPath
 from pera_jax.models.precision import Precision
 from pera_jax.models.variants import sizes
 from pera_jax.parallel.sharding import constrain_batch
@@ -122,7 +122,7 @@ class ViT(nn.Module):
         visible: Int[jax.Array | np.ndarray, "B n"] | None = None,
         learnable: Int[jax.Array | np.ndarray, "B m"] | None = None,
         mask_token: Float[jax.Array | np.ndarray, " {self.width}"] | None = None,
-        drop_path: DropPath | None = None, blocks: int = 0, class_attention: bool = False,
+        drop_path: DropPath | GrowingDropPath | None = None, blocks: int = 0, class_attention: bool = False,
         replaced: Bool[jax.Array | np.ndarray, "B L"] | None = None,
     ) -> dict[str, Float[jax.Array, "B ..."] | list[Float[jax.Array, "B ..."]]]:  # fmt: skip
         """Encodes the `visible` patches of `images` and, from mid depth on, the `learnable` ones.
@@ -165,7 +165,7 @@ class ViT(nn.Module):
             joining = mask_token + jnp.take(position[1:], learnable, axis=0)  # [B, m, D]
             x = constrain_batch(jnp.concatenate([x, joining], axis=1))  # [B, 1 + n + m, D]
         keep += ("class_attention",) if class_attention else ()
-        x, upper = stack(self, "upper", self.depth - self.split, x, drop_path, 1, keep)
+        x, upper = stack(self, "upper", self.depth - self.split, x, drop_path, 1, keep, first=self.split)
         x = self.norm(x)
         result: dict[str, Any] = {"class_token": x[:, 0], "patch_tokens": x[:, 1:joined]}
         if learnable is not None:

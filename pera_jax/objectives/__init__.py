@@ -16,6 +16,7 @@ from pera_jax.objectives.base import Layout, Objective, stream
 
 METHODS = {
     "pera": "pera_jax.objectives.pera",
+    "dino": "pera_jax.objectives.dino",
     "mae": "pera_jax.objectives.mae",
 }
 

@@ -210,7 +210,7 @@ class Objective(Protocol):
 
     def official_entries(self) -> list[tables.Entry] | None:
         """The arrays of the state dictionary of the method's official program: names, and paths below "params" (the
-        student) and "teacher". None if there is no such program."""
+        student), "teacher" and "objective" (its state). None if there is no such program."""
 
     def adapt(
         self, params: Params, new: Params, patch: int, source: tuple[str, ...], target: tuple[str, ...]

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from pera_jax.common.errors import UserError
 from pera_jax.common.text import printable, several
 from pera_jax.objectives.base import BACKBONE, Objective
@@ -51,6 +53,24 @@ def declarations(method: Any, module: str) -> None:
             f"{title} has teacher_keys, but its schedules() has no 'one_minus_momentum'; add a schedule of the "
             "teacher's momentum with complement=True"
         )
+
+
+def sized(own: ConfigDict, group: str) -> ConfigDict:
+    """Returns a method's fields `own` if all integers in them can be sizes or counts; a checkpoint's may have been
+    edited.
+
+    Args:
+      group: the name of the group of fields, such as "pera".
+
+    Raises:
+      UserError: names the first one that is not in [0, 2**31).
+    """
+    for name, value in own.items():
+        if isinstance(value, ConfigDict):
+            sized(value, f"{group}.{name}")
+        elif isinstance(value, int) and not isinstance(value, bool) and not 0 <= value < 1 << 31:
+            raise UserError(f"{group}.{name}={value} must be a number in [0, 2**31); correct it")
+    return own
 
 
 def crops(objective: Objective) -> None:

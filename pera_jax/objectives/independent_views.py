@@ -122,3 +122,12 @@ def pictures(
         for v in range(min(most, crop.number)):
             result[f"{kind} {v + 1}"] = shown[v :: crop.number]
     return result
+
+
+def similarity(tokens: Float[np.ndarray, "B _V D"]) -> str:
+    """A sentence on the cosine similarity of the class tokens of the first two views of images."""
+    units = tokens / np.maximum(np.linalg.norm(tokens, axis=-1, keepdims=True), 1e-12)
+    cosine = units[:, 0] @ units[:, 1].T  # [B, B]
+    same, number = np.trace(cosine), len(cosine)
+    others = f", those of different images {(cosine.sum() - same) / (number**2 - number):.2f}" if number > 1 else ""
+    return f"The class tokens of two views of an image have a cosine similarity of {same / number:.2f}{others}."

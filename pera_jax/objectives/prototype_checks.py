@@ -46,6 +46,11 @@ def teacher_metrics(
     }
 
 
+def started(center: Float[jax.Array, " K"]) -> str:
+    """The sentence of `Objective.with_estimate` for a center that was estimated."""
+    return f"the center starts as the teacher's mean output, of norm {float(jnp.linalg.norm(center)):.3g}"
+
+
 # ---------------------------------------------------------------- health checks
 
 

@@ -20,28 +20,18 @@ from pera_jax.common.json_files import Finite, Name, Positive
 from pera_jax.common.text import printable
 from pera_jax.encoder import load
 from pera_jax.formats import tables
-from pera_jax.formats.tables import Entry, backbone, linear
+from pera_jax.formats.tables import Entry, backbone, head
 from pera_jax.training.checkpoints import checkpoint
-
-
-def _head(mlp: str, last: str, path: tuple[str, ...]) -> list[Entry]:
-    """The entries of a head with an MLP named `mlp` and a weight-normalized last layer named `last`."""
-    layers = zip((0, 2, 4), ("hidden_1", "hidden_2", "bottleneck"))
-    return [
-        *(entry for number, layer in layers for entry in linear(f"{mlp}.{number}", (*path, layer))),
-        Entry(f"{last}.weight_v", (*path, "direction"), "k d", "k d"),
-        Entry(f"{last}.weight_g", (*path, "gain"), "k", "k 1"),
-    ]
 
 
 def table(depth: int, split: int) -> list[Entry]:
     """The entries of all parameters; paths start with `params` (the student) or `teacher`."""
     entries = [Entry("s_mask_token", ("params", "mask_token"), "d", "1 1 d")]
-    entries += _head("pred_head.mlp0.mlp", "pred_head.last_layer", ("params", "pixel_head"))
+    entries += head("pred_head.mlp0.mlp", "pred_head.last_layer", ("params", "pixel_head"))
     for network, root in (("student", "params"), ("teacher", "teacher")):
         entries += backbone(f"{network}.backbone.", (root, "backbone"), depth, split)
-        head = f"{network}.cls_head"
-        entries += _head(f"{head}.mlp", f"{head}.last_layer", (root, "prototype_head"))
+        name = f"{network}.cls_head"
+        entries += head(f"{name}.mlp", f"{name}.last_layer", (root, "prototype_head"))
     return entries
 
 

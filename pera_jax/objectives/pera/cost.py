@@ -3,7 +3,7 @@
 from typing import Any
 
 from pera_jax.models import flops
-from pera_jax.models.drop_path import kept_of
+from pera_jax.models.drop_path import kept_fraction
 
 
 def flops_per_image(objective: Any) -> dict[str, float]:
@@ -17,9 +17,7 @@ def flops_per_image(objective: Any) -> dict[str, float]:
     vit, result = objective.encoder, {}
     for name, parts in objective.parts.items():
         crops = objective.crops[name].number
-        group, kept = objective.drop_path_group * crops, 1.0
-        if objective.drop_path_rate:
-            kept = kept_of(group, objective.drop_path_rate) / group if group else 1.0 - objective.drop_path_rate
+        kept = kept_fraction(objective.drop_path_rate, objective.drop_path_group, crops)
         joined = parts.learnable if name == "global" else 0
         lower, upper = 1 + parts.student, 1 + parts.student + joined
         blocks = vit.split * flops.block(vit, lower) + (vit.depth - vit.split) * flops.block(vit, upper)

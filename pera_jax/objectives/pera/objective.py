@@ -16,11 +16,11 @@ from pera_jax.augment import color
 from pera_jax.bands import Bands, rgb_indices
 from pera_jax.losses import koleo, pixels, prototypes
 from pera_jax.models import heads, vit
-from pera_jax.models.drop_path import DropPath
+from pera_jax.models.drop_path import DropPath, GrowingDropPath, by_type
 from pera_jax.models.heads import Head
 from pera_jax.models.precision import Precision
 from pera_jax.models.vit import ViT, patchify
-from pera_jax.objectives import base, prototype_checks
+from pera_jax.objectives import base, check, prototype_checks
 from pera_jax.objectives.base import Context, CropSpec, Schedule, Streams
 from pera_jax.objectives.pera import cost, curves, health, masks, preview, settings, transfer, views
 from pera_jax.objectives.pera.views import Views
@@ -94,7 +94,7 @@ class PerA(base.Base):
         Raises:
           UserError: a crop size is no multiple of the patch size, a mask has an empty part, or sizes are inconsistent.
         """
-        own, encoder = settings.sized(config.pera), vit.from_config(config, len(bands), device)
+        own, encoder = check.sized(config.pera, "pera"), vit.from_config(config, len(bands), device)
         patch = encoder.patch
         crops = base.crop_specs(config.crops)
         parts = {
@@ -165,16 +165,10 @@ class PerA(base.Base):
         drop_path = self.drop_paths(context.rngs("drop_path"), examples["place"])
         return self.loss_on_views(params, teacher, state, self.make_views(examples), drop_path, context.scalars)
 
-    def drop_paths(self, key: jax.Array, place: jax.Array) -> dict[str, DropPath | None]:
+    def drop_paths(self, key: jax.Array, place: jax.Array) -> dict[str, DropPath | GrowingDropPath]:
         """The drop path of each crop type, for images with indices `place` [b] in the whole batch."""
-        group = self.drop_path_group or len(place)  # images
-        return {
-            name: DropPath(
-                jax.random.fold_in(key, index), place[::group] // group, self.drop_path_rate,
-                group * self.crops[name].number,
-            )
-            for index, name in enumerate(self.parts)
-        }  # fmt: skip
+        numbers = {name: self.crops[name].number for name in self.parts}
+        return by_type(key, place, numbers, self.drop_path_rate, self.drop_path_group)
 
     def loss_on_views(
         self,
@@ -294,8 +288,7 @@ class PerA(base.Base):
         return prototypes.mean_output(out, self.precision)
 
     def with_estimate(self, state, estimate: jax.Array) -> tuple[dict[str, jax.Array], str]:
-        norm = float(jnp.linalg.norm(estimate))
-        return state | {"center": estimate}, f"the center starts as the teacher's mean output, of norm {norm:.3g}"
+        return state | {"center": estimate}, prototype_checks.started(estimate)
 
     def adapt(self, params, new, patch: int, source: tuple[str, ...], target: tuple[str, ...]):
         return transfer.adapt(params, new, patch, source, target)

@@ -45,20 +45,6 @@ def limit_groups(config: ConfigDict, images: int) -> None:
     config.pera.loss.koleo_group = min(config.pera.loss.koleo_group, images)
 
 
-def sized(own: ConfigDict, group: str = "pera") -> ConfigDict:
-    """Returns `config.pera` if all integers in it can be sizes or counts; a checkpoint's may have been edited.
-
-    Raises:
-      UserError: names the first one that is not in [0, 2**31).
-    """
-    for name, value in own.items():
-        if isinstance(value, ConfigDict):
-            sized(value, f"{group}.{name}")
-        elif isinstance(value, int) and not isinstance(value, bool) and not 0 <= value < 1 << 31:
-            raise UserError(f"{group}.{name}={value} must be a number in [0, 2**31); correct it")
-    return own
-
-
 def validate(config: ConfigDict, layout: Layout) -> None:
     """Checks `config.pera`. Raises UserError for the first invalid field."""
     own, batch, parts = config.pera, config.batch_size, config.accumulate
