@@ -31,7 +31,10 @@ os.environ["PYTHONPATH"] = os.pathsep.join(p for p in (str(ROOT), os.environ.get
 
 # Annotations of shapes and dtypes are checked in these modules. What runs in the environments of Beam, PyTorch and the
 # GPU compiler needs no check, and they lack one of the two packages.
-SHAPED = ("losses", "augment", "models", "objectives.ibot_masks", "objectives.pera.masks", "objectives.pera.views")
+SHAPED = (
+    "losses", "augment", "models", "objectives.ibot_masks", "objectives.pera.masks", "objectives.pera.views",
+    "objectives.independent_views",
+)
 if all(importlib.util.find_spec(name) for name in ("jaxtyping", "beartype")):
     import jaxtyping
 

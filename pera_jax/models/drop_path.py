@@ -112,8 +112,8 @@ def kept_fraction(rate: float, group: int, crops: int) -> float:
 def by_type(
     key: Key[jax.Array, ""], places: Int32[jax.Array, " b"], crops: Mapping[str, int], rate: float, group: int,
     depth: int | None = None,
-) -> dict[str, DropPath | GrowingDropPath]:  # fmt: skip
-    """The drop path of each crop type, independent of each other.
+) -> dict[str, DropPath | GrowingDropPath | None]:  # fmt: skip
+    """The drop path of each crop type, independent of each other; None if `rate` is 0.
 
     Args:
       places: the index of each image in the whole batch.
@@ -121,10 +121,13 @@ def by_type(
       group: images per group of a `DropPath`, or 0 for all of `places`.
       depth: number of blocks for a `GrowingDropPath`; None for a `DropPath`.
     """
-    result, images = {}, group or len(places)
+    result: dict[str, DropPath | GrowingDropPath | None] = {}
+    images = group or len(places)
     for index, (name, number) in enumerate(crops.items()):
         type_key = jax.random.fold_in(key, index)
-        if depth is None:
+        if not rate:
+            result[name] = None
+        elif depth is None:
             result[name] = DropPath(type_key, places[::images] // images, rate, images * number)
         else:
             rows = (places[:, None] * number + jnp.arange(number, dtype=places.dtype)).reshape(-1)  # [b V]

@@ -107,8 +107,7 @@ class Dino(base.Base):
         # Constant by default; 0.04 to 0.07 over 30 epochs is better where it is stable (arXiv:2104.14294, appendix D).
         own.teacher_temperature = dict(start=0.04, end=0.04, warmup="30 epochs")
         own.student_temperature = 0.1
-        # With `init_from`, the center starts as the teacher's mean output over this many batches. 0: it starts at 0, as
-        # without `init_from`.
+        # With `init_from`, the center starts as the teacher's mean output over this many batches; 0: at 0, as without.
         own.center_batches = 16
         return own
 
@@ -197,8 +196,7 @@ class Dino(base.Base):
         return result
 
     def official_entries(self) -> list[tables.Entry]:
-        """The checkpoint's `student`, `teacher` and `dino_loss`, one prefix each; without the `module.` of its
-        student."""
+        """The checkpoint's `student` (without `module.`), `teacher` and `dino_loss`, one prefix each."""
         entries = [tables.Entry("dino_loss.center", ("objective", "center"), "k", "1 k")]
         for network, root in (("student", "params"), ("teacher", "teacher")):
             prefix, head = f"{network}.backbone.", f"{network}.head"
@@ -236,12 +234,11 @@ class Dino(base.Base):
         drop_path = self.drop_paths(context.rngs("drop_path"), examples["place"])
         return self.loss_on_views(params, teacher, state, self.make_views(examples), drop_path, context.scalars)
 
-    def drop_paths(self, key: jax.Array, place: jax.Array) -> dict[str, Any] | None:
-        """The drop path of each crop type, for images with indices `place` [b] in the whole batch; None without."""
-        numbers, depth = {name: spec.number for name, spec in self.crops.items()}, self.encoder.depth
-        growing = depth if self.growing_drop_path else None
-        rate, group = self.drop_path_rate, self.drop_path_group
-        return drop.by_type(key, place, numbers, rate, group, growing) if rate else None
+    def drop_paths(self, key: jax.Array, place: jax.Array) -> dict[str, Any]:
+        """The drop path of each crop type, for images with indices `place` [b] in the whole batch."""
+        numbers = {name: spec.number for name, spec in self.crops.items()}
+        depth = self.encoder.depth if self.growing_drop_path else None
+        return drop.by_type(key, place, numbers, self.drop_path_rate, self.drop_path_group, depth)
 
     def loss_on_views(self, params, teacher, state, views: dict[str, jax.Array], drop_path, scalars):
         """The class term on views [B V, H, W, C] by crop type, and its `aux`; both are means over images.
@@ -271,8 +268,8 @@ class Dino(base.Base):
         # The teacher finishes before the student stores activations for its backward pass.
         tokens, views = jax.lax.optimization_barrier((tokens, views))
         teacher_out = self._prototypes(teacher, tokens)
-        drops = drop_path or dict.fromkeys(views)
-        student = [self._tokens(params, name, view, drops[name]) for name, view in views.items()]
+        drop_path = drop_path or dict.fromkeys(views)
+        student = [self._tokens(params, name, view, drop_path[name]) for name, view in views.items()]
         student_out = self._prototypes(params, jnp.concatenate(student, axis=1))
         return student_out, *jax.lax.stop_gradient((teacher_out, tokens))
 
@@ -314,7 +311,7 @@ class Dino(base.Base):
             views = self.make_views(self.prepare(rngs, batch))
             return views, self._tokens(network, "global", views["global"])
 
-        network = networks.get("teacher", networks["student"])
+        network = networks.get("teacher") or networks["student"]
         views, tokens = jax.device_get(jax.jit(look)({"backbone": network["backbone"]}, batch))
         columns = independent_views.pictures(views, self.crops, self.bands, channels)
         return Preview(columns, READING, independent_views.similarity(tokens), {})

@@ -152,3 +152,65 @@ def test_every_block_branch_and_kind_has_a_key_of_its_own(monkeypatch, scan):
     assert len({key for key, _, _ in calls}) == len(calls)
     # A group of 2 images is 2 x 2 global and 2 x 3 local crops.
     assert sorted((rate, group) for _, rate, group in calls) == [(0.3, 4)] * 2 * depth + [(0.3, 6)] * 2 * depth
+
+
+# ---------------------------------------------------------------- a rate that grows over the blocks
+
+
+def factors_of(depth, rate, crops, key=0):
+    """What each branch of each block is multiplied by, and the rates: [depth, 2, crops], [depth]."""
+    growing = drop_path.GrowingDropPath(jax.random.key(key), crops, rate, depth)
+    stacks = [growing.of_blocks(stream, first, number) for stream, first, number in ((0, 0, 2), (1, 2, depth - 2))]
+    keys, rates = (jnp.concatenate(parts) for parts in zip(*stacks))
+    branches = [growing.of_branches((keys[i], rates[i])) for i in range(depth)]
+    return np.array([[branch.factors() for branch in both] for both in branches]), np.asarray(rates)
+
+
+def test_a_growing_rate_drops_each_crop_by_itself_and_keeps_the_expectation():
+    number = 20000
+    factors, rates = factors_of(5, 0.4, jnp.arange(number))
+    np.testing.assert_allclose(rates, [0.0, 0.1, 0.2, 0.3, 0.4], rtol=1e-6)
+    assert np.all(factors[0] == 1)  # the first block runs always
+    for i, rate in enumerate(rates):
+        for values in factors[i]:
+            np.testing.assert_allclose(values[values > 0], 1 / (1 - rate), rtol=1e-6)
+            deviation = np.sqrt(rate * (1 - rate) / number)
+            assert abs(np.mean(values == 0) - rate) <= 5 * deviation
+            assert abs(values.mean() - 1) <= 5 * deviation / (1 - rate) + 1e-6
+    dropped = (factors[1:] == 0).reshape(8, number)  # independent between blocks, branches and crops
+    assert np.abs(np.corrcoef(dropped) - np.eye(8)).max() < 5 / np.sqrt(number)
+    assert all(abs(np.corrcoef(row[1:], row[:-1])[0, 1]) < 5 / np.sqrt(number) for row in dropped)
+    part = jnp.array([11, 3, 19000])
+    np.testing.assert_array_equal(factors_of(5, 0.4, part)[0], factors[:, :, part])  # as microbatches draw
+
+
+@pytest.mark.parametrize("remat, scan", [("none", True), ("block", True), ("dots", False)])
+def test_a_growing_rate_in_a_network(remat, scan):
+    """Of two blocks the first runs always; in the second, each branch of a crop counts as often as its factor says."""
+    config = tiny.config(model__depth=2, model__remat=remat, model__scan=scan)
+    encoder = tiny.objective(config).encoder
+    params = jax.jit(encoder.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+    params = jax.tree.map(lambda leaf: leaf + 0.1 * jnp.cos(jnp.arange(leaf.size).reshape(leaf.shape)), params)
+    images = jax.random.normal(jax.random.key(1), (24, 16, 16, 3))
+    growing = drop_path.GrowingDropPath(jax.random.key(2), jnp.arange(24), 0.5, 2)
+
+    @jax.jit
+    def run(params):
+        def total(params, growing):
+            found = encoder.apply(params, images, drop_path=growing, blocks=2)
+            return jnp.sum(found["class_token"] ** 2), found["blocks"]
+
+        return jax.value_and_grad(total, has_aux=True)(params, growing), total(params, None)[1]
+
+    ((_, (first, second)), gradients), (whole_first, whole_second) = run(params)
+    np.testing.assert_allclose(first, whole_first, atol=1e-5)
+    factors = np.array([branch.factors() for branch in growing.of_branches(
+        jax.tree.map(lambda leaf: leaf[0], growing.of_blocks(1, 1, 1)))])  # fmt: skip
+    assert {tuple(pair) for pair in factors.T} == {(a, b) for a in (0, 2) for b in (0, 2)}
+    skipped = np.flatnonzero((factors == 0).all(axis=0))
+    np.testing.assert_allclose(second[skipped], first[skipped], atol=1e-5)
+    changed = np.flatnonzero((factors != 0).any(axis=0))
+    assert np.all(np.abs(second - first)[changed].max(axis=(1, 2)) > 1e-3)
+    assert np.all(np.abs(second - whole_second)[changed].max(axis=(1, 2)) > 1e-3)
+    upper = gradients["params"]["upper"]
+    assert all(np.isfinite(leaf).all() and np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(upper["mlp"]))

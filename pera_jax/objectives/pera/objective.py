@@ -165,7 +165,7 @@ class PerA(base.Base):
         drop_path = self.drop_paths(context.rngs("drop_path"), examples["place"])
         return self.loss_on_views(params, teacher, state, self.make_views(examples), drop_path, context.scalars)
 
-    def drop_paths(self, key: jax.Array, place: jax.Array) -> dict[str, DropPath | GrowingDropPath]:
+    def drop_paths(self, key: jax.Array, place: jax.Array) -> dict[str, DropPath | GrowingDropPath | None]:
         """The drop path of each crop type, for images with indices `place` [b] in the whole batch."""
         numbers = {name: self.crops[name].number for name in self.parts}
         return by_type(key, place, numbers, self.drop_path_rate, self.drop_path_group)
@@ -176,7 +176,7 @@ class PerA(base.Base):
         teacher: dict[str, Any],
         state: dict[str, jax.Array],
         views: dict[str, Views],
-        drop_path: dict[str, DropPath] | None,
+        drop_path: dict[str, DropPath | GrowingDropPath | None] | None,
         scalars: dict[str, jax.Array],
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The whole loss: class term + koleo_weight * KoLeo + pixel_weight * pixel term.
