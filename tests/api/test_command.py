@@ -141,11 +141,14 @@ def test_a_loaded_config_is_copied_before_it_is_changed():
         configs.load(config, {"model.width": "wide"})
 
 
+KNOWN = sorted(file.stem for file in (pathlib.Path(__file__).parents[2] / "configs").glob("*.py"))
+
+
 @pytest.mark.parametrize("name", ["pera_vitb", "configs/none.py", "pera_vitb:smoke"])
 def test_another_name_is_one_sentence_that_lists_the_known_ones(name):
     with pytest.raises(UserError) as raised:
         configs.load(name)
     assert str(raised.value) == (
-        f"config {name.partition(':')[0]} does not exist; expected one of aid_small, demo, demo_probes, pera_vitb16, "
-        "pera_vitg16_1024, probes, a Python file, or the config.json of a run"
+        f"config {name.partition(':')[0]} does not exist; expected one of {', '.join(KNOWN)}, a Python file, or the "
+        "config.json of a run"
     )

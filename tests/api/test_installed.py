@@ -41,7 +41,7 @@ assert model.network.width == 32
 for wrong, sentence in (
     ({"data": "images"}, "images has no info.json: it is not a dataset folder"),
     ({"data": "images"}, "make one of a folder of images with pera-jax prep-images"),
-    ({"config": "pera_vitb"}, "expected one of aid_small, demo, demo_probes, pera_vitb16, pera_vitg16_1024, probes,"),
+    ({"config": "pera_vitb"}, "config pera_vitb does not exist; expected one of aid_"),
     ({"changes": {"model.breadth": 3}}, "no field model.breadth"),
 ):
     try:

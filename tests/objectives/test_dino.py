@@ -217,6 +217,15 @@ def test_the_recipe_is_the_official_one():
     assert {run.at(n)["teacher_temperature"] for n in (0, 299, 999)} == {0.04}
 
 
+@pytest.mark.parametrize("name", ["dino_vitb16", "aid_dino"])
+def test_its_configs_are_valid_also_small(name):
+    for config in (configs.load(name), configs.load(f"{name}:smoke")):
+        configs.check(config, 1, 1, 1)
+        objective = objective_of(config)
+        assert objective.crops["local"].number and objective.encoder.initial == "dino"
+    assert objective.encoder.width == 32
+
+
 def test_initial_values():
     config = config_of(model__width=96, dino__heads__hidden=80, dino__heads__bottleneck=48)
     config.dino.heads.prototypes = 256
