@@ -40,7 +40,6 @@ from pera_jax import config as configs
 from pera_jax import objectives
 from pera_jax.config import flags as config_flags
 from pera_jax.data import mixture
-from pera_jax.objectives import pera
 from pera_jax.objectives.pera import health
 from pera_jax.probes.runner import specs
 
@@ -379,18 +378,34 @@ def test_files_that_the_pages_name_exist():
             )
 
 
-def test_every_field_of_pera_is_listed_with_its_default():
-    rows = re.findall(r"(?m)^\| `([a-z_.]+)` \| (\S+|\"[^\"]*\") \|", (ROOT / "docs" / "methods.md").read_text())
+def fields_of(fields, prefix=""):
+    """Names and shown defaults; fields that several views have are one, with the value of each view or of all."""
+    rows = {}
+    for name, value in fields.items():
+        if name == "views" and all(isinstance(view, dict) for view in value.values()):
+            for field in next(iter(value.values())):
+                shown = [shown_value(view[field]) for view in value.values()]
+                rows[f"views.VIEW.{field}"] = ", ".join(shown) if len(set(shown)) > 1 else shown[0]
+        elif isinstance(value, dict):
+            rows |= fields_of(value, f"{prefix}{name}.")
+        else:
+            rows[f"{prefix}{name}"] = shown_value(value)
+    return rows
 
-    def leaves(fields, prefix=""):
-        for name, value in fields.items():
-            yield from (
-                leaves(value, f"{prefix}{name}.")
-                if isinstance(value, dict)
-                else [(f"{prefix}{name}", json.dumps(value))]
-            )
 
-    assert dict(rows) == dict(leaves(pera.OBJECTIVE.default_config().to_dict()))
+def shown_value(value):
+    return json.dumps(value) if isinstance(value, str) else repr(value)
+
+
+SECTIONS = dict(re.findall(
+    r"(?ms)^### Fields of `config\.(\w+)`\n(.*?)^\w", (ROOT / "docs" / "methods.md").read_text()
+))  # fmt: skip
+
+
+@pytest.mark.parametrize("method", SECTIONS)
+def test_every_field_of_a_method_is_listed_with_its_default(method):
+    rows = re.findall(r"(?m)^\| `([A-Za-z_0-9.]+)` \| ([^|]+?) \|", SECTIONS[method])
+    assert dict(rows) == fields_of(objectives.default_config(method).to_dict())
 
 
 def test_alarms_are_listed_with_their_bounds():
