@@ -57,6 +57,16 @@ def block(name: str, path: tuple[str, ...], layer_scale: bool = False, heads: in
     return [dataclasses.replace(entry, heads=heads) for entry in entries]
 
 
+def batch_norm_mlp(name: str, path: tuple[str, ...], layers: int) -> list[Entry]:
+    """The entries of a `BatchNormMlp`, whose names are numbered in the order linear, batch norm, ReLU, linear, ..."""
+    table = [
+        Entry(f"{name}.{3 * n}.weight", (*path, f"linear_{n + 1}", "kernel"), "i o", "o i") for n in range(layers)
+    ]
+    for n in range(layers - 1):  # the last batch norm has no arrays
+        table += norm(f"{name}.{3 * n + 1}", (*path, f"norm_{n + 1}"))
+    return table
+
+
 def backbone(
     prefix: str, path: tuple[str, ...], depth: int, split: int, *, layer_scale: bool = False, positions: bool = True
 ) -> list[Entry]:

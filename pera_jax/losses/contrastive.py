@@ -16,7 +16,7 @@ def contrastive_term(
     keys: Float[jax.Array, "B D"],
     temperature: Float[ArrayLike, ""],
     precision: Precision,
-) -> Float[jax.Array, ""]:
+) -> tuple[Float[jax.Array, ""], Float[jax.Array, ""]]:
     """Cross-entropy of finding each query's own key among the keys of the whole batch.
 
         for i in range(B):
@@ -27,6 +27,10 @@ def contrastive_term(
 
     Args:
       queries, keys: L2-normalized; row i of both is the same image.
+
+    Returns:
+      The loss, and the fraction of the queries for which their own key is the nearest (of equally near ones, the first
+      key counts, so that it is 1 / B if all keys are equal).
     """
     keys = jax.lax.stop_gradient(keys)
     batch, (rows, _) = len(queries), sharding.axes_in_use()
@@ -38,7 +42,8 @@ def contrastive_term(
             keys = jax.lax.all_gather(keys.astype(precision.compute), rows, axis=0, tiled=True)  # [B, D]
         z = precision.logits(queries, keys) / temperature  # [b, B]
         loss = log_sum_exp(z, ())[0] - jnp.take_along_axis(z, own[:, None], axis=1)[:, 0]  # [b]
-        return 2 * temperature * total(jnp.sum(loss), rows) / batch
+        found = jnp.sum(jnp.argmax(z, axis=1) == own, dtype=z.dtype)
+        return 2 * temperature * total(jnp.sum(loss), rows) / batch, total(found, rows) / batch
 
-    shape = dict(in_specs=(sharding.BATCH, sharding.BATCH, P()), out_specs=P())
+    shape = dict(in_specs=(sharding.BATCH, sharding.BATCH, P()), out_specs=(P(), P()))
     return (jax.shard_map(local, **shape) if rows else local)(queries, keys, temperature)

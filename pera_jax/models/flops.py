@@ -26,3 +26,8 @@ def head(head: Any, width: int) -> int:
     """A `Head` and its last layer, for one token of size `width`."""
     mlp = width * head.hidden + head.hidden**2 + head.hidden * head.bottleneck
     return 2 * (mlp + head.bottleneck * head.outputs)
+
+
+def layers(*widths: int) -> int:
+    """Linear layers from each of the `widths` to the next one, for one token."""
+    return 2 * sum(inputs * outputs for inputs, outputs in zip(widths, widths[1:]))

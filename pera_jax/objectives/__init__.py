@@ -18,6 +18,7 @@ METHODS = {
     "pera": "pera_jax.objectives.pera",
     "dino": "pera_jax.objectives.dino",
     "mae": "pera_jax.objectives.mae",
+    "mocov3": "pera_jax.objectives.mocov3",
 }
 
 

@@ -64,8 +64,9 @@ def terms(student, teacher, fixed, precision):
     log_r = sinkhorn_bias(patches[1].units, patches[1].weights, fixed["row_weights"], temperatures[1], precision)
     crossed, of_crops = crossed_term(*crops, bias, *temperatures, precision)
     masked, of_patches = masked_term(*patches, fixed["bias"] + log_r, fixed["row_weights"], *temperatures, precision)
+    contrastive, nearest = contrastive_term(student["one"], teacher["one"], 0.2, precision)
     found = dict(
-        crossed=crossed, masked=masked, contrastive=contrastive_term(student["one"], teacher["one"], 0.2, precision),
+        crossed=crossed, masked=masked, contrastive=contrastive, nearest=nearest,
         koleo=koleo(student["tokens"], None, B, precision), koleo_of_pairs=koleo(student["tokens"], None, 2, precision),
         targets=jax.nn.softmax(crops[1].units @ crops[1].weights.T / TEACHER + bias - fixed["bias"]),
         row_targets=jax.nn.softmax(patches[1].units @ patches[1].weights.T / TEACHER + log_r),
@@ -128,9 +129,11 @@ def plainly(student, teacher, fixed):
     q /= q.sum(axis=-1, keepdims=True)
     log_s = jax.nn.log_softmax(student["rows"] @ student["patch_weights"].T / STUDENT).reshape(-1, K)[weights > 0]
     masked = -jnp.sum(weights[weights > 0, None] * q * log_s)
-    contrastive = -2 * 0.2 * jnp.mean(jnp.diag(jax.nn.log_softmax(student["one"] @ teacher["one"].T / 0.2)))
+    cosines = student["one"] @ teacher["one"].T
+    contrastive = -2 * 0.2 * jnp.mean(jnp.diag(jax.nn.log_softmax(cosines / 0.2)))
     found = dict(
-        crossed=jnp.stack(crossed), masked=masked, contrastive=contrastive, koleo=koleo_of_groups(student["tokens"], B),
+        crossed=jnp.stack(crossed), masked=masked, contrastive=contrastive,
+        nearest=jnp.mean(jnp.argmax(cosines, axis=1) == jnp.arange(B)), koleo=koleo_of_groups(student["tokens"], B),
         koleo_of_pairs=koleo_of_groups(student["tokens"], 2), targets=targets, row_targets=row_targets,
         mean_output=z.reshape(-1, K)[weights > 0].mean(axis=0),
         of_crops=plain_statistics(p.reshape(-1, K), np.ones(B * T)),

@@ -213,8 +213,10 @@ def test_its_encoder_is_loaded_probed_and_exported(name, data, run, tmp_path, ca
     image = np.zeros((32, 32, 3), np.uint8)
     assert model(image).class_token.shape == (objective.encoder.width,)
     judged = features.load_weights(run)
-    assert judged.network == ("teacher" if objective.teacher_keys else "student")
-    if not objective.teacher_keys:
+    assert judged.network == base.networks(objective)[0]
+    if objective.teacher_keys:
+        assert features.load(run, which="teacher")(image).class_token.shape == (objective.encoder.width,)
+    else:
         with pytest.raises(UserError, match="no teacher"):
             features.load(run, which="teacher")
     found = probe.probe(run, ["knn"], data=data, changes={"knn.k": (3,)}, output=tmp_path / "probe")
