@@ -4,6 +4,8 @@
     pera-jax export released --run runs/aid --output aid.params    # PyTorch state dict of the authors' code
     pera-jax export import-released pera.params --output runs/pera
     pera-jax export import-timm vit_base.safetensors --output runs/vit_base
+    pera-jax export official --run runs/dino --output dino.safetensors          # names of the method's own program
+    pera-jax export import-official mae_pretrain.pth --method mae --output runs/mae
     pera-jax export features --run runs/aid --input images --output features    # NumPy arrays of a dataset
     pera-jax export stablehlo --run runs/aid --output aid.stablehlo             # runs without pera_jax
 
@@ -20,7 +22,7 @@ from pera_jax.data.labelled import folders
 from pera_jax.data.labelled.samples import open_images
 from pera_jax.encoder import feature_folder, load, stablehlo
 from pera_jax.encoder import model as features
-from pera_jax.weights import imports, released, timm
+from pera_jax.weights import imports, official, released, timm
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -92,13 +94,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     dictionary = commands.add_parser("released", help="export student, teacher and heads for the authors' PyTorch code")
     dictionary.add_argument("--output", required=True, type=paths.local_path, help="output file, read by torch.load")
+    own = commands.add_parser("official", help="export all networks and heads for the method's official program")
+    own.add_argument("--output", required=True, type=paths.local_path, help="output file, safetensors")
     for command in (out, artifact, folder):
         command.add_argument(
             "--which",
             choices=features.NETWORKS,
             help="network to export (default: the teacher, or the student if the method has no teacher)",
         )
-    for command in (out, dictionary, artifact, folder):
+    for command in (out, dictionary, own, artifact, folder):
         command.add_argument("--run", required=True, type=paths.local, help="run folder (the --workdir of the training)"
                              + ", or a folder exported for timm" * (command in (artifact, folder)))  # fmt: skip
         command.add_argument("--step", type=int, help="step of the checkpoint (default: the latest)")
@@ -110,7 +114,11 @@ def _parser() -> argparse.ArgumentParser:
     vit = commands.add_parser(
         "import-timm", help="import a ViT with timm's parameter names: DINO, DINOv2, MAE, supervised"
     )
-    for command in (theirs, vit):
+    method = commands.add_parser(
+        "import-official", help="import networks, heads and decoder of a method's official program"
+    )
+    method.add_argument("--method", required=True, help="the method that trained it, such as dino or mae")
+    for command in (theirs, vit, method):
         command.add_argument("file", type=paths.local_path, help="NAME.safetensors, or a torch.save file")
         command.add_argument("--output", required=True, type=paths.local_path, help="output run folder")
         config = " config.json beside the file, or" if command is vit else ""
@@ -135,11 +143,14 @@ def main(argv: list[str] | None = None) -> None:
         file = options.pop("file")
         wanted = imports.Options(**{name: options[name] for name in ("heads", "bands", "mean", "std")})
         verify = not options["no_verify"]
-        if command == "import-released":
+        if command == "import-official":
+            meta, left_out = official.import_official(options["method"], file, output, wanted, verify)
+        elif command == "import-released":
             meta, left_out = imports.import_released(file, output, wanted, teacher_only, verify), []
         else:
             meta, left_out = imports.import_timm(file, output, wanted, verify)
-        parts = "backbone only" if load.backbone_alone(meta) else "student, teacher and heads"
+        networks = " and ".join(load.networks_of(meta))
+        parts = "backbone only" if load.backbone_alone(meta) else f"{networks}, with all heads"
         print(f"{printable(file)}: {parts}, {_summary(meta, (meta['model']['image_size'],) * 2)}")
         print("\n".join(imports.summary(meta)))
         if left_out:
@@ -165,6 +176,9 @@ def main(argv: list[str] | None = None) -> None:
             images = open_images(options.pop("input"), options.pop("split"), reading)
             said = feature_folder.write(weights, images, **options)
         print(f"{printable(source['run'])}, {source['which']} at step {weights.step}: {_summary(weights.meta)}\n{said}")
+    elif command == "official":
+        step = official.export(options["run"], options["step"], output, verify=not options["no_verify"])
+        print(f"{printable(options['run'])}, all networks and heads at step {step}")
     else:
         step = released.export(options["run"], options["step"], output, verify=not options["no_verify"])
         sidecar = printable(released.sidecar_path(output).name)

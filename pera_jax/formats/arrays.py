@@ -21,7 +21,9 @@ _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_d
 _MOST_DIMENSIONS = 8  # a 3-D convolution has 5; NumPy allows 64
 _MOST_VALUES = 1 << 40  # per array, counting axes of size 0 as 1
 _ENTRIES = ("model", "state_dict")  # usual keys of the parameters in a checkpoint
-_NETWORKS = ("teacher", "student", "backbone")  # keys of one state dict each, as in DINO and DINOv2
+# keys of one state dict each, as in DINO and DINOv2
+_NETWORKS = ("teacher", "student", "backbone", "dino_loss")
+_COUNTER = "num_batches_tracked"  # integers, of batch norms
 _DIGEST = "sha256"  # of the arrays, in the metadata of safetensors
 # wrapper modules of PyTorch, at any level
 _WRAPPER = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module)\.")
@@ -33,7 +35,8 @@ def read(path: pathlib.Path, verify: bool = True, notes: list[str] | None = None
 
     Args:
       path: NAME.safetensors, or else a torch.save file with a state dict, either at the top level or under `model` or
-        `state_dict`, or with one state dict for each of `teacher`, `student`, `backbone`; other entries are ignored.
+        `state_dict`, or with one state dict for each of `teacher`, `student`, `backbone`, `dino_loss`; other entries
+        are ignored, and so are the batch counters of batch norms.
       verify: check checksums: this program's digest of the arrays in safetensors, the CRC of each member of a
         torch.save file.
       notes: notes on ignored and on rounded arrays are appended to it.
@@ -107,10 +110,8 @@ def _torch(path: pathlib.Path, verify: bool, notes: list[str]) -> dict[str, np.n
     networks = {name: held[name] for name in _NETWORKS if isinstance(held.get(name), dict)}
     if networks:
         notes += _ignored(held, networks.keys())
-        flat = dict(_flat(networks))
-        # of batches
-        counters = [k for k, v in flat.items() if isinstance(v, torch.Tensor) and not v.is_floating_point()]
-        held = {name: value for name, value in flat.items() if name not in counters}
+        held = dict(_flat(networks))
+    held = {name: value for name, value in held.items() if not str(name).endswith(_COUNTER)}
     _check_floats(
         path, [str(k) for k, v in held.items() if not (isinstance(v, torch.Tensor) and v.is_floating_point())]
     )

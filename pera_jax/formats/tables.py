@@ -8,7 +8,7 @@ in `lower` and `upper`.
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -97,6 +97,19 @@ def head(mlp: str, last: str, path: tuple[str, ...]) -> list[Entry]:
         Entry(f"{last}.weight_v", (*path, "direction"), "k d", "k d"),
         Entry(f"{last}.weight_g", (*path, "gain"), "k", "k 1"),
     ]
+
+
+def head_sizes(mlp: str, last: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """`hidden`, `bottleneck` and `prototypes` of a `head`, from the shapes of arrays by name. Raises UserError."""
+    arrays = {"hidden": f"{mlp}.0.weight", "bottleneck": f"{mlp}.4.weight", "prototypes": f"{last}.weight_v"}
+    return {field: length(shapes, name) for field, name in arrays.items()}
+
+
+def length(shapes: Mapping[str, tuple[int, ...]], name: str) -> int:
+    """The first side of an array, at least 1. Raises UserError if it is missing."""
+    if name not in shapes:
+        raise UserError(f"the file lacks the array {name}, which gives a size of the network; get a complete file")
+    return (*shapes[name], 1)[0] or 1
 
 
 def stacked(entries: list[Entry], index: int) -> list[Entry]:

@@ -15,11 +15,9 @@ from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
 from pera_jax.bands import Bands
-from pera_jax.formats import tables
 from pera_jax.models.precision import Precision
 from pera_jax.models.vit import ViT
-from pera_jax.objectives.declared import Freeze as Freeze
-from pera_jax.objectives.declared import Schedule as Schedule
+from pera_jax.objectives.declared import Freeze, Layout, Official, Schedule
 from pera_jax.objectives.watched import COMMON_CONDITIONS, HealthChecks, Panel, Preview, common_averages
 
 Params = Any  # nested dicts of arrays; `params["backbone"]` are those of `Objective.encoder`
@@ -105,14 +103,6 @@ class Context:
     scalars: dict[str, jax.Array]
 
 
-class Layout(NamedTuple):
-    """The layout of a batch, against which configs are checked."""
-
-    batch_shards: int  # number of shards of a batch (data x fsdp)
-    weight_shards: int  # number of shards of the prototypes (fsdp x tensor)
-    hosts: int  # number of processes that read data
-
-
 # ---------------------------------------------------------------- the contract
 
 
@@ -129,6 +119,7 @@ class Objective(Protocol):
     # its own config fields that must not change when a run resumes, such as "heads"
     fixed_fields: ClassVar[tuple[str, ...]]
     free_fields: ClassVar[tuple[str, ...]]  # its own config fields that do not change any computed number
+    official: ClassVar[Official | None]  # the format of the official program's weights; None if none is known
     curves: ClassVar[tuple[tuple[str, tuple[Panel, ...]], ...]]  # (title, charts) of each group of charts in the report
     # (path regex, spec) for its leaves outside the encoder
     sharding_rules: ClassVar[tuple[tuple[str, PartitionSpec], ...]]
@@ -208,10 +199,6 @@ class Objective(Protocol):
     def with_estimate(self, state: State, estimate: Any) -> tuple[State, str]:
         """The initial state, and a sentence that reports it."""
 
-    def official_entries(self) -> list[tables.Entry] | None:
-        """The arrays of the state dictionary of the method's official program: names, and paths below "params" (the
-        student), "teacher" and "objective" (its state). None if there is no such program."""
-
     def adapt(
         self, params: Params, new: Params, patch: int, source: tuple[str, ...], target: tuple[str, ...]
     ) -> Params:
@@ -236,6 +223,7 @@ class Base:
     curves: ClassVar = ()
     sharding_rules: ClassVar = ()
     decay_rules: ClassVar = ()
+    official: ClassVar = None
     host_draws = None
     warm_start_batches = 0
     frozen = ()
@@ -287,9 +275,6 @@ class Base:
 
     def with_estimate(self, state, estimate):
         raise NotImplementedError(f"{type(self).__name__} has warm_start_batches and no with_estimate")
-
-    def official_entries(self):
-        return None
 
     def adapt(self, params, new, patch, source, target):
         return params

@@ -1,6 +1,8 @@
-"""What a method declares about its training: scheduled scalars, and parameters that are not trained."""
+"""What a method declares: scheduled scalars, parameters that are not trained, its official program's format."""
 
-from typing import NamedTuple
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
 
 class Schedule(NamedTuple):
@@ -24,6 +26,33 @@ class Schedule(NamedTuple):
     complement: bool = False
 
 
+class Official:
+    """The state dictionary of a method's official program, for import, export and comparisons; derive from it.
+
+    Attributes:
+      backbone: prefix of the names of the student's ViT.
+      unused: regex of arrays that the official program keeps and never uses.
+    """
+
+    backbone: ClassVar[str]
+    unused: ClassVar[str] = r"$^"
+
+    def is_unused(self, name: str) -> bool:
+        return re.search(self.unused, name) is not None
+
+    def entries(self, objective: Any) -> list[Any]:
+        """The `tables.Entry` of each array; paths start with "params" (the student), "teacher" or "objective" (its
+        state)."""
+        raise NotImplementedError
+
+    def constants(self, objective: Any) -> dict[str, Any]:
+        """The arrays that are computed here instead of stored, such as fixed position embeddings."""
+        return {}
+
+    def set_sizes(self, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Sets the method's own fields of `config` from the shapes of the arrays by name."""
+
+
 class Freeze(NamedTuple):
     """Parameters that are not trained, for good or at first.
 
@@ -38,3 +67,11 @@ class Freeze(NamedTuple):
     pattern: str
     until: str = ""
     moments: bool = False
+
+
+class Layout(NamedTuple):
+    """The layout of a batch, against which configs are checked."""
+
+    batch_shards: int  # number of shards of a batch (data x fsdp)
+    weight_shards: int  # number of shards of the prototypes (fsdp x tensor)
+    hosts: int  # number of processes that read data

@@ -17,14 +17,13 @@ from ml_collections import ConfigDict
 from pera_jax.augment import color
 from pera_jax.bands import Bands, rgb_indices
 from pera_jax.common.errors import UserError
-from pera_jax.formats import tables
 from pera_jax.losses import crossed, prototypes
 from pera_jax.models import drop_path as drop
 from pera_jax.models import flops, heads, vit
 from pera_jax.models.heads import Head
 from pera_jax.models.precision import Precision
 from pera_jax.models.vit import ViT
-from pera_jax.objectives import base, check, independent_views, prototype_checks
+from pera_jax.objectives import base, check, independent_views, official_formats, prototype_checks
 from pera_jax.objectives.base import Context, CropSpec, Freeze, Layout, Schedule, Streams
 from pera_jax.objectives.watched import HealthChecks, Panel, Preview
 
@@ -87,6 +86,7 @@ class Dino(base.Base):
     free_fields: ClassVar = ("center_batches",)
     sharding_rules: ClassVar = (*heads.SHARDING_RULES, (r"center$", P("tensor")))
     decay_rules: ClassVar = heads.DECAY_RULES
+    official: ClassVar = official_formats.Dino()
     curves: ClassVar = CURVES
 
     @classmethod
@@ -194,15 +194,6 @@ class Dino(base.Base):
         rows += flops.FORWARD * self.crops["global"].number
         result["prototype head"] = rows * flops.head(self.prototype_head, encoder.width)
         return result
-
-    def official_entries(self) -> list[tables.Entry]:
-        """The checkpoint's `student` (without `module.`), `teacher` and `dino_loss`, one prefix each."""
-        entries = [tables.Entry("dino_loss.center", ("objective", "center"), "k", "1 k")]
-        for network, root in (("student", "params"), ("teacher", "teacher")):
-            prefix, head = f"{network}.backbone.", f"{network}.head"
-            entries += tables.backbone(prefix, (root, "backbone"), self.encoder.depth, self.encoder.split)
-            entries += tables.head(f"{head}.mlp", f"{head}.last_layer", (root, "prototype_head"))
-        return entries
 
     # ---------------------------------------------------------------- the step
 

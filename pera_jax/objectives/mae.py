@@ -12,13 +12,12 @@ from ml_collections import ConfigDict
 
 from pera_jax.bands import Bands, as_bytes, band_order
 from pera_jax.common.errors import UserError
-from pera_jax.formats import tables
 from pera_jax.losses import pixels
 from pera_jax.models import attention, decoder, flops, vit
 from pera_jax.models.decoder import Decoder
 from pera_jax.models.precision import Precision
 from pera_jax.models.vit import ViT, patchify
-from pera_jax.objectives import base, watched
+from pera_jax.objectives import base, official_formats, watched
 from pera_jax.objectives.base import Context, CropSpec, Layout, Streams
 from pera_jax.objectives.watched import Condition, HealthChecks, Panel, Preview
 
@@ -57,6 +56,7 @@ class MAE(base.Base):
     fixed_fields: ClassVar = ("decoder",)
     sharding_rules: ClassVar = decoder.SHARDING_RULES
     decay_rules: ClassVar = decoder.DECAY_RULES
+    official: ClassVar = official_formats.Mae()
     curves: ClassVar = (
         ("Loss terms", (
             Panel("Squared error of removed patches", True, True, {"loss": "error"}),
@@ -233,21 +233,6 @@ class MAE(base.Base):
         return predicted, (values - mean) / deviation, values
 
     # ---------------------------------------------------------------- weights and the report
-
-    def official_entries(self) -> list[tables.Entry]:
-        """The arrays of facebookresearch/mae, without the fixed positions."""
-        encoder, path = self.encoder, ("params", "decoder")
-        entries = tables.backbone("", ("params", "backbone"), encoder.depth, encoder.split, positions=False)
-        entries.append(tables.Entry("mask_token", (*path, "mask_token"), "d", "1 1 d"))
-        entries += tables.linear("decoder_embed", (*path, "embedding"))
-        for number in range(self.decoder.depth):
-            block = tables.block(f"decoder_blocks.{number}", (*path, "blocks"), heads=self.decoder.heads)
-            entries += tables.stacked(block, number)
-        return [
-            *entries,
-            *tables.norm("decoder_norm", (*path, "norm")),
-            *tables.linear("decoder_pred", (*path, "prediction")),
-        ]
 
     def adapt(self, params, new, patch: int, source: tuple[str, ...], target: tuple[str, ...]):
         """Converts the decoder's prediction, whose outputs are ordered by row, column, band, to the bands `target`; a

@@ -145,7 +145,7 @@ def _import(
     complete, problems = any(entry.path[0] == "params" for entry in entries), tables.misfits(named, entries)
     try:
         shape = tables.shape_of(named, prefix, options.heads, str(file))
-        bands = _bands(file, shape["bands"], options)
+        bands = bands_of(file, shape["bands"], options)
         config = _config(file.stem, shape, released.head_sizes(named) if complete else {}, bands.names)
         objective = objectives.from_config(config, bands)
         optimizer = steps.make_optimizer(objective, config.optimizer)
@@ -156,27 +156,46 @@ def _import(
         if not problems:
             raise
     tables.check(problems, str(file))
+    tree = tables.from_named(named, entries, shape["heads"], shape["patch"])
+    return write_run(file, output, config, objective, named, tree, notes, source)
+
+
+def write_run(
+    file: pathlib.Path, output: pathlib.Path, config: ConfigDict, objective: objectives.Objective,
+    named: dict[str, np.ndarray], tree: dict[str, Any], notes: list[str], source: str = "",
+) -> dict[str, Any]:  # fmt: skip
+    """Writes the run folder `output` with the parameters of a file; returns the metadata.
+
+    Args:
+      named: the arrays of the file. tree: the same as our trees, "params" (unless the backbone is alone), "teacher",
+        "objective".
+      notes: lines for `summary`. source: the prefix of the names that were imported.
+    """
+    complete = "params" in tree
     empty = sorted(name for name, each in named.items() if each.ndim > 1 and not each.any())
     if empty:
         notes = [*notes, f"all values are 0, as in an incomplete download: {several(empty, 12)}"]
-    tree = jax.device_put(tables.from_named(named, entries, shape["heads"], shape["patch"]))
-
+    tree = jax.device_put(tree)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     card = {"name": file.name, "split": None, "records": None, "fingerprint": digest, "class_names": None}
     origin = {"file": file.name, "sha256": digest, "backbone_alone": not complete, "prefix": source, "told": notes}
     meta = run_meta.describe(config, objective, card) | {"imported": origin}
     with files.whole_folder(output) as folder:
-        _save(folder, objective, optimizer, tree.get("params"), tree["teacher"], meta)
+        _save(folder, config, objective, tree, meta)
         run_meta.write(str(folder), meta)
     return meta
 
 
-def _save(run: pathlib.Path, objective, optimizer, params, teacher, meta: dict[str, Any]) -> None:
-    """Writes the checkpoint of step 0; if `params` is None, with the teacher only. Raises OSError."""
-    items = {"teacher": teacher, "data": {"batches": 0, "replaced": 0, "drawn": []}, "meta": meta | {"step": 0}}
-    if params is not None:
-        step, opt_state = jax.device_put(np.int32(0)), jax.jit(optimizer.init)(params)
-        items |= checkpoint.split(steps.TrainState(step, params, teacher, opt_state, objective.init_state()))
+def _save(run: pathlib.Path, config: ConfigDict, objective, tree: dict[str, Any], meta: dict[str, Any]) -> None:
+    """Writes the checkpoint of step 0; without "params" in `tree`, with the teacher only. Raises OSError."""
+    items = {"data": {"batches": 0, "replaced": 0, "drawn": []}, "meta": meta | {"step": 0}}
+    if "params" in tree:
+        optimizer = steps.make_optimizer(objective, config.optimizer)
+        step, opt_state = jax.device_put(np.int32(0)), jax.jit(optimizer.init)(tree["params"])
+        state = objective.init_state() | tree.get("objective", {})
+        items |= checkpoint.split(steps.TrainState(step, tree["params"], tree.get("teacher", {}), opt_state, state))
+    else:
+        items["teacher"] = tree["teacher"]
     try:
         (run / checkpoint.FOLDER).mkdir()
         ocp.save_checkpointables(run / checkpoint.FOLDER / "0", intact.with_digests(items))
@@ -199,7 +218,8 @@ def _config(name: str, shape: dict[str, Any], heads: dict[str, int], bands: tupl
     return config
 
 
-def _bands(file: pathlib.Path, number: int, options: Options) -> Bands:
+def bands_of(file: pathlib.Path, number: int, options: Options) -> Bands:
+    """The bands of a network with `number` of them. Raises UserError if `options` do not fit."""
     names = options.bands or RGB
     rgb = names == RGB
     if len(names) != number:

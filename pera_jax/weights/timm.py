@@ -31,7 +31,7 @@ _IGNORED = re.compile(r"(head\.|decoder_).*|mask_token")
 # in order of preference
 _PREFIXES = ("", "teacher.backbone.", "teacher.", "backbone.", "student.backbone.", "student.")
 _PART = re.compile(r"^([^.]*\.[^.]*\.).*")
-_CHUNK = re.compile(r"^(blocks\.)\d+\.(?=\d+\.)")
+_CHUNK = re.compile(r"(^|\.)(blocks\.)\d+\.(?=\d+\.)")
 _SCALE = re.compile(r"(blocks\.\d+\.)ls([12])\.gamma")
 _BLOCK = re.compile(r"(blocks\.\d+\.)")
 _SCALED = {"1": "attn.proj", "2": "mlp.fc2"}  # the layer before each LayerScale of a block
@@ -82,6 +82,11 @@ def without_extras(named: dict[str, np.ndarray], what: str) -> tuple[dict[str, n
         [f"{verb} {every(sorted(found))}" for verb, found in problems.items() if found], f"LayerScale in {what}"
     )
     return kept, ignored, [f"LayerScale of {len(blocks)} blocks is folded into the preceding layers"]
+
+
+def without_chunks(named: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays with chunked blocks, `blocks.CHUNK.NUMBER` in DINOv2, renamed to `blocks.NUMBER`."""
+    return {_CHUNK.sub(r"\1\2", name): array for name, array in named.items()}
 
 
 @dataclasses.dataclass
@@ -136,9 +141,9 @@ def select_backbone(named: dict[str, np.ndarray], what: str) -> tuple[str, dict[
             f"{what} has several networks ({several(found)}), none of them known as the teacher; save one of them to a "
             "file of its own"
         )
-    kept = {
-        _CHUNK.sub(r"\1", name.removeprefix(prefix)): each for name, each in named.items() if name.startswith(prefix)
-    }
+    kept = without_chunks(
+        {name.removeprefix(prefix): each for name, each in named.items() if name.startswith(prefix)}
+    )
     return prefix, kept, sorted({_PART.sub(r"\1*", name) for name in named if not name.startswith(prefix)})
 
 

@@ -247,7 +247,7 @@ def test_official_names_round_trip():
     shapes = jax.eval_shape(objective.init, jax.random.key(0))
     tree = {name: random_like(shapes, rng) for name in ("params", "teacher")}
     tree["objective"] = random_like(objective.init_state(), rng)
-    entries = objective.official_entries()
+    entries = objective.official.entries(objective)
     arrays = tables.to_named(tree, entries, encoder.heads, encoder.patch)
     assert arrays["student.head.last_layer.weight_g"].shape == (24, 1)
     assert arrays["teacher.head.mlp.4.weight"].shape == (8, 12)

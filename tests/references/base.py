@@ -35,7 +35,7 @@ class Reference:
     # ---- what a method defines
 
     def entries(self) -> list[tables.Entry]:
-        return self.objective.official_entries()
+        return self.objective.official.entries(self.objective)
 
     def objective_state(self, prefix: str) -> dict[str, np.ndarray]:
         """The objective's state at "init/" or "final/", as the file has it."""
