@@ -304,13 +304,14 @@ def test_a_mask_that_leaves_no_patch_is_refused():
 
 def test_the_names_of_the_official_program(params):
     mae = objective()
-    found = tables.to_named({"params": params}, mae.official_entries(), 2, PATCH)
+    entries = mae.official.entries(mae)
+    found = tables.to_named({"params": params}, entries, 2, PATCH)
     assert len(found) == 12 * (3 + 2) + 5 + 1 + 6  # blocks, ends of the encoder, mask token, ends of the decoder
     assert found["decoder_blocks.1.attn.qkv.weight"].shape == (36, 12) and found["mask_token"].shape == (1, 1, 12)
     # Query, key, value; heads; the width of a head.
     rows = params["decoder"]["blocks"]["attention"]["qkv"]["kernel"][1]  # [E, 3, heads, E / heads]
     np.testing.assert_array_equal(found["decoder_blocks.1.attn.qkv.weight"][12 + 4 + 1], rows[:, 1, 1, 1])
-    back = tables.from_named(found, mae.official_entries(), 2, PATCH)["params"]
+    back = tables.from_named(found, entries, 2, PATCH)["params"]
     jax.tree.map(np.testing.assert_array_equal, back, params)
 
 
