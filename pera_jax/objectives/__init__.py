@@ -17,6 +17,7 @@ from pera_jax.objectives.base import Layout, Objective, stream
 METHODS = {
     "pera": "pera_jax.objectives.pera",
     "dino": "pera_jax.objectives.dino",
+    "dinov2": "pera_jax.objectives.dinov2",
     "mae": "pera_jax.objectives.mae",
     "mocov3": "pera_jax.objectives.mocov3",
 }

@@ -47,3 +47,21 @@ def check_group(field: str, group: int, batch_size: int, accumulate: int, layout
         raise UserError(
             f"{field}={group} does not divide the {local} images per device and microbatch; choose a divisor of {local}"
         )
+
+
+def check_neighbors(field: str, group: int, batch_size: int, accumulate: int, layout: Layout) -> None:
+    """Checks the config field that sets among how many images nearest neighbors are searched, 0 for the whole batch.
+
+    Raises:
+      UserError: `group` does not divide the batch, or is neither a divisor nor a multiple of the images per device.
+    """
+    local = batch_size // layout.batch_shards // accumulate
+    if group < 0 or (group and batch_size % group):
+        raise UserError(
+            f"batch_size={batch_size} is not divisible by {field}={group}; use a divisor, or 0 for the whole batch"
+        )
+    if group and local % group and (group % local or (batch_size // accumulate) % group):
+        raise UserError(
+            f"{field}={group} is neither a divisor nor a multiple of the {local} images per device and microbatch; "
+            f"choose a divisor of {local}, or 0 for the whole batch"
+        )

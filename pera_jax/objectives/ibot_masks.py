@@ -186,3 +186,31 @@ def index_buffer(
         return indices, jnp.where(filled, weights, jnp.zeros((), dtype))  # [G, M] each
 
     return sharding.per_shard(of_groups, masks.reshape(-1, group * _VIEWS, patches) != 0)
+
+
+def masked_tokens(
+    tokens: Float[jax.Array, "N L D"], masks: UInt8[jax.Array, "B 2 L"], indices: Int32[jax.Array, "G M"]
+) -> Float[jax.Array, "G M D"]:
+    """The tokens at `indices`, the result of `index_buffer` of `masks`; each group's on its own device.
+
+    No gradient flows through the rows that pad a group. Args: tokens: of N = 2 B crops, batch-major.
+    """
+    groups = len(indices)
+    grouped = tokens.reshape(groups, -1, tokens.shape[-1])  # [G, 2 g L, D]
+    return _take(grouped, masks.reshape(groups, -1) != 0, indices)
+
+
+@jax.custom_vjp
+def _take(tokens: jax.Array, masked: jax.Array, indices: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(tokens, indices[:, :, None], axis=1)  # [G, T, D] -> [G, M, D]
+
+
+def _take_backward(masked: jax.Array, g: jax.Array):
+    # The transpose of a gather is a scatter, which is slow. A masked patch's row is its number among the masked ones.
+    row = jnp.cumsum(masked, axis=1, dtype=jnp.int32) - 1  # [G, T]
+    held = masked & (row < g.shape[1])
+    rows = jnp.take_along_axis(g, jnp.where(held, row, 0)[:, :, None], axis=1)  # [G, T, D]
+    return jnp.where(held[:, :, None], rows, jnp.zeros((), g.dtype)), None, None
+
+
+_take.defvjp(lambda tokens, masked, indices: (_take(tokens, masked, indices), masked), _take_backward)

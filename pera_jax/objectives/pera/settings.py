@@ -3,6 +3,7 @@
 from ml_collections import ConfigDict
 
 from pera_jax.common.errors import UserError
+from pera_jax.objectives import batches
 from pera_jax.objectives.base import Layout
 
 
@@ -47,7 +48,7 @@ def limit_groups(config: ConfigDict, images: int) -> None:
 
 def validate(config: ConfigDict, layout: Layout) -> None:
     """Checks `config.pera`. Raises UserError for the first invalid field."""
-    own, batch, parts = config.pera, config.batch_size, config.accumulate
+    own = config.pera
     if own.heads.prototypes % layout.weight_shards:
         raise UserError(
             f"pera.heads.prototypes={own.heads.prototypes} is not divisible by the {layout.weight_shards} shards of "
@@ -55,14 +56,4 @@ def validate(config: ConfigDict, layout: Layout) -> None:
         )
     if own.center_batches < 0:
         raise UserError(f"pera.center_batches={own.center_batches} must be >= 0 (0: the center starts at 0)")
-    group, local = own.loss.koleo_group, batch // layout.batch_shards // parts
-    if group < 0 or (group and batch % group):
-        raise UserError(
-            f"batch_size={batch} is not divisible by pera.loss.koleo_group={group}; use a divisor, or 0 for the whole "
-            "batch"
-        )
-    if group and local % group and (group % local or (batch // parts) % group):
-        raise UserError(
-            f"pera.loss.koleo_group={group} is neither a divisor nor a multiple of the {local} images per device and "
-            f"microbatch; choose a divisor of {local}, or 0 for the whole batch"
-        )
+    batches.check_neighbors("pera.loss.koleo_group", own.loss.koleo_group, config.batch_size, config.accumulate, layout)
