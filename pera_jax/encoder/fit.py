@@ -46,6 +46,24 @@ def with_positions(backbone: dict[str, Any], shape: dict[str, Any], rows: int, c
     return backbone | {"position_embedding": embedding}
 
 
+def rescaled(backbone: dict[str, Any], layer_scale: bool) -> dict[str, Any]:
+    """`backbone` with or without LayerScale, and the same output: the gains are multiplied into the linear layers
+    before them, or start as ones."""
+    result = dict(backbone)
+    for name in ("lower", "upper"):
+        stack = dict(backbone[name])
+        for number, (module, layer) in enumerate((("attention", "projection"), ("mlp", "out")), start=1):
+            gain, last = stack.pop(f"layer_scale_{number}", None), stack[module][layer]  # gain: [depth, D]
+            if layer_scale:
+                stack[f"layer_scale_{number}"] = np.ones_like(last["bias"]) if gain is None else gain
+            elif gain is not None:
+                gains = np.expand_dims(gain, tuple(range(1, last["kernel"].ndim - 1)))  # [depth, 1, ..., D]
+                scaled = {"kernel": last["kernel"] * gains, "bias": last["bias"] * gain}
+                stack[module] = stack[module] | {layer: scaled}
+        result[name] = stack
+    return result
+
+
 def rebanded(backbone: dict[str, Any], patch: int, there: Sequence[str], here: Sequence[str]) -> dict[str, Any]:
     """Adapts the patch projection of `backbone` from the bands `there` to the bands `here`.
 

@@ -55,9 +55,12 @@ def with_weights(state: steps.TrainState, run: str, objective: Objective) -> ste
                      f"{here.position} positions, but the weights were trained with {old_position} ones")
     elif grid != old:
         notes.append(f"positions interpolated from {old} x {old} to {grid} x {grid} patches")
+    if bool(there.get("layer_scale")) != bool(here.layer_scale):
+        notes.append("new gains of LayerScale, all 1" if here.layer_scale else "LayerScale folded into linear layers")
 
     def fitted(network: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-        backbone = fit.repositioned(network["backbone"], there, here.position, grid, grid)
+        backbone = fit.rescaled(network["backbone"], bool(here.layer_scale))
+        backbone = fit.repositioned(backbone, there, here.position, grid, grid)
         result = new | network | {"backbone": fit.rebanded(backbone, there["patch"], *bands)}
         return objective.adapt(result, new, there["patch"], *bands) if complete else result
 

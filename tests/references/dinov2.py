@@ -79,10 +79,8 @@ class Reference(base.Reference):
 
     def outputs(self, params, teacher, state, examples, scalars):
         out = self.objective.outputs(params, teacher, self.views(examples), examples["masks"], None)
-        logits = self.objective.precision.logits
-        student, teacher, *patches = (
-            logits(each.units, each.weights) for each in (out.student, out.teacher, out.patch_student, out.patch_teacher)
-        )
+        every = out.student, out.teacher, out.patch_student, out.patch_teacher
+        student, teacher, *patches = (self.objective.precision.logits(each.units, each.weights) for each in every)
         result = {"student/global_cls_tokens": student[:, :2], "teacher/global_cls_tokens": teacher}
         result |= {"student/local_cls_tokens": student[:, 2:]} if self.numbers["local"] else {}
         for network, each in zip(("student", "teacher"), patches, strict=True):

@@ -5,7 +5,7 @@ of DINO, the patch term of iBOT (Zhou et al., arXiv:2111.07832), KoLeo, and targ
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,39 +24,14 @@ from pera_jax.models.drop_path import DropPath
 from pera_jax.models.heads import Head
 from pera_jax.models.precision import Precision
 from pera_jax.models.vit import ViT
-from pera_jax.objectives import base, ibot_masks, independent_views, prototype_checks
+from pera_jax.objectives import base, ibot_masks, independent_views
 from pera_jax.objectives.base import Context, CropSpec, Freeze, Schedule, Streams
-from pera_jax.objectives.dinov2 import cost, official, preview, settings
+from pera_jax.objectives.dinov2 import cost, official, preview, settings, watching
 from pera_jax.objectives.ibot_masks import BlockMasks
-from pera_jax.objectives.watched import HealthChecks, Panel
+from pera_jax.objectives.watched import HealthChecks
 
 
-REMEDIES = prototype_checks.Remedies(
-    few="set dinov2.targets=sinkhorn, and raise dinov2.teacher_temperature or dinov2.loss.koleo_weight",
-    unused="set dinov2.targets=sinkhorn, or raise dinov2.loss.koleo_weight",
-    uniform="lower schedules.learning_rate.peak or dinov2.teacher_temperature",
-    features="lower schedules.learning_rate.peak, or raise dinov2.loss.koleo_weight",
-)
-CURVES = (
-    ("Loss terms", (
-        Panel("Class term, nats", False, True,
-              {"loss/class": "all", "loss/class_global": "global part", "loss/class_local": "local part"}),
-        Panel("Patch term, nats", False, True, {"loss/patch": "all", "loss/patch_lowest": "lower bound"}),
-        Panel("KoLeo term", False, True, {"loss/koleo": "koleo"}),
-    )),
-    ("Teacher", (
-        *prototype_checks.TEACHER,
-        Panel("Patches: entropy of the teacher, nats", False, True,
-              {"teacher/patch_entropy": "of each patch", "teacher/patch_entropy_of_mean": "of their mean"}),
-        Panel("Patches: KL of student from teacher, nats", False, True, {"kl_patch": "kl"}),
-        Panel("Patches: prototypes in use", True, True, {"teacher/patch_prototypes_in_use": "prototypes"}),
-    )),
-    ("Schedules", (prototype_checks.MOMENTUM, prototype_checks.TEMPERATURES)),
-)  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Outputs:
+class Outputs(NamedTuple):
     """Outputs of both networks for B images, with V crops of which the first two are global.
 
     Attributes:
@@ -113,7 +88,7 @@ class DINOv2(base.Base):
     fixed_fields: ClassVar = ("heads", "separate_heads", "targets")
     sharding_rules: ClassVar = (*heads.SHARDING_RULES, (r"mask_token$", P()), (r"center$", P("tensor")))
     decay_rules: ClassVar = (*heads.DECAY_RULES, (r"mask_token$", False))
-    curves: ClassVar = CURVES
+    curves: ClassVar = watching.CURVES
     frozen: ClassVar = (Freeze(r"prototype_head/(direction|gain)$", until="last_layer", moments=True),)
 
     # ---------------------------------------------------------------- facts
@@ -134,8 +109,7 @@ class DINOv2(base.Base):
         }
 
     def health_checks(self, images: int) -> HealthChecks:
-        floor = ("teacher/entropy", "loss/patch_lowest")
-        return prototype_checks.checks(REMEDIES, self.prototype_head.outputs, images, floor)
+        return watching.checks(self.prototype_head.outputs, images)
 
     @classmethod
     def from_config(cls, config, bands: Bands, device: jax.Device | None = None) -> "DINOv2":
@@ -294,24 +268,7 @@ class DINOv2(base.Base):
 
     def update(self, state: dict[str, jax.Array], aux: dict[str, Any]) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         """The new centers and the metrics, from the `aux` of the whole batch."""
-        per_crop = aux["per_crop"]
-        masked = jnp.maximum(aux["masked"], 1e-12)  # 0 if all masks are empty
-        patch_statistics = {name: each / masked for name, each in aux["patch_statistics"].items()}
-        patch = prototypes.teacher_statistics(aux["patch"][None] / masked, patch_statistics)
-        metrics = {
-            "loss": aux["loss"],
-            "loss/class": jnp.mean(per_crop),
-            "loss/class_global": jnp.sum(per_crop[:2]) / len(per_crop),
-            "loss/class_local": jnp.sum(per_crop[2:]) / len(per_crop),
-            "loss/patch": aux["patch"],
-            "loss/patch_lowest": masked * patch["teacher_entropy"],  # if the student's probabilities are the teacher's
-            "loss/koleo": aux["koleo"],
-            "teacher/patch_entropy": patch["teacher_entropy"],
-            "teacher/patch_entropy_of_mean": patch["teacher_entropy_of_mean"],
-            "teacher/patch_prototypes_in_use": patch["prototypes_in_use"],
-            "kl_patch": patch["kl"],
-        }  # fmt: skip
-        metrics |= prototype_checks.teacher_metrics(per_crop, aux["statistics"], aux["token"], aux["unit"])
+        metrics = watching.metrics(aux)
         if self.targets == "centering":
             means = {"center": aux["output"], "patch_center": aux["patch_output"] / jnp.maximum(aux["rows"], 1)}
             m = self.center_momentum
@@ -337,12 +294,11 @@ class DINOv2(base.Base):
         taught = encode(teacher, "global")
         (teacher_tokens, teacher_patches), views = jax.lax.optimization_barrier((taught, views))
         replaced = rearrange(masks, "b v l -> (b v) l") != 0
-        tokens, patches = encode(
-            params, "global", mask_token=params["mask_token"], replaced=replaced, drop_path=(drop_path or {}).get("global")
-        )
+        drops, token = drop_path or dict.fromkeys(self.crops), params["mask_token"]
+        tokens, patches = encode(params, "global", mask_token=token, replaced=replaced, drop_path=drops["global"])
         every = [tokens]  # [B, V of the crop type, width]
         if "local" in self.crops:
-            every.append(encode(params, "local", drop_path=(drop_path or {}).get("local"))[0])
+            every.append(encode(params, "local", drop_path=drops["local"])[0])
 
         def head(tree, tokens):
             return Prototypes(*self.prototype_head.apply({"params": tree["prototype_head"]}, tokens))

@@ -1,4 +1,4 @@
-"""The report's picture of a DINOv2 run: the views of the teacher and of the student, with the patches that it guesses."""
+"""The report's picture of a DINOv2 run: the views of the teacher, and those of the student with its masks."""
 
 import dataclasses
 from typing import Any
@@ -55,7 +55,8 @@ def preview(
         columns[f"teacher: global {v + 1}"] = picture
         columns[f"student: global {v + 1}"] = _hidden(picture, batch["masks"][:, v], objective.encoder.patch)
     columns |= {f"student: {name}": picture for name, picture in seen.items()}
-    caption = f"At {np.mean(same[held]):.0%} of the masked patches, the student's most probable prototype is the teacher's."
+    share = np.mean(same[held]) if held.any() else 0.0
+    caption = f"At {share:.0%} of the masked patches, the student's most probable prototype is the teacher's."
     return Preview(columns, READING, caption, {})
 
 
