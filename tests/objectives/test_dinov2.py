@@ -15,6 +15,7 @@ from pera_jax import config as configs
 from pera_jax import objectives
 from pera_jax.bands import Bands
 from pera_jax.common.errors import UserError
+from pera_jax.encoder import fit
 from pera_jax.formats import tables
 from pera_jax.objectives import batches, ibot_masks
 from pera_jax.parallel import sharding
@@ -372,6 +373,22 @@ def test_initial_values_and_schedules():
     np.testing.assert_allclose([run.at(n)["learning_rate"] for n in (0, 99, 1000)], [0.0, 4e-3, 1e-6])
     np.testing.assert_allclose([run.at(n)["weight_decay"] for n in (0, 1000)], [0.04, 0.4])
     np.testing.assert_allclose([run.at(n)["one_minus_momentum"] for n in (0, 1000)], [0.008, 0.0], atol=1e-12)
+
+
+def test_weights_keep_their_features_with_and_without_layer_scale(sinkhorn):
+    """As a run of this method starts from one without LayerScale, and the reverse."""
+    scaled, image = sinkhorn.objective.encoder, sinkhorn.views["global"][:2]
+    plain, without = scaled.clone(layer_scale=0.0), fit.rescaled(sinkhorn.params["backbone"], False)
+    again = fit.rescaled(without, True)
+    assert "layer_scale_1" not in without["lower"]
+    expected, *found = (
+        jax.jit(network.apply)({"params": tree}, image)["class_token"]
+        for network, tree in ((scaled, sinkhorn.params["backbone"]), (plain, without), (scaled, again))
+    )
+    for each in found:
+        np.testing.assert_allclose(each, expected, rtol=1e-9)
+    same = fit.rescaled(sinkhorn.params["backbone"], True)
+    jax.tree.map(np.testing.assert_array_equal, same, sinkhorn.params["backbone"])
 
 
 @pytest.mark.parametrize("changes, sentence", [
