@@ -3,7 +3,7 @@
 from typing import Any
 
 from pera_jax.models import flops
-from pera_jax.models.drop_path import kept_of
+from pera_jax.models.drop_path import kept_fraction
 
 
 def flops_per_image(objective: Any) -> dict[str, float]:
@@ -16,9 +16,7 @@ def flops_per_image(objective: Any) -> dict[str, float]:
     """
     vit, result = objective.encoder, {}
     for name, spec in objective.crops.items():
-        group, kept = objective.drop_path_group * spec.number, 1.0
-        if objective.drop_path_rate:
-            kept = kept_of(group, objective.drop_path_rate) / group if group else 1.0 - objective.drop_path_rate
+        kept = kept_fraction(objective.drop_path_rate, objective.drop_path_group, spec.number)
         patches = (spec.size // vit.patch) ** 2
         blocks, embedding = vit.depth * flops.block(vit, 1 + patches), flops.embedding(vit, patches)
         result[f"student {name}"] = spec.number * (flops.TRAINED * kept * blocks + flops.TRAINED_FIRST * embedding)

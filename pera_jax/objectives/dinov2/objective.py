@@ -19,12 +19,12 @@ from pera_jax.losses.crossed import crossed_term
 from pera_jax.losses.masked import masked_term
 from pera_jax.losses.prototypes import Prototypes
 from pera_jax.losses.sinkhorn import sinkhorn_bias
+from pera_jax.models import drop_path as drop
 from pera_jax.models import heads, vit
-from pera_jax.models.drop_path import DropPath
 from pera_jax.models.heads import Head
 from pera_jax.models.precision import Precision
 from pera_jax.models.vit import ViT
-from pera_jax.objectives import base, ibot_masks, independent_views
+from pera_jax.objectives import base, check, ibot_masks, independent_views
 from pera_jax.objectives.base import Context, CropSpec, Freeze, Schedule, Streams
 from pera_jax.objectives.dinov2 import cost, official, preview, settings, watching
 from pera_jax.objectives.ibot_masks import BlockMasks
@@ -118,7 +118,7 @@ class DINOv2(base.Base):
         Raises:
           UserError: a crop size is no multiple of the patch size, no patch would be masked, or sizes are inconsistent.
         """
-        own = config.dinov2
+        own = check.sized(config.dinov2, "dinov2")
         encoder = vit.from_config(config, len(bands), device, layer_scale=float(own.layer_scale))
         precision, crops = encoder.precision, base.crop_specs(config.crops)
         independent_views.check(own.views, "dinov2.views", config.data.rgb, bands.names)
@@ -208,15 +208,10 @@ class DINOv2(base.Base):
         views, masks = self.make_views(examples), examples["masks"]
         return self.loss_on_views(params, teacher, state, views, masks, drop_path, context.scalars)
 
-    def drop_paths(self, key: jax.Array, place: jax.Array) -> dict[str, DropPath]:
+    def drop_paths(self, key: jax.Array, place: jax.Array) -> dict[str, Any]:
         """The drop path of each crop type, for images with indices `place` [b] in the whole batch."""
-        group = self.drop_path_group or len(place)  # images
-        return {
-            name: DropPath(
-                jax.random.fold_in(key, index), place[::group] // group, self.drop_path_rate, group * crop.number
-            )
-            for index, (name, crop) in enumerate(self.crops.items())
-        }
+        numbers = {name: crop.number for name, crop in self.crops.items()}
+        return drop.by_type(key, place, numbers, self.drop_path_rate, self.drop_path_group)
 
     def loss_on_views(self, params, teacher, state, views, masks, drop_path, scalars) -> tuple[jax.Array, Any]:
         """The whole loss: class term + patch term + koleo_weight * KoLeo.
