@@ -290,7 +290,7 @@ def test_rates_and_decay_of_every_parameter_are_the_official_ones():
     config = small()
     objective = objective_of(config)
     params = jax.eval_shape(lambda: objective.init(jax.random.key(0)))
-    entries = objective.official_entries()
+    entries = objective.official.entries(objective)
 
     def named(tree):
         full = jax.tree.map(lambda factor, leaf: np.broadcast_to(factor, leaf.shape), tree, params)

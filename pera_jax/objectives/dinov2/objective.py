@@ -26,7 +26,8 @@ from pera_jax.models.precision import Precision
 from pera_jax.models.vit import ViT
 from pera_jax.objectives import base, check, ibot_masks, independent_views
 from pera_jax.objectives.base import Context, CropSpec, Freeze, Schedule, Streams
-from pera_jax.objectives.dinov2 import cost, official, preview, settings, watching
+from pera_jax.objectives.dinov2 import cost, preview, settings, watching
+from pera_jax.objectives.dinov2.official import SSLMetaArch
 from pera_jax.objectives.ibot_masks import BlockMasks
 from pera_jax.objectives.watched import HealthChecks
 
@@ -89,6 +90,7 @@ class DINOv2(base.Base):
     sharding_rules: ClassVar = (*heads.SHARDING_RULES, (r"mask_token$", P()), (r"center$", P("tensor")))
     decay_rules: ClassVar = (*heads.DECAY_RULES, (r"mask_token$", False))
     curves: ClassVar = watching.CURVES
+    official: ClassVar = SSLMetaArch()
     frozen: ClassVar = (Freeze(r"prototype_head/(direction|gain)$", until="last_layer", moments=True),)
 
     # ---------------------------------------------------------------- facts
@@ -158,9 +160,6 @@ class DINOv2(base.Base):
 
     def flops_per_image(self) -> dict[str, float]:
         return cost.flops_per_image(self)
-
-    def official_entries(self):
-        return official.entries(self)
 
     # ---------------------------------------------------------------- the step
 

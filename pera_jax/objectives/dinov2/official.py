@@ -1,26 +1,37 @@
-"""The names of the arrays in the state dictionary of the official program, `SSLMetaArch`."""
+"""The state dictionary of the official program of DINOv2, `SSLMetaArch`: names and sizes."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from pera_jax.formats.tables import Entry, backbone, head
+from pera_jax.formats import tables
+from pera_jax.objectives.declared import Official
 
 
-def entries(objective: Any) -> list[Entry]:
-    """The arrays of a `DINOv2`; paths start with `params` (the student), `teacher` or `objective` (its state)."""
-    names = {"prototype_head": "dino_head", "patch_prototype_head": "ibot_head"}
-    encoder, result = objective.encoder, []
-    for network, root in (("student", "params"), ("teacher", "teacher")):
+class SSLMetaArch(Official):
+    """`student`, `teacher`; the centers are not read, since the official program has them also without centering."""
+
+    backbone = "student.backbone."
+    unused = r"^(dino_loss|ibot_patch_loss)\.center$"
+
+    def entries(self, objective: Any) -> list[tables.Entry]:
+        heads = {"prototype_head": "dino_head", "patch_prototype_head": "ibot_head"}
+        encoder, result = objective.encoder, []
         scaled = bool(encoder.layer_scale)
-        prefix = f"{network}.backbone."
-        result += backbone(prefix, (root, "backbone"), encoder.depth, encoder.split, layer_scale=scaled)
-        result += [Entry(f"{prefix}mask_token", (root, "mask_token"), "d", "1 d")]
-        for ours in objective.teacher_keys:
-            if ours in names:
-                name = f"{network}.{names[ours]}"
-                result += head(f"{name}.mlp", f"{name}.last_layer", (root, ours))
-    if objective.targets == "centering":
-        result += [
-            Entry("dino_loss.center", ("objective", "center"), "k", "1 k"),
-            Entry("ibot_patch_loss.center", ("objective", "patch_center"), "k", "1 1 k"),
-        ]
-    return result
+        for network, root in (("student", "params"), ("teacher", "teacher")):
+            prefix = f"{network}.backbone."
+            result += tables.backbone(prefix, (root, "backbone"), encoder.depth, encoder.split, layer_scale=scaled)
+            result.append(tables.Entry(f"{prefix}mask_token", (root, "mask_token"), "d", "1 d"))
+            for ours in objective.teacher_keys:
+                if ours in heads:
+                    name = f"{network}.{heads[ours]}"
+                    result += tables.head(f"{name}.mlp", f"{name}.last_layer", (root, ours))
+        return result
+
+    def set_sizes(self, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        own, patches = config.dinov2, "student.ibot_head.last_layer.weight_v"
+        own.heads.update(tables.head_sizes("student.dino_head.mlp", "student.dino_head.last_layer", shapes))
+        own.separate_heads = patches in shapes
+        if own.separate_heads:
+            own.heads.patch_prototypes = tables.length(shapes, patches)
+        if not any(name.endswith(".ls1.gamma") for name in shapes):
+            own.layer_scale = 0.0
