@@ -17,13 +17,12 @@ from ml_collections import ConfigDict
 from pera_jax.augment import color
 from pera_jax.bands import Bands, as_bytes, rgb_indices
 from pera_jax.common.errors import UserError
-from pera_jax.formats import tables
 from pera_jax.losses.contrastive import contrastive_term
 from pera_jax.models import batch_norm_mlp, flops, heads, vit
 from pera_jax.models.batch_norm_mlp import BatchNormMlp
 from pera_jax.models.precision import Precision
 from pera_jax.models.vit import ViT
-from pera_jax.objectives import base, independent_views, watched
+from pera_jax.objectives import base, independent_views, official_formats, watched
 from pera_jax.objectives.base import Context, CropSpec, Freeze, Schedule, Streams
 from pera_jax.objectives.watched import Condition, HealthChecks, Panel, Preview
 
@@ -89,6 +88,7 @@ class MoCoV3(base.Base):
     )
     teacher_keys: ClassVar = ("backbone", "projector")
     evaluated: ClassVar = "student"
+    official: ClassVar = official_formats.MoCoV3()
     fixed_fields: ClassVar = ("heads",)
     sharding_rules: ClassVar = batch_norm_mlp.SHARDING_RULES
     decay_rules: ClassVar = batch_norm_mlp.DECAY_RULES
@@ -288,17 +288,7 @@ class MoCoV3(base.Base):
         tokens = rearrange(tokens, "(b v) d -> b v d", v=2)  # statistics of batch norm are over axis 0
         return tokens, self.projector.apply({"params": params["projector"]}, tokens)
 
-    # ---------------------------------------------------------------- official weights, and the report
-
-    def official_entries(self) -> list[tables.Entry]:
-        """The arrays of the authors' program, without its fixed position embedding and the running averages of its
-        batch norms, which it never uses."""
-        depth, split = self.encoder.depth, self.encoder.split
-        result = tables.batch_norm_mlp("predictor", ("params", "predictor"), len(self.predictor.widths))
-        for prefix, root in (("base_encoder.", "params"), ("momentum_encoder.", "teacher")):
-            result += tables.backbone(prefix, (root, "backbone"), depth, split, positions=False)
-            result += tables.batch_norm_mlp(f"{prefix}head", (root, "projector"), len(self.projector.widths))
-        return result
+    # ---------------------------------------------------------------- the report
 
     def preview(self, networks, batch, rngs, channels) -> Preview:
         """Both crops and both views of each image; `batch` and arguments as in `Objective.preview`."""

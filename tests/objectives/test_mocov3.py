@@ -240,7 +240,7 @@ def test_what_it_cannot_do_is_refused_in_one_sentence(changes, sentence):
 def test_official_names_hold_all_parameters_of_both_networks():
     objective = objective_of(config_of())
     params, teacher = random_networks(objective)
-    tree, entries = {"params": params, "teacher": teacher}, objective.official_entries()
+    tree, entries = {"params": params, "teacher": teacher}, objective.official.entries(objective)
     named_arrays = tables.to_named(jax.device_get(tree), entries, 2, 8)
     assert named_arrays["predictor.3.weight"].shape == (12, 24)
     assert named_arrays["momentum_encoder.head.6.weight"].shape == (12, 24)
