@@ -115,7 +115,9 @@ class Dino(base.Base):
     def set_defaults(cls, config: ConfigDict) -> None:
         config.total = "100 epochs"
         config.drop_path.update(dict(rate=0.1, group=1))
-        config.optimizer.update(dict(eps=1e-8, clip="parameter", clip_norm=3.0, decay="no_bias_or_norm"))
+        config.optimizer.update(
+            dict(exact_bias_correction=True, eps=1e-8, clip="parameter", clip_norm=3.0, decay="no_bias_or_norm")
+        )
         peak = 5e-4 * config.batch_size / 256
         config.schedules.learning_rate.update(dict(start=0.0, peak=peak, end=1e-6, warmup="10 epochs"))
         config.schedules.weight_decay.update(dict(start=0.04, end=0.4))

@@ -81,7 +81,9 @@ class MAE(base.Base):
         config.total, config.batch_size = "800 epochs", 4096
         config.crops.update(dict(global_size=224, global_number=1, global_area=(0.2, 1.0), local_number=0))
         config.drop_path.update(dict(rate=0.0, group=0))
-        config.optimizer.update(dict(beta1=0.9, beta2=0.95, eps=1e-8, clip="none", decay="no_bias_or_norm"))
+        config.optimizer.update(
+            dict(exact_bias_correction=True, beta1=0.9, beta2=0.95, eps=1e-8, clip="none", decay="no_bias_or_norm")
+        )
         # The peak is 1.5e-4 x batch_size / 256: change both together.
         config.schedules.learning_rate.update(dict(start=0.0, peak=2.4e-3, end=0.0, warmup="40 epochs"))
         config.schedules.weight_decay.update(dict(start=0.05, end=0.05))

@@ -115,7 +115,9 @@ class MoCoV3(base.Base):
         config.total, config.batch_size = "300 epochs", 4096
         config.crops.update(dict(global_number=2, global_area=(0.08, 1.0), local_number=0))
         config.drop_path.update(dict(rate=0.0, group=0))
-        config.optimizer.update(dict(beta1=0.9, beta2=0.999, eps=1e-8, clip="none", decay="all"))
+        config.optimizer.update(
+            dict(exact_bias_correction=True, beta1=0.9, beta2=0.999, eps=1e-8, clip="none", decay="all")
+        )
         rate = 1.5e-4 * config.batch_size / 256
         config.schedules.learning_rate.update(dict(start=0.0, peak=rate, end=0.0, warmup="40 epochs"))
         config.schedules.weight_decay.update(dict(start=0.1, end=0.1))

@@ -3,6 +3,7 @@
 A block's slice of a stack of blocks counts as a parameter of its own, as it does for networks that are lists of blocks.
 """
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -30,20 +31,39 @@ def make_optimizer(objective: Objective, settings: Any) -> optax.GradientTransfo
       settings: `config.optimizer`.
     """
 
-    def adam():
-        return optax.scale_by_adam(b1=settings.beta1, b2=settings.beta2, eps=settings.eps)
-
     thawing = {freeze.until: freeze for freeze in objective.frozen if freeze.until and not freeze.moments}
     if not thawing:
-        return optax.with_extra_args_support(optax.chain(_clip(objective, settings), adam()))
+        return optax.with_extra_args_support(optax.chain(_clip(objective, settings), _adam(settings)))
 
     def label(path, _):
         found = freeze_of(sharding.path_of(path), objective.frozen)
         return found.until if found in thawing.values() else _AT_ONCE
 
-    by_label = {_AT_ONCE: adam()} | {until: _held(adam(), until) for until in thawing}
+    by_label = {_AT_ONCE: _adam(settings)} | {until: _held(_adam(settings), until) for until in thawing}
     labels = lambda params: jax.tree_util.tree_map_with_path(label, params)  # noqa: E731
     return optax.chain(_clip(objective, settings), optax.partition(by_label, labels))
+
+
+def _adam(settings: Any) -> optax.GradientTransformation:
+    """Adam's direction (Kingma and Ba, arXiv:1412.6980, algorithm 1)."""
+    plain = optax.scale_by_adam(b1=settings.beta1, b2=settings.beta2, eps=settings.eps)
+    if not settings.exact_bias_correction:
+        return plain
+
+    def update(gradients, state, params=None):
+        _, state = plain.update(gradients, state, params)  # moments and count
+
+        def correction(decay):  # 1 - decay ** count, without the cancellation of float32
+            return -jnp.expm1(state.count.astype(float) * math.log(decay)) if decay else 1.0
+
+        first, second = correction(settings.beta1), correction(settings.beta2)
+
+        def direction(mean, square):
+            return (mean / first) / (jnp.sqrt(square / second) + settings.eps)
+
+        return jax.tree.map(lambda *moments: direction(*moments).astype(moments[0].dtype), state.mu, state.nu), state
+
+    return optax.GradientTransformation(plain.init, update)
 
 
 def freeze_of(path: str, frozen: tuple[Freeze, ...]) -> Freeze | None:

@@ -40,7 +40,9 @@ def default() -> ConfigDict:
 def set_defaults(config: ConfigDict) -> None:
     config.total = "100 epochs"
     config.crops.update(dict(global_area=(0.32, 1.0), local_area=(0.05, 0.32)))
-    config.optimizer.update(dict(eps=1e-8, clip="groups", clip_norm=3.0, decay="no_bias_or_norm"))
+    config.optimizer.update(
+        dict(exact_bias_correction=True, eps=1e-8, clip="groups", clip_norm=3.0, decay="no_bias_or_norm")
+    )
     config.optimizer.update(dict(layer_decay=0.9, rate_factors=((r"patch_projection", 0.2),)))
     config.schedules.learning_rate.update(dict(start=0.0, peak=4e-3, end=1e-6, warmup="10 epochs"))
     config.schedules.weight_decay.update(dict(start=0.04, end=0.4))
