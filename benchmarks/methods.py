@@ -6,8 +6,8 @@
 
 Each method has its own defaults (views, heads, losses), with the options of `--set` on top. For each it prints
 
-* GFLOP per image of a training step: by the method's arithmetic; as traced (matrix products, with what is recomputed by
-  design); by XLA's count (also elementwise), loops unrolled, blocks not recomputed.
+* GFLOP per image of a training step: by the method's arithmetic; as traced (matrix products) and by XLA's count (also
+  elementwise, loops unrolled), both without recomputed blocks, as multiples of it.
 * The temporaries per image that the TPU compiler plans for one chip of `--topology`, by `model.remat`, and the largest
   batch on chips of 16, 32 and 80 GB. Nothing is run. Compiled with both numbers of images in `--batches`, to separate
   memory per image from constant memory. Needs libtpu (the extra `tpu`).
@@ -43,6 +43,7 @@ def config_of(method: str, changes: list[str], images: int):
 
 def count(config) -> dict[str, float]:
     """GFLOP per image of a step, counted in three ways."""
+    config.model.remat = "none"
     program = Program(config, jax.devices()[:1])
     traced = flops.matrix_products(program.trace().jaxpr.jaxpr) / config.batch_size
     method = sum(program.objective.flops_per_image().values())

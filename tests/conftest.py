@@ -46,8 +46,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST = (
-    "test_train", "test_contract", "test_hosts", "test_commands", "test_step", "test_alarms", "test_init_from",
-    "test_follow", "test_export_features", "test_installed", "test_checkpoint", "test_flops", "test_gpu_attention",
+    "test_contract", "test_train", "test_dinov2", "test_mae", "test_mocov3", "test_dino", "test_hosts",
+    "test_commands", "test_step", "test_alarms", "test_init_from", "test_follow", "test_export_features",
+    "test_installed", "test_checkpoint", "test_flops", "test_gpu_attention",
 )
 
 

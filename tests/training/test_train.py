@@ -23,6 +23,7 @@ from run_files import assert_same_bits, everything, metrics_of
 
 from pera_jax import config as configs
 from pera_jax import objectives, train
+from pera_jax.bands import Bands
 from pera_jax.common.errors import UserError
 from pera_jax.encoder import load
 from pera_jax.parallel import sharding
@@ -193,6 +194,16 @@ def test_every_config_trains_small_and_leaves_weights_that_can_be_used(name, dat
         assert flat
         for leaf_path, leaf in flat:
             np.testing.assert_array_equal(leaf, state[f"{path}/{sharding.path_of(leaf_path)}"])
+
+
+@pytest.mark.parametrize("name", [name for name in configs.names() if "probes" not in name])
+def test_every_config_is_valid(name):
+    for argument in ("", ":smoke"):
+        config = configs.load(name + argument)
+        configs.check(config, 1, 1, 1)
+        assert config.name == name + argument.replace(":", "_")
+        objective = objectives.from_config(config, Bands.plain())
+        assert sum(objective.flops_per_image().values()) > 0
 
 
 def test_untrained_weights_are_those_that_the_run_was_born_with(data, tmp_path):
