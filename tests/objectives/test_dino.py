@@ -12,7 +12,6 @@ from pera_jax import config as configs
 from pera_jax import objectives
 from pera_jax.bands import Bands
 from pera_jax.common.errors import UserError
-from pera_jax.formats import tables
 from pera_jax.objectives import dino
 from pera_jax.parallel import sharding
 from pera_jax.training import schedules
@@ -217,15 +216,6 @@ def test_the_recipe_is_the_official_one():
     assert {run.at(n)["teacher_temperature"] for n in (0, 299, 999)} == {0.04}
 
 
-@pytest.mark.parametrize("name", ["dino_vitb16", "aid_dino"])
-def test_its_configs_are_valid_also_small(name):
-    for config in (configs.load(name), configs.load(f"{name}:smoke")):
-        configs.check(config, 1, 1, 1)
-        objective = objective_of(config)
-        assert objective.crops["local"].number and objective.encoder.initial == "dino"
-    assert objective.encoder.width == 32
-
-
 def test_initial_values():
     config = config_of(model__width=96, dino__heads__hidden=80, dino__heads__bottleneck=48)
     config.dino.heads.prototypes = 256
@@ -239,24 +229,6 @@ def test_initial_values():
             assert stats.kstest(values.ravel(), stats.norm(0, 0.02).cdf).pvalue > 1e-4, name
         else:
             assert np.all(values == (1.0 if name.endswith(("scale", "gain")) else 0.0)), name
-
-
-def test_official_names_round_trip():
-    objective = objective_of(config_of())
-    encoder, rng = objective.encoder, np.random.default_rng(0)
-    shapes = jax.eval_shape(objective.init, jax.random.key(0))
-    tree = {name: random_like(shapes, rng) for name in ("params", "teacher")}
-    tree["objective"] = random_like(objective.init_state(), rng)
-    entries = objective.official.entries(objective)
-    arrays = tables.to_named(tree, entries, encoder.heads, encoder.patch)
-    assert arrays["student.head.last_layer.weight_g"].shape == (24, 1)
-    assert arrays["teacher.head.mlp.4.weight"].shape == (8, 12)
-    assert arrays["student.backbone.blocks.2.attn.qkv.weight"].shape == (48, 16)
-    assert arrays["teacher.backbone.pos_embed"].shape == (1, 5, 16)
-    assert arrays["dino_loss.center"].shape == (1, 24)
-    assert len(arrays) == 2 * (6 + 3 * 12 + 8) + 1
-    back = tables.from_named(arrays, entries, encoder.heads, encoder.patch)
-    jax.tree.map(np.testing.assert_array_equal, back, tree)
 
 
 def test_drop_path_grows_or_keeps_a_number():
