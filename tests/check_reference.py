@@ -99,8 +99,14 @@ def run(file: Reference, devices: int):
 
 def check(path: str) -> Table:
     """Runs one file on one device in float32 and returns the table of errors."""
-    file, table = load(path), Table()
-    for n, (outputs, metrics, grads, before, state) in enumerate(run(file, 1)):
+    file = load(path)
+    return compare(file, list(run(file, 1)))
+
+
+def compare(file: Reference, found: list) -> Table:
+    """The table of errors of `found`, the results of `run` in float32."""
+    table = Table()
+    for n, (outputs, metrics, grads, before, state) in enumerate(found):
         for name, ours in outputs.items():
             bound = file.LOSS if name.startswith("loss/") else file.OUTPUT
             table.add(f"step{n}/{name}", file.arranged(n, name, ours), file.arrays[f"step{n}/{name}"], bound)

@@ -248,6 +248,7 @@ def test_it_is_reported_and_monitored(name, data, run, tmp_path):
     assert all("monitor/knn20" in line for line in metrics_of(run) if line["step"] % 2 == 0)
 
 
+@pytest.mark.parametrize("name", ["toy_mae", "dino"])  # without and with a teacher; compiling another says no more
 def test_it_is_planned(name, data, monkeypatch):
     monkeypatch.setattr(plan, "devices_of", lambda topology: jax.devices()[:1])
     found = plan.plan(settings(name, data), "local", 2, False, 1000, 0.4, say=lambda line: None)
