@@ -26,16 +26,23 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from pera_jax import config as configs  # noqa: E402
 from pera_jax import objectives  # noqa: E402
-from pera_jax.bands import Bands  # noqa: E402
 from pera_jax.common import errors, files, progress  # noqa: E402
 from pera_jax.common.errors import UserError  # noqa: E402
+from pera_jax.data import mixture  # noqa: E402
 from pera_jax.training import schedules  # noqa: E402
 
 _USUAL = "default"  # the setting without `--try`
 
 
 def jobs(arguments) -> list[dict]:
-    """The trainings: config, setting, overrides and seed of each."""
+    """The trainings: config, setting, overrides and seed of each.
+
+    Raises:
+      UserError: overrides that are malformed, or of a config that is not trained.
+    """
+    for each in (*arguments.set, *arguments.tried):
+        if each.partition(":")[0] not in arguments.configs:
+            raise UserError(f"{each!r} is of none of the configs {', '.join(arguments.configs)}; correct its name")
     found = []
     for name in arguments.configs:
         fixed = _assignments(arguments.set, name)
@@ -64,25 +71,39 @@ def _assignments(given: list[str], config: str) -> dict[str, str]:
 
 
 def train(job: dict, arguments, folder: pathlib.Path) -> dict:
-    """Trains a job unless it is finished; returns what it costs."""
-    config = configs.load(job["config"], [f"{field}={value}" for field, value in job["changes"].items()])
+    """Trains a job unless it is finished; returns what it costs.
+
+    Raises:
+      UserError: the folder has a run with other settings.
+    """
+    changes = job["changes"] | {"data.path": arguments.data, "data.split": arguments.train_split}
+    config = configs.load(job["config"], [f"{field}={value}" for field, value in changes.items()])
+    data = mixture.open_mixture(config.data)
     steps = schedules.parse_duration(
-        config.total, total_steps=None, steps_per_epoch=1, batch_size=config.batch_size, name="total"
-    )
+        config.total, total_steps=None, steps_per_epoch=len(data) // config.batch_size, batch_size=config.batch_size,
+        name="total",
+    )  # fmt: skip
     steps = max(round(steps * arguments.share), 1)
-    objective = objectives.from_config(config, Bands.plain())
+    objective = objectives.from_config(config, data.bands)
     flops = sum(objective.flops_per_image().values())
+    changes["total"] = f"{steps} steps"
+    asked, told = files.as_json(changes), folder.with_name(f"{folder.name}.json")
+    if told.exists() and told.read_bytes() != asked:
+        raise UserError(f"{folder} was trained with other settings, see {told}; choose another --output, or remove it")
+    files.write(told, asked)
+    spent = folder.with_name(f"{folder.name}_seconds.txt")  # of each command, since a killed one is run again
     if not (folder / "FINISHED").exists():
-        changes = job["changes"] | {"total": f"{steps} steps", "data.path": arguments.data}
-        changes |= {"data.split": arguments.train_split}
         flags = [f"--config.{field}={value}" for field, value in changes.items()]
         began = time.perf_counter()
-        _run("pera_jax.train", "--config", job["config"], *flags, "--workdir", str(folder))
-        files.write(folder / "seconds.txt", f"{time.perf_counter() - began:.1f}\n".encode())
+        try:
+            _run("pera_jax.train", "--config", job["config"], *flags, "--workdir", str(folder))
+        finally:
+            before = spent.read_text() if spent.exists() else ""
+            files.write(spent, f"{before}{time.perf_counter() - began:.1f}\n".encode())
     images = steps * config.batch_size
     return {
-        "method": objective.name, "images": images, "gflop_per_image": flops / 1e9,
-        "tflop": images * flops / 1e12, "seconds": float((folder / "seconds.txt").read_text()),
+        "method": objective.name, "images": images, "gflop_per_image": flops / 1e9, "tflop": images * flops / 1e12,
+        "seconds": sum(map(float, spent.read_text().split())) if spent.exists() else "",
     }  # fmt: skip
 
 
@@ -140,9 +161,8 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=1.0, help="part of each config's steps to train (default: 1)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="default: 0")
     parser.add_argument("--set", action="append", default=[], metavar="CONFIG:FIELD=VALUE", help="override a field")
-    parser.add_argument(
-        "--try", action="append", default=[], dest="tried", metavar="CONFIG:FIELD=VALUE,VALUE", help="values to compare"
-    )
+    parser.add_argument("--try", action="append", default=[], dest="tried", metavar="CONFIG:FIELD=VALUE,VALUE",
+                        help="values to compare, which hold no commas")  # fmt: skip
     parser.add_argument("--train-split", default="train", help="split to train on, also for probes (default: train)")
     parser.add_argument("--test-split", default="test", help="split to test probes on (default: test)")
     parser.add_argument("--tasks", default="knn,logistic", help="probes on --data (default: knn,logistic)")

@@ -118,6 +118,8 @@ def _parser() -> argparse.ArgumentParser:
         "import-official", help="import networks, heads and decoder of a method's official program"
     )
     method.add_argument("--method", required=True, help="the method that trained it, such as dino or mae")
+    method.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
+                        help="a config field that the file does not say, e.g. mae.decoder.heads=8")  # fmt: skip
     for command in (theirs, vit, method):
         command.add_argument("file", type=paths.local_path, help="NAME.safetensors, or a torch.save file")
         command.add_argument("--output", required=True, type=paths.local_path, help="output run folder")
@@ -144,7 +146,9 @@ def main(argv: list[str] | None = None) -> None:
         wanted = imports.Options(**{name: options[name] for name in ("heads", "bands", "mean", "std")})
         verify = not options["no_verify"]
         if command == "import-official":
-            meta, left_out = official.import_official(options["method"], file, output, wanted, verify)
+            meta, left_out = official.import_official(
+                options["method"], file, output, wanted, options["set"], verify
+            )
         elif command == "import-released":
             meta, left_out = imports.import_released(file, output, wanted, teacher_only, verify), []
         else:

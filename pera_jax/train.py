@@ -41,6 +41,7 @@ from pera_jax.training import metrics, opening, profiling, resume, schedules
 from pera_jax.training import step as steps
 from pera_jax.training.checkpoints import checkpoint, checkpoint_store, run_meta
 from pera_jax.training.loop import Loop, explain_out_of_memory
+from pera_jax.training.optimizer import rate_factors
 from pera_jax.training.watchdog import Watchdog
 from pera_jax.weights import initial_state
 
@@ -134,6 +135,7 @@ def _train(config, workdir, profile, allow_config_change, stop, stack: contextli
     objective = objectives.from_config(config, data.bands)
     optimizer = steps.make_optimizer(objective, config.optimizer)
     abstract = steps.abstract_state(objective, optimizer, mesh)
+    rate_factors(abstract.params, config.optimizer.rate_factors)  # each rule must match a parameter
     train_step = steps.jit_step(
         steps.make_step(objective, optimizer, config.seed, config.optimizer, config.accumulate),
         jax.tree.map(lambda leaf: leaf.sharding, abstract),

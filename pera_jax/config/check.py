@@ -1,6 +1,7 @@
 """Checks a config before data and model are built."""
 
 import functools
+import math
 import re
 
 from ml_collections import ConfigDict
@@ -53,6 +54,7 @@ def check(config: ConfigDict, batch_shards: int, weight_shards: int, hosts: int)
         paths.local(_value(config, field), f"config.{field}")
     _check_batch(config, batch_shards, hosts)
     _check_ranges(config)
+    _check_numbers(config, default(config.objective), "")
     _check_weights(config.data)
     _one_of(config.model, "remat", ("none", "dots", "block"), "model.")
     _one_of(config.model, "attention", ("auto", "cudnn", "xla"), "model.")
@@ -78,6 +80,23 @@ def _check_ranges(config: ConfigDict) -> None:
             valid = False
         if not valid:
             raise UserError(f"{field}={value!r} must be {words}")
+
+
+def _check_numbers(config: ConfigDict, reference: ConfigDict, prefix: str) -> None:
+    """Raises UserError for a number that is NaN or infinite, and for a tuple of numbers whose default has others."""
+    for name, value in reference.items():
+        found, field = config[name], f"{prefix}{name}"
+        if isinstance(value, ConfigDict):
+            _check_numbers(found, value, f"{field}.")
+        elif isinstance(value, tuple) and value and all(_is_number(each) for each in value):
+            if len(found) != len(value) or not all(_is_number(each) and math.isfinite(each) for each in found):
+                raise UserError(f"{field}={found!r} must be {len(value)} finite numbers, such as {value}")
+        elif isinstance(found, float) and not math.isfinite(found):
+            raise UserError(f"{field}={found} must be a finite number, such as {value}")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_weights(data: ConfigDict) -> None:

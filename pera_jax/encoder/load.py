@@ -86,6 +86,23 @@ def _load(run: str | pathlib.Path, step: int, which: str | None, verify: bool, p
     check_backbone(params.get("backbone", {}), meta, str(folder))
     for name in set(params) - set(parts or params):
         del params[name]
+    loaded = _read(folder, item, wanted, digests if verify else None)
+    return Weights(loaded if which == TEACHER else loaded["params"], meta, step, which)
+
+
+def load_state(run: str | pathlib.Path, step: int, verify: bool = True) -> dict[str, jax.Array]:
+    """The objective's own state in a checkpoint, such as a center; {} if it has none. Raises as `load_weights`."""
+    folder = pathlib.Path(run).absolute() / checkpoint.FOLDER / str(step)
+    _, digests = intact.load_meta_and_digests(folder)
+    stored = intact.read(folder, lambda: ocp.metadata(folder, "state").metadata)
+    wanted = _placed({"objective": stored.get("objective") or {}})
+    if not wanted["objective"]:
+        return {}
+    return _read(folder, "state", wanted, digests if verify else None)["objective"]
+
+
+def _read(folder: pathlib.Path, item: str, wanted: Any, digests: dict[str, Any] | None) -> Any:
+    """The leaves `wanted` of an item of a checkpoint, compared with `digests`."""
     context = ocp.Context()
     context.pytree.loading.partial_load = True
 
@@ -94,9 +111,9 @@ def _load(run: str | pathlib.Path, step: int, which: str | None, verify: bool, p
             return ocp.load_checkpointables(folder, {item: wanted})[item]
 
     loaded = intact.read(folder, load)
-    if verify:
+    if digests is not None:
         intact.check_arrays(folder, item, loaded, digests)
-    return Weights(loaded if which == TEACHER else loaded["params"], meta, step, which)
+    return loaded
 
 
 def _placed(stored: Any) -> Any:

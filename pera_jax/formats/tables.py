@@ -99,17 +99,17 @@ def head(mlp: str, last: str, path: tuple[str, ...]) -> list[Entry]:
     ]
 
 
-def head_sizes(mlp: str, last: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+def head_sizes(mlp: str, last: str, arrays: Mapping[str, Any]) -> dict[str, int]:
     """`hidden`, `bottleneck` and `prototypes` of a `head`, from the shapes of arrays by name. Raises UserError."""
-    arrays = {"hidden": f"{mlp}.0.weight", "bottleneck": f"{mlp}.4.weight", "prototypes": f"{last}.weight_v"}
-    return {field: length(shapes, name) for field, name in arrays.items()}
+    names = {"hidden": f"{mlp}.0.weight", "bottleneck": f"{mlp}.4.weight", "prototypes": f"{last}.weight_v"}
+    return {field: length(arrays, name) for field, name in names.items()}
 
 
-def length(shapes: Mapping[str, tuple[int, ...]], name: str) -> int:
+def length(arrays: Mapping[str, Any], name: str) -> int:
     """The first side of an array, at least 1. Raises UserError if it is missing."""
-    if name not in shapes:
+    if name not in arrays:
         raise UserError(f"the file lacks the array {name}, which gives a size of the network; get a complete file")
-    return (*shapes[name], 1)[0] or 1
+    return (*arrays[name].shape, 1)[0] or 1
 
 
 def stacked(entries: list[Entry], index: int) -> list[Entry]:

@@ -37,6 +37,7 @@ def validate(config: ConfigDict, layout: Layout) -> None:
     """Checks the method's own fields of a config, and its requirements on the common fields."""
     found = method(config.objective)
     check.declarations(found, config.objective)
+    check.fields(config[found.name], found.name)
     found.validate(config, layout)
 
 

@@ -73,6 +73,25 @@ def sized(own: ConfigDict, group: str) -> ConfigDict:
     return own
 
 
+def fields(own: ConfigDict, group: str, networks: bool = False) -> None:
+    """Checks what the names of a method's fields say.
+
+    Args:
+      group: the name of the group of fields, such as "pera".
+      networks: whether `own` has the sizes of networks.
+
+    Raises:
+      UserError: a size of the groups `heads` or `decoder` that is not at least 1, or a negative weight of a loss term.
+    """
+    for name, value in own.items():
+        if isinstance(value, ConfigDict):
+            fields(value, f"{group}.{name}", name in ("heads", "decoder"))
+        elif networks and not (isinstance(value, int) and 1 <= value < 1 << 31):
+            raise UserError(f"{group}.{name}={value!r} must be a number in [1, 2**31)")
+        elif name.endswith("_weight") and not value >= 0:
+            raise UserError(f"{group}.{name}={value!r} must be >= 0 (0: without this term)")
+
+
 def crops(objective: Objective) -> None:
     """Checks the sizes of the crop types that an objective uses. Raises UserError."""
     patch = objective.encoder.patch

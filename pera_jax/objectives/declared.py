@@ -49,8 +49,9 @@ class Official:
         """The arrays that are computed here instead of stored, such as fixed position embeddings."""
         return {}
 
-    def set_sizes(self, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Sets the method's own fields of `config` from the shapes of the arrays by name."""
+    def set_sizes(self, config: Any, arrays: Mapping[str, Any]) -> list[str]:
+        """Sets the method's own fields of `config` from the arrays by name; returns notes on what it had to assume."""
+        return []
 
 
 class Freeze(NamedTuple):

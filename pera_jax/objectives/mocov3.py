@@ -128,7 +128,6 @@ class MoCoV3(base.Base):
 
     @classmethod
     def validate(cls, config: ConfigDict, layout: base.Layout) -> None:
-        own = config.mocov3
         if config.crops.global_number != 2 or config.crops.local_number:
             raise UserError(
                 f"crops.global_number={config.crops.global_number} and crops.local_number={config.crops.local_number} "
@@ -143,9 +142,6 @@ class MoCoV3(base.Base):
             )
         if config.batch_size < 2:
             raise UserError(f"batch_size={config.batch_size} must be >= 2: mocov3 compares images with each other")
-        for name, value in own.heads.items():
-            if not 1 <= value < 1 << 31:
-                raise UserError(f"mocov3.heads.{name}={value} must be a number in [1, 2**31); correct it")
 
     @classmethod
     def schedules(cls) -> dict[str, Schedule]:

@@ -23,8 +23,11 @@ class Dino(Official):
             entries += tables.head(f"{head}.mlp", f"{head}.last_layer", (root, "prototype_head"))
         return entries
 
-    def set_sizes(self, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        config.dino.heads.update(tables.head_sizes("student.head.mlp", "student.head.last_layer", shapes))
+    def set_sizes(self, config: Any, arrays: Mapping[str, Any]) -> list[str]:
+        config.dino.heads.update(tables.head_sizes("student.head.mlp", "student.head.last_layer", arrays))
+        gains = (arrays.get(f"{network}.head.last_layer.weight_g") for network in ("student", "teacher"))
+        config.dino.norm_last_layer = all(gain is None or bool((gain == 1).all()) for gain in gains)
+        return []
 
 
 class Mae(Official):
@@ -48,12 +51,12 @@ class Mae(Official):
         sizes = {"pos_embed": encoder.width, "decoder_pos_embed": decoder.width}
         return {name: positions.sincos("sincos_xy", decoder.side, width)[None] for name, width in sizes.items()}
 
-    def set_sizes(self, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """The number of the decoder's heads is not in the file: 16 as published, or heads of 32 channels."""
+    def set_sizes(self, config: Any, arrays: Mapping[str, Any]) -> list[str]:
         sizes, blocks = config.mae.decoder, re.compile(r"decoder_blocks\.(\d+)\.")
-        sizes.width = tables.length(shapes, "decoder_embed.weight")
-        sizes.depth = len({found[1] for found in map(blocks.match, shapes) if found}) or 1
+        sizes.width = tables.length(arrays, "decoder_embed.weight")
+        sizes.depth = len({found[1] for found in map(blocks.match, arrays) if found}) or 1
         sizes.heads = 16 if sizes.width % 16 == 0 else max(sizes.width // 32, 1)
+        return [f"mae.decoder.heads={sizes.heads}, which the file does not say; change it with --set"]
 
 
 class MoCoV3(Official):
@@ -75,6 +78,7 @@ class MoCoV3(Official):
         table = positions.sincos("sincos_yx", encoder.image_size // encoder.patch, encoder.width)[None]
         return {f"{network}.pos_embed": table for network in ("base_encoder", "momentum_encoder")}
 
-    def set_sizes(self, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        config.mocov3.heads.hidden = tables.length(shapes, "base_encoder.head.0.weight")
-        config.mocov3.heads.outputs = tables.length(shapes, "base_encoder.head.6.weight")
+    def set_sizes(self, config: Any, arrays: Mapping[str, Any]) -> list[str]:
+        config.mocov3.heads.hidden = tables.length(arrays, "base_encoder.head.0.weight")
+        config.mocov3.heads.outputs = tables.length(arrays, "base_encoder.head.6.weight")
+        return []

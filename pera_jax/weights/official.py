@@ -5,6 +5,7 @@ this program's when they are read.
 """
 
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,13 +28,14 @@ _CLOSE = 1e-5  # largest difference between the fixed position embeddings of two
 
 
 def import_official(
-    method: str, file: pathlib.Path, output: pathlib.Path, options: imports.Options, verify: bool = True
-) -> tuple[dict[str, Any], list[str]]:
+    method: str, file: pathlib.Path, output: pathlib.Path, options: imports.Options, changes: Sequence[str] = (),
+    verify: bool = True,
+) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
     """Writes the run folder `output` from a state dictionary of the official program of `method`; returns the metadata
     and the names of ignored arrays.
 
     Args:
-      options: settings that the file does not contain.
+      options, changes: settings that the file does not contain; `changes` are fields of the config, as FIELD=VALUE.
 
     Raises:
       UserError: the method has no official program whose format is known; the file is not of it (the error names every
@@ -42,17 +44,19 @@ def import_official(
     official = _official(method)
     notes: list[str] = []
     named = timm.without_chunks(arrays.read(file, verify, notes))
-    unused = sorted(name for name in named if official.is_unused(name))
-    named = {name: array for name, array in named.items() if name not in unused}
     if f"{official.backbone}cls_token" not in named:
         raise UserError(
             f"{file} has no array {official.backbone}cls_token, so it is not a state dictionary of {method}'s official "
             "program; choose the --method that wrote it, or import a ViT alone with import-timm"
         )
-    shape = tables.shape_of(named, official.backbone, options.heads, str(file))
+    try:
+        shape = tables.shape_of(named, official.backbone, options.heads, str(file))
+    except KeyError as error:
+        raise UserError(f"{file} lacks the array {error.args[0]}, which gives a size; get a complete file") from error
     options, assumed = options.completed({}, str(file))
     bands = imports.bands_of(file, shape["bands"], options)
-    config = _config(method, file.stem, shape, bands.names, {name: array.shape for name, array in named.items()})
+    config, guessed = _config(method, file.stem, shape, bands.names, named)
+    config = configs.load(config, changes)
     objective = objectives.from_config(config, bands)
     constants = {name: np.asarray(array) for name, array in official.constants(objective).items()}
     other = [name for name, array in constants.items() if name in named and not _same(array, named[name])]
@@ -63,6 +67,9 @@ def import_official(
         )
     named = {name: array for name, array in named.items() if name not in constants}
     entries = official.entries(objective)
+    wanted = {entry.name for entry in entries}
+    unused = sorted(name for name in named if official.is_unused(name) and name not in wanted)
+    named = {name: array for name, array in named.items() if name not in unused}
     optional = {entry.name for entry in entries if entry.path[0] == "objective"}  # not in every checkpoint
     entries = [entry for entry in entries if entry.name in named or entry.name not in optional]
     optimizer = steps.make_optimizer(objective, config.optimizer)
@@ -71,7 +78,7 @@ def import_official(
     problems = [*tables.misfits(named, entries), *tables.misshapen(named, tree, entries, shape)]
     tables.check(problems, str(file))
     found = tables.from_named(named, entries, shape["heads"], shape["patch"])
-    return imports.write_run(file, output, config, objective, named, found, [*notes, *assumed]), unused
+    return imports.write_run(file, output, config, objective, named, found, [*notes, *assumed, *guessed]), unused
 
 
 def export(run: str, step: int | None, output: pathlib.Path, verify: bool = True) -> int:
@@ -83,18 +90,20 @@ def export(run: str, step: int | None, output: pathlib.Path, verify: bool = True
         backbone; a file that cannot be written.
     """
 
-    def read(chosen: int) -> list[load.Weights]:
+    def read(chosen: int) -> tuple[list[load.Weights], dict[str, Any]]:
         meta = checkpoint.load_meta(checkpoint.folder_of(run, chosen)[0])
         _official(str(meta["config"]["objective"]))
         networks = load.networks_of(meta)
         if "student" not in networks:
             raise UserError(f"{run} holds only a backbone; use pera-jax export timm")
-        return [load.load_weights(run, chosen, which, verify=verify) for which in networks]
+        held = [load.load_weights(run, chosen, which, verify=verify) for which in networks]
+        return held, load.load_state(run, chosen, verify)
 
-    weights = {each.network: each for each in checkpoint.read_while_present(run, step, read)}
+    found, state = checkpoint.read_while_present(run, step, read)
+    weights = {each.network: each for each in found}
     meta = weights["student"].meta
     objective = objectives.from_metadata(meta)
-    tree = {"params": weights["student"].params}
+    tree = {"params": weights["student"].params, "objective": state}
     tree |= {"teacher": weights["teacher"].params} if "teacher" in weights else {}
     tree = jax.tree.map(np.asarray, tree)
     named = tables.to_named(tree, objective.official.entries(objective), meta["model"]["heads"], meta["model"]["patch"])
@@ -124,19 +133,19 @@ def _same(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 def _config(
-    method: str, name: str, shape: dict[str, Any], bands: tuple[str, ...], shapes: dict[str, tuple[int, ...]]
-) -> ConfigDict:
-    """The default config of a method with the sizes and bands of a file."""
+    method: str, name: str, shape: dict[str, Any], bands: tuple[str, ...], named: dict[str, np.ndarray]
+) -> tuple[ConfigDict, list[str]]:
+    """The default config of a method with the sizes and bands of a file; and notes on what is assumed."""
     config = configs.default(method)
     config.name, config.data.bands = name, bands
     config.model.update({field: shape[field] for field in ("width", "depth", "heads", "patch", "mlp_ratio")})
     local = max(config.crops.local_size // shape["patch"], 2) * shape["patch"]
     config.crops.update(dict(global_size=shape["image_size"], local_size=local))
     own = objectives.method(method)
-    own.official.set_sizes(config, shapes)
+    notes = own.official.set_sizes(config, named)
     if bands != RGB:
         _without_colors(config[own.name])
-    return config
+    return config, notes
 
 
 def _without_colors(fields: ConfigDict) -> None:

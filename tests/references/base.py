@@ -8,6 +8,11 @@ from pera_jax.formats import tables
 from pera_jax.training import step as steps
 
 
+def set_clip(optimizer, limit: float | None) -> None:
+    """Sets `clip_norm` of `config.optimizer`; in the official programs, 0 or None is no clipping."""
+    optimizer.update(dict(clip_norm=limit) if limit else dict(clip="none"))
+
+
 class Reference:
     """One file, and our config and objective of the same sizes; derived for each method in `tests/references/`.
 
@@ -27,6 +32,11 @@ class Reference:
     def of(self, prefix: str) -> dict[str, np.ndarray]:
         """The arrays whose names start with `prefix`, without it."""
         return {name[len(prefix) :]: value for name, value in self.arrays.items() if name.startswith(prefix)}
+
+    def fits(self, devices: int) -> bool:
+        """Whether batch and prototypes divide over the mesh of so many devices."""
+        heads = [head for name, head in vars(self.objective).items() if name.endswith("prototype_head") and head]
+        return self.batch % devices == 0 and (devices == 1 or all(head.outputs % 2 == 0 for head in heads))
 
     @property
     def number_of_steps(self) -> int:

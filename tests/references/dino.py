@@ -23,7 +23,8 @@ class Reference(base.Reference):
         config.dino.heads.update(dict(hidden=cfg["hid"], bottleneck=cfg["bot"], prototypes=cfg["k"]))
         config.dino.norm_last_layer = cfg["norm_last_layer"]
         config.crops.update(dict(global_size=cfg["size"], local_size=cfg["local"], local_number=cfg["nl"]))
-        config.optimizer.clip_norm, config.optimizer.eps = cfg["clip"], cfg["eps"]
+        config.optimizer.eps = cfg["eps"]
+        base.set_clip(config.optimizer, cfg["clip"])
         config.drop_path.rate = 0.0
         self.config = config
         bands = arrays["step0/in/global_crops"].shape[1]

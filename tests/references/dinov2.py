@@ -33,9 +33,9 @@ class Reference(base.Reference):
         config.dinov2.targets = {"sinkhorn_knopp": "sinkhorn"}.get(cfg["centering"], cfg["centering"])
         config.dinov2.loss.koleo_group = 0
         # The file's masks were drawn for the whole batch: each image is a group, with room for every mask.
-        most = max(self.masks(n).mean(axis=-1).max() for n in range(self.number_of_steps))
-        config.dinov2.update(dict(mask_group=1, mask_probability=1.0, mask_ratio=(float(most), float(most))))
-        config.optimizer.update(dict(clip_norm=cfg["clip"], eps=cfg["eps"], layer_decay=cfg["layerwise_decay"]))
+        config.dinov2.update(dict(mask_group=1, mask_probability=1.0, mask_ratio=(1.0, 1.0)))
+        config.optimizer.update(dict(eps=cfg["eps"], layer_decay=cfg["layerwise_decay"]))
+        base.set_clip(config.optimizer, cfg["clip"])
         config.optimizer.rate_factors = ((r"patch_projection", cfg["patch_embed_lr_mult"]),)
         self.config = config
         bands = arrays["step0/in/global_crops"].shape[1]

@@ -8,7 +8,7 @@ from pera_jax.objectives.declared import Official
 
 
 class SSLMetaArch(Official):
-    """`student`, `teacher`; the centers are not read, since the official program has them also without centering."""
+    """`student`, `teacher`; the centers are read with centering only: the official program has them in any case."""
 
     backbone = "student.backbone."
     unused = r"^(dino_loss|ibot_patch_loss)\.center$"
@@ -16,6 +16,11 @@ class SSLMetaArch(Official):
     def entries(self, objective: Any) -> list[tables.Entry]:
         heads = {"prototype_head": "dino_head", "patch_prototype_head": "ibot_head"}
         encoder, result = objective.encoder, []
+        centers = {"center": "dino_loss", "patch_center": "ibot_patch_loss"}
+        if objective.targets == "centering":
+            shapes = {"center": "1 k", "patch_center": "1 1 k"}
+            for ours, name in centers.items():
+                result.append(tables.Entry(f"{name}.center", ("objective", ours), "k", shapes[ours]))
         scaled = bool(encoder.layer_scale)
         for network, root in (("student", "params"), ("teacher", "teacher")):
             prefix = f"{network}.backbone."
@@ -27,11 +32,12 @@ class SSLMetaArch(Official):
                     result += tables.head(f"{name}.mlp", f"{name}.last_layer", (root, ours))
         return result
 
-    def set_sizes(self, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def set_sizes(self, config: Any, arrays: Mapping[str, Any]) -> list[str]:
         own, patches = config.dinov2, "student.ibot_head.last_layer.weight_v"
-        own.heads.update(tables.head_sizes("student.dino_head.mlp", "student.dino_head.last_layer", shapes))
-        own.separate_heads = patches in shapes
+        own.heads.update(tables.head_sizes("student.dino_head.mlp", "student.dino_head.last_layer", arrays))
+        own.separate_heads = patches in arrays
         if own.separate_heads:
-            own.heads.patch_prototypes = tables.length(shapes, patches)
-        if not any(name.endswith(".ls1.gamma") for name in shapes):
+            own.heads.patch_prototypes = tables.length(arrays, patches)
+        if not any(name.endswith(".ls1.gamma") for name in arrays):
             own.layer_scale = 0.0
+        return ["dinov2.targets=sinkhorn, which the file does not say; change it with --set"]
