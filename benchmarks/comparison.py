@@ -20,7 +20,6 @@ import sys
 import time
 
 import numpy as np
-from scipy import stats
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
@@ -149,6 +148,8 @@ def summary(rows: list[dict], scores: list[str]) -> str:
 def _interval(values: list[float]) -> str:
     if len(values) < 2:
         return f"{values[0]:.3f}" if values else "-"
+    from scipy import stats  # takes a second to import
+
     half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
     return f"{np.mean(values):.3f} ± {half:.3f}"
 

@@ -5,9 +5,10 @@ Cost:     86 M parameters in the backbone; 1,114 GFLOP per image (docs/methods.m
 Results:  none yet; it has not been trained.
 
 From the published models: Sinkhorn-Knopp targets and separate heads (the default recipe has centering and one head).
-Here: both flips, because overhead images have no up; crops of 448 and 96 px as in pera_vitb16, to compare with it; and
-the intended probabilities of blur. To compare methods, set optimizer.layer_decay=1.0 and optimizer.rate_factors=().
-The learning rate is 4e-3 sqrt(batch_size / 1024): set schedules.learning_rate.peak with another batch.
+Here: both flips, because overhead images have no up; crops of 448 and 96 px as in pera_vitb16, to compare with it;
+bilinear resampling (the official program has bicubic); and the intended probabilities of blur. To compare methods,
+set optimizer.layer_decay=1.0 and optimizer.rate_factors=(). The learning rate is 4e-3 sqrt(batch_size / 1024): set
+schedules.learning_rate.peak with another batch.
 """
 
 from pera_jax import config as configs

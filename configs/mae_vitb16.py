@@ -4,9 +4,9 @@ Command:  pera-jax train --config mae_vitb16 --config.data.path=SHARDS --workdir
 Cost:     86 M parameters in the backbone, 26 M in the decoder; 256 GFLOP per image.
 Results:  none yet; it has not been trained to the end.
 
-What differs from the official recipe: crops of 448 px in place of 224, as for the other methods, and flips on both axes
-(p = 0.5 each) in place of one, because overhead images have no upright position. The learning rate is 1.5e-4 x
-batch_size / 256: change both together.
+What differs from the official recipe: crops of 448 px in place of 224, as for the other methods; bilinear resampling
+in place of bicubic; and flips on both axes (p = 0.5 each) in place of one, because overhead images have no upright
+position. The learning rate is 1.5e-4 x batch_size / 256: change both together.
 """
 
 from pera_jax import config as configs
