@@ -86,7 +86,7 @@ def _load(run: str | pathlib.Path, step: int, which: str | None, verify: bool, p
     check_backbone(params.get("backbone", {}), meta, str(folder))
     for name in set(params) - set(parts or params):
         del params[name]
-    loaded = _read(folder, item, wanted, digests if verify else None)
+    loaded = _read(folder, item, wanted, digests, verify)
     return Weights(loaded if which == TEACHER else loaded["params"], meta, step, which)
 
 
@@ -98,11 +98,11 @@ def load_state(run: str | pathlib.Path, step: int, verify: bool = True) -> dict[
     wanted = _placed({"objective": stored.get("objective") or {}})
     if not wanted["objective"]:
         return {}
-    return _read(folder, "state", wanted, digests if verify else None)["objective"]
+    return _read(folder, "state", wanted, digests, verify)["objective"]
 
 
-def _read(folder: pathlib.Path, item: str, wanted: Any, digests: dict[str, Any] | None) -> Any:
-    """The leaves `wanted` of an item of a checkpoint, compared with `digests`."""
+def _read(folder: pathlib.Path, item: str, wanted: Any, digests: dict[str, Any] | None, verify: bool) -> Any:
+    """The leaves `wanted` of an item of a checkpoint; `verify`: compared with `digests`, and finite."""
     context = ocp.Context()
     context.pytree.loading.partial_load = True
 
@@ -111,7 +111,7 @@ def _read(folder: pathlib.Path, item: str, wanted: Any, digests: dict[str, Any] 
             return ocp.load_checkpointables(folder, {item: wanted})[item]
 
     loaded = intact.read(folder, load)
-    if digests is not None:
+    if verify:
         intact.check_arrays(folder, item, loaded, digests)
     return loaded
 
