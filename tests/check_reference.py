@@ -42,12 +42,12 @@ class Table:
     def __init__(self):
         self.rows = []
 
-    def add(self, name: str, ours, theirs, bound: float, scale=None):
+    def add(self, name: str, ours, theirs, bound: float):
         ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
         if ours.shape != theirs.shape:
             raise SystemExit(f"{name}: ours has shape {ours.shape}, the file {theirs.shape}")
         error = np.abs(ours - theirs).max(initial=0.0)  # there may be no masked patch
-        largest = np.abs(theirs if scale is None else scale).max(initial=0.0)
+        largest = np.abs(theirs).max(initial=0.0)
         # NaN must not pass: max() keeps it, and `not (nan <= bound)` is true.
         relative = error / largest if largest > 0 else (0.0 if error == 0 else np.inf)
         self.rows.append((name, error, relative, bound))

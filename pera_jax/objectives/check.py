@@ -86,7 +86,7 @@ def fields(own: ConfigDict, group: str, networks: bool = False) -> None:
     for name, value in own.items():
         if isinstance(value, ConfigDict):
             fields(value, f"{group}.{name}", name in ("heads", "decoder"))
-        elif networks and not (isinstance(value, int) and 1 <= value < 1 << 31):
+        elif networks and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 31):
             raise UserError(f"{group}.{name}={value!r} must be a number in [1, 2**31)")
         elif name.endswith("_weight") and not value >= 0:
             raise UserError(f"{group}.{name}={value!r} must be >= 0 (0: without this term)")

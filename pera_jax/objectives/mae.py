@@ -106,10 +106,6 @@ class MAE(base.Base):
             raise UserError(f"mae.removed={own.removed!r} must be in (0, 1)")
         if not isinstance(own.norm_targets, bool):
             raise UserError(f"mae.norm_targets={own.norm_targets!r} must be True or False")
-        for name in ("width", "depth", "heads"):
-            value = own.decoder[name]
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 31:
-                raise UserError(f"mae.decoder.{name}={value!r} must be a number in [1, 2**31)")
         width, heads = own.decoder.width, own.decoder.heads
         if width % heads or width % 4:
             raise UserError(

@@ -39,7 +39,7 @@ def import_official(
 
     Raises:
       UserError: the method has no official program whose format is known; the file is not of it (the error names every
-        wrong array); fixed position embeddings of another kind.
+        wrong array); its fixed position embeddings differ from those of the method.
     """
     official = _official(method)
     notes: list[str] = []
